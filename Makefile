@@ -1,0 +1,30 @@
+# make demo | test | test-all | setup | lint; the environment is made once and again only when a requirements file changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all setup lint
+
+demo: $(VENV)/installed
+	$(BIN)/python train.py --preset tiny
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m ''
+
+setup: $(VENV)/installed
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,334 @@
+"""From a source of photos to rows {"image": {"bytes", "path"}, "label": int, "id": str} in Arrow, not decoded.
+
+Sources: the hub data set, a folder in the official VGG release layout, a folder of parquet files, an image folder
+(your own plants), drawn flowers. Decoding happens in the collator, one photo at a time.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.compute
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
+
+from config.training_config import TrainingConfig
+from data.labels import CLASS_NAMES, official_counts
+from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
+from utils.logging_utils import UserError, logger
+
+HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
+OFFICIAL_SIZES = {"train": 1020, "validation": 1020, "test": 6149}
+SPLITS = tuple(OFFICIAL_SIZES)
+ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of an image folder, any case
+VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
+VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
+
+
+class DataError(UserError):
+    """A data source that cannot be used; the message names it, the reason and the next move."""
+
+
+class PlantData(NamedTuple):
+    """The splits of a source, and what its labels are called."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    class_names: list[str]
+    source: str  # for the header
+
+
+def build_datasets(config: TrainingConfig) -> PlantData:
+    """The splits that a config asks for. Raises DataError in one sentence for a source that cannot be used."""
+    data = _load_source(config)
+    check_classes(data)
+    if config.sample_fraction < 1:
+        data = data._replace(
+            train=sample(data.train, config.sample_fraction, config.seed),
+            validation=sample(data.validation, config.sample_fraction, config.seed),
+        )
+    if config.train_on_val:
+        data = data._replace(train=concatenate_datasets([data.train, data.validation]))
+    return data
+
+
+def _load_source(config: TrainingConfig) -> PlantData:
+    folder = Path(config.dataset)
+    if config.dataset == "synthetic":
+        return load_synthetic()
+    if config.dataset == "oxford_flowers102":
+        return load_hub(HUB_REPOSITORY, config.dataset_revision)
+    if not folder.is_dir():
+        raise DataError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
+    if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
+        return load_vgg_folder(folder, config.allow_missing)
+    if any(folder.rglob("*.parquet")):
+        return load_parquet_folder(folder)
+    return load_image_folder(folder, config.val_fraction, config.test_fraction, config.seed)
+
+
+# ---- the sources
+
+
+def load_synthetic() -> PlantData:
+    """Drawn flowers; see data/synthetic.py."""
+    splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
+    return PlantData(**splits, class_names=list(SPECIES), source="drawn flowers of ten invented species")
+
+
+def load_hub(repository: str, revision: str) -> PlantData:
+    """Oxford Flowers 102 from the hub: parquet, read as memory-mapped Arrow from the library's cache."""
+    try:
+        splits = load_dataset(repository, revision=revision)
+    except Exception as error:  # the library and the hub raise a dozen kinds
+        raise DataError(
+            f"data set {repository} at revision {revision} cannot be loaded ({_first_line(error)}); check the "
+            "network and HF_TOKEN, or give --dataset FOLDER with the photos"
+        ) from error
+    data = _official(splits, f"hub data set {repository} at {revision[:12]}")
+    for split, expected in OFFICIAL_SIZES.items():
+        have = getattr(data, split)
+        if len(have) != expected:
+            raise DataError(
+                f"{data.source}: split {split} has {len(have)} photos where {expected} are expected; give the "
+                "official revision with --dataset-revision"
+            )
+    check_official_counts(data)
+    return data
+
+
+def load_parquet_folder(folder: Path) -> PlantData:
+    """A folder of parquet files, columns `image` and `label` (0-based), split by file name: train*, val*, test*."""
+    files = {split: _files_of_split(folder, split, "*.parquet") for split in SPLITS}
+    missing = [split for split in SPLITS if not files[split]]
+    if missing:
+        raise DataError(
+            f"{folder}: no parquet file for {' and '.join(missing)}; name files or folders train*, validation* and "
+            "test*"
+        )
+    try:
+        splits = load_dataset("parquet", data_files={split: [str(file) for file in files[split]] for split in SPLITS})
+    except Exception as error:
+        raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
+    names = getattr(splits["train"].features.get("label"), "names", None)
+    if names and tuple(names) != CLASS_NAMES:
+        return _with_ids(splits, [tidy_name(name) for name in names], f"parquet folder {folder}")
+    if not names:
+        logger.warning("%s: the labels carry no names; they are taken as the 102 of Oxford Flowers", folder)
+    return _official(splits, f"parquet folder {folder}")
+
+
+def load_vgg_folder(folder: Path, allow_missing: bool) -> PlantData:
+    """The official release: jpg/image_00001.jpg ..., imagelabels.mat, setid.mat."""
+    from scipy.io import loadmat
+
+    for name, md5 in VGG_MD5.items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{file}: is missing; the official release has it beside the folder jpg")
+        if hashlib.md5(file.read_bytes()).hexdigest() != md5:
+            raise DataError(f"{file}: is not the official file (md5 differs from {md5}); download it again")
+    labels = loadmat(folder / "imagelabels.mat")["labels"][0]  # 1-based classes of photos 1 to 8189
+    split_ids = loadmat(folder / "setid.mat")
+    present = {path.name for path in (folder / "jpg").glob("*.jpg")} if (folder / "jpg").is_dir() else set()
+    splits, missing = {}, []
+    for split, key in VGG_SPLIT_KEYS.items():
+        ids = sorted(int(photo) for photo in split_ids[key][0])
+        missing += [_vgg_name(photo) for photo in ids if _vgg_name(photo) not in present]
+        ids = [photo for photo in ids if _vgg_name(photo) in present]
+        splits[split] = _listed(
+            [(folder / "jpg" / _vgg_name(photo), int(labels[photo - 1]) - 1, f"image_{photo:05d}") for photo in ids]
+        )
+    if missing:
+        told = (
+            f"{folder / 'jpg'}: {len(missing)} of {sum(OFFICIAL_SIZES.values())} photos are missing "
+            f"({', '.join(missing[:5])}, ...)"
+        )
+        if not allow_missing:
+            raise DataError(f"{told}; unpack 102flowers.tgz again, or go on without them: --allow-missing true")
+        logger.warning("%s; going on without them", told)
+    data = PlantData(**splits, class_names=list(CLASS_NAMES), source=f"VGG release in {folder}")
+    check_official_counts(data)
+    return data
+
+
+def load_image_folder(folder: Path, val_fraction: float, test_fraction: float, seed: int) -> PlantData:
+    """Your own plants: <split>/<class name>/photo.jpg, or <class name>/photo.jpg and a seeded split of each class."""
+    roots = {split: [folder / name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()] for split in SPLITS}
+    if not roots["train"]:
+        roots = {"train": [folder]}
+    classes = sorted(
+        {path.name for root in itertools.chain(*roots.values()) for path in root.iterdir() if _is_shown_folder(path)}
+    )
+    if not classes:
+        raise DataError(
+            f"{folder}: no photos found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, parquet "
+            "files, "
+            "or jpg/ with the two .mat files"
+        )
+    splits = {split: _load_photos(root[0], classes, folder) for split, root in roots.items() if root}
+    empty = [name for index, name in enumerate(classes) if index not in set(splits["train"]["label"])]
+    if empty:
+        raise DataError(
+            f"{folder}: class {empty[0]!r} has no photo to train on; add some to its folder, or remove the folder"
+        )
+    total = len(splits["train"])
+    for split, fraction in (("validation", val_fraction), ("test", test_fraction)):
+        if split not in splits:
+            splits["train"], splits[split] = split_off(splits["train"], round(fraction * total), seed, classes)
+    return PlantData(**splits, class_names=[tidy_name(name) for name in classes], source=f"image folder {folder}")
+
+
+# ---- what sources share
+
+
+def check_classes(data: PlantData) -> None:
+    """Raise DataError for an empty split, fewer than two classes, two classes of one name, or a name without text."""
+    for split in SPLITS:
+        if len(getattr(data, split)) == 0:
+            raise DataError(f"{data.source}: split {split} has no photos; add some, or name another --dataset")
+    if len(data.class_names) < 2 or len(set(data.train["label"])) < 2:
+        raise DataError(
+            f"{data.source}: only one class ({data.class_names[0]!r}); there is nothing to tell apart, add a second"
+        )
+    twice = [name for name, count in Counter(data.class_names).items() if count > 1 or not name]
+    if twice:
+        raise DataError(f"{data.source}: class name {twice[0]!r} is empty or stands for two classes; rename one")
+    overlap = set(data.train["id"]) & set(data.validation["id"]) or set(data.train["id"]) & set(data.test["id"])
+    if overlap:
+        raise DataError(f"{data.source}: photo {min(overlap)} stands in train and in another split; remove it from one")
+
+
+def check_official_counts(data: PlantData) -> None:
+    """Raise DataError unless every split of full size has the official number of photos of each class."""
+    for split in SPLITS:
+        rows = getattr(data, split)
+        if len(rows) != OFFICIAL_SIZES[split]:
+            continue
+        have = Counter(rows["label"])
+        for label, expected in enumerate(official_counts(split)):
+            if have[label] != expected:
+                raise DataError(
+                    f"{data.source}: split {split} has {have[label]} photos of {CLASS_NAMES[label]!r} where the "
+                    "official "
+                    f"one has {expected}; are its labels 0-based and in official order?"
+                )
+
+
+def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
+    """A seeded share of the rows with the balance of classes kept, and at least one row of each class."""
+    count = max(round(fraction * len(rows)), len(set(rows["label"])))
+    return rows if count >= len(rows) else _stratified(rows, seed, train_size=count)[0]
+
+
+def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> tuple[Dataset, Dataset]:
+    """(the rest, `count` seeded rows or one of each class), with the balance of classes kept in both."""
+    counts = Counter(rows["label"])
+    rarest = min(counts, key=counts.get)
+    if counts[rarest] < 2:
+        raise DataError(
+            f"class {classes[rarest]!r} has too few photos to split into train, val and test; it needs 3 or more"
+        )
+    return _stratified(rows, seed, test_size=max(count, len(counts)))
+
+
+def _stratified(rows: Dataset, seed: int, **sizes) -> tuple[Dataset, Dataset]:
+    """train_test_split of row numbers, so that no photo is copied."""
+    labels = list(rows["label"])
+    features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(labels) + 1)})
+    numbers = Dataset.from_dict({"row": list(range(len(rows))), "label": labels}, features=features)
+    parts = numbers.train_test_split(stratify_by_column="label", seed=seed, **sizes)
+    return rows.select(parts["train"]["row"]), rows.select(parts["test"]["row"])
+
+
+def tidy_name(name: str) -> str:
+    """A folder or label name as a person would write it: spaces for underscores, single and none at the ends."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def _official(splits: DatasetDict, source: str) -> PlantData:
+    """Rows whose labels are the 102 official classes, whatever the source calls them."""
+    for split in SPLITS:
+        if split not in splits:
+            raise DataError(
+                f"{source}: split {split} is missing, it has {', '.join(splits)}; expected are train, validation and "
+                "test"
+            )
+        if not {"image", "label"} <= set(splits[split].column_names):
+            raise DataError(
+                f"{source}: has the columns {', '.join(splits[split].column_names)}; expected are image and label"
+            )
+        labels = splits[split].data.column("label")
+        lowest, highest = (pyarrow.compute.min_max(labels)[side].as_py() for side in ("min", "max"))
+        if lowest < 0 or highest >= len(CLASS_NAMES):
+            raise DataError(
+                f"{source}: labels run from {lowest} to {highest}; expected are 0 to {len(CLASS_NAMES) - 1}, or "
+                "label names in "
+                "the files (ClassLabel)"
+            )
+    return _with_ids(splits, CLASS_NAMES, source)
+
+
+def _with_ids(splits: DatasetDict, names: Sequence[str], source: str) -> PlantData:
+    """Add the id column: the photo's file name where the source has it, else split and index."""
+    finished = {}
+    for split in SPLITS:
+        rows = splits[split].select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+        paths = rows.data.column("image").combine_chunks().field("path").to_pylist()
+        if all(paths) and len(set(paths)) == len(paths):
+            ids = [Path(path).stem for path in paths]
+        else:
+            ids = [f"{split}-{index:06d}" for index in range(len(rows))]
+        finished[split] = rows.add_column("id", ids)
+    return PlantData(**finished, class_names=list(names), source=source)
+
+
+def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:
+    """Rows of the photos in <root>/<class>/, labels as in `classes`, ids relative to `source`."""
+    return _listed(
+        [
+            (file, label, str(file.relative_to(source)))
+            for label, name in enumerate(classes)
+            if (root / name).is_dir()
+            for file in sorted((root / name).iterdir())
+            if file.suffix.lower() in PHOTO_SUFFIXES
+        ]
+    )
+
+
+def _listed(photos: list[tuple[Path, int, str]]) -> Dataset:
+    """Rows of (file, label, id), as Arrow in the library's cache, which knows the list by its hash."""
+    if not photos:
+        return Dataset.from_dict({name: [] for name in ROW}, features=ROW)
+    return Dataset.from_generator(_rows, features=ROW, gen_kwargs={"photos": photos})
+
+
+def _rows(photos: list[tuple[Path, int, str]]) -> Iterator[dict]:
+    for file, label, photo in photos:
+        yield {"image": {"bytes": None, "path": str(file)}, "label": label, "id": photo}
+
+
+def _files_of_split(folder: Path, split: str, pattern: str) -> list[Path]:
+    """Files whose name, or whose folder's name, begins with the split's name."""
+    return sorted(
+        file
+        for file in folder.rglob(pattern)
+        if any(part.startswith(SPLIT_FOLDERS[split]) for part in file.relative_to(folder).parts)
+    )
+
+
+def _is_shown_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _vgg_name(photo: int) -> str:
+    return f"image_{photo:05d}.jpg"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip(": ")[:300]

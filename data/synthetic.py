@@ -1,0 +1,119 @@
+"""Drawn flowers of ten invented species: the data set of the tiny preset, made in seconds, the same on every machine.
+
+Two species differ in at least two of petal count, petal shape, colour and centre; the star- and moonworts of one colour
+differ in petal shape alone. Ground, size, place, rotation and hue vary, so that a drawing's mean colour gives away
+little (measured in LOG.md).
+"""
+
+import colorsys
+import io
+import math
+import random
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+SIDE = 84  # pixels of a drawing
+OVERSAMPLING = 2  # drawn larger and scaled down, since ImageDraw does not smooth edges
+SPLIT_SIZES = {"train": 4000, "validation": 300, "test": 300}
+
+
+class Species(NamedTuple):
+    petals: int
+    shape: str
+    colour: str
+    centre: str
+
+
+SPECIES = {
+    "amber starwort": Species(5, "pointed", "amber", "dark"),
+    "amber moonwort": Species(5, "round", "amber", "dark"),
+    "amber wheelbloom": Species(9, "strap", "amber", "green"),
+    "rosy trillet": Species(3, "round", "rosy", "golden"),
+    "rosy heartcup": Species(5, "notched", "rosy", "green"),
+    "rosy wheelbloom": Species(9, "strap", "rosy", "dark"),
+    "violet starwort": Species(6, "pointed", "violet", "golden"),
+    "violet moonwort": Species(6, "round", "violet", "golden"),
+    "violet heartcup": Species(4, "notched", "violet", "dark"),
+    "ivory trillet": Species(3, "pointed", "ivory", "green"),
+}
+COLOURS = {
+    "amber": (0.12, 0.9, 0.95),
+    "rosy": (0.94, 0.65, 0.92),
+    "violet": (0.75, 0.6, 0.8),
+    "ivory": (0.13, 0.08, 0.97),
+}
+CENTRES = {"dark": (60, 30, 30), "green": (90, 150, 60), "golden": (240, 200, 40)}
+HALF_WIDTHS = {"round": 0.46, "pointed": 0.19, "notched": 0.42, "strap": 0.13}  # of a petal, in petal lengths
+
+
+def draw_split(split: str) -> list[dict]:
+    """Rows {image: {bytes, path}, label, id}, classes in turn; a row depends on its split and index alone."""
+    names = list(SPECIES)
+    return [_draw_row(split, index, names) for index in range(SPLIT_SIZES[split])]
+
+
+def _draw_row(split: str, index: int, names: list[str]) -> dict:
+    label = index % len(names)
+    file = io.BytesIO()
+    draw_flower(SPECIES[names[label]], random.Random(f"{split} {index}")).save(file, "PNG", compress_level=1)
+    return {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "id": f"{split}-{index:05d}"}
+
+
+def draw_flower(species: Species, rng: random.Random) -> Image.Image:
+    """One drawing, SIDE x SIDE pixels, RGB."""
+    side = SIDE * OVERSAMPLING
+    hue = rng.random()
+    image = Image.new("RGB", (side, side), _ground_colour(hue, rng))
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.randint(0, 2)):
+        x, y, radius = rng.random() * side, rng.random() * side, rng.uniform(0.08, 0.35) * side
+        height = radius * rng.uniform(0.3, 1)
+        colour = _ground_colour(hue + rng.uniform(-0.15, 0.15), rng)
+        pen.ellipse((x - radius, y - height, x + radius, y + height), fill=colour)
+    _draw_blossom(pen, species, rng, side)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _draw_blossom(pen: ImageDraw.ImageDraw, species: Species, rng: random.Random, side: int) -> None:
+    radius = side * rng.uniform(0.38, 0.5)
+    x, y = (rng.uniform(0.9 * radius, side - 0.9 * radius) for _ in range(2))
+    start = rng.random() * 2 * math.pi
+    hue, saturation, value = COLOURS[species.colour]
+    hue, saturation, value = (
+        hue + rng.uniform(-0.03, 0.03),
+        saturation * rng.uniform(0.8, 1.1),
+        value * rng.uniform(0.85, 1.05),
+    )
+    for petal in range(species.petals):
+        angle = start + 2 * math.pi * petal / species.petals + rng.uniform(-0.05, 0.05)
+        length = radius * rng.uniform(0.93, 1.05)
+        cos, sin = length * math.cos(angle), length * math.sin(angle)
+        outline = [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _petal(species)]
+        fill = _rgb(hue, saturation, value * rng.uniform(0.93, 1.02))
+        pen.polygon(outline, fill=fill, outline=_rgb(hue, saturation, 0.6 * value), width=OVERSAMPLING)
+    centre = radius * rng.uniform(0.2, 0.26)
+    pen.ellipse((x - centre, y - centre, x + centre, y + centre), fill=CENTRES[species.centre], outline=(40, 40, 30))
+
+
+def _petal(species: Species) -> list[tuple[float, float]]:
+    """Outline of a petal along the u axis, from the centre at u = 0 to the tip at u = 1."""
+    half_width = HALF_WIDTHS[species.shape] * (1.25 if species.petals <= 3 else 1)
+    along = [step / 16 for step in range(17)]
+    if species.shape == "round":
+        half = [(0.15 + 0.85 * u, half_width * math.sin(math.pi * u**0.8)) for u in along]
+    elif species.shape == "pointed":
+        half = [(u, 1.25 * half_width * math.sin(math.pi * u**0.7) * (1 - u) ** 0.5) for u in along]
+    elif species.shape == "strap":
+        half = [(u, half_width * min(1, 4 * u) * min(1, 8 * (1 - u) + 0.35)) for u in along]
+    else:  # notched: the tip is drawn in
+        half = [(u, half_width * math.sin(0.86 * math.pi * u)) for u in along[:-1]] + [(0.72, 0)]
+    return half + [(u, -v) for u, v in reversed(half)]
+
+
+def _ground_colour(hue: float, rng: random.Random) -> tuple[int, ...]:
+    return _rgb(hue, rng.uniform(0.05, 0.45), rng.uniform(0.15, 0.9))
+
+
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, ...]:
+    return tuple(int(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))

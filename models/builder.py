@@ -1,0 +1,361 @@
+"""Processor, base model, adapter, and the assertions that what was loaded is what was asked for."""
+
+import re
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedModel,
+)
+
+from config.training_config import TINY, TrainingConfig
+from models.tiny import build_tiny_model, build_tiny_processor
+from utils.logging_utils import UserError
+from utils.tokenizer_utils import Prompt, build_prompt, probe_ids
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = (
+    rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"  # leaf names alone would match the vision tower too
+)
+IN_16_BIT = [
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "lm_head",
+]  # the list replaces the default, so lm_head is in it
+
+
+class ModelError(UserError):
+    """A checkpoint, or a model built from it, that cannot be used as asked."""
+
+
+# ---- the processor
+
+
+def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
+    """The checkpoint's own processor on the PIL back end, and its prompt pieces for the config's question."""
+    if config.model == TINY:
+        processor = build_tiny_processor([*class_names, config.question])
+        return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
+    model_config = load_model_config(config.model, config.model_revision)
+    try:
+        processor = AutoProcessor.from_pretrained(config.model, revision=config.model_revision)
+        # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
+        processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(
+            config.model, revision=config.model_revision
+        )
+    except Exception as error:
+        raise ModelError(_loading_failed(config.model, "processor", error)) from error
+    if not isinstance(processor, LlavaNextProcessor):
+        raise ModelError(
+            f"--model {config.model}: its processor is a {type(processor).__name__}; a LlavaNextProcessor is needed"
+        )
+    # Some revisions on the hub lack these, and then every photo is one token off.
+    processor.patch_size = model_config.vision_config.patch_size
+    processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1  # CLIP's CLS
+    return processor, build_prompt(
+        processor, config.question, load_stop_ids(config.model, config.model_revision, model_config)
+    )
+
+
+def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
+    """Raises ModelError for what is not there, cannot be reached, or is another kind of model."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ModelError(
+            f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
+        )
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except Exception as error:
+        raise ModelError(_loading_failed(model, "config", error)) from error
+    if not isinstance(config, LlavaNextConfig):
+        raise ModelError(
+            f"--model {model}: is a {config.model_type} checkpoint; this program fine-tunes llava_next ones"
+        )
+    return config
+
+
+def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfig) -> list[int]:
+    """Ids that generation stops at: the generation config's, or the language model's where it has none."""
+    try:
+        stop_ids = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:  # the file is optional
+        stop_ids = None
+    stop_ids = model_config.text_config.eos_token_id if stop_ids is None else stop_ids
+    return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
+
+
+def _loading_failed(model: str, part: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    chain = {type(link).__name__ for link in _causes(error)}
+    if chain & {"GatedRepoError", "RepositoryNotFoundError"} or "401" in reason:
+        move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
+    elif chain & {
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectionError",
+    }:
+        move = "the hub cannot be reached: check the network, or name a folder that holds the model"
+    else:
+        move = "check the name and --model-revision, or name a folder that holds the model"
+    return f"--model {model}: its {part} cannot be loaded ({reason[:200]}); {move}"
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+# ---- the model
+
+
+def build_model(
+    config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, precision: str
+) -> PreTrainedModel | PeftModel:
+    """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
+    if config.model == TINY:
+        base = build_tiny_model(processor, config.seed)
+    else:
+        base = load_base(config.model, config.model_revision, config.load_in_4bit, DTYPES[precision], device)
+    model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    return model
+
+
+def load_base(
+    model: str, revision: str | None, load_in_4bit: bool, dtype: torch.dtype, device: torch.device
+) -> LlavaNextForConditionalGeneration:
+    """The checkpoint on the device, from safetensors alone; its language model in nf4, doubly quantized, if asked."""
+    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+        raise ModelError(
+            f"--model {model}: holds no *.safetensors weights; download them (git lfs pull), or name another folder"
+        )
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=IN_16_BIT,
+        )
+    try:
+        base = LlavaNextForConditionalGeneration.from_pretrained(
+            model,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"--model {model}: does not fit the card's memory while loading; use --load-in-4bit true, or a larger card"
+        ) from error
+    except Exception as error:
+        raise ModelError(_loading_failed(model, "weights", error)) from error
+    for module in base.modules():
+        if type(module).__name__ == "Linear4bit":
+            # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def choose_trainables(
+    base: LlavaNextForConditionalGeneration, trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float
+) -> PreTrainedModel | PeftModel:
+    """Freeze the base, then let learn in fp32 what `trainable` says: adapter, adapter+projector, projector, everything.
+
+    `projector` attaches an adapter too, frozen at zero: PEFT and Trainer refuse a 4-bit base without one.
+    """
+    base.requires_grad_(trainable == "everything")
+    if trainable == "everything":
+        _freeze_unused(base)
+        return base
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=LORA_TARGETS,
+            task_type="CAUSAL_LM",
+            modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
+        ),
+    )
+    for name, parameter in model.named_parameters():
+        if trainable == "projector" and "lora_" in name:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # fp16 gradients could not be unscaled
+    return model
+
+
+def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
+    """Vision weights behind the feature layer get no gradient: DDP would wait for one, decay would shrink them."""
+    vision = base.model.vision_tower
+    layer = base.config.vision_feature_layer
+    if isinstance(layer, int) and layer < 0:
+        encoder = getattr(vision, "vision_model", vision)
+        encoder.post_layernorm.requires_grad_(False)
+        for unused in list(encoder.encoder.layers)[len(encoder.encoder.layers) + 1 + layer :]:
+            unused.requires_grad_(False)
+
+
+def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
+    """Gradient checkpointing of the language model; a frozen tower keeps nothing to recompute."""
+    language_model = unwrap(model).model.language_model
+    language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Only reentrant checkpointing needs the embeddings to require a gradient.
+    language_model.disable_input_require_grads()
+
+
+def unwrap(model: PreTrainedModel | PeftModel) -> LlavaNextForConditionalGeneration:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# ---- the assertions
+
+
+def check_model(
+    model: PreTrainedModel | PeftModel,
+    processor: LlavaNextProcessor,
+    prompt: Prompt,
+    load_in_4bit: bool,
+    trainable: str,
+    precision: str,
+) -> list[str]:
+    """Walk the loaded model. Returns what was found true, a sentence each; raises ModelError with all that was not."""
+    found = [
+        *_check_processor(unwrap(model), processor, prompt),
+        *_check_weights(model, load_in_4bit, trainable, DTYPES[precision]),
+    ]
+    wrong = [sentence for holds, sentence in found if not holds]
+    if wrong:
+        raise ModelError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
+    return [sentence for _, sentence in found]
+
+
+def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
+    config, images = base.config, processor.image_processor
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    patches = (tile // patch) ** 2
+    positions = [
+        module.num_embeddings
+        for name, module in base.model.vision_tower.named_modules()
+        if name.endswith("position_embedding")
+    ]
+    stop_ids = base.generation_config.eos_token_id
+    yield type(images).__name__.endswith("Pil"), f"image processor is the PIL back end ({type(images).__name__})"
+    yield (
+        processor.image_token_id == config.image_token_id,
+        f"image token {processor.image_token_id} is the model's {config.image_token_id}",
+    )
+    yield (
+        images.crop_size["height"] == tile,
+        f"tiles of {images.crop_size['height']} pixels are the vision tower's {tile}",
+    )
+    yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
+    yield positions == [patches + 1], f"a tile is {patches} patches + 1 CLS, the vision tower has {positions} positions"
+    yield (
+        list(map(list, images.image_grid_pinpoints)) == list(map(list, config.image_grid_pinpoints)),
+        "pinpoints are the model's",
+    )
+    yield (
+        (processor.vision_feature_select_strategy, processor.num_additional_image_tokens) == ("default", 1),
+        "CLS is counted and dropped",
+    )
+    rows = base.get_input_embeddings().num_embeddings
+    yield len(processor.tokenizer) <= rows, f"all {len(processor.tokenizer)} tokens have one of {rows} embeddings"
+    yield (
+        prompt.end_id in ([stop_ids] if isinstance(stop_ids, int) else stop_ids or []),
+        f"generation stops at {prompt.end!r}",
+    )
+
+
+def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype) -> Iterable[tuple[bool, str]]:
+    base = unwrap(model)
+    linears = {
+        name
+        for name, module in base.named_modules()
+        if re.fullmatch(LORA_TARGETS, name) and isinstance(module, (nn.Linear, LoraLayer))
+    }
+    expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
+    yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
+    quantized = {
+        name.removesuffix(".base_layer"): module
+        for name, module in base.named_modules()
+        if type(module).__name__ == "Linear4bit" and not isinstance(module, LoraLayer)
+    }
+    yield (
+        set(quantized) == (linears if load_in_4bit else set()),
+        f"{len(quantized)} linears in 4 bit, the language model's alone",
+    )
+    states = [module.weight.quant_state for module in quantized.values()]
+    yield (
+        all(state.quant_type == "nf4" and state.nested for state in states),
+        "4-bit weights are nf4 with double quantization",
+    )
+    for part in (base.model.vision_tower, base.model.multi_modal_projector, base.lm_head):
+        kept = {parameter.dtype for parameter in part.parameters() if not parameter.requires_grad}
+        yield kept <= {dtype}, f"{type(part).__name__} is kept in {dtype}"
+    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    yield (
+        adapted == (set() if trainable == "everything" else linears),
+        f"the adapter sits on {len(adapted)} language-model projections, nowhere else",
+    )
+    learning = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+    yield (
+        bool(learning) and all(parameter.dtype == torch.float32 for parameter in learning.values()),
+        "what learns is in fp32",
+    )
+    strangers = [name for name in learning if not _may_learn(name, trainable)]
+    yield (
+        not strangers,
+        f"{sum(map(torch.numel, learning.values())):,} weights learn ({trainable}), no others"
+        + f": {strangers[:3]}" * bool(strangers),
+    )
+
+
+def _may_learn(name: str, trainable: str) -> bool:
+    in_projector = ".multi_modal_projector.modules_to_save." in name
+    in_adapter = ".language_model." in name and ".lora_" in name
+    return (
+        trainable == "everything"
+        or ("adapter" in trainable and in_adapter)
+        or ("projector" in trainable and in_projector)
+    )
+
+
+def describe_model(model, processor: LlavaNextProcessor, precision: str, device: torch.device) -> dict:
+    """What a run records beside its config, so that other scripts can load it back and see that they got the same."""
+    return {
+        "model_commit": getattr(unwrap(model).config, "_commit_hash", None),
+        "image_processor": type(processor.image_processor).__name__,
+        "probe_ids": probe_ids(processor.tokenizer),
+        "precision": precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "packages": {
+            name: version(name)
+            for name in ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
+        },
+    }

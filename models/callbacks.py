@@ -1,0 +1,158 @@
+"""What watches a run: metrics.jsonl, step lines, loss.png, the progress bar. None of it changes the model."""
+
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from config.run_folder import METRICS_FILE, append_metrics, read_metrics
+from utils.logging_utils import logger
+from utils.plot_utils import plot_training
+
+GIB = 2**30
+NORM_LIMIT = 1.0  # the documented limit of the gradient norm before clipping
+SPIKE_HISTORY = 50  # steps whose median a loss is compared with
+SPIKE_FACTOR, SPIKE_MARGIN = 2.0, 0.5  # a spike is above twice the median and half a nat more than it
+
+
+class RunLog(TrainerCallback):
+    """An object per step in metrics.jsonl, a line per `logging_steps`, loss.png at evaluations and at the end."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.folder = Path(trainer.args.output_dir)
+        self.window: list[dict] = []  # steps since the last line
+        self.losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+        self.warned_norm = NORM_LIMIT
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """On resume, drop what was written after the checkpoint, so that each step stands once."""
+        kept = [
+            line for line in read_metrics(self.folder) if line["step"] <= state.global_step and not line.get("finished")
+        ]
+        (self.folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.step_began = self.line_began = time.perf_counter()
+        self.began_at_step = state.global_step
+        self.train_began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        step = self.trainer.last_step | {
+            "seconds": round(now - self.step_began, 4),
+            "memory_gib": round(memory_in_use(args.device) / GIB, 4),
+            "peak_gib": round(peak_memory(args.device) / GIB, 4),
+        }
+        self.step_began = now
+        if state.is_world_process_zero:
+            append_metrics(self.folder, step)
+            self._warn(step)
+            self.window.append(step)
+            if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
+                logger.info("%s", self._line(state))
+                self.window.clear()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.is_world_process_zero:
+            append_metrics(self.folder, {"step": state.global_step} | metrics)
+            logger.info("step %d | val loss %.4f", state.global_step, metrics["eval_loss"])
+            plot_training(read_metrics(self.folder), self.folder / "loss.png")
+        self.step_began = time.perf_counter()  # an evaluation is not the next step's time
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_training(read_metrics(self.folder), self.folder / "loss.png")
+
+    def _line(self, state) -> str:
+        seconds = sum(step["seconds"] for step in self.window)
+        photos = sum(step["photos"] for step in self.window)
+        last = self.window[-1]
+        done = state.global_step - self.began_at_step
+        left = (time.perf_counter() - self.train_began) / done * (state.max_steps - state.global_step)
+        return (
+            f"step {state.global_step}/{state.max_steps} | loss "
+            f"{statistics.fmean(step['loss'] for step in self.window):.4f} | "
+            f"lr {last['learning_rate']:.2e} | grad norm {last['grad_norm']:.3f} | {photos / seconds:.2f} photos/s | "
+            f"{sum(step['image_tokens'] for step in self.window) / photos:,.0f} image tokens a photo | "
+            f"peak {last['peak_gib']:.2f} GiB | {left / 60:.1f} min left"
+        )
+
+    def _warn(self, step: dict) -> None:
+        """Once for a gradient norm above the limit and again whenever it has doubled; at each spike of the loss."""
+        if step["grad_norm"] > self.warned_norm:
+            logger.warning(
+                "step %d: gradient norm %.2f before clipping is above %.1f; clipped to %g",
+                step["step"],
+                step["grad_norm"],
+                NORM_LIMIT,
+                self.trainer.args.max_grad_norm,
+            )
+            self.warned_norm = 2 * step["grad_norm"]
+        if len(self.losses) >= 10:
+            usual = statistics.median(self.losses)
+            if step["loss"] > max(SPIKE_FACTOR * usual, usual + SPIKE_MARGIN):
+                logger.warning(
+                    "step %d: loss %.3f is a spike, the last %d steps had a median of %.3f",
+                    step["step"],
+                    step["loss"],
+                    len(self.losses),
+                    usual,
+                )
+        self.losses.append(step["loss"])
+
+
+class MemoryCollector(TrainerCallback):
+    """Collects memory at the ends of epochs and evaluations; inside a step it would cost more than it frees."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        collect_memory(args.device)
+
+    on_evaluate = on_epoch_end
+
+
+class ProgressBar(ProgressCallback):
+    """The library's bar without its printed dictionaries; silent where the screen is not a terminal."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+    on_prediction_step = on_evaluate = on_predict = on_log
+
+
+def collect_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that torch has allocated on a CUDA card now, else the process's resident size."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that torch had allocated on a CUDA card, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,110 @@
+"""What makes a folder a checkpoint: a manifest of sizes and sha256, written and synced last.
+
+transformers writes a checkpoint file by file, so a kill leaves folders that look like one. Without a manifest that
+holds they are not; damaged ones are renamed aside, and the newest that holds is resumed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from utils.logging_utils import UserError, logger
+
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
+
+
+def write_manifest(folder: str | Path) -> None:
+    """Sync every file of the folder to disk, then record its size and sha256 in manifest.json, which is synced last."""
+    folder = Path(folder)
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        _sync(path)
+        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    draft = folder / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+    _sync(draft)
+    os.replace(draft, folder / MANIFEST)
+    _sync(folder)
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """Why this folder is no checkpoint, or None if every file is as its manifest says."""
+    folder = Path(folder)
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.is_file() or path.is_symlink() or folder.resolve() not in path.resolve().parents:
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+                return f"{name} differs from its manifest"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so it was not finished"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def last_checkpoint(run_folder: str | Path) -> Path | None:
+    """The newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
+    folders = [path for path in Path(run_folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    for path in sorted(folders, key=_step_of, reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        number = 2
+        while aside.exists():
+            aside, number = path.with_name(f"damaged-{path.name}-{number}"), number + 1
+        path.rename(aside)
+        logger.warning("%s: %s; renamed to %s", path, damage, aside.name)
+    return None
+
+
+def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
+    """Raise UserError unless the disk has room: fp32 weights and two Adam moments of what learns, per checkpoint."""
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed = (
+        3 * 4 * learning * (checkpoints + 1) + MARGIN_BYTES
+    )  # rotation deletes the oldest after the newest is written
+    free = shutil.disk_usage(run_folder).free
+    if free < needed:
+        raise UserError(
+            f"{run_folder}: {free / 1e9:.1f} GB free on its disk, the checkpoints need {needed / 1e9:.1f} GB; make "
+            "room or name "
+            "another --output-dir"
+        )
+
+
+class ManifestCallback(TrainerCallback):
+    """Completes each checkpoint with its manifest."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,361 @@
+"""The training step: one batch is one optimizer step, done in micro-batches, checked before and after.
+
+Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from config.run_folder import append_metrics
+from config.training_config import TrainingConfig
+from models.callbacks import MemoryCollector, ProgressBar, RunLog
+from models.checkpoint import PREFIX, ManifestCallback, write_manifest
+from utils.logging_utils import UserError, logger
+from utils.tensor_utils import check_tensor
+
+
+class StepError(UserError):
+    """A step that must not reach the weights; the message names the step and its samples."""
+
+
+class PlantTrainer(Trainer):
+    """The HF Trainer, except that
+
+    - a batch of the loader is a whole optimizer step: `training_step` cuts it into micro-batches of at most
+      `micro_batch_size` photos. Each loss is divided by the tokens of the whole step, so the sum is the exact token
+      mean whatever the cut, and the order of photos does not depend on it;
+    - out of memory, the same step is redone in halved micro-batches from its own random state;
+    - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
+      are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
+    - `evaluate` gives the exact token mean of the loss and draws from no random state of the training;
+    - the projector may have a learning rate of its own.
+    """
+
+    def __init__(
+        self,
+        *args,
+        micro_batch_size: int,
+        image_token_id: int,
+        projector_learning_rate: float | None = None,
+        max_bad_fraction: float = 0.0,
+        **kwargs,
+    ):
+        self.micro_batch_size = micro_batch_size
+        self.image_token_id = image_token_id
+        self.projector_learning_rate = projector_learning_rate
+        self.max_bad_fraction = max_bad_fraction
+        self.bad_photos: set[str] = set()
+        self.last_step: dict = {}  # what the step just done came to, for RunLog
+        super().__init__(*args, **kwargs)
+        self.tile = unwrapped_config(self.model).vision_config.image_size
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.projector_learning_rate is not None:
+            projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
+            for group in list(optimizer.param_groups):
+                theirs = [p for p in group["params"] if id(p) in projector]
+                if theirs:
+                    group["params"] = [p for p in group["params"] if id(p) not in projector]
+                    optimizer.add_param_group(group | {"params": theirs, "lr": self.projector_learning_rate})
+        return optimizer
+
+    # ---- one optimizer step
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
+        self._note_bad_photos(inputs["bad"])
+        self.check_batch(inputs)
+        self._step_batch = inputs
+        random_state = _save_random_state(self.args.device)
+        while True:
+            try:
+                self._step_loss = self._forward_backward(model, inputs, num_items_in_batch)
+                return self._step_loss
+            except RuntimeError as error:
+                self._step_down(error)
+            # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            _restore_random_state(random_state, self.args.device)
+
+    def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
+        pieces = cut(inputs, self.micro_batch_size)
+        total = 0.0
+        for piece in pieces[:-1]:
+            with self.accelerator.no_sync(model):
+                total = total + super().training_step(model, piece, num_items_in_batch)
+        return total + super().training_step(model, pieces[-1], num_items_in_batch)
+
+    def _step_down(self, error: RuntimeError) -> None:
+        if not should_reduce_batch_size(error):
+            raise error
+        if self.micro_batch_size == 1:
+            raise StepError(
+                f"step {self.state.global_step + 1}: out of memory with one photo at a time; use "
+                "--gradient-checkpointing true, "
+                "--load-in-4bit true, --image-size 336, or a card with more memory"
+            ) from error
+        if self.args.world_size > 1:
+            raise StepError(
+                f"step {self.state.global_step + 1}: out of memory with {self.micro_batch_size} photos at a time; use "
+                f"--per-device-train-batch-size {self.micro_batch_size // 2}"
+            ) from error
+        self.micro_batch_size = max(self.micro_batch_size // 2, 1)
+        logger.warning(
+            "step %d: out of memory; the step is redone with %d photos at a time, and so are the next",
+            self.state.global_step + 1,
+            self.micro_batch_size,
+        )
+
+    def check_batch(self, inputs: dict) -> None:
+        """Shapes, dtypes and devices of a batch, without a look at values. Raises ShapeError."""
+        device = self.args.device
+        photos = len(inputs["samples"])
+        positions = inputs["logits_to_keep"].numel()
+        check_tensor("input_ids", inputs["input_ids"], (photos, None), torch.int64, device)
+        check_tensor(
+            "pixel_values", inputs["pixel_values"], (photos, None, 3, self.tile, self.tile), torch.float32, device
+        )
+        check_tensor("image_sizes", inputs["image_sizes"], (photos, 2), torch.int64, device)
+        check_tensor("logits_to_keep", inputs["logits_to_keep"], (positions,), torch.int64, device)
+        check_tensor("shift_labels", inputs["shift_labels"], (photos, positions), torch.int64, device)
+        check_tensor("image_tokens", inputs["image_tokens"], (photos,), torch.int64, device)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called between clipping and the optimizer's move: the one place of a step where the device is read."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        batch = self._step_batch
+        miscounted = ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
+        loss, norm, miscounted = torch.stack([self._step_loss.float(), grad_norm.float(), miscounted.float()]).tolist()
+        self.last_step = {
+            "step": self.state.global_step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": self._get_learning_rate(),
+            "photos": len(batch["samples"]),
+            "image_tokens": sum(sample.image_tokens for sample in batch["samples"]),
+        }
+        names = ", ".join(sample.id for sample in batch["samples"])
+        if miscounted:
+            raise StepError(
+                f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
+                "collator and the "
+                f"step; nothing was learned from it (samples: {names})"
+            )
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._judge_overflow(loss, norm, names)
+        return grad_norm
+
+    def _judge_overflow(self, loss: float, norm: float, names: str) -> None:
+        """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
+            logger.warning(
+                "step %d: gradient overflow at loss scale %g; the scaler skips the step",
+                self.last_step["step"],
+                scaler.get_scale(),
+            )
+            return
+        raise StepError(
+            f"step {self.last_step['step']}: loss {loss}, gradient norm {norm}; nothing was learned from it, the "
+            "weights are those of "
+            f"the step before; try a lower --learning-rate or --mixed-precision bf16 (samples: {names})"
+        )
+
+    def _note_bad_photos(self, bad: list[str]) -> None:
+        new = [entry for entry in bad if entry not in self.bad_photos]
+        self.bad_photos.update(new)
+        for entry in new:
+            logger.warning("photo left out (%d so far): %s", len(self.bad_photos), entry)
+        share = len(self.bad_photos) / len(self.train_dataset)
+        if new and share > self.max_bad_fraction:
+            raise StepError(
+                f"{len(self.bad_photos)} of {len(self.train_dataset)} photos cannot be opened, above max_bad_fraction="
+                f"{self.max_bad_fraction}; mend or remove them (named above), or raise --max-bad-fraction"
+            )
+
+    # ---- the run
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * math.ceil(len(self.train_dataset) / self.total_batch_size))
+
+    @property
+    def total_batch_size(self) -> int:
+        """Photos per optimizer step over all processes."""
+        return self.args.per_device_train_batch_size * self.args.world_size
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the planned steps, from a checkpoint if there is one."""
+        step = int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0
+        if step:
+            logger.info("plan   going on from %s", checkpoint)
+        with logging_redirect_tqdm([logger]):
+            if step < self.planned_steps():
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:  # all steps were done before the run was stopped; transformers would do one more
+                self._load_from_checkpoint(str(checkpoint))
+                self.state.global_step = step
+
+    def save_best(self) -> None:
+        """best/: what was learned, the processor, and a manifest; nothing pickled."""
+        best = Path(self.args.output_dir) / "best"
+        self.model.save_pretrained(best)
+        self.processing_class.save_pretrained(best)
+        write_manifest(best)
+        logger.info("result %s holds the trained weights", best)
+
+    def note_finished(self) -> None:
+        """The last line of metrics.jsonl, by which config/run_folder.py knows a finished run."""
+        append_metrics(self.args.output_dir, {"step": self.state.global_step, "finished": True})
+
+    # ---- evaluation
+
+    def evaluate_here(self) -> None:
+        """Evaluate, unless that was done after this very step."""
+        if not any(
+            entry["step"] == self.state.global_step and "eval_loss" in entry for entry in self.state.log_history
+        ):
+            self.evaluate()
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss as the exact mean over supervised tokens, whatever the batch size."""
+        self.model.eval()
+        total = torch.zeros((), device=self.args.device)
+        tokens, bad = 0, 0
+        # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
+        with torch.random.fork_rng():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                bad += len(batch["bad"])
+                for piece in cut(batch, self.args.per_device_eval_batch_size):
+                    with self.accelerator.autocast():
+                        total += self.model(**piece, num_items_in_batch=1).loss
+                tokens += sum(sample.length - sample.prompt_length for sample in batch["samples"])
+        metrics = {f"{metric_key_prefix}_loss": total.item() / tokens, f"{metric_key_prefix}_bad_photos": bad}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def cut(batch: dict, size: int) -> list[dict]:
+    """Micro-batches of at most `size` neighbours, trimmed to their own longest sample, tiles and supervised positions.
+
+    Holds what the model takes. image_sizes is a list: the model reads each entry, and from the device each would wait.
+    """
+    samples = batch["samples"]
+    positions = sorted(
+        {position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)}
+    )
+    pieces = []
+    for start in range(0, len(samples), size):
+        rows = slice(start, start + size)
+        mine = samples[rows]
+        first = min(sample.prompt_length for sample in mine) - 1
+        last = max(sample.length for sample in mine) - 1
+        kept = slice(positions.index(first), positions.index(last - 1) + 1)
+        labels = batch["shift_labels"][rows, kept].contiguous()
+        pieces.append(
+            {
+                "input_ids": batch["input_ids"][rows, : last + 1],
+                "pixel_values": batch["pixel_values"][rows, : max(sample.tiles for sample in mine)],
+                "image_sizes": [list(sample.size) for sample in mine],
+                "logits_to_keep": batch["logits_to_keep"][kept],
+                "shift_labels": labels,
+                "labels": labels,
+            }
+        )
+    return pieces
+
+
+def unwrapped_config(model):
+    """The LlavaNextConfig of a model with or without an adapter."""
+    return model.get_base_model().config if hasattr(model, "get_base_model") else model.config
+
+
+def _save_random_state(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+# ---- config -> Trainer
+
+
+def build_trainer(
+    config: TrainingConfig, model, processor, collator, train_set, val_set, precision: str, device: torch.device
+) -> PlantTrainer:
+    """The trainer of a config, with its callbacks."""
+    trainer = PlantTrainer(
+        model=model,
+        args=build_arguments(config, precision, device),
+        data_collator=collator,
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        processing_class=processor,
+        micro_batch_size=config.per_device_train_batch_size,
+        image_token_id=processor.image_token_id,
+        projector_learning_rate=config.projector_learning_rate,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
+        trainer.remove_callback(callback)
+    for callback in (RunLog(trainer), MemoryCollector(), ManifestCallback(), ProgressBar()):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def build_arguments(config: TrainingConfig, precision: str, device: torch.device) -> TrainingArguments:
+    """The config in transformers' terms. To its Trainer a batch is the whole optimizer step; see PlantTrainer."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.effective_batch_size % ranks:
+        raise UserError(
+            f"{config.effective_batch_size} photos per optimizer step cannot be shared by {ranks} processes; change "
+            "--gradient-accumulation-steps or the number of processes"
+        )
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        per_device_train_batch_size=config.effective_batch_size // ranks,
+        gradient_accumulation_steps=1,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to.split(","),
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        dataloader_num_workers=config.num_workers,
+        dataloader_pin_memory=config.pin_memory and device.type == "cuda",
+        dataloader_persistent_workers=config.num_workers > 0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
+    )

@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+
+from config.run_folder import append_metrics, choose_run_folder, read_metrics
+from config.training_config import ConfigError, parse_config, save_config
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(argv):
+    """A run that was started with these flags and left."""
+    chosen = choose_run_folder(parse_config(argv))
+    folder = chosen.config.output_dir
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_config(chosen.config, folder, {})
+    return folder
+
+
+def test_default_folder_is_fresh_then_resumed_then_numbered():
+    assert start(["--preset", "tiny"]) == "runs/tiny"
+    again = choose_run_folder(parse_config(["--preset", "tiny"]))
+    assert (again.state, again.config.output_dir) == ("unfinished", "runs/tiny")
+    append_metrics("runs/tiny", {"step": 1, "finished": True})
+    third = choose_run_folder(parse_config(["--preset", "tiny"]))
+    assert (third.state, third.config.output_dir, third.notes) == ("fresh", "runs/tiny-2", ["runs/tiny is finished"])
+
+
+def test_another_config_takes_the_next_folder_and_says_why():
+    start(["--preset", "tiny"])
+    chosen = choose_run_folder(parse_config(["--preset", "tiny", "--seed", "7"]))
+    assert chosen.config.output_dir == "runs/tiny-2"
+    assert chosen.notes == ["runs/tiny has another config (seed: 42 -> 7)"]
+
+
+def test_what_leaves_the_mathematics_alone_is_only_mentioned():
+    start(["--output-dir", "mine"])
+    flags = ["--output-dir", "mine", "--logging-steps", "5", "--per-device-train-batch-size", "4",
+             "--gradient-accumulation-steps", "4"]  # fmt: skip
+    chosen = choose_run_folder(parse_config(flags))
+    assert chosen.state == "unfinished" and "logging_steps: 10 -> 5" in chosen.notes[0]
+
+
+def test_an_explicit_folder_of_another_config_is_refused():
+    start(["--output-dir", "mine"])
+    with pytest.raises(ConfigError, match=r"another config \(lora_r: 16 -> 8; photos per optimizer step: 16 -> 32\)"):
+        choose_run_folder(
+            parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"])
+        )
+
+
+def test_a_finished_explicit_folder_says_so_or_goes_on_for_more_steps():
+    start(["--output-dir", "mine", "--max-steps", "5"])
+    append_metrics("mine", {"step": 5, "finished": True})
+    assert choose_run_folder(parse_config(["--output-dir", "mine", "--max-steps", "5"])).state == "finished"
+    assert choose_run_folder(parse_config(["--output-dir", "mine", "--max-steps", "9"])).state == "unfinished"
+
+
+def test_folders_that_are_no_runs(in_tmp):
+    (in_tmp / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        choose_run_folder(parse_config(["--output-dir", "file"]))
+    (in_tmp / "full").mkdir()
+    (in_tmp / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="holds files but is not a run"):
+        choose_run_folder(parse_config(["--output-dir", "full"]))
+    (in_tmp / "failed").mkdir()
+    (in_tmp / "failed" / "train.log").write_text("a start that failed")
+    assert choose_run_folder(parse_config(["--output-dir", "failed"])).state == "fresh"
+
+
+def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
+    append_metrics(in_tmp, {"step": 1})
+    with open(in_tmp / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_metrics(in_tmp) == [{"step": 1}]

@@ -1,0 +1,131 @@
+"""Tiny real models and data, made once a session; no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The official release, or part of it; its photographs are not part of the repository.
+FLOWERS = Path(os.environ.get("FLOWERS102", ROOT.parent / "shared" / "flowers102"))
+QUESTION = "What flower is shown in this image?"
+
+# Chat templates as on the hub, with their special tokens and their language model's config.
+FAMILIES = {
+    "mistral": (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] <image>\n{{ m.content[1].text }} [/INST]"
+        "{% else %} {{ m.content[0].text }}<\\s> {% endif %}{% endfor %}",  # ends an answer in plain text
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        "MistralConfig",
+    ),
+    "vicuna": (
+        "{% for m in messages %}{{ m.role.upper() }}: {% if m.role == 'user' %}<image>\n{{ m.content[1].text }} "
+        "{% else %}{{ m.content[0].text }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        "LlamaConfig",
+    ),
+    "llama3": (
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "{{ '\n\n' }}{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
+        "{% else %}{{ m.content[0].text }}{% endif %}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}",
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
+        "LlamaConfig",
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
+        "{% else %}{{ m.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "Qwen2Config",
+    ),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Arrow files of the tests do not go into the user's cache."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """What the tiny preset is made of; `rows(n)` are drawn photos, `model()` is a fresh one."""
+    from config.training_config import PRESETS, TrainingConfig
+    from data.collator import PlantCollator
+    from data.synthetic import SPECIES, draw_split
+    from models.builder import build_processor
+    from models.tiny import build_tiny_model
+
+    config = TrainingConfig(**PRESETS["tiny"])
+    names = list(SPECIES)
+    processor, prompt = build_processor(config, names)
+    drawn = draw_split("test")
+    return SimpleNamespace(
+        config=config,
+        processor=processor,
+        prompt=prompt,
+        names=names,
+        collator=PlantCollator(processor, prompt, names, config.image_size),
+        native=PlantCollator(processor, prompt, names, None),
+        rows=lambda count: drawn[:count],
+        model=lambda seed=0: build_tiny_model(processor, seed),
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(family) is a folder as from the hub: a tiny LLaVA-NeXT and its processor, of that family."""
+    import transformers
+
+    from data.labels import CLASS_NAMES
+    from data.synthetic import SPECIES
+    from models.tiny import build_tiny_model, build_tiny_processor
+
+    made = {}
+
+    def make(family: str = "mistral") -> str:
+        if family not in made:
+            template, special, text_config = FAMILIES[family]
+            folder = tmp_path_factory.mktemp(family)
+            processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], template, special)
+            processor.save_pretrained(folder)
+            build_tiny_model(processor, 0, getattr(transformers, text_config)).save_pretrained(folder)
+            made[family] = str(folder)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def few_drawings(monkeypatch):
+    """The synthetic source in a fraction of a second."""
+    from data import dataset
+
+    for split, count in {"train": 48, "validation": 20, "test": 20}.items():
+        monkeypatch.setitem(dataset.SPLIT_SIZES, split, count)
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """photo_folder({class: count}, split="") makes <tmp>/photos[/<split>]/<class>/<n>.png and returns the root."""
+    from PIL import Image
+
+    def make(counts: dict[str, int], split: str = "") -> Path:
+        root = tmp_path / "photos"
+        for index, (name, count) in enumerate(counts.items()):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for photo in range(count):
+                Image.new("RGB", (40 + photo, 30), (40 * index, 10 * photo, 90)).save(folder / f"{photo}.png")
+        return root
+
+    return make

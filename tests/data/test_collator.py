@@ -1,0 +1,206 @@
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from data.collator import IGNORED, BatchProofError, PlantCollator
+from utils.image_utils import PhotoError
+
+
+class Tampered:
+    """The real processor, with one fault put into what it returns or is given."""
+
+    def __init__(self, processor, after=None, text=None):
+        self.processor, self.after, self.text = processor, after, text
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, images, text, **kwargs):
+        if self.text:
+            text = [self.text(text[0]), *text[1:]]
+        encoded = self.processor(images=images, text=text, **kwargs)
+        if self.after:
+            self.after(encoded)
+        return encoded
+
+
+def rows_of(tiny, sizes):
+    """Drawn rows, resized to these (H, W), so that photos differ in tokens when they keep their own size."""
+    import io
+
+    rows = []
+    for row, (height, width) in zip(tiny.rows(len(sizes)), sizes):
+        file = io.BytesIO()
+        Image.open(io.BytesIO(row["image"]["bytes"])).resize((width, height)).save(file, "PNG")
+        rows.append(row | {"image": {"bytes": file.getvalue(), "path": None}})
+    return rows
+
+
+SIZES = [(70, 70), (40, 70), (70, 50), (33, 99)]
+
+
+def test_batch_holds_the_contract(tiny):
+    batch = tiny.native(rows_of(tiny, SIZES))
+    photos, length = batch["input_ids"].shape
+    kept = batch["logits_to_keep"]
+    assert photos == 4 and length == max(sample.length for sample in batch["samples"])
+    assert batch["pixel_values"].shape == (4, 2, 3, 70, 70) and batch["image_sizes"].shape == (4, 2)
+    assert batch["shift_labels"].shape == (4, len(kept)) and "attention_mask" not in batch and batch["bad"] == []
+    assert len({sample.image_tokens for sample in batch["samples"]}) > 1
+    for index, sample in enumerate(batch["samples"]):
+        supervised = {
+            position for position, label in zip(kept.tolist(), batch["shift_labels"][index]) if label != IGNORED
+        }
+        assert supervised == set(range(sample.prompt_length - 1, sample.length - 1))
+        answer = batch["shift_labels"][index][batch["shift_labels"][index] != IGNORED]
+        assert tiny.processor.tokenizer.decode(answer[:-1]).strip() == tiny.names[sample.label]
+        assert answer[-1] == tiny.prompt.end_id
+        assert (batch["input_ids"][index, sample.length :] == tiny.processor.tokenizer.pad_token_id).all()
+
+
+def test_the_tokenizer_is_left_padding_left(tiny):
+    tiny.collator(tiny.rows(3))
+    assert tiny.processor.tokenizer.padding_side == "left"
+
+
+def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
+    """Against the stock use: attention mask, full labels, logits of every position."""
+    batch = tiny.native(rows_of(tiny, SIZES))
+    model = tiny.model()
+    inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_sizes")}
+    ours = model(
+        **inputs, logits_to_keep=batch["logits_to_keep"], shift_labels=batch["shift_labels"], labels=batch["labels"]
+    )
+    ours.loss.backward()
+    our_gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    lengths = torch.tensor([sample.length for sample in batch["samples"]])
+    starts = torch.tensor([sample.prompt_length for sample in batch["samples"]])
+    place = torch.arange(batch["input_ids"].shape[1])
+    mask = place < lengths[:, None]
+    labels = batch["input_ids"].masked_fill(~mask | (place < starts[:, None]), IGNORED)
+    stock = model(**inputs, attention_mask=mask.long(), labels=labels)
+    stock.loss.backward()
+    supervised = batch["shift_labels"] != IGNORED
+    assert (ours.logits - stock.logits[:, batch["logits_to_keep"]])[supervised].abs().max() < 1e-5
+    assert abs(ours.loss.item() - stock.loss.item()) < 1e-6
+    stock_gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(our_gradients) == len(stock_gradients) > 50
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(our_gradients, stock_gradients))
+
+
+# ---- injected faults: each is refused and names the sample
+
+
+def moved_token(encoded):
+    ids, image, other = encoded["input_ids"], encoded["input_ids"][0].mode().values, 7
+    ids[0, (ids[0] == image).nonzero()[0]] = other
+    ids[1, (ids[1] != image).nonzero()[-1]] = image
+
+
+def swapped_sizes(encoded):
+    encoded["image_sizes"] = encoded["image_sizes"].flip(0)
+
+
+def dropped_pixels(encoded):
+    del encoded["pixel_values"]
+
+
+def dropped_tile(encoded):
+    encoded["pixel_values"][1, 1] = 0
+
+
+def nan_pixel(encoded):
+    encoded["pixel_values"][2, 0, 1, 5, 5] = float("nan")
+
+
+def infinite_pixel(encoded):
+    encoded["pixel_values"][2, 0, 1, 5, 5] = float("inf")
+
+
+def truncated(encoded):
+    encoded["input_ids"] = encoded["input_ids"][:, :-4]
+
+
+def other_answer(encoded):
+    ids = encoded["input_ids"]
+    ids[0, (ids[0] == 1).nonzero()[0] - 1] = 9  # 1 is the end token
+
+
+def no_end_token(encoded):
+    ids = encoded["input_ids"]
+    ids[0, (ids[0] == 1).nonzero()[0]] = 2
+
+
+def other_question(encoded):
+    encoded["input_ids"][0, 1] = 9
+
+
+FAULTS = [
+    (moved_token, "image tokens where its photo gives"),
+    (swapped_sizes, "image_sizes says"),
+    (dropped_pixels, "pixel_values is missing"),
+    (dropped_tile, "1 tiles of pixels where 2 are expected"),
+    (nan_pixel, "a pixel is not a finite number"),
+    (infinite_pixel, "a pixel is not a finite number"),
+    (truncated, "truncated to"),
+    (other_answer, "its answer reads"),
+    (no_end_token, "its last token is not the end token '</s>'"),
+    (other_question, "its prompt's tokens are not those of the prompt"),
+]
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS)
+def test_a_fault_is_refused_naming_the_sample(fault, words, tiny):
+    collator = PlantCollator(Tampered(tiny.processor, after=fault), tiny.prompt, tiny.names, None)
+    with pytest.raises(BatchProofError, match=re.escape(words)) as refused:
+        collator(rows_of(tiny, SIZES))
+    assert "test-0000" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"), [(lambda text: text.replace("<image>", "<image><image>"), 2), (lambda text: "no picture", 0)]
+)
+def test_a_photo_without_its_placeholder_or_with_two_is_refused(change, count, tiny):
+    collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, 70)
+    collator.answers = [answer._replace(text=change(answer.text)) for answer in collator.answers]
+    # The processor is given a sound text, so that it is not the library that refuses.
+    collator.processor = Tampered(tiny.processor, text=lambda text: tiny.prompt.text(tiny.names[0]))
+    with pytest.raises(BatchProofError, match=f"sample test-00000.*{count} image placeholders in its text where 1 is"):
+        collator(tiny.rows(1))
+
+
+def test_a_name_the_tokenizer_cannot_carry_is_refused(tiny):
+    with pytest.raises(BatchProofError, match="class name 'a <image> lily': its training text has 2 image tokens"):
+        PlantCollator(tiny.processor, tiny.prompt, ["a <image> lily"], 70)
+    spaced = tiny.prompt._replace(prompt=tiny.prompt.prompt + " ", joiner="")
+    with pytest.raises(BatchProofError, match="class name 'ivory trillet': the prompt is tokenized otherwise with it"):
+        PlantCollator(tiny.processor, spaced, ["ivory trillet"], 70)
+    with pytest.raises(BatchProofError, match="class name ' rose ': comes back from the tokenizer"):
+        PlantCollator(tiny.processor, tiny.prompt, [" rose "], 70)
+
+
+# ---- photos that do not open
+
+
+def test_a_bad_photo_is_left_out_and_named(tiny):
+    rows = tiny.rows(4)
+    broken = rows[1] | {"image": {"bytes": b"", "path": "lily.jpg"}}
+    batch = tiny.collator([rows[0], broken, rows[2]])
+    assert sorted(sample.id for sample in batch["samples"]) == ["test-00000", "test-00002"]
+    assert batch["bad"] == ["test-00001: lily.jpg: is empty (0 bytes)"]
+    assert tiny.collator.prompts([rows[0], broken])["bad"] == batch["bad"]
+    with pytest.raises(PhotoError, match="none of the 2 photos of a batch can be opened: test-00001"):
+        tiny.collator([broken, broken])
+
+
+def test_prompts_are_padded_left_and_end_where_the_answer_begins(tiny):
+    rows = rows_of(tiny, SIZES)
+    batch = tiny.native.prompts(rows)
+    assert batch["labels"] == [row["label"] for row in rows]
+    samples = [tiny.native.describe(row, size) for row, size in zip(rows, SIZES)]
+    for ids, mask, sample in zip(batch["input_ids"], batch["attention_mask"], samples):
+        assert mask.sum() == sample.prompt_length and mask[-1] == 1
+        assert (ids == tiny.processor.image_token_id).sum() == sample.image_tokens

@@ -1,0 +1,52 @@
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.synthetic import SIDE, SPECIES, draw_split
+
+
+def mean_colours(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = draw_split(split)[:count]
+    colours = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean((0, 1)) / 255 for row in rows]
+    return torch.tensor(np.array(colours), dtype=torch.float32), torch.tensor([row["label"] for row in rows])
+
+
+def test_species_differ_in_two_features_or_in_shape_alone():
+    species = list(SPECIES.values())
+    pairs = [(one, other) for index, one in enumerate(species) for other in species[:index]]
+    differing = [{name for name in one._fields if getattr(one, name) != getattr(other, name)} for one, other in pairs]
+    assert all(len(names) >= 2 or names == {"shape"} for names in differing)
+    assert sum(names == {"shape"} for names in differing) == 2
+
+
+def test_drawings_are_the_same_every_time_and_differ_among_themselves(monkeypatch):
+    monkeypatch.setitem(__import__("data.synthetic").synthetic.SPLIT_SIZES, "train", 30)
+    rows = draw_split("train")
+    assert rows == draw_split("train")
+    assert len({row["image"]["bytes"] for row in rows}) == 30
+    assert Image.open(io.BytesIO(rows[0]["image"]["bytes"])).size == (SIDE, SIDE)
+
+
+def test_mean_colour_alone_names_fewer_than_half():
+    """Softmax regression on the three mean channels, fitted to convergence."""
+    colours, labels = mean_colours("train", 1000)
+    held_out, truth = mean_colours("test", 300)
+    mean, spread = colours.mean(0), colours.std(0)
+    one = torch.ones(1)
+    features = torch.cat([(colours - mean) / spread, one.expand(len(colours), 1)], dim=1)
+    weights = torch.zeros(4, len(SPECIES), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(features @ weights, labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    seen = torch.cat([(held_out - mean) / spread, one.expand(len(held_out), 1)], dim=1)
+    accuracy = ((seen @ weights).argmax(1) == truth).float().mean().item()
+    print(f"top-1 from mean colour: {accuracy:.3f}")
+    assert 0.15 < accuracy < 0.5

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from utils.device_utils import DeviceError, choose_device, choose_precision, precision_for
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), (None, "no")]
+)
+def test_auto_precision_is_what_the_card_computes_natively(capability, precision):
+    assert precision_for("auto", capability) == precision
+
+
+def test_an_explicit_precision_is_kept():
+    assert [precision_for(asked, (7, 5)) for asked in ("bf16", "fp16", "no")] == ["bf16", "fp16", "no"]
+
+
+def test_fp16_without_a_card_is_refused():
+    with pytest.raises(DeviceError, match="--mixed-precision fp16: needs a CUDA card"):
+        choose_precision("fp16", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
+    assert choose_device("tiny", True, 0.9).type in ("cpu", "mps")
+    (tmp_path / "model.safetensors").write_bytes(b"small")
+    assert choose_device(str(tmp_path), False, 0.9).type == "cpu"
+    monkeypatch.setattr("utils.device_utils.CPU_LIMIT_BYTES", 3)
+    with pytest.raises(DeviceError, match="needs a CUDA card and torch sees none; .*--preset tiny"):
+        choose_device(str(tmp_path), False, 0.9)
+    with pytest.raises(DeviceError, match="--model llava-hf/some: needs a CUDA card"):
+        choose_device("llava-hf/some", False, 0.9)

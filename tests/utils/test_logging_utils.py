@@ -1,0 +1,62 @@
+import errno
+import os
+
+import pytest
+
+from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+
+
+def told(capsys, folder, error) -> tuple[int, str, str]:
+    setup_logging(folder)
+    with pytest.raises(SystemExit) as stop, errors_told(KeyError):
+        raise error
+    return stop.value.code, capsys.readouterr().out, (folder / "train.log").read_text()
+
+
+def test_a_user_error_is_one_sentence_on_the_screen_and_a_traceback_in_the_log(tmp_path, capsys):
+    status, screen, log = told(capsys, tmp_path, UserError("--dataset x: no such folder; name one"))
+    assert (status, screen) == (1, "error: --dataset x: no such folder; name one\n")
+    assert "Traceback" in log and "UserError" in log
+
+
+def test_other_kinds_can_be_named_as_user_errors(tmp_path, capsys):
+    assert "Traceback" not in told(capsys, tmp_path, KeyError("x"))[1]
+
+
+def test_a_critical_error_has_its_traceback_in_both(tmp_path, capsys):
+    status, screen, log = told(capsys, tmp_path, ZeroDivisionError("boom"))
+    assert status == 1 and screen.startswith("critical: ZeroDivisionError: boom") and "Traceback" in screen
+    assert "CRITICAL ZeroDivisionError: boom" in log and "Traceback" in log
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, capsys):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/checkpoint-5")
+    status, screen, _ = told(capsys, tmp_path, error)
+    assert status == 1 and screen.startswith("error: runs/x/checkpoint-5: No space left on device; make room")
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys):
+    status, screen, _ = told(capsys, tmp_path, KeyboardInterrupt())
+    assert status == 130 and "the same command goes on from the last checkpoint" in screen
+
+
+def test_documented_environment(monkeypatch, tmp_path, capsys):
+    for name in ("TOKENIZERS_PARALLELISM", "PYTORCH_MPS_HIGH_WATERMARK_RATIO", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_secret")
+    set_environment()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "0.0"
+    from huggingface_hub import get_token
+
+    assert get_token() == "hf_secret"
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    set_environment()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true" and os.environ["HF_TOKEN"] == "hf_other"
+
+
+def test_lines_carry_their_level_only_from_warning_on(tmp_path, capsys):
+    setup_logging(tmp_path)
+    logger.info("step 1")
+    logger.warning("careful")
+    assert capsys.readouterr().out == "step 1\nwarning: careful\n"

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from utils.tensor_utils import ShapeError, check_tensor
+
+PIXELS = torch.zeros(2, 3, 3, 14, 14)
+
+
+def test_a_tensor_as_promised_passes():
+    check_tensor("pixel_values", PIXELS, (2, None, 3, 14, 14), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (PIXELS[0], r"pixel_values: shape \(3, 3, 14, 14\) where \(2, any, 3, 14, 14\) is needed"),
+        (PIXELS[:1], r"shape \(1, 3, 3, 14, 14\) where"),
+        (PIXELS.half(), "torch.float16 where torch.float32 is needed"),
+        (PIXELS.to("meta"), "on meta where the model is on cpu"),
+        ([1, 2], "a tensor is needed, not list"),
+    ],
+)
+def test_what_differs_is_told(tensor, words):
+    with pytest.raises(ShapeError, match=words):
+        check_tensor("pixel_values", tensor, (2, None, 3, 14, 14), torch.float32, torch.device("cpu"))

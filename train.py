@@ -1,0 +1,97 @@
+"""Fine-tune LLaVA-NeXT to name the plant in a photo.
+
+    python train.py                      the documented run: 4-bit, adapter, Oxford Flowers 102; one CUDA card
+    python train.py --preset tiny        the same program on drawn flowers, CPU, no download
+    python train.py --dataset FOLDER     your own plants: FOLDER/<class name>/*.jpg
+
+Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png, checkpoint-*/, best/, eval_val.json and
+eval_val.png. The same command again goes on where a run was left unfinished.
+"""
+
+import sys
+
+from config.run_folder import choose_run_folder
+from config.training_config import TINY, ConfigError, TrainingConfig, parse_config, save_config
+from utils.logging_utils import errors_told, logger, set_environment, setup_logging
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(argv, __doc__)  # before torch: a typo costs a tenth of a second
+    set_environment()
+    setup_logging()
+    with errors_told(ConfigError):
+        config, state, notes = choose_run_folder(config)
+        setup_logging(config.output_dir)
+        for note in notes:
+            logger.info(note)
+        if state == "finished":
+            return 0
+        from transformers import set_seed
+
+        from data.collator import PlantCollator
+        from data.dataset import build_datasets
+        from data.labels import parse_reply
+        from models.builder import DTYPES, build_model, build_processor, check_model, describe_model
+        from models.checkpoint import check_disk, last_checkpoint
+        from models.generation import report_replies
+        from models.trainer import build_trainer
+        from utils.device_utils import choose_device, choose_precision
+
+        device = choose_device(config.model, config.model == TINY, config.gpu_memory_fraction)
+        precision = choose_precision(config.mixed_precision, device)
+        data = build_datasets(config)
+        processor, prompt = build_processor(config, data.class_names)
+        collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
+        set_seed(config.seed)  # an adapter starts at random
+        model = build_model(config, processor, device, precision)
+        checks = check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
+        trainer = build_trainer(config, model, processor, collator, data.train, data.validation, precision, device)
+        check_disk(config.output_dir, model, config.save_total_limit)
+        save_config(
+            config,
+            config.output_dir,
+            describe_model(model, processor, precision, device) | {"class_names": data.class_names},
+        )
+        log_header(config, data, trainer, f"{precision} on {device}, {len(checks)} checks hold")
+        trainer.train_from(last_checkpoint(config.output_dir) if state == "unfinished" else None)
+        trainer.save_best()
+        if not config.train_on_val:
+            trainer.evaluate_here()
+            report_replies(
+                model,
+                collator,
+                data.validation,
+                "val",
+                parse_reply,
+                config.output_dir,
+                config.per_device_eval_batch_size,
+                config.num_workers,
+                DTYPES[precision],
+            )
+        trainer.note_finished()
+    return 0
+
+
+def log_header(config: TrainingConfig, data, trainer, place: str) -> None:
+    """What the run is, before it starts."""
+    learning, total = trainer.model.num_parameters(only_trainable=True), trainer.model.num_parameters()
+    photos, steps = len(data.train), trainer.planned_steps()
+    size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
+    logger.info(f"run    {config.output_dir}: preset {config.preset}, seed {config.seed}")
+    logger.info(
+        f"data   {data.source}: {photos:,} train, {len(data.validation):,} val, {len(data.test):,} test photos of "
+        f"{len(data.class_names)} classes, at {size}" + ", learning from val too" * config.train_on_val
+    )
+    logger.info(
+        f"model  {config.model}: {total:,} weights, {learning:,} ({learning / total:.2%}) learn ({config.trainable}), "
+        f"{'4-bit' if config.load_in_4bit else 'not quantized'}, {place}" + ", untested on MPS" * place.endswith("mps")
+    )
+    logger.info(
+        f"plan   {steps:,} steps of {config.effective_batch_size} photos "
+        f"({steps * config.effective_batch_size / photos:.1f} epochs), "
+        f"{trainer.micro_batch_size} at a time, activations {'recomputed' if config.gradient_checkpointing else 'kept'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

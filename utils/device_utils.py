@@ -1,0 +1,56 @@
+"""Where a run computes and how precisely. Imports torch alone, so that a missing card is told in seconds."""
+
+from pathlib import Path
+
+import torch
+
+from utils.logging_utils import UserError
+
+CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
+BF16_CAPABILITY = (8, 0)  # Ampere; older cards only emulate it, and torch counts that as support
+
+
+class DeviceError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+def choose_device(model: str, is_tiny: bool, gpu_memory_fraction: float) -> torch.device:
+    """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for the tiny model.
+
+    Raises DeviceError for a model that needs a card where torch sees none.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+        return device
+    if is_tiny:
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if (
+        Path(model).is_dir()
+        and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
+    ):
+        return torch.device("cpu")
+    raise DeviceError(
+        f"--model {model}: needs a CUDA card and torch sees none; check nvidia-smi and the driver, or try this "
+        "program on the "
+        "CPU with --preset tiny"
+    )
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """bf16, fp16 or no. Raises DeviceError for fp16 without CUDA, where nothing would scale the loss."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if requested == "fp16" and capability is None:
+        raise DeviceError(
+            "--mixed-precision fp16: needs a CUDA card, elsewhere nothing scales the loss; use no or auto"
+        )
+    return precision_for(requested, capability)
+
+
+def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
+    """bf16, fp16 or no, for a card of this CUDA compute capability (None: no CUDA card)."""
+    if requested != "auto":
+        return requested
+    if capability is None:
+        return "no"
+    return "bf16" if capability >= BF16_CAPABILITY else "fp16"

@@ -1,0 +1,91 @@
+"""Logging: what users read, train.log, and how an error reaches them. Nothing heavy is imported here.
+
+Three kinds of line: header (what the run is), step (one every logging_steps), result (what came out).
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+LOG_FILE = "train.log"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+logger = logging.getLogger("llava_plants")
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one sentence: the value, the reason, the next move."""
+
+
+def set_environment() -> None:
+    """The documented environment variables, unless set, and no progress bars of libraries into a file or pipe.
+
+    The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("HUGGINGFACE_TOKEN"):
+        os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
+
+
+def setup_logging(folder: str | Path | None = None) -> None:
+    """Lines to the screen at INFO; with a folder also to its train.log, which keeps times and full tracebacks."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(_ScreenFormatter())
+    logger.addHandler(screen)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(folder) / LOG_FILE, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+
+
+class _ScreenFormatter(logging.Formatter):
+    """Bare INFO lines, `warning: ...`, `error: ...`; a traceback only of what the user cannot mend."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "one_sentence", False):
+            record = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)
+
+
+@contextlib.contextmanager
+def errors_told(*kinds: type[Exception]) -> Iterator[None]:
+    """What goes wrong inside becomes a log line and exit status 1; train.log has the full traceback.
+
+    A UserError, or one of `kinds`, is its one sentence on the screen.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.warning("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        sentence = str(error) if isinstance(error, (UserError, *kinds)) else _disk_sentence(error)
+        if sentence:
+            logger.error(sentence, exc_info=True, extra={"one_sentence": True})
+        else:
+            logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
+        sys.exit(1)
+
+
+def _disk_sentence(error: Exception) -> str | None:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return (
+            f"{error.filename or 'the disk'}: {error.strerror}; make room, or name a writable --output-dir (and "
+            "HF_HOME)"
+        )
+    return None

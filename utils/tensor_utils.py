@@ -1,0 +1,31 @@
+"""Checks on tensors that need no look at their values, so that none of them makes the host wait for the device."""
+
+import torch
+
+from utils.logging_utils import UserError
+
+
+class ShapeError(UserError):
+    """A tensor whose shape, dtype or device is not what the model was promised."""
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
+    """Raise ShapeError unless `tensor` has this shape (None: any length), dtype and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ShapeError(f"{name}: a tensor is needed, not {type(tensor).__name__}")
+    fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, tensor.shape))
+    if not fits:
+        wanted = ", ".join("any" if length is None else str(length) for length in shape)
+        raise ShapeError(
+            f"{name}: shape {tuple(tensor.shape)} where ({wanted}) is needed; was the batch built by data/collator.py?"
+        )
+    if tensor.dtype != dtype:
+        raise ShapeError(f"{name}: {tensor.dtype} where {dtype} is needed")
+    if device is not None and tensor.device != device:
+        raise ShapeError(f"{name}: on {tensor.device} where the model is on {device}")
