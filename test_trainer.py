@@ -142,17 +142,21 @@ def check_disk_and_memory(ready) -> str:
 
 def check_data(ready) -> str:
     from data.dataset import build_datasets
-    from utils.image_utils import open_photo
+    from utils.image_utils import PhotoError, open_photo
 
     data = build_datasets(ready.config)
-    few = [data.train[index * (len(data.train) - 1) // 3] for index in range(4)]
-    sizes = ["x".join(map(str, open_photo(row["image"]).size)) for row in few]
+    sizes, broken = [], []
+    for index in range(4):
+        try:
+            photo = open_photo(data.train[index * (len(data.train) - 1) // 3]["image"])
+            sizes.append(f"{photo.width}x{photo.height}")
+        except PhotoError as error:  # what share is broken is for the lengths below to say
+            broken.append(str(error))
+    if not sizes:
+        raise UserError(f"none of four photos can be opened: {broken[0]}")
     ready.data = data
-    return (
-        f"{data.source}: {len(data.train):,} train, {len(data.validation):,} val, {len(data.test):,} test photos; "
-        "decoded "
-        f"{', '.join(sizes)} (width x height)"
-    )
+    counts = f"{len(data.train):,} train, {len(data.validation or ()):,} val, {len(data.test):,} test photos"
+    return f"{data.source}: {counts}; decoded {', '.join(sizes)} (width x height)" + f"; {broken[:1]}" * bool(broken)
 
 
 def check_class_names(ready) -> str:

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         log_header(config, data, trainer, f"{precision} on {device}, {len(checks)} checks hold")
         trainer.train_from(last_checkpoint(config.output_dir) if state == "unfinished" else None)
         trainer.save_best()
-        if not config.train_on_val:
+        if data.validation is not None:
             trainer.evaluate_here()
             report_replies(
                 model,
@@ -79,8 +79,9 @@ def log_header(config: TrainingConfig, data, trainer, place: str) -> None:
     size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
     logger.info(f"run    {config.output_dir}: preset {config.preset}, seed {config.seed}")
     logger.info(
-        f"data   {data.source}: {photos:,} train, {len(data.validation):,} val, {len(data.test):,} test photos of "
-        f"{len(data.class_names)} classes, at {size}" + ", learning from val too" * config.train_on_val
+        f"data   {data.source}: {photos:,} train, "
+        + (f"{len(data.validation):,} val" if data.validation is not None else "no val (it is in train)")
+        + f", {len(data.test):,} test photos of {len(data.class_names)} classes, at {size}"
     )
     logger.info(
         f"model  {config.model}: {total:,} weights, {learning:,} ({learning / total:.2%}) learn ({config.trainable}), "

@@ -37,7 +37,7 @@ class PlantData(NamedTuple):
     """The splits of a source, and what its labels are called."""
 
     train: Dataset
-    validation: Dataset
+    validation: Dataset | None  # None once it is learned from: then it measures nothing
     test: Dataset
     class_names: list[str]
     source: str  # for the header
@@ -53,7 +53,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
             validation=sample(data.validation, config.sample_fraction, config.seed),
         )
     if config.train_on_val:
-        data = data._replace(train=concatenate_datasets([data.train, data.validation]))
+        data = data._replace(train=concatenate_datasets([data.train, data.validation]), validation=None)
     return data
 
 

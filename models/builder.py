@@ -102,7 +102,8 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
 def _loading_failed(model: str, part: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     chain = {type(link).__name__ for link in _causes(error)}
-    if chain & {"GatedRepoError", "RepositoryNotFoundError"} or "401" in reason:
+    refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in _causes(error))
+    if refused or chain & {"GatedRepoError", "RepositoryNotFoundError"}:
         move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
     elif chain & {
         "LocalEntryNotFoundError",

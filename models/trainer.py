@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft import PeftModel
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from config.run_folder import append_metrics
 from config.training_config import TrainingConfig
@@ -54,11 +57,13 @@ class PlantTrainer(Trainer):
         self.bad_photos: set[str] = set()
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         super().__init__(*args, **kwargs)
-        self.tile = unwrapped_config(self.model).vision_config.image_size
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.tile = base.config.vision_config.image_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.projector_learning_rate is not None:
+        if is_new and self.projector_learning_rate is not None:
             projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
             for group in list(optimizer.param_groups):
                 theirs = [p for p in group["params"] if id(p) in projector]
@@ -207,6 +212,16 @@ class PlantTrainer(Trainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state.global_step = step
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights of a whole model are saved under the names of the hub, which only from_pretrained turns back.
+
+        transformers loads them by name, finds none, and goes on with the weights it has and a warning.
+        """
+        if isinstance(self.model, PeftModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self.model.load_state_dict(saved.state_dict())
+
     def save_best(self) -> None:
         """best/: what was learned, the processor, and a manifest; nothing pickled."""
         best = Path(self.args.output_dir) / "best"
@@ -278,11 +293,6 @@ def cut(batch: dict, size: int) -> list[dict]:
     return pieces
 
 
-def unwrapped_config(model):
-    """The LlavaNextConfig of a model with or without an adapter."""
-    return model.get_base_model().config if hasattr(model, "get_base_model") else model.config
-
-
 def _save_random_state(device: torch.device) -> list[torch.Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
@@ -300,18 +310,23 @@ def build_trainer(
     config: TrainingConfig, model, processor, collator, train_set, val_set, precision: str, device: torch.device
 ) -> PlantTrainer:
     """The trainer of a config, with its callbacks."""
-    trainer = PlantTrainer(
-        model=model,
-        args=build_arguments(config, precision, device),
-        data_collator=collator,
-        train_dataset=train_set,
-        eval_dataset=val_set,
-        processing_class=processor,
-        micro_batch_size=config.per_device_train_batch_size,
-        image_token_id=processor.image_token_id,
-        projector_learning_rate=config.projector_learning_rate,
-        max_bad_fraction=config.max_bad_fraction,
-    )
+    try:
+        trainer = PlantTrainer(
+            model=model,
+            args=build_arguments(config, precision, device),
+            data_collator=collator,
+            train_dataset=train_set,
+            eval_dataset=val_set,
+            processing_class=processor,
+            micro_batch_size=config.per_device_train_batch_size,
+            image_token_id=processor.image_token_id,
+            projector_learning_rate=config.projector_learning_rate,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+    except RuntimeError as error:
+        if "Callback requires" not in str(error):
+            raise
+        raise UserError(f"--report-to {config.report_to}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
     for callback in (RunLog(trainer), MemoryCollector(), ManifestCallback(), ProgressBar()):
@@ -326,6 +341,16 @@ def build_arguments(config: TrainingConfig, precision: str, device: torch.device
         raise UserError(
             f"{config.effective_batch_size} photos per optimizer step cannot be shared by {ranks} processes; change "
             "--gradient-accumulation-steps or the number of processes"
+        )
+    optimizers = [name.value for name in OptimizerNames]
+    if config.optim not in optimizers:
+        raise UserError(f"--optim {config.optim}: not an optimizer of transformers; use one of {', '.join(optimizers)}")
+    trackers = config.report_to.split(",")
+    unknown = set(trackers) - {"none", "all"} - set(INTEGRATION_TO_CALLBACK)
+    if unknown:
+        raise UserError(
+            f"--report-to {config.report_to}: unknown are {', '.join(unknown)}; use none, all, or some of "
+            f"{', '.join(INTEGRATION_TO_CALLBACK)}"
         )
     return TrainingArguments(
         output_dir=config.output_dir,
@@ -346,7 +371,7 @@ def build_arguments(config: TrainingConfig, precision: str, device: torch.device
         optim=config.optim,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
-        report_to=config.report_to.split(","),
+        report_to=trackers,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps,
         save_strategy="steps",

@@ -68,7 +68,7 @@ def tiny():
     config = TrainingConfig(**PRESETS["tiny"])
     names = list(SPECIES)
     processor, prompt = build_processor(config, names)
-    drawn = draw_split("test")
+    drawn = draw_split("test")[:40]
     return SimpleNamespace(
         config=config,
         processor=processor,
@@ -76,7 +76,7 @@ def tiny():
         names=names,
         collator=PlantCollator(processor, prompt, names, config.image_size),
         native=PlantCollator(processor, prompt, names, None),
-        rows=lambda count: drawn[:count],
+        rows=lambda count: list(drawn[:count]),
         model=lambda seed=0: build_tiny_model(processor, seed),
     )
 
@@ -129,3 +129,12 @@ def photo_folder(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_handler_is_left():
+    """A handler keeps the stream it was made with, and pytest closes that after each test."""
+    yield
+    from utils.logging_utils import logger
+
+    logger.handlers.clear()

@@ -63,6 +63,7 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
     name = str(path or "photo without a name")
+    name = name if name.isprintable() else repr(name)
     try:
         if contents is None:
             contents = Path(path).read_bytes()

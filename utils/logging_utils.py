@@ -74,12 +74,18 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
         logger.warning("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
     except Exception as error:
-        sentence = str(error) if isinstance(error, (UserError, *kinds)) else _disk_sentence(error)
+        sentence = _own_sentence(error) if isinstance(error, (UserError, *kinds)) else _disk_sentence(error)
         if sentence:
             logger.error(sentence, exc_info=True, extra={"one_sentence": True})
         else:
             logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
         sys.exit(1)
+
+
+def _own_sentence(error: Exception) -> str:
+    """The error's own; from a DataLoader's worker it is the last line of a traceback that torch made its message."""
+    told = str(error)
+    return told.strip().splitlines()[-1].partition(": ")[2] if told.startswith("Caught ") else told
 
 
 def _disk_sentence(error: Exception) -> str | None:

@@ -11,7 +11,8 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     """Loss (train and val), learning rate and gradient norm over optimizer steps, from the lines of metrics.jsonl."""
     steps = [line for line in metrics if "loss" in line]
     evaluations = [line for line in metrics if "eval_loss" in line]
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(8, 9))
+    figure.subplots_adjust(left=0.13, right=0.97, top=0.98, bottom=0.06, hspace=0.06)
     loss, rate, norm = figure.subplots(3, 1, sharex=True)
     _curve(loss, steps, "loss", "train")
     if evaluations:
@@ -52,5 +53,5 @@ def _curve(axes, lines: Sequence[dict], key: str, label: str, **style) -> None:
 
 
 def _shorten(text: str, length: int = 32) -> str:
-    text = " ".join(text.split())
+    text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return text if len(text) <= length else text[: length - 3] + "..."

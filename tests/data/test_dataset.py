@@ -244,4 +244,4 @@ def test_sample_fraction_keeps_balance_and_is_seeded(photo_folder):
 
 def test_train_on_val_learns_from_both(few_drawings):
     data = build("--preset", "tiny", "--train-on-val", "true")
-    assert len(data.train) == 68 and len(data.validation) == 20
+    assert len(data.train) == 68 and data.validation is None

@@ -32,14 +32,8 @@ def test_every_format_opens(kind):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F"])
 def test_every_mode_becomes_rgb(mode):
-    image = (
-        gradient("L").convert("I;16")
-        if mode == "I;16"
-        else gradient("RGB").convert("LAB")
-        if mode == "LAB"
-        else gradient(mode)
-    )
-    kind = {"CMYK": "TIFF", "YCbCr": "TIFF", "LAB": "TIFF", "F": "TIFF"}.get(mode, "PNG")
+    image = gradient("L").convert("I;16") if mode == "I;16" else gradient("RGB").convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
     assert open_photo(encoded(image, kind)).mode == "RGB"
 
 

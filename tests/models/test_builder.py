@@ -1,0 +1,331 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config.training_config import TrainingConfig
+from data.synthetic import SPECIES
+from models import builder
+from models.builder import ModelError, build_model, build_processor, check_model, choose_trainables, unwrap
+from tests.conftest import FAMILIES
+
+CPU = torch.device("cpu")
+NAMES = list(SPECIES)
+
+
+def built(folder: str, precision: str = "no", **settings):
+    """(model, processor, prompt, config) of a checkpoint folder, as train.py builds them."""
+    config = TrainingConfig(model=folder, image_size=70, **settings)
+    processor, prompt = build_processor(config, NAMES)
+    return build_model(config, processor, CPU, precision), processor, prompt, config
+
+
+def checked(folder: str, precision: str = "no", **settings) -> list[str]:
+    model, processor, prompt, config = built(folder, precision, **settings)
+    return check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
+
+
+# ---- what is asserted after load
+
+
+@pytest.mark.parametrize("trainable", ["adapter", "adapter+projector", "projector"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_four_bit_model_passes_its_assertions(trainable, precision, checkpoint):
+    found = checked(checkpoint(), precision, trainable=trainable)
+    assert "21 linears in 4 bit, the language model's alone" in found
+    assert "the adapter sits on 21 language-model projections, nowhere else" in found
+    assert any(f"({trainable}), no others" in sentence for sentence in found)
+
+
+def test_sixteen_bit_and_everything(checkpoint):
+    assert "0 linears in 4 bit, the language model's alone" in checked(checkpoint(), "bf16", load_in_4bit=False)
+    found = checked(checkpoint(), trainable="everything", load_in_4bit=False)
+    assert "the adapter sits on 0 language-model projections, nowhere else" in found
+
+
+def break_adapter_place(model, processor):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(unwrap(model), LoraConfig(target_modules=["q_proj"]))  # a leaf name: CLIP has it too
+
+
+def break_precision(model, processor):
+    unwrap(model).model.vision_tower.float()
+
+
+def break_trainables(model, processor):
+    unwrap(model).model.image_newline.requires_grad_(True)
+
+
+def break_dtype_of_what_learns(model, processor):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
+def break_patch(model, processor):
+    processor.patch_size = 7
+
+
+def break_pinpoints(model, processor):
+    processor.image_processor.image_grid_pinpoints = [[70, 140]]
+
+
+def break_image_token(model, processor):
+    unwrap(model).config.image_token_id = 9
+
+
+def break_stop(model, processor):
+    unwrap(model).generation_config.eos_token_id = [9]
+
+
+def break_vocabulary(model, processor):
+    processor.tokenizer.add_tokens(["a new word"])
+
+
+BREAKS = [
+    (break_adapter_place, "the adapter sits on"),
+    (break_precision, "CLIPVisionModel is kept in torch.bfloat16"),
+    (break_trainables, "image_newline"),
+    (break_dtype_of_what_learns, "what learns is in fp32"),
+    (break_patch, "patches of 7 pixels are the vision tower's 14"),
+    (break_pinpoints, "pinpoints are the model's"),
+    (break_image_token, "is the model's 9"),
+    (break_stop, "generation stops at '</s>'"),
+    (break_vocabulary, "tokens have one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BREAKS)
+def test_a_model_that_is_not_what_was_asked_for_is_refused(change, words, checkpoint):
+    model, processor, prompt, config = built(checkpoint(), "bf16", load_in_4bit=False)
+    model = change(model, processor) or model
+    with pytest.raises(ModelError) as refused:
+        check_model(model, processor, prompt, config.load_in_4bit, config.trainable, "bf16")
+    assert words in str(refused.value)
+
+
+def test_a_vision_tower_in_four_bit_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(
+        builder, "IN_16_BIT", ["vision_tower", "multi_modal_projector", "lm_head"]
+    )  # the short names do nothing
+    with pytest.raises(ModelError, match="linears in 4 bit, the language model's alone"):
+        checked(checkpoint())
+
+
+# ---- what learns, and what does not
+
+
+def steps(model, processor, collator_of, count=2, rate=0.05):
+    """`count` optimizer steps on one batch; returns the names of the parameters that moved."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    batch = collator_of(processor)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=rate)
+    model.train()
+    losses = []
+    for _ in range(count):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}, losses
+
+
+@pytest.fixture
+def batch_of(tiny):
+    from data.collator import PlantCollator
+
+    def make(prompt):
+        def collate(processor):
+            batch = PlantCollator(processor, prompt, NAMES, 70)(tiny.rows(4))
+            names = ("input_ids", "pixel_values", "image_sizes", "logits_to_keep", "shift_labels", "labels")
+            return {name: batch[name] for name in names}
+
+        return collate
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("trainable", "parts"),
+    [
+        ("adapter", {"lora_A", "lora_B"}),
+        ("projector", {"modules_to_save"}),
+        ("adapter+projector", {"lora_A", "lora_B", "modules_to_save"}),
+    ],
+)
+def test_two_steps_on_a_four_bit_base_move_what_learns_alone(trainable, parts, checkpoint, batch_of):
+    model, processor, prompt, _ = built(checkpoint(), trainable=trainable)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moved, losses = steps(model, processor, batch_of(prompt))
+    assert moved == learning and losses[1] < losses[0]
+    assert {part for part in ("lora_A", "lora_B", "modules_to_save") if any(part in name for name in moved)} == parts
+
+
+def test_the_frozen_tower_runs_without_autograd(checkpoint, batch_of):
+    model, processor, prompt, _ = built(checkpoint())
+    outputs = []
+    unwrap(model).model.vision_tower.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model.train()
+    model(**batch_of(prompt)(processor))
+    assert outputs and all(not state.requires_grad for state in outputs[0].hidden_states)
+
+
+def test_recomputing_activations_changes_no_gradient(checkpoint, batch_of):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, processor, prompt, _ = built(checkpoint(), gradient_checkpointing=recompute)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.train()
+        model(**batch_of(prompt)(processor)).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) == 42
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients))
+
+
+def test_an_evaluation_between_steps_loses_no_gradient(checkpoint, batch_of):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in the first evaluation."""
+    model, processor, prompt, _ = built(checkpoint(), "bf16")
+    batch = batch_of(prompt)(processor)
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).loss.backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name
+    )
+
+
+def test_everything_leaves_out_what_gets_no_gradient(tiny, batch_of):
+    model = choose_trainables(tiny.model(), "everything", 1, 1, 0.0)
+    model(**batch_of(tiny.prompt)(tiny.processor)).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+# ---- a test per family of templates
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_trains_two_steps_and_generation_stops_at_its_end_token(family, checkpoint, batch_of, tiny):
+    model, processor, prompt, config = built(checkpoint(family))
+    check_model(model, processor, prompt, config.load_in_4bit, config.trainable, "no")
+    moved, losses = steps(model, processor, batch_of(prompt))
+    assert len(moved) == 42 and losses[1] < losses[0]
+    from data.collator import PlantCollator
+
+    batch = PlantCollator(processor, prompt, NAMES, 70).prompts(tiny.rows(2))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")}
+
+    def length_when_it_says(token: int) -> int:
+        hook = unwrap(model).lm_head.register_forward_hook(
+            lambda module, args, output: output.index_fill(-1, torch.tensor([token]), 1e4)
+        )
+        model.eval()
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id)
+        hook.remove()
+        return ids.shape[1] - inputs["input_ids"].shape[1]
+
+    assert (length_when_it_says(prompt.end_id), length_when_it_says(9)) == (1, 6)
+
+
+def test_trained_labels_end_in_the_end_token(checkpoint, batch_of):
+    for family in FAMILIES:
+        config = TrainingConfig(model=checkpoint(family), image_size=70)
+        processor, prompt = build_processor(config, NAMES)
+        labels = batch_of(prompt)(processor)["shift_labels"]
+        assert all(row[row != -100][-1] == prompt.end_id for row in labels)
+
+
+# ---- checkpoints that cannot be used
+
+
+def copy_of(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint(), tmp_path / "model")
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def other_kind(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"model_type": "llava_next"', '"model_type": "llava"'))
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def torn_weights(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without_weights, "holds no *.safetensors weights"),
+        (other_kind, "is a llava checkpoint; this program fine-tunes llava_next ones"),
+        (no_config, "its config cannot be loaded"),
+        (torn_weights, "its weights cannot be loaded"),
+        (no_tokenizer, "its processor cannot be loaded"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(damage, words, checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    damage(folder)
+    with pytest.raises(ModelError) as refused:
+        built(str(folder))
+    assert words in str(refused.value) and str(folder) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("./nowhere", "no such folder"),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", "the hub cannot be reached: check the network"),
+    ],
+)
+def test_a_model_that_is_not_there(model, words):
+    with pytest.raises(ModelError, match=words):
+        build_processor(TrainingConfig(model=model), NAMES)
+
+
+def test_old_processors_on_the_hub_are_completed(checkpoint, tmp_path):
+    import json
+
+    folder = copy_of(checkpoint, tmp_path)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    for name in ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"):
+        del settings[name]
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    assert checked(str(folder))
+
+
+def test_nothing_is_unpickled(checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    without_weights(folder)
+    with pytest.raises(ModelError, match="holds no"):
+        built(str(folder))
+
+
+def test_sharded_weights_load(checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    from transformers import LlavaNextForConditionalGeneration
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder)
+    without_weights(folder)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    assert checked(str(folder))

@@ -1,0 +1,38 @@
+import json
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from data.dataset import ROW
+from data.labels import parse_reply
+from models.generation import generate_replies, report_replies
+from utils.logging_utils import setup_logging
+
+
+def rows(tiny, count):
+    return Dataset.from_list(tiny.rows(count), features=ROW)
+
+
+def replies(tiny, model, some, batch_size):
+    return list(generate_replies(model, tiny.collator, some, batch_size, 0, torch.float32))
+
+
+def test_replies_do_not_depend_on_the_batch(tiny):
+    model = tiny.model()
+    some = rows(tiny, 7)
+    assert replies(tiny, model, some, 1) == replies(tiny, model, some, 4)
+    assert [reply.id for reply in replies(tiny, model, some, 3)] == some["id"]
+
+
+def test_a_report_counts_what_it_left_out(tiny, tmp_path, capsys):
+    setup_logging()
+    drawn = tiny.rows(6)
+    drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    some = Dataset.from_list(drawn, features=ROW)
+    report = report_replies(tiny.model(), tiny.collator, some, "val", parse_reply, tmp_path, 4, 0, torch.float32)
+    assert report == json.loads((tmp_path / "eval_val.json").read_text())
+    assert {"split", "n", "top1", "mean_per_class"} <= set(report) and (report["n"], report["bad_photos"]) == (5, 1)
+    assert Image.open(tmp_path / "eval_val.png").size[0] == 960
+    told = capsys.readouterr().out
+    assert "photo left out: test-00002: gone.jpg: is empty" in told and "result val: top-1" in told

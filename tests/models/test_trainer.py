@@ -1,0 +1,324 @@
+import math
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+
+from config.run_folder import read_metrics
+from config.training_config import PRESETS, TrainingConfig
+from data.collator import PlantCollator
+from data.dataset import ROW
+from models.trainer import StepError, build_arguments, build_trainer, cut
+from tests.data.test_collator import SIZES, rows_of
+from utils.logging_utils import UserError, setup_logging
+from utils.tensor_utils import ShapeError
+
+CPU = torch.device("cpu")
+
+
+def rows(tiny, count=32):
+    return Dataset.from_list(tiny.rows(count), features=ROW)
+
+
+def make_trainer(tiny, folder, train_set=None, model=None, **settings):
+    """The trainer of the tiny preset with a few steps."""
+    values = (
+        PRESETS["tiny"] | {"output_dir": str(folder), "max_steps": 4, "save_steps": 50, "num_workers": 0} | settings
+    )
+    config = TrainingConfig(**values)
+    set_seed(config.seed)
+    train_set = rows(tiny) if train_set is None else train_set
+    collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, config.image_size)
+    return build_trainer(config, model or tiny.model(), tiny.processor, collator, train_set, rows(tiny, 10), "no", CPU)
+
+
+def weights(trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def same(one, other, tolerance=0.0) -> bool:
+    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(one, other, strict=True))
+
+
+# ---- cutting a batch
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 16])
+def test_pieces_hold_every_supervised_token_once_and_pad_little(size, tiny):
+    batch = tiny.native(rows_of(tiny, SIZES * 2))
+    pieces = cut(batch, size)
+    assert sum(len(piece["input_ids"]) for piece in pieces) == 8
+    assert sum((piece["labels"] != -100).sum() for piece in pieces) == (batch["labels"] != -100).sum()
+    for piece, start in zip(pieces, range(0, 8, size)):
+        mine = batch["samples"][start : start + size]
+        assert piece["input_ids"].shape[1] == max(sample.length for sample in mine)
+        assert piece["shift_labels"].shape == (len(mine), len(piece["logits_to_keep"]))
+        assert piece["image_sizes"] == [list(sample.size) for sample in mine]
+
+
+def test_loss_and_gradients_are_equal_for_micro_batches_of_16_4_and_1(tiny, tmp_path):
+    batch = tiny.native(rows_of(tiny, SIZES * 4))
+    tokens = (batch["labels"] != -100).sum()
+    found = {}
+    for size in (16, 4, 1):
+        trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
+        trainer.create_optimizer()
+        loss = trainer.training_step(trainer.model, batch, tokens)
+        found[size] = loss.item(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+    whole = tiny.model()(**cut(batch, 16)[0])
+    assert found[16][0] == pytest.approx(whole.loss.item(), abs=1e-6)
+    for size in (4, 1):
+        assert found[size][0] == pytest.approx(found[16][0], abs=1e-5)
+        assert same(found[size][1], found[16][1], 1e-5)
+
+
+def test_weights_after_a_run_do_not_depend_on_the_micro_batch(tiny, tmp_path):
+    ends = []
+    for size in (16, 2):
+        trainer = make_trainer(
+            tiny, tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=16 // size
+        )
+        trainer.train()
+        ends.append([step["loss"] for step in read_metrics(tmp_path / str(size))])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+
+
+def test_to_transformers_a_batch_is_the_whole_step():
+    config = TrainingConfig(output_dir="runs/x")
+    arguments = build_arguments(config, "no", CPU)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (16, 1)
+    assert arguments.logging_nan_inf_filter is False and arguments.remove_unused_columns is False
+
+
+def test_processes_that_do_not_divide_the_step(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="16 photos per optimizer step cannot be shared by 3 processes"):
+        build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU)
+
+
+# ---- what stops a step
+
+
+class Break(TrainerCallback):
+    """Does something at the beginning of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_value_that_is_not_finite_stops_before_the_weights_move(value, tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    seen = {}
+
+    def poison(model):
+        with torch.no_grad():
+            model.lm_head.weight[5] = value
+        seen["before"] = weights(trainer)
+
+    trainer.add_callback(Break(3, poison))
+    with pytest.raises(
+        StepError, match=r"step 3: loss (nan|inf).*nothing was learned from it.*samples: test-000\d\d"
+    ) as stopped:
+        trainer.train()
+    assert len(re.findall(r"test-000\d\d", str(stopped.value))) == 16
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(map(torch.nan_to_num, seen["before"]), map(torch.nan_to_num, weights(trainer)))
+    )
+    assert [step["step"] for step in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    hook = {}
+
+    def poison(model):
+        hook["of"] = model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    trainer.add_callback(Break(2, poison))
+    with pytest.raises(StepError, match=r"step 2: loss \d.*, gradient norm nan"):
+        trainer.train()
+
+
+def test_with_a_loss_scaler_an_overflow_is_a_skipped_step_until_no_scale_helps(tiny, tmp_path, capsys):
+    setup_logging()
+    trainer = make_trainer(tiny, tmp_path)
+    trainer.last_step = {"step": 7}
+
+    class Scaler:
+        scale = 65536.0
+
+        def get_scale(self):
+            return self.scale
+
+    trainer.accelerator.scaler = Scaler()
+    trainer._judge_overflow(2.0, math.inf, "a, b")
+    assert (
+        "warning: step 7: gradient overflow at loss scale 65536; the scaler skips the step" in capsys.readouterr().out
+    )
+    Scaler.scale = 1.0
+    with pytest.raises(StepError, match="step 7"):
+        trainer._judge_overflow(2.0, math.inf, "a, b")
+    Scaler.scale = 65536.0
+    with pytest.raises(StepError, match="loss nan"):
+        trainer._judge_overflow(math.nan, 1.0, "a, b")
+
+
+def test_a_batch_that_lost_image_tokens_on_its_way_stops_before_the_weights_move(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    before = weights(trainer)
+    collate = trainer.data_collator
+
+    def lose_one(some):
+        batch = collate(some)
+        batch["image_tokens"][3] -= 1
+        return batch
+
+    trainer.data_collator = lose_one
+    with pytest.raises(StepError, match=r"step 1: 1 samples changed their image tokens.*nothing was learned from it"):
+        trainer.train()
+    assert same(before, weights(trainer))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("input_ids", lambda tensor: tensor[:, 0]),
+        ("pixel_values", lambda tensor: tensor.double()),
+        ("pixel_values", lambda tensor: tensor[:, :, :, :50]),
+        ("shift_labels", lambda tensor: tensor[:, :1]),
+        ("image_sizes", lambda tensor: tensor[:2]),
+        ("logits_to_keep", lambda tensor: tensor[None]),
+    ],
+)
+def test_a_batch_of_another_shape_is_refused_at_the_door(name, change, tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    batch = tiny.collator(tiny.rows(4))
+    batch[name] = change(batch[name])
+    with pytest.raises(ShapeError, match=name):
+        trainer.training_step(trainer.model, batch, 12)
+
+
+def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path, capsys):
+    setup_logging()
+    drawn = [row | {"image": {"bytes": b"not a photo", "path": f"{row['id']}.jpg"}} if index in (3, 9) else row
+             for index, row in enumerate(tiny.rows(32))]  # fmt: skip
+    train_set = Dataset.from_list(drawn, features=ROW)
+    trainer = make_trainer(tiny, tmp_path / "few", train_set, max_bad_fraction=0.1)
+    trainer.train()
+    told = capsys.readouterr().out
+    assert told.count("photo left out") == 2 and "(2 so far)" in told and "test-00003.jpg: is not a photo" in told
+    assert sum(step["photos"] for step in read_metrics(tmp_path / "few")) == 60
+    with pytest.raises(StepError, match=r"\d of 32 photos cannot be opened, above max_bad_fraction=0.01"):
+        make_trainer(tiny, tmp_path / "many", train_set).train()
+
+
+# ---- out of memory
+
+
+class Cramped(TrainerCallback):
+    """Every forward of more than `room` photos from a step on runs out of memory, after drawing random numbers."""
+
+    def __init__(self, model, room):
+        def refuse(module, args, kwargs):
+            if len(kwargs["input_ids"]) > room:
+                torch.rand(7)
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def with_dropout(tiny):
+    model = tiny.model()
+    model.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.2
+    return model
+
+
+def test_out_of_memory_redoes_the_same_step_in_smaller_pieces(tiny, tmp_path, capsys):
+    setup_logging()
+    undisturbed = make_trainer(
+        tiny, tmp_path / "a", model=with_dropout(tiny), per_device_train_batch_size=4, gradient_accumulation_steps=4
+    )
+    undisturbed.train()
+    model = with_dropout(tiny)
+    cramped = make_trainer(tiny, tmp_path / "b", model=model)
+    Cramped(model, room=5)
+    cramped.train()
+    assert "step 1: out of memory; the step is redone with 4 photos at a time" in capsys.readouterr().out
+    assert cramped.micro_batch_size == 4 and cramped.state.global_step == 4
+    assert same(weights(undisturbed), weights(cramped))
+
+
+def test_out_of_memory_with_one_photo_is_told(tiny, tmp_path):
+    model = tiny.model()
+    trainer = make_trainer(tiny, tmp_path, model=model)
+    Cramped(model, room=0)
+    with pytest.raises(StepError, match="step 1: out of memory with one photo at a time; use --gradient"):
+        trainer.train()
+
+
+def test_other_errors_of_the_forward_are_not_taken_for_it(tiny, tmp_path):
+    model = tiny.model()
+    model.register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        make_trainer(tiny, tmp_path, model=model).train()
+
+
+# ---- evaluation
+
+
+def test_eval_loss_is_the_exact_token_mean_whatever_the_batch_size(tiny, tmp_path):
+    losses = [
+        make_trainer(tiny, tmp_path, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 4, 10)
+    ]
+    piece = cut(tiny.collator(tiny.rows(10)), 10)[0]
+    with torch.no_grad():
+        expected = tiny.model().eval()(**piece).loss.item()
+    assert losses == pytest.approx([expected] * 3, abs=1e-5)
+
+
+def test_evaluating_does_not_change_the_training(tiny, tmp_path):
+    ends = []
+    for name, every in (("without", None), ("with", 1)):
+        trainer = make_trainer(tiny, tmp_path / name, model=with_dropout(tiny), eval_steps=every, num_workers=1)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert same(*ends)
+    assert sum("eval_loss" in line for line in read_metrics(tmp_path / "with")) == 4
+
+
+# ---- optimizer and steps
+
+
+def test_the_projector_has_its_own_learning_rate(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, projector_learning_rate=1e-2, learning_rate=1e-3, weight_decay=0.1)
+    trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (1e-2 if "multi_modal_projector" in name else 1e-3)
+    trainer.train()
+    assert trainer.lr_scheduler.base_lrs.count(1e-2) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"max_steps": 7}, 7), ({"max_steps": -1, "num_train_epochs": 1.5}, 3), ({"max_steps": -1}, 6)],
+)
+def test_planned_steps_are_the_steps_done(settings, steps, tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, **settings)
+    assert trainer.planned_steps() == steps
+    trainer.train()
+    assert trainer.state.global_step == steps
+
+
+def test_reports_go_where_they_were_asked_to(tmp_path):
+    config = TrainingConfig(output_dir=str(tmp_path), report_to="tensorboard,wandb")
+    assert build_arguments(config, "no", CPU).report_to == ["tensorboard", "wandb"]

@@ -1,0 +1,122 @@
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+import test_trainer
+from models import callbacks
+
+
+def run(capsys, *argv) -> tuple[int, dict[str, str]]:
+    """Exit status, and each check's line by its name."""
+    status = test_trainer.main(list(argv))
+    told = capsys.readouterr().out
+    return status, {name: line for line, name in re.findall(r"^((?:ok|FAIL|skip)\s+([^:]+):.*)$", told, re.MULTILINE)}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TINY = ["--preset", "tiny", "--num-workers", "0"]
+
+
+def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(few_drawings, capsys, here):
+    status, lines = run(capsys, *TINY)
+    assert status == 0 and len(lines) == 17 and all(line.startswith("ok") for line in lines.values())
+    assert "Number of image tokens: 1 (expanded to 55, as many as feature rows)" in lines["image tokens"]
+    assert "25 patches of 14 x 14 + 1 CLS a tile" in lines["pixels"] and "(1, 2, 3, 70, 70)" in lines["pixels"]
+    assert "learned: ' amber starwort</s>'" in lines["sample"] and "as expected of random weights" in lines["steps"]
+    assert "minutes an epoch of 3 steps" in lines["time"] and "transformers 5" in lines["packages"]
+    assert not list(here.iterdir())
+
+
+def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, photo_folder, capsys):
+    root = photo_folder({"oak": 8, "ash": 8})
+    for photo in (root / "oak").iterdir():
+        Image.new("RGB", (90, 30), "green").save(photo)
+    status, lines = run(capsys, "--model", checkpoint(), "--dataset", str(root), "--image-size", "none")
+    assert status == 0 and "18 assertions hold" in lines["model"]
+    lowest, highest = re.search(r"lengths: ([\d,]+) to ([\d,]+) tokens", lines["lengths"]).groups()
+    assert int(lowest) < int(highest)
+    assert "of padding" in lines["padding"] and ", 0 to 0 of padding" not in lines["padding"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+def test_without_a_card_it_says_so_and_offers_the_tiny_preset(capsys):
+    status, lines = run(capsys)
+    assert status == 1 and lines["device"].startswith("FAIL") and "--preset tiny" in lines["device"]
+    assert lines["data"] == "skip  data: needs the device above" and lines["disk and memory"].startswith("ok")
+
+
+def test_a_missing_package_is_told_and_the_rest_is_skipped(capsys, monkeypatch):
+    real = test_trainer.version
+
+    def lacking(name):
+        if name == "bitsandbytes":
+            raise test_trainer.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(test_trainer, "version", lacking)
+    status, lines = run(capsys, *TINY)
+    assert status == 1 and "bitsandbytes not installed; run: pip install -r requirements.txt" in lines["packages"]
+    assert lines["device"].startswith("skip")
+
+
+def test_another_version_than_the_tested_one_is_said(few_drawings, capsys, monkeypatch):
+    real = test_trainer.version
+    monkeypatch.setattr(test_trainer, "version", lambda name: "2.11.0" if name == "torch" else real(name))
+    _, lines = run(capsys, *TINY)
+    assert (
+        lines["packages"].startswith("ok")
+        and "others than tested: torch 2.11.0 (==2.13.0 is pinned)" in lines["packages"]
+    )
+
+
+def test_a_leak_fails(few_drawings, capsys, monkeypatch):
+    grown = iter(range(0, 10**12, 10**8))
+    monkeypatch.setattr(callbacks, "memory_in_use", lambda device: next(grown))
+    status, lines = run(capsys, *TINY)
+    assert status == 1 and lines["leak"].startswith("FAIL") and "memory grew over 4 steps" in lines["leak"]
+
+
+def test_an_implausible_first_loss_fails(few_drawings, capsys, monkeypatch):
+    real = callbacks.append_metrics
+    monkeypatch.setattr(callbacks, "append_metrics", lambda folder, entry: real(folder, entry | {"loss": 20.0}))
+    status, lines = run(capsys, *TINY)
+    assert status == 1 and "starts at 20.00; 0.5 to 2.0 is expected of a pretrained checkpoint" in lines["steps"]
+
+
+def broken_photos(root):
+    for photo in list((root / "oak").iterdir())[:4]:
+        photo.write_bytes(b"")
+
+
+def no_folder(root):
+    root.rename(root.with_name("elsewhere"))
+
+
+BAD_INPUT = [
+    (broken_photos, [], "lengths", "photos cannot be opened, such as"),
+    (no_folder, [], "data", "no such folder"),
+    (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA card"),
+    (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA card"),
+]
+
+
+@pytest.mark.parametrize(("damage", "argv", "check", "words"), BAD_INPUT)
+def test_bad_input(damage, argv, check, words, photo_folder, capsys):
+    root = photo_folder({"oak": 10, "ash": 10})
+    if damage:
+        damage(root)
+    status, lines = run(capsys, *TINY, "--dataset", str(root), *argv)
+    assert status == 1 and lines[check].startswith("FAIL") and words in lines[check]
+
+
+def test_a_wrong_flag_stops_before_any_check(capsys):
+    with pytest.raises(SystemExit) as stop:
+        test_trainer.main(["--presett", "tiny"])
+    assert stop.value.code == 2 and "did you mean --preset?" in capsys.readouterr().err
