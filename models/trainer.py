@@ -379,7 +379,7 @@ def build_arguments(config: TrainingConfig, precision: str, device: torch.device
         save_total_limit=config.save_total_limit,
         dataloader_num_workers=config.num_workers,
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
-        dataloader_persistent_workers=config.num_workers > 0,
+        dataloader_persistent_workers=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
