@@ -6,7 +6,8 @@ Sources: the hub data set, a folder in the official VGG release layout, a folder
 
 import hashlib
 import itertools
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -221,9 +222,13 @@ def check_official_counts(data: PlantData) -> None:
 
 
 def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
-    """A seeded share of the rows with the balance of classes kept, and at least one row of each class."""
-    count = max(round(fraction * len(rows)), len(set(rows["label"])))
-    return rows if count >= len(rows) else _stratified(rows, seed, train_size=count)[0]
+    """A seeded share of each class, at least one photo of each, in the order of the rows."""
+    by_class = defaultdict(list)
+    for index, label in enumerate(rows["label"]):
+        by_class[label].append(index)
+    draw = random.Random(seed)
+    kept = [draw.sample(own, max(round(fraction * len(own)), 1)) for _, own in sorted(by_class.items())]
+    return rows.select(sorted(itertools.chain(*kept)))
 
 
 def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> tuple[Dataset, Dataset]:
@@ -234,15 +239,11 @@ def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> t
         raise DataError(
             f"class {classes[rarest]!r} has too few photos to split into train, val and test; it needs 3 or more"
         )
-    return _stratified(rows, seed, test_size=max(count, len(counts)))
-
-
-def _stratified(rows: Dataset, seed: int, **sizes) -> tuple[Dataset, Dataset]:
-    """train_test_split of row numbers, so that no photo is copied."""
+    # Row numbers are split, so that no photo is copied.
     labels = list(rows["label"])
     features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(labels) + 1)})
     numbers = Dataset.from_dict({"row": list(range(len(rows))), "label": labels}, features=features)
-    parts = numbers.train_test_split(stratify_by_column="label", seed=seed, **sizes)
+    parts = numbers.train_test_split(stratify_by_column="label", seed=seed, test_size=max(count, len(counts)))
     return rows.select(parts["train"]["row"]), rows.select(parts["test"]["row"])
 
 

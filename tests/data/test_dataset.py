@@ -233,6 +233,13 @@ def test_a_photo_in_train_and_test_is_told(few_drawings, monkeypatch):
 # ---- shares
 
 
+def test_sample_fraction_keeps_a_class_of_one_photo(photo_folder):
+    photo_folder({"oak": 4, "ash": 1}, "train")
+    photo_folder({"oak": 2, "ash": 1}, "val")
+    data = build("--dataset", str(photo_folder({"oak": 1}, "test")), "--sample-fraction", "0.5")
+    assert (Counter(data.train["label"]), Counter(data.validation["label"])) == ({0: 1, 1: 2}, {0: 1, 1: 1})
+
+
 def test_sample_fraction_keeps_balance_and_is_seeded(photo_folder):
     root = str(photo_folder({"oak": 50, "ash": 50}))
     half = build("--dataset", root, "--sample-fraction", "0.5")
