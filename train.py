@@ -52,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
             config.output_dir,
             describe_model(model, processor, precision, device) | {"class_names": data.class_names},
         )
-        log_header(config, data, trainer, f"{precision} on {device}, {len(checks)} checks hold")
+        log_header(
+            config,
+            data,
+            trainer,
+            f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold",
+        )
         trainer.train_from(last_checkpoint(config.output_dir) if state == "unfinished" else None)
         trainer.save_best()
         if data.validation is not None:

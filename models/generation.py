@@ -85,6 +85,7 @@ def report_replies(
         [open_photo(by_id[replies[index].id]) for index in shown],
         [replies[index].text for index in shown],
         [collator.class_names[replies[index].label] for index in shown],
+        [predictions[index] == replies[index].label for index in shown],
         folder / f"eval_{split}.png",
     )
     logger.info(

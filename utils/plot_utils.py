@@ -29,20 +29,23 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
 
 
 def plot_answers(
-    photos: Sequence[Image.Image], answers: Sequence[str], truths: Sequence[str], path: str | Path
+    photos: Sequence[Image.Image],
+    answers: Sequence[str],
+    truths: Sequence[str],
+    right: Sequence[bool],
+    path: str | Path,
 ) -> None:
-    """Photos with the model's answer over each: green where it is the truth, else red with the truth below it."""
+    """Photos with the model's answer over each: green where it is right, else red with the truth below it."""
     columns = 4
     rows = -(-len(photos) // columns)
     figure = Figure(figsize=(3 * columns, 3.4 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, photo, answer, truth in zip(figure.axes, photos, answers, truths):
-        right = answer == truth
+    for axes, photo, answer, truth, is_right in zip(figure.axes, photos, answers, truths, right):
         axes.imshow(photo)
         axes.set_title(
-            answer if right else f"{_shorten(answer)}\nis: {truth}",
-            color="darkgreen" if right else "darkred",
+            truth if is_right else f"{_shorten(answer)}\nis: {truth}",
+            color="darkgreen" if is_right else "darkred",
             fontsize=11,
         )
     figure.savefig(path, dpi=80)
