@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -39,12 +40,10 @@ def test_a_report_counts_what_it_left_out(tiny, tmp_path, capsys):
     assert "photo left out: test-00002: gone.jpg: is empty" in told and "result val: top-1" in told
 
 
-def test_the_picture_is_green_where_the_reply_names_the_class(tiny, tmp_path):
+@pytest.mark.parametrize("parsed, colour", [(0, "green"), (1, "red")])
+def test_the_picture_is_green_where_the_reply_names_the_class(tiny, tmp_path, parsed, colour):
     some = Dataset.from_list([row | {"label": 0} for row in tiny.rows(2)], features=ROW)
-    for parsed, colour in ((0, "green"), (1, "red")):
-        report_replies(
-            tiny.model(), tiny.collator, some, "val", lambda text, names: parsed, tmp_path, 2, 0, torch.float32
-        )
-        title = np.asarray(Image.open(tmp_path / "eval_val.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
-        redder = title[:, 0] - title[:, 1]
-        assert (redder.max() > 50, redder.min() < -50) == (colour == "red", colour == "green")
+    report_replies(tiny.model(), tiny.collator, some, "val", lambda *reply: parsed, tmp_path, 2, 0, torch.float32)
+    title = np.asarray(Image.open(tmp_path / "eval_val.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
+    redder = title[:, 0] - title[:, 1]
+    assert (redder.max() > 50, redder.min() < -50) == (colour == "red", colour == "green")

@@ -1,0 +1,45 @@
+"""Every command that the README shows exists and parses; every file it names is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from config.training_config import parse_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (?:python|make) .*?(?=  |$)", README, re.MULTILINE)
+
+
+def test_the_readme_shows_both_ways():
+    shown = {command.strip() for command in COMMANDS}
+    assert {"make demo", "make test", "make setup", "python test_trainer.py", "python train.py"} <= shown
+    assert "conda create -n plant_vision python=3.10" in README and "pip install -r requirements.txt" in README
+
+
+@pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
+def test_commands_of_the_readme_parse(command, capsys):
+    program, target, *flags = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif "--help" in flags:
+        with pytest.raises(SystemExit) as stopped:
+            parse_config(flags, "")
+        assert stopped.value.code == 0 and "--learning-rate" in capsys.readouterr().out
+    else:
+        assert (ROOT / target).is_file()
+        parse_config(flags, "")
+
+
+def test_files_of_the_readme_exist():
+    tree = README.partition("## The code")[2]
+    for folder, names in re.findall(r"^    (\w+/)? *(.*\.py.*)$", tree, re.MULTILINE):
+        for name in re.findall(r"\w+\.py", names):
+            assert (ROOT / folder / name).is_file(), f"{folder}{name}"
+
+
+def test_every_module_stands_in_the_readme():
+    modules = {path.name for part in ("config", "data", "models", "utils") for path in (ROOT / part).glob("[a-z]*.py")}
+    assert not [module for module in sorted(modules) if module not in README]
