@@ -118,7 +118,7 @@ def test_a_four_bit_run_on_your_own_plants(here, checkpoint, photo_folder, capsy
     root = photo_folder({"oak": 6, "ash_tree": 6})
     few = ["--image-size", "70", "--max-steps", "2", "--num-workers", "0"]
     status, told = run(capsys, "--model", checkpoint(), "--dataset", str(root), *few)
-    assert status == 0 and "4-bit, no on cpu" in told and "8 train, 2 val, 2 test photos of 2 classes" in told
+    assert status == 0 and "4-bit, fp32 on cpu" in told and "8 train, 2 val, 2 test photos of 2 classes" in told
     assert (here / "runs" / "default" / "best" / "adapter_model.safetensors").exists()
 
 
