@@ -1,0 +1,196 @@
+"""Exact log-probability of every class name, for a batch of photos.
+
+Shapes: B photos, T prompt tokens with image tokens, right padded, N inner nodes of a tree, C names, V vocabulary.
+
+The names form a tree of tokens. One prefill of photo and question fills a cache; one forward over the tree's inner
+nodes, each of which sees the prompt and its own ancestors, gives what may follow every beginning of a name.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from models.builder import unwrap
+from utils.logging_utils import UserError, logger
+
+MAX_NODES = 512  # inner nodes of one forward; more names than fit become several trees
+HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
+
+
+class ScoringError(UserError):
+    """A model or a set of names that cannot be scored exactly."""
+
+
+class NameTree(NamedTuple):
+    """Some of the names as a tree; slot 0 is the prompt's last token, slot i + 1 is inner node i."""
+
+    tokens: torch.Tensor  # (N,) of the inner nodes
+    depths: torch.Tensor  # (N,) 1 for the first token of a name
+    visible: torch.Tensor  # (N, N) bool: node j is node i or one of its ancestors
+    edge_slots: torch.Tensor  # (E,) where an edge starts, ascending
+    edge_tokens: torch.Tensor  # (E,) the token it leads to
+    pair_names: torch.Tensor  # (pairs,) each name once for each of its tokens,
+    pair_edges: torch.Tensor  # (pairs,) with the edge of that token
+
+
+class Score(NamedTuple):
+    """One photo: the log-probability of each name, in nats."""
+
+    id: str
+    label: int
+    values: list[float]
+
+
+def build_trees(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[NameTree]:
+    """Trees that hold each name (its token ids, end token included) once, of at most `max_nodes` inner nodes each.
+
+    Neighbours in token order share a tree, so that few beginnings stand in two. A name longer than that has its own.
+    """
+    if len(set(map(tuple, names))) < len(names):
+        raise ScoringError("two class names are the same tokens; rename one")
+    order = sorted(range(len(names)), key=lambda index: list(names[index]))
+    chunks, inner = [[]], set()
+    for index in order:
+        prefixes = {tuple(names[index][:length]) for length in range(1, len(names[index]))}
+        if chunks[-1] and len(inner | prefixes) > max_nodes:
+            chunks.append([])
+            inner = set()
+        chunks[-1].append(index)
+        inner |= prefixes
+    return [_build_tree({index: tuple(names[index]) for index in chunk}) for chunk in chunks]
+
+
+def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
+    inner = sorted({name[:length] for name in names.values() for length in range(1, len(name))})
+    slots = {(): 0} | {prefix: slot for slot, prefix in enumerate(inner, start=1)}
+    edges = sorted({(slots[name[:length]], name[length]) for name in names.values() for length in range(len(name))})
+    places = {edge: place for place, edge in enumerate(edges)}
+    visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
+    for prefix in inner:
+        for length in range(1, len(prefix) + 1):
+            visible[slots[prefix] - 1, slots[prefix[:length]] - 1] = True
+    pairs = [
+        (index, places[slots[name[:length]], name[length]])
+        for index, name in names.items()
+        for length in range(len(name))
+    ]
+    return NameTree(
+        tokens=torch.tensor([prefix[-1] for prefix in inner], dtype=torch.int64),
+        depths=torch.tensor([len(prefix) for prefix in inner], dtype=torch.int64),
+        visible=visible,
+        edge_slots=torch.tensor([slot for slot, _ in edges]),
+        edge_tokens=torch.tensor([token for _, token in edges]),
+        pair_names=torch.tensor([name for name, _ in pairs]),
+        pair_edges=torch.tensor([edge for _, edge in pairs]),
+    )
+
+
+@torch.no_grad()
+def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> torch.Tensor:
+    """(B, C) log-probabilities, float32 on the model's device, of a batch of data/collator.py, `size` photos at a time."""
+    base = unwrap(model)
+    names = 1 + max(int(tree.pair_names.max()) for tree in trees)
+    device = batch["input_ids"].device
+    trees = [NameTree(*(part.to(device) for part in tree)) for tree in trees]
+    scores = []
+    for start in range(0, len(batch["samples"]), size):
+        rows = slice(start, start + size)
+        samples = batch["samples"][rows]
+        longest = max(sample.prompt_length for sample in samples)
+        _check_window(base, longest + max(int(tree.pair_names.bincount().max()) for tree in trees))
+        scores.append(
+            _score_photos(
+                base,
+                batch["input_ids"][rows, :longest],
+                batch["pixel_values"][rows, : max(sample.tiles for sample in samples)],
+                [list(sample.size) for sample in samples],
+                torch.tensor([sample.prompt_length for sample in samples]).to(device),
+                trees,
+                names,
+            )
+        )
+    return torch.cat(scores)
+
+
+def _score_photos(base, input_ids, pixel_values, image_sizes, prompt_lengths, trees, names: int) -> torch.Tensor:
+    photos, padded = input_ids.shape
+    cache = DynamicCache()
+    # No mask: what lies behind a prompt is answer or padding, which causal attention keeps out of the prompt.
+    hidden = base.model(
+        input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, past_key_values=cache, use_cache=True
+    ).last_hidden_state  # (B, T, width)
+    last = hidden[torch.arange(photos, device=hidden.device), prompt_lengths - 1]  # (B, width)
+    in_prompt = torch.arange(padded, device=hidden.device) < prompt_lengths[:, None]  # (B, T)
+    scores = torch.zeros(photos, names, device=hidden.device)
+    for tree in trees:
+        hidden = last[:, None]  # (B, 1, width), slot 0
+        if len(tree.tokens):
+            visible = torch.cat(
+                [in_prompt[:, None].expand(-1, len(tree.tokens), -1), tree.visible.expand(photos, -1, -1)], dim=2
+            )  # (B, N, T + N)
+            nodes = base.model(
+                input_ids=tree.tokens.expand(photos, -1),
+                position_ids=prompt_lengths[:, None] + tree.depths - 1,
+                attention_mask=_additive(visible[:, None], hidden.dtype),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state  # (B, N, width)
+            cache.crop(padded)
+            hidden = torch.cat([hidden, nodes], dim=1)
+        edges = _edge_log_probabilities(base.lm_head, hidden, tree)
+        scores.index_add_(1, tree.pair_names, edges[:, tree.pair_edges])
+    return scores
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask is silently taken for something else by eager attention."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _edge_log_probabilities(head, hidden: torch.Tensor, tree: NameTree) -> torch.Tensor:
+    """(B, E) log-probability of each edge's token behind its slot; logits of a few slots exist at a time."""
+    photos, slots = hidden.shape[:2]
+    step = max(HEAD_ROWS // photos, 1)
+    bounds = torch.searchsorted(tree.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
+    pieces = []
+    for number, start in enumerate(range(0, slots, step)):
+        edges = slice(bounds[number], bounds[number + 1])
+        logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
+        own = logits[:, tree.edge_slots[edges] - start, tree.edge_tokens[edges]]
+        pieces.append(own - logits.logsumexp(dim=2)[:, tree.edge_slots[edges] - start])
+    return torch.cat(pieces, dim=1)
+
+
+def _check_window(base, length: int) -> None:
+    window = getattr(base.config.text_config, "sliding_window", None)
+    if window is not None and getattr(base.config.text_config, "use_sliding_window", True) and window < length:
+        raise ScoringError(
+            f"the language model attends to {window:,} tokens only and prompt with name has {length:,}; exact scores "
+            "need the whole prompt: use --image-size 336, or --protocol generation"
+        )
+
+
+def score_rows(
+    model, collator, rows, names: Sequence[Sequence[int]], batch_size: int, num_workers: int, dtype: torch.dtype
+) -> Iterator[Score]:
+    """A Score for each row whose photo opens; each photo that does not is told in the log.
+
+    `collator` is a data.collator.PlantCollator, `names` the token ids of each class name behind the prompt.
+    """
+    device = next(model.parameters()).device
+    trees = build_trees(names)
+    model.eval()
+    loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
+    for batch in tqdm(loader, desc="scoring photos", disable=not sys.stderr.isatty(), leave=False):
+        for bad in batch["bad"]:
+            logger.warning("photo left out: %s", bad)
+        moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            scores = score_batch(model, moved, trees, batch_size).tolist()
+        for sample, values in zip(batch["samples"], scores):
+            yield Score(sample.id, sample.label, values)
