@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
-from config.training_config import TINY, parse_config
+from config.training_config import BUILT, parse_config
 from utils.logging_utils import UserError, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -109,7 +109,7 @@ def check_device(ready) -> str:
 
     from utils.device_utils import choose_device, choose_precision
 
-    device = choose_device(ready.config.model, ready.config.model == TINY, ready.config.gpu_memory_fraction)
+    device = choose_device(ready.config.model, ready.config.model in BUILT, ready.config.gpu_memory_fraction)
     ready.precision = choose_precision(ready.config.mixed_precision, device)
     ready.device = device
     if device.type != "cuda":
@@ -293,9 +293,8 @@ def check_steps(ready) -> str:
     losses = [step["loss"] for step in ready.steps]
     chance = math.log(ready.model.get_input_embeddings().num_embeddings)
     random_weights = 0.7 * chance < losses[0] < 1.4 * chance
-    if (ready.config.model != TINY and not Path(ready.config.model).is_dir() and random_weights) or not 0.05 < losses[
-        0
-    ] < 1.4 * chance:
+    may_be_random = ready.config.model in BUILT or Path(ready.config.model).is_dir()
+    if not 0.05 < losses[0] < 1.4 * chance or (random_weights and not may_be_random):
         raise UserError(
             f"starts at {losses[0]:.2f}; 0.5 to 2.0 is expected of a pretrained checkpoint, about {chance:.1f} of "
             "random weights; "

@@ -4,14 +4,14 @@
     python train.py --preset tiny        the same program on drawn flowers, CPU, no download
     python train.py --dataset FOLDER     your own plants: FOLDER/<class name>/*.jpg
 
-Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png, checkpoint-*/, best/, eval_val.json and
-eval_val.png. The same command again goes on where a run was left unfinished.
+Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png, checkpoint-*/, best/ and eval_val.*.
+The same command again goes on where a run was left unfinished.
 """
 
 import sys
 
 from config.run_folder import choose_run_folder
-from config.training_config import TINY, ConfigError, TrainingConfig, parse_config, save_config
+from config.training_config import BUILT, ConfigError, TrainingConfig, parse_config, save_config
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
 
@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
 
         from data.collator import PlantCollator
         from data.dataset import build_datasets
-        from data.labels import parse_reply
-        from models.builder import DTYPES, build_model, build_processor, check_model, describe_model
-        from models.checkpoint import check_disk, last_checkpoint
-        from models.generation import report_replies
+        from data.synthetic import draw_strangers
+        from models.assessor import build_assessor
+        from models.builder import build_model, build_processor, check_model, describe_model
+        from models.checkpoint import check_disk, describe_best, last_checkpoint
         from models.trainer import build_trainer
         from utils.device_utils import choose_device, choose_precision
 
-        device = choose_device(config.model, config.model == TINY, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
         processor, prompt = build_processor(config, data.class_names)
@@ -59,20 +59,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold",
         )
         trainer.train_from(last_checkpoint(config.output_dir) if state == "unfinished" else None)
-        trainer.save_best()
         if data.validation is not None:
             trainer.evaluate_here()
-            report_replies(
-                model,
-                collator,
-                data.validation,
-                "val",
-                parse_reply,
-                config.output_dir,
-                config.per_device_eval_batch_size,
-                config.num_workers,
-                DTYPES[precision],
-            )
+        trainer.load_best()
+        if data.validation is not None:
+            adapter = describe_best(trainer.best_folder)
+            assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter)
+            calibration = assessor.calibrate(data.validation)
+            assessor.report(data.validation, "val", calibration, strangers=draw_strangers())
         trainer.note_finished()
     return 0
 

@@ -7,6 +7,7 @@ a flag costs a tenth of a second and not the import of torch.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG_FILE = "training_config.json"
-TINY = "tiny"  # the value of `model` that means: build it from config, no download
+BUILT = ("tiny", "scratch")  # values of `model` that mean: built from config with random weights, no download
 
 
 def knob(default, help: str, *, low=None, above=None, high=None, choices=(), free: bool = False):
@@ -46,7 +47,8 @@ class TrainingConfig:
 
     # ---- the model
     model: str = knob(
-        "llava-hf/llava-v1.6-mistral-7b-hf", f"any llava_next checkpoint: hub id or folder; '{TINY}': built here"
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        f"any llava_next checkpoint: hub id or folder; {' or '.join(BUILT)}: built here",
     )
     model_revision: str | None = knob(
         None, "branch, tag or commit on the hub; the commit it stood for is saved with the run"
@@ -105,7 +107,18 @@ class TrainingConfig:
 
     # ---- when what happens, in optimizer steps
     logging_steps: int = knob(10, "one step line each", low=1, free=True)
-    eval_steps: int | None = knob(100, "loss on val and a fresh loss.png each; none: only at the end", low=1, free=True)
+    eval_steps: int | None = knob(
+        100, "val photos scored, best/ kept by their top-1, a fresh loss.png; none: only at the end", low=1, free=True
+    )
+    early_stopping_patience: int | None = knob(
+        None, "evaluations without a gain in top-1 after which the run stops; none: never", low=1, free=True
+    )
+    early_stopping_min_gain: float | None = knob(
+        None,
+        "gain in top-1 that counts; none: the standard error that the number of val photos allows",
+        low=0,
+        free=True,
+    )
     save_steps: int = knob(50, "a checkpoint each", low=1, free=True)
     save_total_limit: int = knob(2, "checkpoints kept; two, so that one survives a torn save", low=2, free=True)
     per_device_eval_batch_size: int = knob(4, "photos per forward pass of an evaluation", low=1, free=True)
@@ -121,7 +134,7 @@ PRESETS: dict[str, dict] = {
     "default": {},
     # Drawn flowers and a LLaVA-NeXT of 0.7 million random weights, all of them trained, on two CPU cores.
     "tiny": dict(
-        model=TINY,
+        model="tiny",
         dataset="synthetic",
         image_size=70,
         trainable="everything",
@@ -139,6 +152,25 @@ PRESETS: dict[str, dict] = {
         save_steps=350,
         per_device_eval_batch_size=50,
         num_workers=1,
+    ),
+    # A LLaVA-NeXT of 27 million random weights that learns flowers from real photos alone, on a GPU in minutes.
+    "scratch": dict(
+        model="scratch",
+        image_size=112,
+        trainable="everything",
+        load_in_4bit=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=1,
+        learning_rate=4e-4,
+        warmup_steps=0.1,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        num_train_epochs=60.0,
+        eval_steps=64,
+        save_steps=256,
+        per_device_eval_batch_size=64,
+        num_workers=6,
     ),
     # Photos at their own resolution: about 2,340 image tokens each in place of 1,176.
     "native": dict(image_size=None),
@@ -161,8 +193,7 @@ PRESETS: dict[str, dict] = {
 
 def find_problems(config: TrainingConfig) -> Iterator[str]:
     """One sentence per setting that cannot work: name and value, reason, next move."""
-    for field in dataclasses.fields(config):
-        yield from _field_problems(field, getattr(config, field.name))
+    yield from find_range_problems(config)
     if config.trainable == "everything" and config.load_in_4bit:
         yield (
             "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn; use --load-in-4bit false or "
@@ -179,6 +210,11 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
             f"eval_steps={config.eval_steps} with train_on_val=true: photos that are learned from measure nothing; "
             "use --eval-steps none or --train-on-val false"
         )
+    if config.early_stopping_patience is not None and config.eval_steps is None:
+        yield (
+            f"early_stopping_patience={config.early_stopping_patience} with eval_steps=none: nothing is measured while "
+            " training; use --early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
+        )
     if config.max_steps == 0:
         yield "max_steps=0: nothing would be trained; use -1 for num_train_epochs, or a number of steps"
     if not config.question.strip() or config.question != config.question.strip() or "  " in config.question:
@@ -189,6 +225,12 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
         )
     if not _is_tracker_list(config.report_to):
         yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+
+
+def find_range_problems(options) -> Iterator[str]:
+    """One sentence per field of a dataclass of knobs whose value is of another kind or out of its range."""
+    for field in dataclasses.fields(options):
+        yield from _field_problems(field, getattr(options, field.name))
 
 
 def _field_problems(field: dataclasses.Field, value) -> Iterator[str]:
@@ -247,41 +289,68 @@ def _is_tracker_list(report_to: str) -> bool:
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainingConfig:
     """Defaults, then the preset, then the flags. Every problem is printed at once; then SystemExit with status 2."""
-    parser = _build_parser(description)
+    flags = read_flags(argv, description, (TrainingConfig,))
+    config, problems = apply_flags(TrainingConfig(), flags.given)
+    flags.stop_on([*flags.problems, *problems, *find_problems(config)])
+    return config
+
+
+class Flags(typing.NamedTuple):
+    """A command line, taken apart but not yet converted."""
+
+    given: dict[str, str]  # field name -> text
+    words: list[str]  # what stands alone
+    problems: list[str]
+    parser: argparse.ArgumentParser
+
+    def stop_on(self, problems: list[str]) -> None:
+        """Print them all and end with status 2, if there are any."""
+        if problems:
+            self.parser.exit(2, "".join(f"error: {problem}\n" for problem in problems) + "All settings: --help\n")
+
+
+def read_flags(argv: list[str] | None, description: str, kinds: tuple[type, ...], words: str | None = None) -> Flags:
+    """Flags for every field of these dataclasses of knobs; `words` names what may stand alone, None: nothing may."""
+    parser = _build_parser(description, kinds, words)
     flags, unknown = parser.parse_known_args(_with_dashes(sys.argv[1:] if argv is None else argv))
-    known = [action.option_strings[0] for action in parser._actions]
+    known = [action.option_strings[0] for action in parser._actions if action.option_strings]
     problems = [
         f"{word}: unknown flag{_nearest(word.split('=')[0], known)}" for word in unknown if word.startswith("-")
     ]
     if unknown and not problems:
         problems.append(f"{' '.join(unknown)}: stands alone; settings are given as --name value")
     given = {name: text for name, text in vars(flags).items() if text is not None}
-    preset = given.get("preset", "default")
-    if preset not in PRESETS:
-        problems.append(f"--preset {preset}: not one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}")
-    values = dict(PRESETS.get(preset, {}))
-    for field in dataclasses.fields(TrainingConfig):
+    return Flags(given, given.pop("words", []), problems, parser)
+
+
+def apply_flags(base, given: dict[str, str]) -> tuple[typing.Any, list[str]]:
+    """(`base`, a dataclass of knobs, with what was given for its fields; problems). --preset comes before the rest."""
+    values, problems = {}, []
+    if isinstance(base, TrainingConfig) and "preset" in given:
+        if given["preset"] not in PRESETS:
+            nearest = _nearest(given["preset"], PRESETS)
+            problems.append(f"--preset {given['preset']}: not one of {', '.join(PRESETS)}{nearest}")
+        values = dict(PRESETS.get(given["preset"], {}))
+    for field in dataclasses.fields(base):
         if field.name in given:
             try:
                 values[field.name] = _convert(given[field.name], _kinds(field))
             except ValueError:
                 problems.append(f"{field.name}={given[field.name]}: {_describe(_kinds(field))} is needed")
-    config = dataclasses.replace(TrainingConfig(), **values)
-    problems += find_problems(config)
-    if problems:
-        parser.exit(2, "".join(f"error: {problem}\n" for problem in problems) + "All settings: --help\n")
-    return config
+    return dataclasses.replace(base, **values), problems
 
 
-def _build_parser(description: str) -> argparse.ArgumentParser:
+def _build_parser(description: str, kinds: tuple[type, ...], words: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
-        usage="%(prog)s [--preset NAME] [--setting value ...]",
+        usage=f"%(prog)s {f'[{words} ...] ' if words else ''}[--preset NAME] [--setting value ...]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"presets: {', '.join(PRESETS)}. --image-size none and the like mean: no value.",
     )
-    for field in dataclasses.fields(TrainingConfig):
+    if words:
+        parser.add_argument("words", nargs="*", metavar=words, help=argparse.SUPPRESS)
+    for field in itertools.chain(*map(dataclasses.fields, reversed(kinds))):
         choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         bare = {"nargs": "?", "const": "true"} if bool in _kinds(field) else {}
         parser.add_argument(

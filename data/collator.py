@@ -56,6 +56,11 @@ class PlantCollator:
         self.image_size = image_size
         self.answers = [self._build_answer(name) for name in class_names]
 
+    @property
+    def name_ids(self) -> list[list[int]]:
+        """What follows the prompt for each class: the name's tokens, the end token last."""
+        return [answer.ids[answer.prompt_length :] for answer in self.answers]
+
     def __call__(self, rows: Sequence[dict]) -> dict:
         photos, kept, bad = self._open(rows)
         samples = [self.describe(row, (photo.height, photo.width)) for row, photo in zip(kept, photos)]

@@ -26,6 +26,8 @@ SPLITS = tuple(OFFICIAL_SIZES)
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of an image folder, any case
+# Byte-identical pictures in two splits of the official release, kept as published.
+TWINS = {"image_07309": "image_07307 (train)", "image_08067": "image_08077 (val)", "image_08077": "image_08067 (test)"}
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 
@@ -229,6 +231,26 @@ def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
     draw = random.Random(seed)
     kept = [draw.sample(own, max(round(fraction * len(own)), 1)) for _, own in sorted(by_class.items())]
     return rows.select(sorted(itertools.chain(*kept)))
+
+
+def take(rows: Dataset, count: int | None) -> Dataset:
+    """All rows, or that many of them, drawn with a fixed seed, in the order of the rows."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
+
+
+def name_twins(ids: Sequence[str]) -> list[str]:
+    """Which of the known pictures that stand in two official splits are among these."""
+    return [f"{photo} = {twin}" for photo, twin in TWINS.items() if photo in set(ids)]
+
+
+def load_strangers(folder: Path) -> Dataset:
+    """The photos in a folder, whatever they show; the label 0 means nothing."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    if not files:
+        raise DataError(f"--strangers {folder}: no photos found there; name a folder of photos without the classes")
+    return _listed([(file, 0, str(file.relative_to(folder))) for file in files])
 
 
 def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> tuple[Dataset, Dataset]:

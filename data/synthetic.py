@@ -60,6 +60,26 @@ def _draw_row(split: str, index: int, names: list[str]) -> dict:
     return {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "id": f"{split}-{index:05d}"}
 
 
+def draw_strangers(count: int = 40) -> dict[str, list[dict]]:
+    """{kind: rows} of pictures that show no plant at all: noise, plain colour, stripes. The label 0 means nothing."""
+    return {kind: [_draw_stranger(kind, index) for index in range(count)] for kind in ("noise", "plain", "stripes")}
+
+
+def _draw_stranger(kind: str, index: int) -> dict:
+    rng = random.Random(f"{kind} {index}")
+    one, other = _ground_colour(rng.random(), rng), _ground_colour(rng.random(), rng)
+    image = Image.new("RGB", (SIDE, SIDE), one)
+    if kind == "noise":
+        image = Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE))
+    elif kind == "stripes":
+        pen, width = ImageDraw.Draw(image), rng.randint(3, 12)
+        for start in range(0, 2 * SIDE, 2 * width):
+            pen.line((start, 0, start - SIDE // 2, SIDE), fill=other, width=width)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"image": {"bytes": file.getvalue(), "path": None}, "label": 0, "id": f"{kind}-{index:05d}"}
+
+
 def draw_flower(species: Species, rng: random.Random) -> Image.Image:
     """One drawing, SIDE x SIDE pixels, RGB."""
     side = SIDE * OVERSAMPLING

@@ -6,8 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,8 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from config.training_config import TINY, TrainingConfig
-from models.tiny import build_tiny_model, build_tiny_processor
+from config.training_config import BUILT, TrainingConfig
+from models.tiny import SIZES, build_tiny_model, build_tiny_processor
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt, build_prompt, probe_ids
 
@@ -47,8 +49,8 @@ class ModelError(UserError):
 
 def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
     """The checkpoint's own processor on the PIL back end, and its prompt pieces for the config's question."""
-    if config.model == TINY:
-        processor = build_tiny_processor([*class_names, config.question])
+    if config.model in BUILT:
+        processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     model_config = load_model_config(config.model, config.model_revision)
     try:
@@ -131,8 +133,8 @@ def build_model(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, precision: str
 ) -> PreTrainedModel | PeftModel:
     """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
-    if config.model == TINY:
-        base = build_tiny_model(processor, config.seed)
+    if config.model in BUILT:
+        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device)
     else:
         base = load_base(config.model, config.model_revision, config.load_in_4bit, DTYPES[precision], device)
     model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
@@ -191,7 +193,7 @@ def choose_trainables(
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
         _freeze_unused(base)
-        return base
+        return base.float()
     model = get_peft_model(
         base,
         LoraConfig(
@@ -220,6 +222,26 @@ def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
         encoder.post_layernorm.requires_grad_(False)
         for unused in list(encoder.encoder.layers)[len(encoder.encoder.layers) + 1 + layer :]:
             unused.requires_grad_(False)
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+    """Put the weights that save_pretrained left in `folder` into a model built alike.
+
+    Raises ModelError unless every saved weight found its place and all that learns was saved. The libraries load what
+    fits by name and go on without a word: a whole model, saved under the hub's names, by PEFT's and by Trainer's ways.
+    """
+    if not isinstance(model, PeftModel):
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        return
+    saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    result = set_peft_model_state_dict(model, saved)
+    missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"{folder}: the adapter does not fit the model: {len(missing)} weights are missing "
+            f"({', '.join(missing[:2])}), {len(result.unexpected_keys)} have no place "
+            f"({', '.join(result.unexpected_keys[:2])}); use the model and --trainable it was trained with"
+        )
 
 
 def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
@@ -318,7 +340,8 @@ def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype
     )
     for part in (base.model.vision_tower, base.model.multi_modal_projector, base.lm_head):
         kept = {parameter.dtype for parameter in part.parameters() if not parameter.requires_grad}
-        yield kept <= {dtype}, f"{type(part).__name__} is kept in {dtype}"
+        wanted = torch.float32 if trainable == "everything" else dtype
+        yield kept <= {wanted}, f"{type(part).__name__} is kept in {wanted}"
     adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     yield (
         adapted == (set() if trainable == "everything" else linears),

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from config.run_folder import METRICS_FILE, append_metrics, read_metrics
+from models.evaluation import resolvable_gain
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
@@ -63,7 +64,13 @@ class RunLog(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.is_world_process_zero:
             append_metrics(self.folder, {"step": state.global_step} | metrics)
-            logger.info("step %d | val loss %.4f", state.global_step, metrics["eval_loss"])
+            logger.info(
+                "step %d | val loss %.4f | val top-1 %.3f, top-5 %.3f",
+                state.global_step,
+                metrics["eval_loss"],
+                metrics["eval_top1"],
+                metrics["eval_top5"],
+            )
             plot_training(read_metrics(self.folder), self.folder / "loss.png")
         self.step_began = time.perf_counter()  # an evaluation is not the next step's time
 
@@ -107,6 +114,39 @@ class RunLog(TrainerCallback):
                     usual,
                 )
         self.losses.append(step["loss"])
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops after `patience` evaluations in a row none of which gained `min_gain` in top-1 on the best before them.
+
+    All it needs stands in the log history, which a checkpoint keeps, so it goes on after a resume as if never stopped.
+    """
+
+    def __init__(self, patience: int, min_gain: float | None, photos: int):
+        self.patience = patience
+        self.min_gain = min_gain
+        self.photos = photos
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        best, waited = None, 0
+        for entry in state.log_history:
+            if "eval_top1" in entry:
+                if best is None or entry["eval_top1"] - best >= self._gain_over(best):
+                    best, waited = entry["eval_top1"], 0
+                else:
+                    waited += 1
+        if waited >= self.patience:
+            logger.info(
+                "step %d | stopping early: %d evaluations without a gain of %.4f on top-1 %.3f",
+                state.global_step,
+                waited,
+                self._gain_over(best),
+                best,
+            )
+            control.should_training_stop = True
+
+    def _gain_over(self, best: float) -> float:
+        return resolvable_gain(best, self.photos) if self.min_gain is None else self.min_gain
 
 
 class MemoryCollector(TrainerCallback):

@@ -4,10 +4,12 @@ transformers writes a checkpoint file by file, so a kill leaves folders that loo
 holds they are not; damaged ones are renamed aside, and the newest that holds is resumed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -16,6 +18,8 @@ from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+BEST = "best"
+METRICS_OF_BEST = "best.json"
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 
 
@@ -67,12 +71,49 @@ def last_checkpoint(run_folder: str | Path) -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to fill, which takes its place when all of it was written."""
+    draft, old = folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
+    for left_over in (draft, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    draft.mkdir()
+    yield draft
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_best(folder: Path) -> dict | None:
+    """Step and metrics of best/, or None where it is missing, torn, or was not chosen by an evaluation."""
+    if find_damage(folder) is not None:
+        return None
+    return json.loads((folder / METRICS_OF_BEST).read_text(encoding="utf-8"))
+
+
+def describe_best(folder: Path) -> str:
+    """Which weights these are: their step and a hash of their manifest. Raises UserError for damaged ones."""
+    damage = find_damage(folder)
+    if damage is not None:
+        raise UserError(f"{folder}: holds no weights to evaluate ({damage}); finish the run: python train.py")
+    return f"step {read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
+
+
+def is_better(metrics: dict[str, float], best: dict | None) -> bool:
+    """By top-1 on val; among equals by the lower loss."""
+    if best is None or "eval_top1" not in best:
+        return True
+    return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
+
+
 def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
-    """Raise UserError unless the disk has room: fp32 weights and two Adam moments of what learns, per checkpoint."""
+    """Raise UserError unless the disk has room: fp32 weights and two Adam moments of what learns a checkpoint."""
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     needed = (
-        3 * 4 * learning * (checkpoints + 1) + MARGIN_BYTES
-    )  # rotation deletes the oldest after the newest is written
+        # rotation deletes the oldest after the newest is written; best/ stands beside its successor and the old one
+        4 * learning * (3 * (checkpoints + 1) + 3) + MARGIN_BYTES
+    )
     free = shutil.disk_usage(run_folder).free
     if free < needed:
         raise UserError(

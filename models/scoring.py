@@ -92,7 +92,7 @@ def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
 
 @torch.no_grad()
 def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> torch.Tensor:
-    """(B, C) log-probabilities, float32 on the model's device, of a batch of data/collator.py, `size` photos at a time."""
+    """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py, `size` photos at a time."""
     base = unwrap(model)
     names = 1 + max(int(tree.pair_names.max()) for tree in trees)
     device = batch["input_ids"].device
@@ -140,7 +140,7 @@ def _score_photos(base, input_ids, pixel_values, image_sizes, prompt_lengths, tr
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, N, width)
-            cache.crop(padded)
+            cache.crop(-len(tree.tokens))
             hidden = torch.cat([hidden, nodes], dim=1)
         edges = _edge_log_probabilities(base.lm_head, hidden, tree)
         scores.index_add_(1, tree.pair_names, edges[:, tree.pair_edges])

@@ -1,9 +1,12 @@
-"""A LLaVA-NeXT of about half a million random weights with its processor, built from config: no download.
+"""LLaVA-NeXTs of random weights with their processors, built from config: no download.
+
+`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real photos on a GPU.
 
 The same classes as a full-size checkpoint, so that everything from the collator to the scores runs unchanged.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,10 +21,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-TILE = 70  # pixels; 5 x 5 patches, so that a photo of this size takes 55 image tokens
 PATCH = 14
-# One pinpoint, so that a square photo is two tiles and not three of which one is half empty.
-PINPOINTS = [[TILE, TILE]]
+
+
+class Size(NamedTuple):
+    tile: int  # pixels; one pinpoint of this side, so that a square photo is two tiles
+    width: int  # of vision tower and language model
+    heads: int
+    vision_layers: int
+    layers: int
+    # transformers' initializer_range of 0.02 suits widths in the thousands; narrow models hardly learn with it.
+    initializer_range: float
+
+
+SIZES = {
+    "tiny": Size(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
+    "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
+}
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = (
@@ -32,7 +48,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_processor(
-    texts: Iterable[str], chat_template: str = CHAT_TEMPLATE, special_tokens: dict[str, str] = SPECIAL_TOKENS
+    texts: Iterable[str],
+    size: Size = SIZES["tiny"],
+    chat_template: str = CHAT_TEMPLATE,
+    special_tokens: dict[str, str] = SPECIAL_TOKENS,
 ) -> LlavaNextProcessor:
     """A processor over a byte-level BPE tokenizer whose words are those of `texts` (class names, the question)."""
     tokenizer = Tokenizer(models.BPE())
@@ -53,7 +72,9 @@ def build_tiny_processor(
         )
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+            size={"shortest_edge": size.tile},
+            crop_size={"height": size.tile, "width": size.tile},
+            image_grid_pinpoints=[[size.tile, size.tile]],
         ),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -70,20 +91,19 @@ def build_tiny_processor(
 
 
 def build_tiny_model(
-    processor: LlavaNextProcessor, seed: int, text_config: type = MistralConfig
+    processor: LlavaNextProcessor, seed: int, size: Size = SIZES["tiny"], text_config: type = MistralConfig
 ) -> LlavaNextForConditionalGeneration:
     """Random weights for a processor of build_tiny_processor; float32, on the CPU."""
     tokenizer = processor.tokenizer
-    # transformers' initializer_range of 0.02 suits widths in the thousands; at width 96 learning barely starts with it.
     text = text_config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=size.width,
+        intermediate_size=3 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=4096,
-        initializer_range=0.1,
+        initializer_range=size.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -91,19 +111,19 @@ def build_tiny_model(
     if hasattr(text, "sliding_window"):
         text.sliding_window = None
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        image_size=TILE,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.heads,
+        image_size=size.tile,
         patch_size=PATCH,
-        projection_dim=96,
+        projection_dim=size.width,
     )
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_grid_pinpoints=PINPOINTS,
+        image_grid_pinpoints=[[size.tile, size.tile]],
         vision_feature_layer=-1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

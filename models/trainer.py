@@ -3,10 +3,13 @@
 Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
 """
 
+import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
@@ -18,8 +21,20 @@ from transformers.training_args import OptimizerNames
 
 from config.run_folder import append_metrics
 from config.training_config import TrainingConfig
-from models.callbacks import MemoryCollector, ProgressBar, RunLog
-from models.checkpoint import PREFIX, ManifestCallback, write_manifest
+from models.builder import load_weights
+from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.checkpoint import (
+    BEST,
+    METRICS_OF_BEST,
+    PREFIX,
+    ManifestCallback,
+    is_better,
+    read_best,
+    replacing,
+    write_manifest,
+)
+from models.evaluation import measure_scores
+from models.scoring import build_trees, score_batch
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
 
@@ -37,7 +52,8 @@ class PlantTrainer(Trainer):
     - out of memory, the same step is redone in halved micro-batches from its own random state;
     - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
       are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
-    - `evaluate` gives the exact token mean of the loss and draws from no random state of the training;
+    - `evaluate` scores every class name on every photo: top-1, and the loss as the exact token mean; it draws from no
+      random state of the training, and what names best so far is kept in best/;
     - the projector may have a learning rate of its own.
     """
 
@@ -46,12 +62,14 @@ class PlantTrainer(Trainer):
         *args,
         micro_batch_size: int,
         image_token_id: int,
+        names: Sequence[Sequence[int]],
         projector_learning_rate: float | None = None,
         max_bad_fraction: float = 0.0,
         **kwargs,
     ):
         self.micro_batch_size = micro_batch_size
         self.image_token_id = image_token_id
+        self.trees = build_trees(names)
         self.projector_learning_rate = projector_learning_rate
         self.max_bad_fraction = max_bad_fraction
         self.bad_photos: set[str] = set()
@@ -213,22 +231,30 @@ class PlantTrainer(Trainer):
                 self.state.global_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights of a whole model are saved under the names of the hub, which only from_pretrained turns back.
+        load_weights(self.model, resume_from_checkpoint)
 
-        transformers loads them by name, finds none, and goes on with the weights it has and a warning.
-        """
-        if isinstance(self.model, PeftModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        self.model.load_state_dict(saved.state_dict())
+    @property
+    def best_folder(self) -> Path:
+        return Path(self.args.output_dir) / BEST
 
-    def save_best(self) -> None:
-        """best/: what was learned, the processor, and a manifest; nothing pickled."""
-        best = Path(self.args.output_dir) / "best"
-        self.model.save_pretrained(best)
-        self.processing_class.save_pretrained(best)
-        write_manifest(best)
-        logger.info("result %s holds the trained weights", best)
+    def save_best(self, metrics: dict[str, float]) -> None:
+        """best/: what was learned, the processor, the step and its metrics, and a manifest; nothing pickled."""
+        with replacing(self.best_folder) as folder:
+            self.model.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            facts = {"step": self.state.global_step} | metrics
+            (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_manifest(folder)
+
+    def load_best(self) -> None:
+        """The weights of best/ into the model, unless it has them; without val they are the last ones."""
+        best = read_best(self.best_folder)
+        if best is None or self.eval_dataset is None:
+            self.save_best({})
+        elif best["step"] != self.state.global_step:
+            load_weights(self.model, self.best_folder)
+        step = self.state.global_step if best is None else best["step"]
+        logger.info("result %s holds the weights of step %d", self.best_folder, step)
 
     def note_finished(self) -> None:
         """The last line of metrics.jsonl, by which config/run_folder.py knows a finished run."""
@@ -245,20 +271,30 @@ class PlantTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss as the exact mean over supervised tokens, whatever the batch size."""
+        """Every class name scored on every photo: top-1, top-5, the loss as the exact mean over tokens."""
         self.model.eval()
-        total = torch.zeros((), device=self.args.device)
-        tokens, bad = 0, 0
+        scores, labels, tokens, bad = [], [], 0, 0
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
-                bad += len(batch["bad"])
-                for piece in cut(batch, self.args.per_device_eval_batch_size):
-                    with self.accelerator.autocast():
-                        total += self.model(**piece, num_items_in_batch=1).loss
+                with self.accelerator.autocast():
+                    scores.append(
+                        score_batch(self.model, batch, self.trees, self.args.per_device_eval_batch_size).cpu()
+                    )
+                labels += [sample.label for sample in batch["samples"]]
                 tokens += sum(sample.length - sample.prompt_length for sample in batch["samples"])
-        metrics = {f"{metric_key_prefix}_loss": total.item() / tokens, f"{metric_key_prefix}_bad_photos": bad}
+                bad += len(batch["bad"])
+        scores, labels = torch.cat(scores).double().numpy(), np.array(labels)
+        found = dict(measure_scores(scores, labels))
+        metrics = {
+            f"{metric_key_prefix}_loss": float(-scores[np.arange(len(labels)), labels].sum() / tokens),
+            f"{metric_key_prefix}_top1": found["top1"],
+            f"{metric_key_prefix}_top5": found["top5"],
+            f"{metric_key_prefix}_bad_photos": bad,
+        }
         self.log(dict(metrics))
+        if is_better(metrics, read_best(self.best_folder)):
+            self.save_best(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -320,6 +356,7 @@ def build_trainer(
             processing_class=processor,
             micro_batch_size=config.per_device_train_batch_size,
             image_token_id=processor.image_token_id,
+            names=collator.name_ids,
             projector_learning_rate=config.projector_learning_rate,
             max_bad_fraction=config.max_bad_fraction,
         )
@@ -331,6 +368,10 @@ def build_trainer(
         trainer.remove_callback(callback)
     for callback in (RunLog(trainer), MemoryCollector(), ManifestCallback(), ProgressBar()):
         trainer.add_callback(callback)
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(
+            EarlyStopping(config.early_stopping_patience, config.early_stopping_min_gain, len(val_set))
+        )
     return trainer
 
 

@@ -88,7 +88,7 @@ def checkpoint(tmp_path_factory):
 
     from data.labels import CLASS_NAMES
     from data.synthetic import SPECIES
-    from models.tiny import build_tiny_model, build_tiny_processor
+    from models.tiny import SIZES, build_tiny_model, build_tiny_processor
 
     made = {}
 
@@ -96,9 +96,9 @@ def checkpoint(tmp_path_factory):
         if family not in made:
             template, special, text_config = FAMILIES[family]
             folder = tmp_path_factory.mktemp(family)
-            processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], template, special)
+            processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], SIZES["tiny"], template, special)
             processor.save_pretrained(folder)
-            build_tiny_model(processor, 0, getattr(transformers, text_config)).save_pretrained(folder)
+            build_tiny_model(processor, 0, SIZES["tiny"], getattr(transformers, text_config)).save_pretrained(folder)
             made[family] = str(folder)
         return made[family]
 

@@ -14,8 +14,8 @@ class DeviceError(UserError):
     """A device or precision that this machine does not have."""
 
 
-def choose_device(model: str, is_tiny: bool, gpu_memory_fraction: float) -> torch.device:
-    """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for the tiny model.
+def choose_device(model: str, is_built: bool, gpu_memory_fraction: float) -> torch.device:
+    """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for a model built here.
 
     Raises DeviceError for a model that needs a card where torch sees none.
     """
@@ -23,7 +23,7 @@ def choose_device(model: str, is_tiny: bool, gpu_memory_fraction: float) -> torc
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
         return device
-    if is_tiny:
+    if is_built:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if (
         Path(model).is_dir()

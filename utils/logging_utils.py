@@ -34,8 +34,8 @@ def set_environment() -> None:
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
 
 
-def setup_logging(folder: str | Path | None = None) -> None:
-    """Lines to the screen at INFO; with a folder also to its train.log, which keeps times and full tracebacks."""
+def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE) -> None:
+    """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
@@ -47,7 +47,7 @@ def setup_logging(folder: str | Path | None = None) -> None:
     logger.addHandler(screen)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(folder) / LOG_FILE, encoding="utf-8")
+        file = logging.FileHandler(Path(folder) / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 

@@ -20,10 +20,6 @@ CPU = torch.device("cpu")
 MISTRAL = FLOWERS.parent / "processor"
 
 
-def names_of(collator) -> list[list[int]]:
-    return [answer.ids[answer.prompt_length :] for answer in collator.answers]
-
-
 def one_by_one(model, collator, row) -> torch.Tensor:
     """(C,) the same by the stock forward pass, one photo and one name at a time, without padding, tree or cache."""
     scores = []
@@ -63,7 +59,7 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
     rows = rows_of(tiny, SIZES)
     batch = collator(rows)
     assert len({sample.prompt_length for sample in batch["samples"]}) > 1
-    scores = score_batch(model, batch, build_trees(names_of(collator)), len(rows))
+    scores = score_batch(model, batch, build_trees(collator.name_ids), len(rows))
     by_id = {row["id"]: row for row in rows}
     expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
@@ -73,7 +69,7 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
 def test_scores_do_not_depend_on_batch_or_number_of_trees(tiny, flowers):
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
-    names = names_of(collator)
+    names = collator.name_ids
     whole = score_batch(model, batch, build_trees(names), 8)
     for size, nodes in ((1, 512), (3, 512), (8, 1), (8, 7)):
         trees = build_trees(names, nodes)
@@ -87,7 +83,7 @@ def test_the_loss_follows_from_the_scores(tiny, flowers):
     """-log p of the true name, summed and divided by its tokens, is the loss of the stock forward."""
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
-    scores = score_batch(model, batch, build_trees(names_of(collator)), 4)
+    scores = score_batch(model, batch, build_trees(collator.name_ids), 4)
     tokens = sum(sample.length - sample.prompt_length for sample in batch["samples"])
     labels = torch.tensor([sample.label for sample in batch["samples"]])
     loss = -scores[torch.arange(len(labels)), labels].sum() / tokens
@@ -100,7 +96,7 @@ def test_the_102_names_make_one_tree_of_the_known_size():
     """Counted beforehand for this tokenizer: 495 tokens in 480 nodes, 378 of them inner."""
     processor = AutoProcessor.from_pretrained(MISTRAL, backend="pil")
     prompt = build_prompt(processor, TrainingConfig.question, [processor.tokenizer.eos_token_id])
-    (tree,) = build_trees(names_of(PlantCollator(processor, prompt, CLASS_NAMES, 336)))
+    (tree,) = build_trees(PlantCollator(processor, prompt, CLASS_NAMES, 336).name_ids)
     assert (len(tree.pair_names), len(tree.edge_slots), len(tree.tokens)) == (495, 480, 378)
 
 
@@ -130,13 +126,13 @@ def test_what_cannot_be_scored_is_refused(tiny):
     model = copy.deepcopy(tiny.model())
     model.config.text_config.sliding_window = 32
     with pytest.raises(ScoringError, match="attends to 32 tokens only and prompt with name has"):
-        score_batch(model, tiny.collator(tiny.rows(1)), build_trees(names_of(tiny.collator)), 1)
+        score_batch(model, tiny.collator(tiny.rows(1)), build_trees(tiny.collator.name_ids), 1)
 
 
 def test_photos_that_do_not_open_are_left_out_and_named(tiny, caplog):
     drawn = tiny.rows(5)
     drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     rows = Dataset.from_list(drawn, features=ROW)
-    scores = list(score_rows(tiny.model(), tiny.collator, rows, names_of(tiny.collator), 2, 0, torch.float32))
+    scores = list(score_rows(tiny.model(), tiny.collator, rows, tiny.collator.name_ids, 2, 0, torch.float32))
     assert sorted(score.id for score in scores) == sorted(row["id"] for index, row in enumerate(drawn) if index != 2)
     assert all(len(score.values) == len(tiny.names) for score in scores)

@@ -1,0 +1,80 @@
+"""What evaluate.py can be told beside the settings of the run. Standard library only."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from config.training_config import (
+    CONFIG_FILE,
+    ConfigError,
+    TrainingConfig,
+    apply_flags,
+    find_problems,
+    find_range_problems,
+    knob,
+    load_config,
+    read_flags,
+)
+
+PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415; the untouched base is asked it
+# What a run may be evaluated with otherwise than it was trained with; the rest is the run's own.
+FREE_FIELDS = (
+    *("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "num_workers", "pin_memory"),
+    *("per_device_eval_batch_size", "gpu_memory_fraction", "mixed_precision", "load_in_4bit"),
+)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    split: str = knob("val", "photos that were held out", choices=("val", "test"))
+    protocol: str = knob(
+        "scoring", "scoring: every name exactly; generation: free replies", choices=("scoring", "generation", "both")
+    )
+    limit: int | None = knob(None, "photos of the split, drawn with a fixed seed; none: all", low=1)
+    per_token: bool = knob(False, "divide each name's log-probability by its number of tokens")
+    prior_calibration: bool = knob(False, "subtract each name's log-probability under a plain grey photo")
+    target_precision: float = knob(
+        0.95, "share right among the answered that the not-sure threshold is chosen for, on val", above=0, high=1
+    )
+    strangers: str | None = knob(None, "folder of photos that show none of the classes; how many come out not sure?")
+
+
+class Evaluation(NamedTuple):
+    """A command line of evaluate.py."""
+
+    folders: list[Path]  # none: the base; one: a run; two: compare what was scored
+    config: TrainingConfig
+    recorded: dict  # by the run; empty for the base
+    options: EvaluationOptions
+
+
+def parse_evaluation(argv: list[str] | None = None, description: str = "") -> Evaluation:
+    """Flags over the run's saved config. Every problem is printed at once; then SystemExit with status 2."""
+    flags = read_flags(argv, description, (TrainingConfig, EvaluationOptions), words="RUN")
+    options, problems = apply_flags(EvaluationOptions(), flags.given)
+    problems = [*flags.problems, *problems, *find_range_problems(options)]
+    folders = [Path(word) for word in flags.words]
+    config, recorded = TrainingConfig(question=PUBLISHED_QUESTION), {}
+    if not folders and "model" not in flags.given and "preset" not in flags.given:
+        problems.append(f"name a run ({_runs_here()}), or the untouched base: --model ID_OR_FOLDER")
+    if len(folders) > 2:
+        problems.append(f"{' '.join(flags.words)}: name one run, or two to compare")
+    for folder in folders:
+        try:
+            config, recorded = load_config(folder)
+        except ConfigError as error:
+            problems.append(f"{error}. Runs here: {_runs_here()}")
+    if folders:
+        fixed = {field.name for field in dataclasses.fields(TrainingConfig)} - set(FREE_FIELDS)
+        problems += [
+            f"--{name.replace('_', '-')}: the run's own is used; only {', '.join(FREE_FIELDS)} may differ"
+            for name in sorted(fixed & set(flags.given))
+        ]
+    config, more = apply_flags(config, flags.given)
+    flags.stop_on([*problems, *more, *find_problems(config)])
+    return Evaluation(folders, config, recorded, options)
+
+
+def _runs_here() -> str:
+    return ", ".join(sorted(str(path.parent) for path in Path("runs").glob(f"*/{CONFIG_FILE}"))) or "no runs here yet"

@@ -1,0 +1,124 @@
+"""Score a run, or the untouched base, on held-out photos: how often right, how sure, which plants it takes for which.
+
+    python evaluate.py runs/default --split test           every name's exact log-probability on each photo
+    python evaluate.py --model ID_OR_FOLDER --split test   the untouched base, with the published question
+    python evaluate.py runs/default --protocol both        free replies too, as the published figures were made
+    python evaluate.py runs/base-x runs/default            compare two that were scored, photo by photo (McNemar)
+
+Writes eval_<split>.json, .md, .png and _photos.png into the run folder (of the base: runs/base-<name>). Temperature and
+"not sure" threshold are fitted on val alone. The same command again goes on where it was left.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+from config.evaluation_options import parse_evaluation
+from config.training_config import BUILT, ConfigError, save_config
+from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+
+LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
+
+
+def main(argv: list[str] | None = None) -> int:
+    folders, config, recorded, options = parse_evaluation(argv, __doc__)
+    set_environment()
+    is_base = not folders or bool(recorded.get("base"))
+    folder = folders[0] if folders else Path(config.output_dir or f"runs/base-{Path(config.model).name}")
+    with errors_told(ConfigError):
+        setup_logging(None if len(folders) == 2 else folder, "evaluate.log")
+        if len(folders) == 2:
+            compare_runs(*folders, options.split)
+            return 0
+        from peft import PeftModel
+
+        from data.collator import PlantCollator
+        from data.dataset import build_datasets, name_twins, take
+        from data.labels import parse_reply
+        from models.assessor import build_assessor
+        from models.builder import build_model, build_processor, check_model, describe_model, load_weights
+        from models.checkpoint import describe_best
+        from utils.device_utils import choose_device, choose_precision
+
+        adapter = None if is_base else describe_best(folder / "best")
+        device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
+        precision = choose_precision(config.mixed_precision, device)
+        data = build_datasets(config)
+        if recorded and data.class_names != recorded["class_names"]:
+            raise UserError(
+                f"--dataset {config.dataset}: its {len(data.class_names)} classes are not the "
+                f"{len(recorded['class_names'])} that {folder} learned; name the data set of the run"
+            )
+        processor, prompt = build_processor(config, data.class_names)
+        collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
+        model = build_model(config, processor, device, precision)
+        check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
+        if not is_base:
+            load_weights(model, folder / "best")
+        save_if_new(config, folder, describe_model(model, processor, precision, device), data.class_names)
+        validation = None if data.validation is None else take(data.validation, options.limit)
+        rows = validation if options.split == "val" else take(data.test, options.limit)
+        if rows is None:
+            raise UserError(f"{folder}: learned from val, which measures nothing then; use --split test")
+        logger.info(
+            f"run    {folder}: {'the untouched ' if is_base else ''}{config.model}{f', {adapter}' if adapter else ''}"
+        )
+        logger.info(f"data   {data.source}: {len(rows):,} photos of {options.split}, {len(data.class_names)} classes")
+        with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
+            assessor = build_assessor(
+                *(config, model, collator, precision, folder, adapter),
+                per_token=options.per_token,
+                use_prior=options.prior_calibration,
+                target_precision=options.target_precision,
+            )
+            replies = None
+            if options.protocol != "scoring":
+                replies = assessor.measure_replies(rows, options.split, parse_reply, LONGEST_REPLY)
+            if options.protocol != "generation":
+                assessor.report(
+                    rows,
+                    options.split,
+                    None if validation is None else assessor.calibrate(validation),
+                    why_not_calibrated="the run learned from val" if validation is None else None,
+                    strangers=strangers_of(options.strangers),
+                    replies=replies,
+                    twins=name_twins(rows["id"]),
+                )
+    return 0
+
+
+def save_if_new(config, folder: Path, described: dict, class_names: list[str]) -> None:
+    """The folder of a base becomes a run that can be named, beside trained ones."""
+    if not (folder / "training_config.json").exists():
+        save_config(config, folder, described | {"class_names": class_names, "base": True})
+
+
+def strangers_of(folder: str | None) -> dict[str, list[dict]]:
+    """Pictures without any of the classes: drawn ones, and the photos of a folder."""
+    from data.dataset import load_strangers
+    from data.synthetic import draw_strangers
+
+    return draw_strangers() | ({} if folder is None else {"of your photos": load_strangers(Path(folder))})
+
+
+def compare_runs(first: Path, second: Path, split: str) -> None:
+    """McNemar's exact test on the photos that both were scored on."""
+    from models.assessor import read_hits
+    from models.evaluation import compare
+
+    hits = [read_hits(folder, split) for folder in (first, second)]
+    both = sorted(set(hits[0]) & set(hits[1]))
+    if not both:
+        raise UserError(
+            f"{first} and {second}: no photo of {split} was scored by both; score them on the same data set"
+        )
+    found = dict(compare([hits[0][photo] for photo in both], [hits[1][photo] for photo in both]))
+    logger.info(
+        f"result {split}, {found['n']:,} photos: {first} {found['first']:.3f}, {second} {found['second']:.3f}; "
+        f"right in the first alone {found['only_first']}, in the second alone {found['only_second']}; "
+        f"p = {found['p']:.2g} (McNemar, exact)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

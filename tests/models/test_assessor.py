@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from data.dataset import ROW
+from data.labels import parse_reply
+from models.assessor import Assessor, keep_by_photo, read_entries, read_hits
+from models.report import Calibration
+from utils.logging_utils import UserError, setup_logging
+
+
+def rows(tiny, count):
+    return Dataset.from_list(tiny.rows(count), features=ROW)
+
+
+def make(tiny, folder, **options):
+    return Assessor(
+        tiny.model(),
+        tiny.collator,
+        folder,
+        {"model": "m", "adapter": None, "question": "q"},
+        4,
+        0,
+        torch.float32,
+        **options,
+    )
+
+
+def test_a_report_holds_what_is_promised(tiny, tmp_path, capsys):
+    setup_logging()
+    drawn = tiny.rows(12)
+    drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    some = Dataset.from_list(drawn, features=ROW)
+    assessor = make(tiny, tmp_path)
+    replies = assessor.measure_replies(some, "val", parse_reply, 5)
+    report = assessor.report(
+        some, "val", assessor.calibrate(some), strangers={"noise": tiny.rows(3)}, replies=replies, twins=["a = b"]
+    )
+    assert report == json.loads((tmp_path / "eval_val.json").read_text())
+    assert {
+        *(
+            "split",
+            "n",
+            "top1",
+            "top1_interval",
+            "top5",
+            "mean_per_class",
+            "exact_match",
+            "substring_match",
+            "answered",
+        ),
+        *("ece", "ece_uncalibrated", "photos_per_s", "model", "adapter", "per_class", "look_alikes", "twins"),
+    } <= set(report)
+    assert (report["n"], report["bad_photos"], report["replies"]) == (11, 1, 11)
+    assert report["strangers"]["noise"]["n"] == 3 and 0 <= report["strangers"]["noise"]["not_sure"] <= 1
+    assert sum(own["n"] for own in report["per_class"].values()) == 11
+    told = capsys.readouterr().out
+    assert "photo left out: test-00002: gone.jpg: is empty" in told and "result val: top-1" in told
+    text = (tmp_path / "eval_val.md").read_text()
+    assert f"top-1 {report['top1']:.3f}" in text and "| noise | 3 |" in text and "a = b" in text
+    assert (
+        Image.open(tmp_path / "eval_val.png").width > 900 and Image.open(tmp_path / "eval_val_photos.png").width > 900
+    )
+    saved = json.loads((tmp_path / "calibration.json").read_text())
+    assert saved["temperature"] == report["calibration"]["temperature"] and saved["scored"] == assessor.facts
+
+
+@pytest.mark.parametrize("right, colour", [(True, "green"), (False, "red")])
+def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, colour):
+    scores = make(tiny, tmp_path).score(rows(tiny, 4), "val")[0].scores
+    answers = scores.argmax(axis=1)
+    labels = answers if right else scores.argmin(axis=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    relabelled = [row | {"label": int(label)} for row, label in zip(tiny.rows(4), labels)]
+    make(tiny, other).report(Dataset.from_list(relabelled, features=ROW), "val", None, "a test")
+    title = np.asarray(Image.open(other / "eval_val_photos.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
+    redder = title[:, 0] - title[:, 1]
+    assert (redder.max() > 50, redder.min() < -50) == (colour == "red", colour == "green")
+
+
+def test_without_calibration_it_says_why(tiny, tmp_path):
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "test", None, "the run learned from val")
+    assert report["answered"] is None and report["not_calibrated"] == "the run learned from val"
+    assert "Not calibrated: the run learned from val." in (tmp_path / "eval_test.md").read_text()
+
+
+def test_a_half_done_evaluation_goes_on(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "eval_val.scores.jsonl"
+    whole = make(tiny, tmp_path).score(rows(tiny, 10), "val")[0]
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # five photos and a torn line
+    scored = []
+    assessor = make(tiny, tmp_path)
+    compute = assessor._raw_scores
+    monkeypatch.setattr(assessor, "_raw_scores", lambda left: (scored.append(len(left)), compute(left))[1])
+    again = assessor.score(rows(tiny, 10), "val")[0]
+    assert scored == [5] and again.ids == whole.ids
+    np.testing.assert_allclose(again.scores, whole.scores, atol=2e-4)
+    assert len(read_entries(path)[1]) == 10
+
+
+def test_scores_of_another_model_are_not_used(tiny, tmp_path):
+    path = tmp_path / "kept.jsonl"
+
+    def compute(left):
+        yield from ({"id": photo, "value": len(left)} for photo in left["id"])
+
+    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 3), compute, path, {"model": "a"})[0]] == [3, 3, 3]
+    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 5), compute, path, {"model": "a"})[0]] == [
+        3,
+        3,
+        3,
+        2,
+        2,
+    ]
+    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 2), compute, path, {"model": "b"})[0]] == [2, 2]
+    with pytest.raises(UserError, match="no photo could be opened"):
+        keep_by_photo(rows(tiny, 2), lambda left: [], path, {"model": "c"})
+
+
+def test_score_kinds(tiny, tmp_path):
+    some = rows(tiny, 3)
+    plain = make(tiny, tmp_path).score(some, "val")[0].scores
+    lengths = np.array([len(ids) for ids in tiny.collator.name_ids])
+    np.testing.assert_allclose(make(tiny, tmp_path, per_token=True).score(some, "val")[0].scores, plain / lengths)
+    prior = make(tiny, tmp_path, use_prior=True)
+    np.testing.assert_allclose(prior.score(some, "val")[0].scores, plain - np.array(prior.prior))
+    assert len(set(prior.prior)) > 1
+
+
+def test_a_threshold_that_nothing_reaches_answers_nothing(tiny, tmp_path):
+    report = make(tiny, tmp_path).report(
+        rows(tiny, 4), "val", Calibration(1.0, None, 0.95, 4), strangers={"x": tiny.rows(2)}
+    )
+    assert (report["answered"], report["answered_precision"]) == (0.0, None)
+    assert report["strangers"]["x"] == {"n": 2, "not_sure": 1.0}
+
+
+def test_hits_of_a_folder(tiny, tmp_path):
+    with pytest.raises(UserError, match="no scores yet; make them first: python evaluate.py"):
+        read_hits(tmp_path, "val")
+    scored = make(tiny, tmp_path).score(rows(tiny, 6), "val")[0]
+    right = scored.scores.argmax(axis=1) == scored.labels
+    assert list(read_hits(tmp_path, "val").values()) == right.tolist()
