@@ -10,7 +10,7 @@ The same command again goes on where a run was left unfinished.
 
 import sys
 
-from config.run_folder import choose_run_folder
+from config.run_folder import check_same_run, choose_run_folder
 from config.training_config import BUILT, ConfigError, TrainingConfig, parse_config, save_config
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from transformers import set_seed
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets
+        from data.dataset import build_datasets, hash_ids
         from data.synthetic import draw_strangers
         from models.assessor import build_assessor
         from models.builder import build_model, build_processor, check_model, describe_model
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         checks = check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
         trainer = build_trainer(config, model, processor, collator, data.train, data.validation, precision, device)
         check_disk(config.output_dir, model, config.save_total_limit)
-        save_config(
-            config,
-            config.output_dir,
-            describe_model(model, processor, precision, device) | {"class_names": data.class_names},
-        )
+        facts = describe_model(model, processor, precision, device)
+        facts |= {"class_names": data.class_names, "photos": hash_ids(data)}
+        if state == "unfinished":
+            check_same_run(facts, config.output_dir)
+        save_config(config, config.output_dir, facts)
         log_header(
             config,
             data,

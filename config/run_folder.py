@@ -32,7 +32,7 @@ def choose_run_folder(config: TrainingConfig) -> RunFolder:
         folder = Path("runs") / (config.preset if number == 1 else f"{config.preset}-{number}")
         candidate = dataclasses.replace(config, output_dir=str(folder))
         if is_fresh(folder):
-            return RunFolder(candidate, "fresh", notes)
+            return RunFolder(candidate, "fresh", [*notes, f"using {folder}"] if notes else [])
         reason = _why_not_resumable(candidate, folder)
         if reason is None:
             return RunFolder(candidate, "unfinished", notes + _going_on(config, folder))
@@ -107,9 +107,40 @@ def _why_not_resumable(config: TrainingConfig, folder: Path) -> str | None:
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     """`name: old -> new` of every setting that changes what a run computes."""
     changed = _differences(new, old, free=False)
+    if _ends_earlier(new, old):  # its end would be written over a longer run that is still to be done
+        changed += [
+            f"{name}: {getattr(old, name)} -> {getattr(new, name)}"
+            for name in ("max_steps", "num_train_epochs")
+            if getattr(new, name) != getattr(old, name)
+        ]
     if new.effective_batch_size != old.effective_batch_size:
         changed.append(f"photos per optimizer step: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed
+
+
+def _ends_earlier(new: TrainingConfig, old: TrainingConfig) -> bool:
+    """Fewer steps, or fewer epochs where steps do not decide; between the two kinds nothing is known."""
+    if (new.max_steps > 0) != (old.max_steps > 0):
+        return True
+    return new.max_steps < old.max_steps if new.max_steps > 0 else new.num_train_epochs < old.num_train_epochs
+
+
+def check_same_run(facts: dict, folder: str | Path) -> None:
+    """Raise ConfigError if data or model are no longer what the run in `folder` recorded when it began."""
+    _, recorded = load_config(folder)
+    words = {
+        "class_names": "the classes",
+        "photos": "the photos of train and val",
+        "probe_ids": "the tokenizer",
+        "model_commit": "the model's commit",
+        "precision": "the precision",
+    }
+    changed = [told for name, told in words.items() if facts[name] != recorded.get(name)]
+    if changed:
+        raise ConfigError(
+            f"{folder}: cannot go on, {' and '.join(changed)} changed since the run began; put back what it began "
+            "with, or start anew with another --output-dir"
+        )
 
 
 def free_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:

@@ -39,11 +39,11 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class TrainingConfig:
     # ---- the run
-    preset: str = knob("default", "named variant of these defaults; see PRESETS in this file", free=True)
+    preset: str = knob("default", "named variant of these defaults, in config/training_config.py", free=True)
     output_dir: str | None = knob(
         None, "run folder; none: runs/<preset>, or the next free runs/<preset>-2, -3, ...", free=True
     )
-    seed: int = knob(42, "of data order, weights that start at random, dropout and every split we draw", low=0)
+    seed: int = knob(42, "of data order, weights that start at random, dropout and splits", low=0, high=2**32 - 1)
 
     # ---- the model
     model: str = knob(
@@ -198,6 +198,11 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
         yield (
             "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn; use --load-in-4bit false or "
             "--trainable adapter"
+        )
+    if config.model in BUILT and config.load_in_4bit:
+        yield (
+            f"model={config.model} with load_in_4bit=true: a model built here has nothing to load in 4 bit; use "
+            f"--preset {config.model}, or --load-in-4bit false"
         )
     if config.projector_learning_rate is not None and "projector" not in config.trainable:
         yield (
@@ -397,7 +402,7 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
         raise ConfigError(
             f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: cannot be read as the config of a run ({error}); use another --output-dir"
         ) from error

@@ -43,7 +43,7 @@ class Sample(NamedTuple):
 
 
 class PlantCollator:
-    """Rows -> batch for training and for the exact loss. Photos that cannot be opened are left out and named in `bad`.
+    """Rows -> batch for training and scoring. Photos that cannot be opened are left out and named in `bad`.
 
     Raises PromptError-like BatchProofError at construction for a class name that the tokenizer cannot carry, and in a
     call for a batch that does not hold what it must.
@@ -63,6 +63,8 @@ class PlantCollator:
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         photos, kept, bad = self._open(rows)
+        if not photos:
+            return {"samples": [], "bad": bad}
         samples = [self.describe(row, (photo.height, photo.width)) for row, photo in zip(kept, photos)]
         # Neighbours of like length, so that a micro-batch cut from this batch pads little.
         order = sorted(range(len(samples)), key=lambda index: (samples[index].tiles, samples[index].length))
@@ -75,6 +77,8 @@ class PlantCollator:
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Rows -> left-padded prompts for generation, with the true labels beside them."""
         photos, kept, bad = self._open(rows)
+        if not photos:
+            return {"ids": [], "bad": bad}
         encoded = self.processor(
             images=photos,
             text=[self.prompt.prompt] * len(photos),
@@ -104,6 +108,16 @@ class PlantCollator:
         return count_image_tokens(
             size, images.image_grid_pinpoints, images.crop_size["height"], self.processor.patch_size
         )
+
+    def batch_bytes(self, photos: int) -> int:
+        """Bytes of the pixels of a batch, at most: fp32, as many tiles as a photo can take."""
+        images = self.processor.image_processor
+        tile = images.crop_size["height"]
+        if self.image_size is None:
+            most = 1 + max(height * width // tile**2 for height, width in images.image_grid_pinpoints)
+        else:
+            _, most = self.count_tokens((self.image_size, self.image_size))
+        return photos * most * 3 * tile * tile * 4
 
     def prove(self, encoded: dict, samples: Sequence[Sample], texts: Sequence[str]) -> None:
         """Raise BatchProofError unless the processor's output is, sample by sample, what it must be."""
@@ -182,8 +196,6 @@ class PlantCollator:
                 kept.append(row)
             except PhotoError as error:
                 bad.append(f"{row['id']}: {error}")
-        if not photos:
-            raise PhotoError(f"none of the {len(rows)} photos of a batch can be opened: {'; '.join(bad[:5])}")
         return photos, kept, bad
 
     def _build_answer(self, name: str) -> Answer:

@@ -76,10 +76,6 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
 
 def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
     """Raises ModelError for what is not there, cannot be reached, or is another kind of model."""
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise ModelError(
-            f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
-        )
     try:
         config = AutoConfig.from_pretrained(model, revision=revision)
     except Exception as error:
@@ -134,7 +130,7 @@ def build_model(
 ) -> PreTrainedModel | PeftModel:
     """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
     if config.model in BUILT:
-        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device)
+        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, DTYPES[precision])
     else:
         base = load_base(config.model, config.model_revision, config.load_in_4bit, DTYPES[precision], device)
     model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)

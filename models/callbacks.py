@@ -82,19 +82,20 @@ class RunLog(TrainerCallback):
         seconds = sum(step["seconds"] for step in self.window)
         photos = sum(step["photos"] for step in self.window)
         last = self.window[-1]
+        norm = "overflow" if last["grad_norm"] is None else f"{last['grad_norm']:.3f}"
         done = state.global_step - self.began_at_step
         left = (time.perf_counter() - self.train_began) / done * (state.max_steps - state.global_step)
         return (
             f"step {state.global_step}/{state.max_steps} | loss "
             f"{statistics.fmean(step['loss'] for step in self.window):.4f} | "
-            f"lr {last['learning_rate']:.2e} | grad norm {last['grad_norm']:.3f} | {photos / seconds:.2f} photos/s | "
+            f"lr {last['learning_rate']:.2e} | grad norm {norm} | {photos / seconds:.2f} photos/s | "
             f"{sum(step['image_tokens'] for step in self.window) / photos:,.0f} image tokens a photo | "
             f"peak {last['peak_gib']:.2f} GiB | {left / 60:.1f} min left"
         )
 
     def _warn(self, step: dict) -> None:
         """Once for a gradient norm above the limit and again whenever it has doubled; at each spike of the loss."""
-        if step["grad_norm"] > self.warned_norm:
+        if step["grad_norm"] is not None and step["grad_norm"] > self.warned_norm:
             logger.warning(
                 "step %d: gradient norm %.2f before clipping is above %.1f; clipped to %g",
                 step["step"],

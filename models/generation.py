@@ -32,6 +32,8 @@ def generate_replies(
     for batch in tqdm(loader, desc="naming photos", disable=not sys.stderr.isatty(), leave=False):
         for bad in batch["bad"]:
             logger.warning("photo left out: %s", bad)
+        if not batch["ids"]:
+            continue
         inputs = {
             name: batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
         }

@@ -189,6 +189,8 @@ def score_rows(
     for batch in tqdm(loader, desc="scoring photos", disable=not sys.stderr.isatty(), leave=False):
         for bad in batch["bad"]:
             logger.warning("photo left out: %s", bad)
+        if not batch["samples"]:
+            continue
         moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = score_batch(model, moved, trees, batch_size).tolist()

@@ -35,6 +35,7 @@ from models.checkpoint import (
 )
 from models.evaluation import measure_scores
 from models.scoring import build_trees, score_batch
+from utils.device_utils import fit_workers
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
 
@@ -88,13 +89,20 @@ class PlantTrainer(Trainer):
                 if theirs:
                     group["params"] = [p for p in group["params"] if id(p) not in projector]
                     optimizer.add_param_group(group | {"params": theirs, "lr": self.projector_learning_rate})
+            # The first group's rate is the one that is logged; an empty one would log a rate that nothing learns at.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # ---- one optimizer step
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
-        self._note_bad_photos(inputs["bad"])
+        self._note_bad_photos(inputs["bad"], self.train_dataset)
+        if not inputs["samples"]:
+            raise StepError(
+                f"step {self.state.global_step + 1}: none of its photos can be opened; mend or remove them "
+                f"({'; '.join(inputs['bad'][:5])})"
+            )
         self.check_batch(inputs)
         self._step_batch = inputs
         random_state = _save_random_state(self.args.device)
@@ -161,7 +169,7 @@ class PlantTrainer(Trainer):
         self.last_step = {
             "step": self.state.global_step + 1,
             "loss": loss,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
             "learning_rate": self._get_learning_rate(),
             "photos": len(batch["samples"]),
             "image_tokens": sum(sample.image_tokens for sample in batch["samples"]),
@@ -193,16 +201,16 @@ class PlantTrainer(Trainer):
             f"the step before; try a lower --learning-rate or --mixed-precision bf16 (samples: {names})"
         )
 
-    def _note_bad_photos(self, bad: list[str]) -> None:
+    def _note_bad_photos(self, bad: list[str], rows) -> None:
         new = [entry for entry in bad if entry not in self.bad_photos]
         self.bad_photos.update(new)
         for entry in new:
             logger.warning("photo left out (%d so far): %s", len(self.bad_photos), entry)
-        share = len(self.bad_photos) / len(self.train_dataset)
-        if new and share > self.max_bad_fraction:
+        if new and len(self.bad_photos) > self.max_bad_fraction * len(rows):
             raise StepError(
-                f"{len(self.bad_photos)} of {len(self.train_dataset)} photos cannot be opened, above max_bad_fraction="
-                f"{self.max_bad_fraction}; mend or remove them (named above), or raise --max-bad-fraction"
+                f"{len(self.bad_photos)} of {len(rows)} photos cannot be opened, above max_bad_fraction="
+                f"{self.max_bad_fraction} ({'; '.join(sorted(self.bad_photos)[:5])}); mend or remove them, or raise "
+                "--max-bad-fraction"
             )
 
     # ---- the run
@@ -277,13 +285,16 @@ class PlantTrainer(Trainer):
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
+                self._note_bad_photos(batch["bad"], self.eval_dataset)
+                bad += len(batch["bad"])
+                if not batch["samples"]:
+                    continue
                 with self.accelerator.autocast():
                     scores.append(
                         score_batch(self.model, batch, self.trees, self.args.per_device_eval_batch_size).cpu()
                     )
                 labels += [sample.label for sample in batch["samples"]]
                 tokens += sum(sample.length - sample.prompt_length for sample in batch["samples"])
-                bad += len(batch["bad"])
         scores, labels = torch.cat(scores).double().numpy(), np.array(labels)
         found = dict(measure_scores(scores, labels))
         metrics = {
@@ -349,7 +360,7 @@ def build_trainer(
     try:
         trainer = PlantTrainer(
             model=model,
-            args=build_arguments(config, precision, device),
+            args=build_arguments(config, precision, device, collator.batch_bytes(config.effective_batch_size)),
             data_collator=collator,
             train_dataset=train_set,
             eval_dataset=val_set,
@@ -375,7 +386,9 @@ def build_trainer(
     return trainer
 
 
-def build_arguments(config: TrainingConfig, precision: str, device: torch.device) -> TrainingArguments:
+def build_arguments(
+    config: TrainingConfig, precision: str, device: torch.device, batch_bytes: int
+) -> TrainingArguments:
     """The config in transformers' terms. To its Trainer a batch is the whole optimizer step; see PlantTrainer."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.effective_batch_size % ranks:
@@ -393,7 +406,7 @@ def build_arguments(config: TrainingConfig, precision: str, device: torch.device
             f"--report-to {config.report_to}: unknown are {', '.join(unknown)}; use none, all, or some of "
             f"{', '.join(INTEGRATION_TO_CALLBACK)}"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output_dir,
         seed=config.seed,
         use_cpu=device.type == "cpu",
@@ -418,10 +431,13 @@ def build_arguments(config: TrainingConfig, precision: str, device: torch.device
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
-        dataloader_num_workers=config.num_workers,
+        dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
         dataloader_persistent_workers=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
     )
+    # With several cards visible transformers would multiply batch and loss by their number, for DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

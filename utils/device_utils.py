@@ -1,10 +1,12 @@
 """Where a run computes and how precisely. Imports torch alone, so that a missing card is told in seconds."""
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
 
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, logger
 
 CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
 BF16_CAPABILITY = (8, 0)  # Ampere; older cards only emulate it, and torch counts that as support
@@ -19,6 +21,12 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float) -> tor
 
     Raises DeviceError for a model that needs a card where torch sees none.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DeviceError("WORLD_SIZE is above 1: several processes are not supported yet; start python train.py alone")
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise DeviceError(
+            f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
@@ -54,3 +62,21 @@ def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
     if capability is None:
         return "no"
     return "bf16" if capability >= BF16_CAPABILITY else "fp16"
+
+
+def fit_workers(wanted: int, batch_bytes: int, shared_memory: str = "/dev/shm") -> int:
+    """Loader workers whose finished batches fit into shared memory, else 0 and a warning: they would wait for ever.
+
+    Two batches a worker are on their way, and one is in use. Docker gives a container 64 MiB.
+    """
+    if wanted == 0 or not Path(shared_memory).is_dir():
+        return wanted
+    free, needed = shutil.disk_usage(shared_memory).free, (2 * wanted + 1) * batch_bytes
+    if free >= needed:
+        return wanted
+    logger.warning(
+        "%s has %.0f MB free and %d workers need %.0f MB; photos are decoded by the training process instead "
+        "(docker run --shm-size=1g, or fewer --num-workers)",
+        *(shared_memory, free / 1e6, wanted, needed / 1e6),
+    )
+    return 0

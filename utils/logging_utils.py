@@ -7,12 +7,15 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 LOG_FILE = "train.log"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+FULL_BYTES = 20e6  # a disk with less is why a save failed
 logger = logging.getLogger("llava_plants")
 
 
@@ -71,10 +74,10 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning("interrupted; the same command goes on from the last checkpoint")
+        logger.warning("interrupted; the same command goes on from the last checkpoint, if one was reached")
         sys.exit(130)
     except Exception as error:
-        sentence = _own_sentence(error) if isinstance(error, (UserError, *kinds)) else _disk_sentence(error)
+        sentence = _disk_sentence(error) or (_own_sentence(error) if isinstance(error, (UserError, *kinds)) else None)
         if sentence:
             logger.error(sentence, exc_info=True, extra={"one_sentence": True})
         else:
@@ -88,10 +91,27 @@ def _own_sentence(error: Exception) -> str:
     return told.strip().splitlines()[-1].partition(": ")[2] if told.startswith("Caught ") else told
 
 
-def _disk_sentence(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return (
-            f"{error.filename or 'the disk'}: {error.strerror}; make room, or name a writable --output-dir (and "
-            "HF_HOME)"
-        )
+def _disk_sentence(error: BaseException) -> str | None:
+    """What the disk refused, wherever in the chain of causes: libraries wrap it in errors of their own.
+
+    The writers of torch and safetensors do not say it at all; then the run folder's disk is looked at. A UserError has
+    its own sentence, unless the disk is full.
+    """
+    mine = isinstance(error, UserError)
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (FULL if mine else (*FULL, *FORBIDDEN)):
+            return f"{link.filename or 'the disk'}: {link.strerror}; {_move(link.errno)}"
+        link = link.__cause__ or link.__context__
+    for handler in () if mine else logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            folder = Path(handler.baseFilename).parent
+            if shutil.disk_usage(folder).free < FULL_BYTES:
+                return f"{folder}: its disk is full ({type(error).__name__}); {_move(errno.ENOSPC)}"
     return None
+
+
+def _move(number: int) -> str:
+    if number in FULL:
+        return "make room, and the same command goes on; or name an --output-dir (and HF_HOME) on another disk"
+    return "name an --output-dir (and HF_HOME) that you may write to"

@@ -27,5 +27,10 @@ def check_tensor(
         )
     if tensor.dtype != dtype:
         raise ShapeError(f"{name}: {tensor.dtype} where {dtype} is needed")
-    if device is not None and tensor.device != device:
+    if device is not None and _place(tensor.device) != _place(device):
         raise ShapeError(f"{name}: on {tensor.device} where the model is on {device}")
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    """mps and mps:0 are one device, though torch says that they differ."""
+    return device.type, device.index or 0

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from config.run_folder import append_metrics, choose_run_folder, read_metrics
+from config.run_folder import append_metrics, check_same_run, choose_run_folder, read_metrics
 from config.training_config import ConfigError, parse_config, save_config
 
 
@@ -27,14 +27,15 @@ def test_default_folder_is_fresh_then_resumed_then_numbered():
     assert (again.state, again.config.output_dir) == ("unfinished", "runs/tiny")
     append_metrics("runs/tiny", {"step": 1, "finished": True})
     third = choose_run_folder(parse_config(["--preset", "tiny"]))
-    assert (third.state, third.config.output_dir, third.notes) == ("fresh", "runs/tiny-2", ["runs/tiny is finished"])
+    assert (third.state, third.config.output_dir) == ("fresh", "runs/tiny-2")
+    assert third.notes == ["runs/tiny is finished", "using runs/tiny-2"]
 
 
 def test_another_config_takes_the_next_folder_and_says_why():
     start(["--preset", "tiny"])
     chosen = choose_run_folder(parse_config(["--preset", "tiny", "--seed", "7"]))
     assert chosen.config.output_dir == "runs/tiny-2"
-    assert chosen.notes == ["runs/tiny has another config (seed: 42 -> 7)"]
+    assert chosen.notes == ["runs/tiny has another config (seed: 42 -> 7)", "using runs/tiny-2"]
 
 
 def test_what_leaves_the_mathematics_alone_is_only_mentioned():
@@ -78,3 +79,43 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
     with open(in_tmp / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     assert read_metrics(in_tmp) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "goes_on"),
+    [
+        (["--max-steps", "700"], ["--max-steps", "1"], False),
+        (["--max-steps", "700"], ["--max-steps", "900"], True),
+        (["--num-train-epochs", "3"], ["--num-train-epochs", "2"], False),
+        (["--num-train-epochs", "3"], ["--num-train-epochs", "5"], True),
+        (["--num-train-epochs", "3"], ["--max-steps", "900"], False),
+    ],
+)
+def test_a_shorter_run_does_not_take_over_a_longer_one(before, after, goes_on):
+    start([*before, "--output-dir", "runs/default"])
+    chosen = choose_run_folder(parse_config(after))
+    assert chosen.config.output_dir == ("runs/default" if goes_on else "runs/default-2")
+
+
+def test_a_run_folder_that_is_a_file_is_passed_over():
+    Path("runs").mkdir()
+    Path("runs/default").write_text("x")
+    assert choose_run_folder(parse_config([])).config.output_dir == "runs/default-2"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"class_names": ["a", "b", "c"]}, "the classes changed since the run began"),
+        ({"photos": "other", "precision": "fp16"}, "the photos of train and val and the precision changed"),
+        ({"probe_ids": [9]}, "the tokenizer changed"),
+        ({"model_commit": "abc"}, "the model's commit changed"),
+    ],
+)
+def test_data_or_model_that_changed_stop_a_resume(changed, words):
+    facts = {"class_names": ["a", "b"], "photos": "x", "probe_ids": [1], "model_commit": None, "precision": "bf16"}
+    Path("mine").mkdir()
+    save_config(parse_config([]), "mine", facts)
+    check_same_run(facts, "mine")
+    with pytest.raises(ConfigError, match=words):
+        check_same_run(facts | changed, "mine")

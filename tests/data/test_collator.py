@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from data.collator import IGNORED, BatchProofError, PlantCollator
-from utils.image_utils import PhotoError
 
 
 class Tampered:
@@ -192,8 +191,15 @@ def test_a_bad_photo_is_left_out_and_named(tiny):
     assert sorted(sample.id for sample in batch["samples"]) == ["test-00000", "test-00002"]
     assert batch["bad"] == ["test-00001: lily.jpg: is empty (0 bytes)"]
     assert tiny.collator.prompts([rows[0], broken])["bad"] == batch["bad"]
-    with pytest.raises(PhotoError, match="none of the 2 photos of a batch can be opened: test-00001"):
-        tiny.collator([broken, broken])
+    assert tiny.collator([broken, broken]) == {"samples": [], "bad": [*batch["bad"], *batch["bad"]]}
+    assert tiny.collator.prompts([broken]) == {"ids": [], "bad": batch["bad"]}
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(70, [(70, 70)]), (None, SIZES)])
+def test_batch_bytes_are_those_of_a_batch(tiny, size, sizes):
+    collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, size)
+    pixels = collator(rows_of(tiny, sizes))["pixel_values"]
+    assert collator.batch_bytes(len(sizes)) == pixels.numel() * pixels.element_size()
 
 
 def test_prompts_are_padded_left_and_end_where_the_answer_begins(tiny):

@@ -226,7 +226,7 @@ def test_empty_folder(tmp_path):
 def test_a_photo_in_train_and_test_is_told(few_drawings, monkeypatch):
     rows = dataset.draw_split("train")
     monkeypatch.setattr(dataset, "draw_split", lambda split: rows)
-    with pytest.raises(DataError, match="photo train-00000 stands in train and in another split"):
+    with pytest.raises(DataError, match="photo train-00000 stands in two splits"):
         build("--preset", "tiny")
 
 

@@ -25,7 +25,7 @@ def test_a_run_writes_every_step_a_line_every_few_and_a_picture(tiny, tmp_path, 
     assert all(
         word in told[1] for word in ("loss", "lr", "grad norm", "photos/s", "55 image tokens a photo", "peak", "GiB")
     )
-    assert Image.open(tmp_path / "loss.png").size == (800, 900)
+    assert Image.open(tmp_path / "loss.png").size == (800, 1200)
 
 
 @pytest.fixture

@@ -87,15 +87,39 @@ def test_weights_after_a_run_do_not_depend_on_the_micro_batch(tiny, tmp_path):
 
 def test_to_transformers_a_batch_is_the_whole_step():
     config = TrainingConfig(output_dir="runs/x")
-    arguments = build_arguments(config, "no", CPU)
+    arguments = build_arguments(config, "no", CPU, 0)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (16, 1)
     assert arguments.logging_nan_inf_filter is False and arguments.remove_unused_columns is False
+
+
+def test_every_setting_of_the_optimizer_reaches_it(tmp_path):
+    config = TrainingConfig(
+        output_dir=str(tmp_path), lr_scheduler_type="linear", warmup_steps=7, weight_decay=0.3, max_grad_norm=0.25,
+        optim="sgd", learning_rate=3e-4, seed=9, save_steps=11, save_total_limit=3, logging_steps=4, eval_steps=6,
+    )  # fmt: skip
+    arguments = build_arguments(config, "bf16", CPU, 0)
+    names = ("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed", "save_steps", "save_total_limit")
+    assert [getattr(arguments, name) for name in names] == [getattr(config, name) for name in names]
+    assert (arguments.lr_scheduler_type, arguments.optim, arguments.bf16, arguments.fp16) == (
+        "linear",
+        "sgd",
+        True,
+        False,
+    )
+    assert (arguments.logging_steps, arguments.eval_steps) == (4, 6)
+
+
+def test_several_cards_in_sight_change_nothing(tmp_path, monkeypatch):
+    two_cards = property(lambda self: setattr(self, "_n_gpu", 2) or CPU)
+    monkeypatch.setattr("transformers.TrainingArguments._setup_devices", two_cards)
+    arguments = build_arguments(TrainingConfig(output_dir=str(tmp_path)), "no", CPU, 0)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 16
 
 
 def test_processes_that_do_not_divide_the_step(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="16 photos per optimizer step cannot be shared by 3 processes"):
-        build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU)
+        build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU, 0)
 
 
 # ---- what stops a step
@@ -224,11 +248,14 @@ def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path,
 
 
 class Cramped(TrainerCallback):
-    """Every forward of more than `room` photos from a step on runs out of memory, after drawing random numbers."""
+    """Forwards of more than `room` photos run out of memory after drawing random numbers; the first `spared` do not."""
 
-    def __init__(self, model, room):
+    def __init__(self, model, room, spared=0):
+        self.calls = 0
+
         def refuse(module, args, kwargs):
-            if len(kwargs["input_ids"]) > room:
+            self.calls += 1
+            if len(kwargs["input_ids"]) > room and self.calls > spared:
                 torch.rand(7)
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
@@ -248,8 +275,10 @@ def test_out_of_memory_redoes_the_same_step_in_smaller_pieces(tiny, tmp_path, ca
     )
     undisturbed.train()
     model = with_dropout(tiny)
-    cramped = make_trainer(tiny, tmp_path / "b", model=model)
-    Cramped(model, room=5)
+    cramped = make_trainer(
+        tiny, tmp_path / "b", model=model, per_device_train_batch_size=8, gradient_accumulation_steps=2
+    )
+    Cramped(model, room=5, spared=1)  # the first of two pieces has left its gradients
     cramped.train()
     assert "step 1: out of memory; the step is redone with 4 photos at a time" in capsys.readouterr().out
     assert cramped.micro_batch_size == 4 and cramped.state.global_step == 4
@@ -321,4 +350,4 @@ def test_planned_steps_are_the_steps_done(settings, steps, tiny, tmp_path):
 
 def test_reports_go_where_they_were_asked_to(tmp_path):
     config = TrainingConfig(output_dir=str(tmp_path), report_to="tensorboard,wandb")
-    assert build_arguments(config, "no", CPU).report_to == ["tensorboard", "wandb"]
+    assert build_arguments(config, "no", CPU, 0).report_to == ["tensorboard", "wandb"]

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from utils.device_utils import DeviceError, choose_device, choose_precision, precision_for
+from utils.device_utils import DeviceError, choose_device, choose_precision, fit_workers, precision_for
 
 
 @pytest.mark.parametrize(
@@ -28,5 +30,31 @@ def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.device_utils.CPU_LIMIT_BYTES", 3)
     with pytest.raises(DeviceError, match="needs a CUDA card and torch sees none; .*--preset tiny"):
         choose_device(str(tmp_path), False, 0.9)
+    with pytest.raises(DeviceError, match="--model ./gone: no such folder"):
+        choose_device("./gone", False, 0.9)
     with pytest.raises(DeviceError, match="--model llava-hf/some: needs a CUDA card"):
         choose_device("llava-hf/some", False, 0.9)
+
+
+def test_the_share_of_the_card_is_enforced(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    assert choose_device("tiny", True, 0.7) == torch.device("cuda", 0)
+    assert asked == [(0.7, torch.device("cuda", 0))]
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="several processes are not supported yet"):
+        choose_device("tiny", True, 0.9)
+
+
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("utils.device_utils.shutil.disk_usage", lambda path: SimpleNamespace(free=64e6))
+    monkeypatch.setattr("utils.device_utils.logger.propagate", True)
+    assert fit_workers(2, int(12e6), str(tmp_path)) == 2 and not caplog.records
+    assert fit_workers(2, int(62e6), str(tmp_path)) == 0
+    assert "has 64 MB free and 2 workers need 310 MB" in caplog.text
+    assert fit_workers(0, int(62e6), str(tmp_path)) == 0
