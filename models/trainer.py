@@ -254,6 +254,10 @@ class PlantTrainer(Trainer):
             (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_manifest(folder)
 
+    def keep_if_best(self, metrics: dict[str, float]) -> None:
+        if is_better(metrics, read_best(self.best_folder)):
+            self.save_best(metrics)
+
     def load_best(self) -> None:
         """The weights of best/ into the model, unless it has them; without val they are the last ones."""
         best = read_best(self.best_folder)
@@ -304,8 +308,7 @@ class PlantTrainer(Trainer):
             f"{metric_key_prefix}_bad_photos": bad,
         }
         self.log(dict(metrics))
-        if is_better(metrics, read_best(self.best_folder)):
-            self.save_best(metrics)
+        self.keep_if_best(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

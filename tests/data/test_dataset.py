@@ -1,7 +1,9 @@
 import hashlib
+import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow
 import pytest
 import scipy.io
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -12,6 +14,7 @@ from data.dataset import DataError, build_datasets, check_official_counts, load_
 from data.labels import CLASS_NAMES, official_counts
 from tests.conftest import FLOWERS
 from utils.image_utils import open_photo
+from utils.logging_utils import setup_logging
 
 
 def build(*argv):
@@ -72,6 +75,7 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
     ("change", "words"),
     [
         ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label"),
+        ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
         ({"splits": ("train", "test")}, "no parquet file for validation"),
         ({"labels": range(1, 103)}, "labels run from 1 to 102; expected are 0 to 101"),
         ({"labels": [3, 3]}, "only one class"),
@@ -80,6 +84,26 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
 def test_parquet_folder_that_differs_is_told_with_what_was_expected(change, words, parquet_folder):
     with pytest.raises(DataError, match=words):
         build("--dataset", parquet_folder(**change))
+
+
+def test_parquet_photos_of_one_name_in_two_splits_are_told_apart(parquet_folder, tmp_path):
+    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
+    for split in ("validation", "test"):
+        shutil.copy(tmp_path / "train-00000-of-00001.parquet", tmp_path / f"{split}-00000-of-00001.parquet")
+    data = build("--dataset", folder)
+    assert data.train["id"] == ["train-000000", "train-000001"] and data.test["id"] == ["test-000000", "test-000001"]
+
+
+def test_parquet_photos_are_not_copied_into_memory(parquet_folder, tmp_path):
+    photo = {"bytes": bytes(2**20), "path": "x.jpg"}
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation", "test"):
+        rows = [{"image": photo, "label": index % 2} for index in range(40)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    build("--dataset", str(tmp_path))  # the first reading fills the cache
+    before = pyarrow.total_allocated_bytes()
+    data = build("--dataset", str(tmp_path))
+    assert len(data.train) == 40 and pyarrow.total_allocated_bytes() - before < 10 * 2**20
 
 
 def test_parquet_file_that_is_none(tmp_path):
@@ -252,3 +276,38 @@ def test_sample_fraction_keeps_balance_and_is_seeded(photo_folder):
 def test_train_on_val_learns_from_both(few_drawings):
     data = build("--preset", "tiny", "--train-on-val", "true")
     assert len(data.train) == 68 and data.validation is None
+
+
+def test_strangers_are_read_whatever_they_show(photo_folder, tmp_path):
+    rows = dataset.load_strangers(photo_folder({"cat": 2, "dog": 3}))
+    assert len(rows) == 5 and set(rows["label"]) == {0}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="--strangers .*: no photos found there"):
+        dataset.load_strangers(tmp_path / "none")
+
+
+def test_twins_are_named_where_they_are():
+    assert dataset.name_twins(["image_07309", "image_00001"]) == ["image_07309 = image_07307 (train)"]
+
+
+def test_a_limited_split_is_the_same_every_time(photo_folder):
+    rows = build("--dataset", str(photo_folder({"oak": 20, "ash": 20}))).train
+    assert dataset.take(rows, 7)["id"] == dataset.take(rows, 7)["id"] and len(dataset.take(rows, 7)) == 7
+    assert dataset.take(rows, None) is rows and dataset.take(rows, 99) is rows
+
+
+def test_what_is_not_read_in_a_class_folder_is_told(photo_folder, capsys):
+    setup_logging()
+    root = photo_folder({"oak": 6, "ash": 6})
+    (root / "oak" / "IMG_1.HEIC").write_bytes(b"x")
+    (root / "ash" / "deeper").mkdir()
+    build("--dataset", str(root))
+    told = capsys.readouterr().out
+    assert "2 files or folders inside the class folders are not read" in told and "IMG_1.HEIC" in told
+
+
+def test_photos_change_the_hash_only_when_they_change_sides(photo_folder):
+    root = str(photo_folder({"oak": 20, "ash": 20}))
+    one = dataset.hash_ids(build("--dataset", root))
+    assert one == dataset.hash_ids(build("--dataset", root, "--seed", "42"))
+    assert one != dataset.hash_ids(build("--dataset", root, "--seed", "1"))

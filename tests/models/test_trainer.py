@@ -10,6 +10,10 @@ from config.run_folder import read_metrics
 from config.training_config import PRESETS, TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
+from models.builder import choose_trainables
+from models.callbacks import RunLog
+from models.checkpoint import last_checkpoint, read_best
+from models.scoring import score_batch
 from models.trainer import StepError, build_arguments, build_trainer, cut
 from tests.data.test_collator import SIZES, rows_of
 from utils.logging_utils import UserError, setup_logging
@@ -351,3 +355,118 @@ def test_planned_steps_are_the_steps_done(settings, steps, tiny, tmp_path):
 def test_reports_go_where_they_were_asked_to(tmp_path):
     config = TrainingConfig(output_dir=str(tmp_path), report_to="tensorboard,wandb")
     assert build_arguments(config, "no", CPU, 0).report_to == ["tensorboard", "wandb"]
+
+
+# ---- the best checkpoint, and stopping early
+
+
+def fake_scores(monkeypatch, top1: list[float], losses: list[float] | None = None):
+    """Evaluations come out as told, whatever the weights are."""
+    told = iter(zip(top1, losses or [1.0] * len(top1)))
+
+    def measured(self, *args, **kwargs):
+        name, loss = next(told)
+        metrics = {"eval_loss": loss, "eval_top1": name, "eval_top5": 1.0, "eval_bad_photos": 0}
+        self.log(dict(metrics))
+        self.keep_if_best(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr("models.trainer.PlantTrainer.evaluate", measured)
+
+
+@pytest.mark.parametrize(
+    ("top1", "losses", "best"),
+    [([0.5, 0.7, 0.6], [3, 2, 1], 2), ([0.7, 0.7, 0.7], [3, 1, 2], 2), ([0.2, 0.1, 0.2], [1, 1, 1], 1)],
+)
+def test_best_is_what_names_best_and_among_equals_loses_least(tiny, tmp_path, monkeypatch, top1, losses, best):
+    fake_scores(monkeypatch, top1, losses)
+    trainer = make_trainer(tiny, tmp_path, max_steps=3, eval_steps=1)
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            kept[state.global_step] = weights(trainer)
+
+    trainer.add_callback(Keep())
+    trainer.train_from(None)
+    trainer.load_best()
+    assert read_best(tmp_path / "best")["step"] == best
+    assert same(weights(trainer), kept[best]) and not same(kept[1], kept[3])
+
+
+@pytest.mark.parametrize(
+    ("patience", "gain", "top1", "stops"),
+    [
+        (2, 0.05, [0.5, 0.6, 0.62, 0.64, 0.7], 4),  # each rise is measured against the last one that counted
+        (2, 0.05, [0.5, 0.6, 0.6, 0.7, 0.7, 0.7], 6),
+        (1, None, [0.5, 0.6], 2),  # ten photos resolve no less than 0.158 at 0.5
+        (1, None, [0.5, 0.7, 0.7], 3),
+        (9, 0.0, [0.5] * 6, 6),
+    ],
+)
+def test_early_stopping(tiny, tmp_path, monkeypatch, patience, gain, top1, stops):
+    fake_scores(monkeypatch, top1)
+    settings = {"early_stopping_patience": patience, "early_stopping_min_gain": gain}
+    trainer = make_trainer(tiny, tmp_path, max_steps=6, eval_steps=1, **settings)
+    trainer.train_from(None)
+    assert trainer.state.global_step == stops
+
+
+def test_early_stopping_survives_a_resume(tiny, tmp_path, monkeypatch):
+    settings = {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 4}
+    fake_scores(monkeypatch, [0.9, 0.1, 0.1])
+    trainer = make_trainer(tiny, tmp_path, **settings)
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    trainer.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_from(None)
+    fake_scores(monkeypatch, [0.1] * 9)
+    again = make_trainer(tiny, tmp_path, **settings)
+    again.train_from(last_checkpoint(tmp_path))
+    assert again.state.global_step == 5  # two evaluations waited before the kill and two after it
+    assert read_best(tmp_path / "best")["step"] == 1
+
+
+def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    metrics = trainer.evaluate()
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.trees, 10)
+    truth = [sample.label for sample in tiny.collator(tiny.rows(10))["samples"]]
+    assert metrics["eval_top1"] == sum(a == b for a, b in zip(scores.argmax(dim=1).tolist(), truth)) / 10
+
+
+def test_bad_photos_of_val_are_named_and_capped(tiny, tmp_path, capsys):
+    setup_logging()
+    drawn = tiny.rows(10)
+    drawn[9] = drawn[9] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    some = Dataset.from_list(drawn, features=ROW)
+    trainer = make_trainer(tiny, tmp_path, max_bad_fraction=0.2, per_device_eval_batch_size=1)
+    trainer.eval_dataset = some
+    assert trainer.evaluate()["eval_bad_photos"] == 1
+    assert "photo left out (1 so far): test-00009: gone.jpg: is empty" in capsys.readouterr().out
+    capped = make_trainer(tiny, tmp_path, max_bad_fraction=0.05)
+    capped.eval_dataset = some
+    with pytest.raises(StepError, match="1 of 10 photos cannot be opened, above max_bad_fraction=0.05 .test-00009"):
+        capped.evaluate()
+
+
+def test_an_overflow_is_no_number_and_mutes_no_warning(tiny, tmp_path, capsys):
+    setup_logging()
+    log = RunLog(make_trainer(tiny, tmp_path))
+    for norm in (None, 50.0, 60.0, 500.0):
+        log._warn({"step": 1, "loss": 1.0, "grad_norm": norm})
+    assert capsys.readouterr().out.count("gradient norm") == 2
+
+
+def test_the_logged_rate_is_that_of_what_learns(tiny, tmp_path):
+    model = choose_trainables(tiny.model(), "projector", 2, 4, 0.0)
+    settings = {"trainable": "projector", "projector_learning_rate": 1e-3, "warmup_steps": 0.0, "eval_steps": None}
+    trainer = make_trainer(tiny, tmp_path, model=model, lr_scheduler_type="constant_with_warmup", **settings)
+    trainer.train()
+    assert {line["learning_rate"] for line in read_metrics(tmp_path) if "loss" in line} == {1e-3}
