@@ -24,6 +24,7 @@ from utils.image_utils import open_photo
 from utils.logging_utils import logger
 from utils.plot_utils import plot_answers, plot_report
 
+NEVER_SURE = 0.05  # share of val, the least sure, that is not answered however often it is right
 PAIRS, MISTAKES, SHOWN = 4, 12, 12  # look-alikes, mistakes and photos in the pictures
 
 
@@ -45,10 +46,17 @@ class Calibration(NamedTuple):
 
 
 def calibrate(scored: Scored, target_precision: float) -> Calibration:
-    """Temperature and "not sure" threshold, from val."""
+    """Temperature and "not sure" threshold, from val.
+
+    The threshold is what the target precision needs, but never so low that all are answered: pictures without any of
+    the classes are told by being less sure than nearly all photos of val, and a good model may be right on all of them.
+    """
     temperature = fit_temperature(scored.scores, scored.labels)
     hits = scored.scores.argmax(axis=1) == scored.labels
-    threshold = choose_threshold(confidence(scored.scores, temperature), hits, target_precision)
+    sureness = confidence(scored.scores, temperature)
+    threshold = choose_threshold(sureness, hits, target_precision)
+    if threshold is not None:
+        threshold = max(threshold, float(np.quantile(sureness, NEVER_SURE, method="higher")))
     return Calibration(temperature, threshold, target_precision, len(hits))
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from data.dataset import ROW
 from data.labels import parse_reply
 from models.assessor import Assessor, keep_by_photo, read_entries, read_hits
-from models.report import Calibration
+from models.evaluation import confidence
+from models.report import Calibration, Scored, calibrate
 from utils.logging_utils import UserError, setup_logging
 
 
@@ -139,6 +140,16 @@ def test_a_threshold_that_nothing_reaches_answers_nothing(tiny, tmp_path):
     )
     assert (report["answered"], report["answered_precision"]) == (0.0, None)
     assert report["strangers"]["x"] == {"n": 2, "not_sure": 1.0}
+
+
+def test_the_least_sure_are_not_answered_even_where_all_are_right():
+    scores = np.log(np.linspace(0.6, 0.99, 100))[:, None] * np.array([1.0, 0.0])
+    scores[:, 1] = np.log(1 - np.exp(scores[:, 0]))
+    scored = Scored([f"p{index}" for index in range(100)], np.zeros(100, int), scores)
+    calibration = calibrate(scored, 0.95)
+    answered = confidence(scores, calibration.temperature) >= calibration.threshold
+    assert answered.tolist() == [False] * 5 + [True] * 95
+    assert calibrate(scored._replace(labels=np.ones(100, int)), 0.95).threshold is None
 
 
 def test_hits_of_a_folder(tiny, tmp_path):

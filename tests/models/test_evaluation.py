@@ -70,6 +70,11 @@ def test_the_temperature_undoes_what_made_scores_too_sure():
     assert before > 0.3 and after < 0.03
 
 
+def test_a_model_that_is_always_right_is_not_sure_without_limit():
+    scores = np.log(np.tile([0.9, 0.05, 0.05], (50, 1)))
+    assert 0.3 < fit_temperature(scores, np.zeros(50, int)) < 1
+
+
 def test_calibration_error_of_a_hand_made_case():
     sure, right = np.array([0.9, 0.9, 0.9, 0.9, 0.3, 1.0]), np.array([1, 1, 1, 0, 0, 1], bool)
     assert expected_calibration_error(sure, right) == pytest.approx((4 * 0.15 + 0.3 + 0) / 6)
