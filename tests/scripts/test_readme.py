@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from config.training_config import parse_config
+from config.evaluation_options import parse_evaluation
+from config.training_config import TrainingConfig, parse_config, save_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +21,8 @@ def test_the_readme_shows_both_ways():
 
 
 @pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
-def test_commands_of_the_readme_parse(command, capsys):
+def test_commands_of_the_readme_parse(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     program, target, *flags = shlex.split(command)
     if program == "make":
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -28,6 +30,12 @@ def test_commands_of_the_readme_parse(command, capsys):
         with pytest.raises(SystemExit) as stopped:
             parse_config(flags, "")
         assert stopped.value.code == 0 and "--learning-rate" in capsys.readouterr().out
+    elif target == "evaluate.py":
+        for word in flags:
+            if word.startswith("runs/"):
+                Path(word).mkdir(parents=True)
+                save_config(TrainingConfig(), word, {})
+        parse_evaluation(flags, "")
     else:
         assert (ROOT / target).is_file()
         parse_config(flags, "")
@@ -35,9 +43,11 @@ def test_commands_of_the_readme_parse(command, capsys):
 
 def test_files_of_the_readme_exist():
     tree = README.partition("## The code")[2]
-    for folder, names in re.findall(r"^    (\w+/)? *(.*\.py.*)$", tree, re.MULTILINE):
-        for name in re.findall(r"\w+\.py", names):
-            assert (ROOT / folder / name).is_file(), f"{folder}{name}"
+    folder = ""
+    for start, names in re.findall(r"^    (\S+)? +(.*)$", tree, re.MULTILINE):
+        folder = start if start else folder  # a line without a start goes on with the folder above
+        for name in re.findall(r"\w+\.py", names if folder.endswith("/") else folder):
+            assert (ROOT / (folder if folder.endswith("/") else "") / name).is_file(), f"{folder}{name}"
 
 
 def test_every_module_stands_in_the_readme():
