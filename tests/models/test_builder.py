@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from config.training_config import TrainingConfig
 from data.synthetic import SPECIES
@@ -325,3 +325,47 @@ def test_sharded_weights_load(checkpoint, tmp_path):
     without_weights(folder)
     model.save_pretrained(folder, max_shard_size="1MB")
     assert checked(str(folder))
+
+
+# ---- learned weights, saved and put back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"trainable": "adapter+projector"},
+        {"trainable": "projector"},
+        {"trainable": "everything", "load_in_4bit": False},
+    ],
+    ids=str,
+)
+def test_weights_come_back_as_they_were_saved(settings, checkpoint, batch_of, tmp_path):
+    model, processor, prompt, _ = built(checkpoint(), **settings)
+    batch = batch_of(prompt)(processor)
+    before = model.eval()(**batch).logits
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    moved = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    again = built(checkpoint(), **settings)[0].eval()
+    builder.load_weights(again, tmp_path)
+    assert torch.equal(again(**batch).logits, moved) and not torch.allclose(before, moved, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda name: name.replace("q_proj", "qq_proj"), "6 weights are missing .*6 have no place"),
+        (lambda name: None if "layers.1" in name else name, "14 weights are missing .*0 have no place"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(change, words, checkpoint, tmp_path):
+    model = built(checkpoint())[0]
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(path).items() if change(name)}, path)
+    with pytest.raises(ModelError, match=f"the adapter does not fit the model: {words}"):
+        builder.load_weights(built(checkpoint())[0], tmp_path)

@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from models import checkpoint
-from models.checkpoint import MANIFEST, check_disk, find_damage, last_checkpoint, write_manifest
+from models.checkpoint import (
+    MANIFEST,
+    check_disk,
+    describe_best,
+    find_damage,
+    last_checkpoint,
+    read_best,
+    replacing,
+    write_manifest,
+)
 from utils.logging_utils import UserError, setup_logging
 
 
@@ -107,3 +116,26 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, tiny)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e6))
     with pytest.raises(UserError, match="0.0 GB free on its disk, the checkpoints need 0.2 GB; make room"):
         check_disk(tmp_path, tiny.model(), 2)
+
+
+def test_best_is_replaced_whole_or_not_at_all(tmp_path):
+    best = tmp_path / "best"
+
+    def fill(text: str, fault: bool = False):
+        with replacing(best) as draft:
+            (draft / "best.json").write_text(text)
+            write_manifest(draft)
+            if fault:
+                raise OSError("killed")
+
+    fill('{"step": 1}')
+    with pytest.raises(OSError, match="killed"):
+        fill('{"step": 2}', fault=True)
+    assert read_best(best) == {"step": 1}
+    fill('{"step": 3}')
+    assert read_best(best) == {"step": 3} and describe_best(best).startswith("step 3, manifest ")
+    assert os.listdir(tmp_path) == ["best"]
+    (best / "best.json").write_text('{"step": 4}')
+    assert read_best(best) is None
+    with pytest.raises(UserError, match="best.json differs from its manifest"):
+        describe_best(best)

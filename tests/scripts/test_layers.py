@@ -12,7 +12,7 @@ ALLOWED = {
     "utils": {"utils"},
     "config": {"config"},
 }
-OURS = {"config", "data", "models", "utils", "tests", "train", "test_trainer"}
+OURS = {"config", "data", "models", "utils", "tests", "train", "test_trainer", "evaluate"}
 MODULES = sorted(path for folder in ALLOWED for path in (ROOT / folder).glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
