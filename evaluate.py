@@ -13,8 +13,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from config.evaluation_options import parse_evaluation
-from config.training_config import BUILT, ConfigError, save_config
+from config.evaluation_options import base_folder, parse_evaluation
+from config.training_config import BUILT, ConfigError, load_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     folders, config, recorded, options = parse_evaluation(argv, __doc__)
     set_environment()
     is_base = not folders or bool(recorded.get("base"))
-    folder = folders[0] if folders else Path(config.output_dir or f"runs/base-{Path(config.model).name}")
+    folder = folders[0] if folders else base_folder(config)
     with errors_told(ConfigError):
         setup_logging(None if len(folders) == 2 else folder, "evaluate.log")
         if len(folders) == 2:
@@ -44,18 +44,17 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
-        if recorded and data.class_names != recorded["class_names"]:
-            raise UserError(
-                f"--dataset {config.dataset}: its {len(data.class_names)} classes are not the "
-                f"{len(recorded['class_names'])} that {folder} learned; name the data set of the run"
-            )
         processor, prompt = build_processor(config, data.class_names)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
+        strangers = strangers_of(options.strangers)
         model = build_model(config, processor, device, precision)
         check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-        if not is_base:
+        facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
+        if is_base:
+            save_config(config, folder, facts | {"base": True})
+        else:
+            check_known(facts, recorded, data, config, folder)
             load_weights(model, folder / "best")
-        save_if_new(config, folder, describe_model(model, processor, precision, device), data.class_names)
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)
         if rows is None:
@@ -68,29 +67,43 @@ def main(argv: list[str] | None = None) -> int:
             assessor = build_assessor(
                 *(config, model, collator, precision, folder, adapter),
                 per_token=options.per_token,
-                use_prior=options.prior_calibration,
+                prior_calibration=options.prior_calibration,
+                limit=options.limit,
                 target_precision=options.target_precision,
             )
-            replies = None
             if options.protocol != "scoring":
-                replies = assessor.measure_replies(rows, options.split, parse_reply, LONGEST_REPLY)
+                assessor.measure_replies(rows, options.split, parse_reply, LONGEST_REPLY)
             if options.protocol != "generation":
                 assessor.report(
                     rows,
                     options.split,
                     None if validation is None else assessor.calibrate(validation),
                     why_not_calibrated="the run learned from val" if validation is None else None,
-                    strangers=strangers_of(options.strangers),
-                    replies=replies,
+                    strangers=strangers,
                     twins=name_twins(rows["id"]),
                 )
     return 0
 
 
-def save_if_new(config, folder: Path, described: dict, class_names: list[str]) -> None:
-    """The folder of a base becomes a run that can be named, beside trained ones."""
-    if not (folder / "training_config.json").exists():
-        save_config(config, folder, described | {"class_names": class_names, "base": True})
+def check_known(facts: dict, recorded: dict, data, config, folder: Path) -> None:
+    """Raise UserError unless the model names what the run learned, and its own data set is split as it was then."""
+    from data.dataset import hash_ids
+
+    differ = [name for name in data.class_names if name not in recorded["class_names"]]
+    if data.class_names != recorded["class_names"]:
+        raise UserError(
+            f"--dataset {config.dataset}: its {len(data.class_names)} classes are not the "
+            f"{len(recorded['class_names'])} that {folder} learned ({', '.join(differ[:3]) or 'some are missing'}); "
+            "name photos of the same classes"
+        )
+    if facts["probe_ids"] != recorded["probe_ids"] or facts["model_commit"] != recorded["model_commit"]:
+        raise UserError(f"--model {config.model}: is not what {folder} was trained on; put back that checkpoint")
+    is_own = config.dataset == load_config(folder)[0].dataset
+    if is_own and hash_ids(data) != recorded["photos"]:
+        raise UserError(
+            f"--dataset {config.dataset}: its photos changed since {folder} was trained, and are split otherwise: some "
+            "that it learned would be scored; put them back, or name new photos with --dataset"
+        )
 
 
 def strangers_of(folder: str | None) -> dict[str, list[dict]]:
@@ -98,7 +111,7 @@ def strangers_of(folder: str | None) -> dict[str, list[dict]]:
     from data.dataset import load_strangers
     from data.synthetic import draw_strangers
 
-    return draw_strangers() | ({} if folder is None else {"of your photos": load_strangers(Path(folder))})
+    return draw_strangers() | ({} if folder is None else {"your photos": load_strangers(Path(folder))})
 
 
 def compare_runs(first: Path, second: Path, split: str) -> None:
@@ -106,13 +119,18 @@ def compare_runs(first: Path, second: Path, split: str) -> None:
     from models.assessor import read_hits
     from models.evaluation import compare
 
-    hits = [read_hits(folder, split) for folder in (first, second)]
-    both = sorted(set(hits[0]) & set(hits[1]))
+    (one, hits_of_one), (other, hits_of_other) = (read_hits(folder, split) for folder in (first, second))
+    if (one["dataset"], one["question"]) != (other["dataset"], other["question"]):
+        logger.warning(
+            f"compared are two data sets or questions: {one['dataset']}, {one['question']!r} and {other['dataset']}, "
+            f"{other['question']!r}"
+        )
+    both = sorted(set(hits_of_one) & set(hits_of_other))
     if not both:
         raise UserError(
             f"{first} and {second}: no photo of {split} was scored by both; score them on the same data set"
         )
-    found = dict(compare([hits[0][photo] for photo in both], [hits[1][photo] for photo in both]))
+    found = dict(compare([hits_of_one[photo] for photo in both], [hits_of_other[photo] for photo in both]))
     logger.info(
         f"result {split}, {found['n']:,} photos: {first} {found['first']:.3f}, {second} {found['second']:.3f}; "
         f"right in the first alone {found['only_first']}, in the second alone {found['only_second']}; "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from config.run_folder import changed_fields
 from config.training_config import (
     CONFIG_FILE,
     ConfigError,
@@ -65,15 +66,40 @@ def parse_evaluation(argv: list[str] | None = None, description: str = "") -> Ev
             config, recorded = load_config(folder)
         except ConfigError as error:
             problems.append(f"{error}. Runs here: {_runs_here()}")
+    allowed = set(flags.given)
     if folders:
-        fixed = {field.name for field in dataclasses.fields(TrainingConfig)} - set(FREE_FIELDS)
+        allowed = {field.name for field in dataclasses.fields(EvaluationOptions)} | set(FREE_FIELDS)
+        if len(folders) == 2:
+            allowed = {"split"}
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(allowed))
         problems += [
-            f"--{name.replace('_', '-')}: the run's own is used; only {', '.join(FREE_FIELDS)} may differ"
-            for name in sorted(fixed & set(flags.given))
+            f"--{name.replace('_', '-')}: is the run's own here; beside {' '.join(flags.words)} may stand {told}"
+            for name in sorted(set(flags.given) - allowed)
         ]
-    config, more = apply_flags(config, flags.given)
-    flags.stop_on([*problems, *more, *find_problems(config)])
+    config, more = apply_flags(config, {name: text for name, text in flags.given.items() if name in allowed})
+    problems += [*more, *find_problems(config)]
+    if not folders and not problems:
+        problems += _other_base(config)
+    flags.stop_on(problems)
     return Evaluation(folders, config, recorded, options)
+
+
+def base_folder(config: TrainingConfig) -> Path:
+    """Where the scores of an untouched base go."""
+    return Path(config.output_dir or f"runs/base-{Path(config.model).name}")
+
+
+def _other_base(config: TrainingConfig) -> list[str]:
+    """Why the folder of this base is not free for it: it holds a run, or another base or data set."""
+    folder = base_folder(config)
+    if not (folder / CONFIG_FILE).exists():
+        return []
+    try:
+        saved, recorded = load_config(folder)
+    except ConfigError as error:
+        return [str(error)]
+    changed = changed_fields(config, saved) if recorded.get("base") else ["a run"]
+    return [f"{folder}: holds {'; '.join(changed)}; name another --output-dir"] if changed else []
 
 
 def _runs_here() -> str:

@@ -1,8 +1,10 @@
 """Scores splits with one model, photo by photo on disk, so that a half-done evaluation goes on where it was."""
 
+import hashlib
 import io
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from PIL import Image
 
 from config.training_config import TrainingConfig
 from models.builder import DTYPES, unwrap
+from models.checkpoint import BEST, describe_best
 from models.evaluation import adjust_scores, measure_replies
 from models.generation import generate_replies
-from models.report import Calibration, Scored, calibrate, figures_of, not_sure, write_report
+from models.report import Calibration, Scored, calibrate, figures_of, not_sure, result_lines, write_report
 from models.scoring import score_rows
+from utils.device_utils import fit_workers
+from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"
@@ -29,56 +34,82 @@ def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
     return (entries[0], entries[1:]) if entries else (None, [])
 
 
-def keep_by_photo(rows, compute: Callable, path: Path, header: dict) -> tuple[list[dict], float | None]:
-    """(entry of each row, photos/s): those that the file of the same header holds are not computed again.
+def keep_by_photo(
+    rows, compute: Callable, path: Path, header: dict, max_bad_fraction: float = 1.0
+) -> tuple[list[dict], float | None]:
+    """(entry of each photo, photos/s): those that the file of the same header holds are not computed again.
 
-    `compute(rows)` yields an entry with the "id" for each of these rows whose photo opens.
+    `compute(rows)` yields an entry with the "id" for each of these rows whose photo opens. A photo that was replaced is
+    computed again, and a label is always that of the row.
     """
     found, entries = read_entries(path)
-    entries = entries if found == header else []
+    marks = {row["id"]: _mark(row["image"]) for row in rows}
+    known = [entry for entry in entries if found == header and entry["photo"] == marks.get(entry["id"], entry["photo"])]
     # Written anew, so that a torn last line does not swallow the next one.
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in [header, *entries]), encoding="utf-8")
-    by_id = {entry["id"]: entry for entry in entries}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [header, *known]), encoding="utf-8")
+    by_id = {entry["id"]: entry for entry in known}
     left = [index for index, photo in enumerate(rows["id"]) if photo not in by_id]
     if len(left) < len(rows):
         logger.info("%s photos were done before (%s)", f"{len(rows) - len(left):,}", path)
     began, count = time.perf_counter(), 0
     with open(path, "a", encoding="utf-8") as file:
-        for entry in compute(rows.select(left)) if left else ():
+        for computed in compute(rows.select(left)) if left else ():
+            entry = computed | {"photo": marks[computed["id"]]}
             file.write(json.dumps(entry) + "\n")
             file.flush()
             by_id[entry["id"]] = entry
             count += 1
-    kept = [by_id[photo] for photo in rows["id"] if photo in by_id]
+    check_bad_share([photo for photo in rows["id"] if photo not in by_id], len(rows), max_bad_fraction)
+    kept = [by_id[photo] | {"label": label} for photo, label in zip(rows["id"], rows["label"]) if photo in by_id]
     if not kept:
         raise UserError(f"{path}: no photo could be opened; the lines above name what is wrong with each")
     return kept, count / (time.perf_counter() - began) if count else None
 
 
-def read_hits(folder: Path, split: str) -> dict[str, bool]:
-    """{photo: was its likeliest name the true one} of the scores kept in a folder."""
+def _mark(image: dict) -> list[int]:
+    """What tells a photo from another one under the same name: checksum of its bytes, or size and time of its file."""
+    if image["bytes"] is not None:
+        return [len(image["bytes"]), zlib.crc32(image["bytes"])]
+    status = Path(image["path"]).stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def read_hits(folder: Path, split: str) -> tuple[dict, dict[str, bool]]:
+    """(facts, {photo: was its likeliest name the true one}) of the plain scores kept in a folder.
+
+    Raises UserError where there are none, or where they are of other weights than those in best/.
+    """
     path = folder / f"eval_{split}.scores.jsonl"
-    _, entries = read_entries(path)
+    facts, entries = read_entries(path)
+    again = f"python evaluate.py {folder} --split {split}"
     if not entries:
-        raise UserError(f"{path}: no scores yet; make them first: python evaluate.py {folder} --split {split}")
-    return {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}
+        raise UserError(f"{path}: no scores yet; make them first: {again}")
+    if facts["adapter"] is not None and facts["adapter"] != describe_best(folder / BEST):
+        raise UserError(f"{path}: the scores are of other weights than {folder / BEST}; score them again: {again}")
+    return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}
 
 
-def build_assessor(config: TrainingConfig, model, collator, precision: str, folder, adapter: str | None, **options):
+def build_assessor(
+    config: TrainingConfig, model, collator, precision: str, folder: str | Path, adapter: str | None, **options
+) -> "Assessor":
     """An Assessor whose facts are all that its scores depend on but the photos themselves."""
+    local = Path(config.model)  # of a hub model there is no such folder, and its commit stands for its files
+    names = json.dumps([collator.class_names, collator.name_ids, collator.prompt.prompt])
     facts = {
         "model": config.model,
         "commit": getattr(unwrap(model).config, "_commit_hash", None),
+        "files": sorted([path.name, *_mark({"bytes": None, "path": path})] for path in local.glob("*.safetensors")),
         "adapter": adapter,
         "load_in_4bit": config.load_in_4bit,
         "precision": precision,
         "question": config.question,
         "image_size": config.image_size,
         "dataset": config.dataset,
-        "classes": len(collator.class_names),
+        "names": hashlib.sha256(names.encode()).hexdigest()[:12],
         "seed": config.seed,
     }
-    batches = config.per_device_eval_batch_size, config.num_workers, DTYPES[precision]
+    workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
+    batches = config.per_device_eval_batch_size, workers, DTYPES[precision], config.max_bad_fraction
     return Assessor(model, collator, folder, facts, *batches, **options)
 
 
@@ -86,8 +117,8 @@ class Assessor:
     """Scores splits with one model and writes what came out to the run folder.
 
     `facts` say what is scored (model, adapter, question, ...): they stand in each report, and scores kept on disk are
-    used again only if they are the same. `per_token` divides scores by each name's tokens; `use_prior` subtracts those
-    under a photo of plain grey.
+    used again only if they are the same. `per_token` divides scores by each name's tokens; `prior_calibration`
+    subtracts those under a photo of plain grey; `limit`, the number of photos that the caller took, is only recorded.
     """
 
     def __init__(
@@ -99,8 +130,10 @@ class Assessor:
         batch_size: int,
         num_workers: int,
         dtype: torch.dtype,
+        max_bad_fraction: float = 1.0,
         per_token: bool = False,
-        use_prior: bool = False,
+        prior_calibration: bool = False,
+        limit: int | None = None,
         target_precision: float = 0.95,
     ):
         self.model = model
@@ -112,9 +145,11 @@ class Assessor:
         self.dtype = dtype
         self.lengths = [len(ids) for ids in collator.name_ids] if per_token else None
         self.prior = None
+        self.max_bad_fraction = max_bad_fraction
         self.target_precision = target_precision
+        self.how = {"per_token": per_token, "prior_calibration": prior_calibration, "limit": limit}
         self._scored: dict[str, tuple[Scored, float | None]] = {}
-        if use_prior:
+        if prior_calibration:
             (neutral,) = self._raw_scores([neutral_row()])
             self.prior = neutral["scores"]
 
@@ -132,7 +167,7 @@ class Assessor:
         """Scores of a split, computed once, and photos/s where any were computed now."""
         if split not in self._scored:
             path = self.folder / f"eval_{split}.scores.jsonl"
-            entries, rate = keep_by_photo(rows, self._raw_scores, path, self.facts)
+            entries, rate = keep_by_photo(rows, self._raw_scores, path, self.facts, self.max_bad_fraction)
             self._scored[split] = self._adjust(entries), rate
         return self._scored[split]
 
@@ -141,10 +176,11 @@ class Assessor:
         return Scored([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
     def calibrate(self, validation) -> Calibration:
-        """Temperature and "not sure" threshold from val, written to calibration.json."""
+        """Temperature and "not sure" threshold from val; of plain scores of all of val also to calibration.json."""
         calibration = calibrate(self.score(validation, "val")[0], self.target_precision)
-        text = json.dumps(calibration._asdict() | {"scored": self.facts}, indent=2)
-        (self.folder / CALIBRATION_FILE).write_text(text + "\n", encoding="utf-8")
+        if not any(self.how.values()):
+            text = json.dumps(calibration._asdict() | {"scored": self.facts}, indent=2)
+            (self.folder / CALIBRATION_FILE).write_text(text + "\n", encoding="utf-8")
         return calibration
 
     def report(
@@ -154,39 +190,27 @@ class Assessor:
         calibration: Calibration | None,
         why_not_calibrated: str | None = None,
         strangers: dict[str, Sequence[dict]] | None = None,
-        replies: dict | None = None,
         twins: Sequence[str] = (),
     ) -> dict:
         """eval_<split>.json (returned), .md and .png, a picture of some photos, and a result line."""
         scored, rate = self.score(rows, split)
         names = self.collator.class_names
-        report = {"split": split, **self.facts, "photos_per_s": rate, "bad_photos": len(rows) - len(scored.ids)}
-        report |= {"exact_match": None, "substring_match": None} | (replies or {})
+        report = {"split": split, **self.facts, **self.how, "photos_per_s": rate}
+        report |= {"bad_photos": len(rows) - len(scored.ids), "exact_match": None, "substring_match": None}
+        report |= self._replies_of(rows, split)
         report |= figures_of(scored, calibration, names) | {"not_calibrated": why_not_calibrated, "twins": list(twins)}
         if calibration is not None:
-            report["strangers"] = {
-                kind: {
-                    "n": len(some),
-                    "not_sure": not_sure(self._adjust(list(self._raw_scores(some))).scores, calibration),
-                }
-                for kind, some in (strangers or {}).items()
-            }
+            report["strangers"] = {kind: self._not_sure(some, calibration) for kind, some in (strangers or {}).items()}
         write_report(report, scored, calibration, rows, names, self.folder)
-        low, high = report["top1_interval"]
-        logger.info(
-            "result %s: top-1 %.3f (%.3f to %.3f), top-5 %.3f, mean per class %.3f on %s photos",
-            *(split, report["top1"], low, high, report["top5"], report["mean_per_class"], f"{report['n']:,}"),
-        )
-        if calibration is not None:
-            logger.info(
-                'result %s: calibration error %.3f, %.3f at temperature %.2f; %.0f %% answered%s, %.0f %% "not sure"',
-                *(split, report["ece_uncalibrated"], report["ece"], calibration.temperature, 100 * report["answered"]),
-                "" if report["answered_precision"] is None else f" ({report['answered_precision']:.3f} right)",
-                100 * (1 - report["answered"]),
-            )
-        for kind, own in report.get("strangers", {}).items():
-            logger.info('result %s: %.0f %% of %d %s "not sure"', split, 100 * own["not_sure"], own["n"], kind)
+        for line in result_lines(report):
+            logger.info("result %s: %s", split, line)
         return report
+
+    def _not_sure(self, rows: Sequence[dict], calibration: Calibration) -> dict:
+        entries = list(self._raw_scores(rows))
+        if not entries:
+            raise UserError("--strangers: none of its photos can be opened; the lines above say why")
+        return {"n": len(entries), "not_sure": not_sure(self._adjust(entries).scores, calibration)}
 
     def measure_replies(
         self, rows, split: str, parse: Callable[[str, Sequence[str]], int | None], longest: int
@@ -197,13 +221,29 @@ class Assessor:
         """
         path = self.folder / f"eval_{split}.replies.jsonl"
         entries, rate = keep_by_photo(
-            rows, lambda left: self._replies(left, longest), path, self.facts | {"longest": longest}
+            *(rows, lambda left: self._replies(left, longest), path, self.facts | {"longest": longest}),
+            self.max_bad_fraction,
         )
         names, texts = self.collator.class_names, [entry["text"] for entry in entries]
-        figures = measure_replies(
-            texts, [parse(text, names) for text in texts], names, [entry["label"] for entry in entries]
+        labels = [entry["label"] for entry in entries]
+        figures = dict(measure_replies(texts, [parse(text, names) for text in texts], names, labels))
+        text = json.dumps({"scored": self.facts, "figures": figures | {"replies_per_s": rate}}, indent=2)
+        self._replies_path(split).write_text(text + "\n", encoding="utf-8")
+        logger.info(
+            f"result {split}: free replies: exact match {figures['exact_match']:.3f}, substring match "
+            f"{figures['substring_match']:.3f} on {figures['replies']:,} photos; {figures['unparsed']} named no class"
         )
-        return dict(figures) | {"replies_per_s": rate}
+        return figures
+
+    def _replies_path(self, split: str) -> Path:
+        return self.folder / f"eval_{split}.replies.json"
+
+    def _replies_of(self, rows, split: str) -> dict:
+        """Figures of free replies of the same model to as many photos, if they were measured."""
+        path = self._replies_path(split)
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"scored": None}
+        is_same = saved["scored"] == self.facts and saved["figures"]["replies"] <= len(rows)
+        return saved["figures"] if is_same else {}
 
 
 def neutral_row() -> dict:

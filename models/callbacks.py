@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -129,22 +130,25 @@ class EarlyStopping(TrainerCallback):
         self.photos = photos
 
     def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step < state.max_steps and self.is_over(state.log_history):
+            logger.info(
+                "step %d | stopping early: no gain in top-1 that counts in the last %d evaluations",
+                state.global_step,
+                self.patience,
+            )
+            control.should_training_stop = True
+
+    def is_over(self, history: Sequence[dict]) -> bool:
+        """Judged from the log history alone; a run that was killed after its stop is over too."""
         best, waited = None, 0
-        for entry in state.log_history:
+        for entry in history:
             if "eval_top1" in entry:
-                if best is None or entry["eval_top1"] - best >= self._gain_over(best):
+                gain = None if best is None else entry["eval_top1"] - best
+                if gain is None or (gain > 0 and gain >= self._gain_over(best)):
                     best, waited = entry["eval_top1"], 0
                 else:
                     waited += 1
-        if waited >= self.patience:
-            logger.info(
-                "step %d | stopping early: %d evaluations without a gain of %.4f on top-1 %.3f",
-                state.global_step,
-                waited,
-                self._gain_over(best),
-                best,
-            )
-            control.should_training_stop = True
+        return waited >= self.patience
 
     def _gain_over(self, best: float) -> float:
         return resolvable_gain(best, self.photos) if self.min_gain is None else self.min_gain

@@ -96,7 +96,9 @@ def describe_best(folder: Path) -> str:
     """Which weights these are: their step and a hash of their manifest. Raises UserError for damaged ones."""
     damage = find_damage(folder)
     if damage is not None:
-        raise UserError(f"{folder}: holds no weights to evaluate ({damage}); finish the run: python train.py")
+        raise UserError(
+            f"{folder}: holds no weights to evaluate ({damage}); finish the run with the command that began it"
+        )
     return f"step {read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +135,28 @@ def write_report(
     logger.info("result pictures: %s, %s_photos.png", stem.with_suffix(".png"), stem)
 
 
+def result_lines(report: dict) -> Iterator[str]:
+    """The report in two or three lines, for the log."""
+    low, high = report["top1_interval"]
+    yield (
+        f"top-1 {report['top1']:.3f} ({low:.3f} to {high:.3f}), top-5 {report['top5']:.3f}, mean per class "
+        f"{report['mean_per_class']:.3f} on {report['n']:,} photos"
+    )
+    if report["calibration"] is None:
+        yield f"not calibrated: {report['not_calibrated']}"
+        return
+    right = "" if report["answered_precision"] is None else f" ({report['answered_precision']:.3f} right)"
+    yield (
+        f"calibration error {report['ece_uncalibrated']:.3f} before and {report['ece']:.3f} after temperature "
+        f'{report["calibration"]["temperature"]:.2f}; {report["answered"]:.0%} answered{right}, the rest "not sure"'
+        + " (fitted on these very photos)"
+        * (report["split"] == "val")
+    )
+    if report["strangers"]:
+        kinds = ", ".join(f"{kind} {own['not_sure']:.0%} of {own['n']}" for kind, own in report["strangers"].items())
+        yield f'"not sure" of pictures that show none of the classes: {kinds}'
+
+
 def as_markdown(report: dict) -> str:
     """The report for reading."""
 
@@ -142,20 +164,25 @@ def as_markdown(report: dict) -> str:
         return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
     low, high = report["top1_interval"]
+    fitted = report["calibration"] and ("these very photos" if report["split"] == "val" else "val")
     meanings = {
         "top1": f"share right (95 % interval {low:.3f} to {high:.3f})",
         "top5": "truth among the five likeliest",
         "mean_per_class": "mean of each class's share right",
         "exact_match": "free reply is the name",
         "substring_match": "free reply contains the name (published protocol)",
-        "ece": "expected calibration error" + (", after temperature fitted on val" if report["calibration"] else ""),
+        "ece": "expected calibration error" + (f", after temperature fitted on {fitted}" if fitted else ""),
         "ece_uncalibrated": "the same without temperature",
         "answered": 'share answered, the rest is "not sure"',
         "answered_precision": "share right among the answered",
         "photos_per_s": "speed of scoring",
+        "bad_photos": "photos that could not be opened",
     }
     lines = [f"# {report['split']}: {report['n']:,} photos, top-1 {report['top1']:.3f}", ""]
     lines += [f'model `{report["model"]}`, adapter `{report["adapter"]}`, question "{report["question"]}"', ""]
+    changed = {"per_token": "per token", "prior_calibration": "less their scores on plain grey", "limit": "of a part"}
+    if any(report[name] for name in changed):
+        lines += [f"Scores {', '.join(words for name, words in changed.items() if report[name])}.", ""]
     lines += ["| figure | value | what |", "|---|---|---|"]
     lines += [f"| {name} | {show(report.get(name))} | {what} |" for name, what in meanings.items()]
     if report["calibration"] is None:

@@ -114,7 +114,11 @@ def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> tor
                 names,
             )
         )
-    return torch.cat(scores)
+    scores = torch.cat(scores)
+    if not torch.isfinite(scores).all():
+        ids = ", ".join(sample.id for sample in batch["samples"])
+        raise ScoringError(f"a score is not a finite number; try --mixed-precision bf16 or no (photos: {ids})")
+    return scores
 
 
 def _score_photos(base, input_ids, pixel_values, image_sizes, prompt_lengths, trees, names: int) -> torch.Tensor:

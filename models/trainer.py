@@ -16,26 +16,18 @@ from peft import PeftModel
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
 from config.run_folder import append_metrics
 from config.training_config import TrainingConfig
 from models.builder import load_weights
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
-from models.checkpoint import (
-    BEST,
-    METRICS_OF_BEST,
-    PREFIX,
-    ManifestCallback,
-    is_better,
-    read_best,
-    replacing,
-    write_manifest,
-)
+from models.checkpoint import BEST, METRICS_OF_BEST, ManifestCallback, is_better, read_best, replacing, write_manifest
 from models.evaluation import measure_scores
 from models.scoring import build_trees, score_batch
 from utils.device_utils import fit_workers
+from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
 
@@ -73,7 +65,7 @@ class PlantTrainer(Trainer):
         self.trees = build_trees(names)
         self.projector_learning_rate = projector_learning_rate
         self.max_bad_fraction = max_bad_fraction
-        self.bad_photos: set[str] = set()
+        self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -97,7 +89,7 @@ class PlantTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
-        self._note_bad_photos(inputs["bad"], self.train_dataset)
+        self._note_bad_photos(inputs["bad"], "train", self.train_dataset)
         if not inputs["samples"]:
             raise StepError(
                 f"step {self.state.global_step + 1}: none of its photos can be opened; mend or remove them "
@@ -201,17 +193,14 @@ class PlantTrainer(Trainer):
             f"the step before; try a lower --learning-rate or --mixed-precision bf16 (samples: {names})"
         )
 
-    def _note_bad_photos(self, bad: list[str], rows) -> None:
-        new = [entry for entry in bad if entry not in self.bad_photos]
-        self.bad_photos.update(new)
+    def _note_bad_photos(self, bad: list[str], split: str, rows) -> None:
+        known = self.bad_photos[split]
+        new = [entry for entry in bad if entry not in known]
+        known.update(new)
         for entry in new:
-            logger.warning("photo left out (%d so far): %s", len(self.bad_photos), entry)
-        if new and len(self.bad_photos) > self.max_bad_fraction * len(rows):
-            raise StepError(
-                f"{len(self.bad_photos)} of {len(rows)} photos cannot be opened, above max_bad_fraction="
-                f"{self.max_bad_fraction} ({'; '.join(sorted(self.bad_photos)[:5])}); mend or remove them, or raise "
-                "--max-bad-fraction"
-            )
+            logger.warning("photo left out (%d of %s so far): %s", len(known), split, entry)
+        if new:
+            check_bad_share(known, len(rows), self.max_bad_fraction)
 
     # ---- the run
 
@@ -228,15 +217,18 @@ class PlantTrainer(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the planned steps, from a checkpoint if there is one."""
-        step = int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0
-        if step:
-            logger.info("plan   going on from %s", checkpoint)
         with logging_redirect_tqdm([logger]):
-            if step < self.planned_steps():
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            else:  # all steps were done before the run was stopped; transformers would do one more
+            if checkpoint is None:
+                self.train()
+                return
+            logger.info("plan   going on from %s", checkpoint)
+            saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+            early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
+            if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
+                self.train(resume_from_checkpoint=str(checkpoint))
+            else:  # all was done before the run was stopped; transformers would do one step more
                 self._load_from_checkpoint(str(checkpoint))
-                self.state.global_step = step
+                self.state = saved
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, resume_from_checkpoint)
@@ -289,7 +281,7 @@ class PlantTrainer(Trainer):
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
-                self._note_bad_photos(batch["bad"], self.eval_dataset)
+                self._note_bad_photos(batch["bad"], "val", self.eval_dataset)
                 bad += len(batch["bad"])
                 if not batch["samples"]:
                     continue
@@ -363,7 +355,12 @@ def build_trainer(
     try:
         trainer = PlantTrainer(
             model=model,
-            args=build_arguments(config, precision, device, collator.batch_bytes(config.effective_batch_size)),
+            args=build_arguments(
+                config,
+                precision,
+                device,
+                collator.batch_bytes(max(config.effective_batch_size, config.per_device_eval_batch_size)),
+            ),
             data_collator=collator,
             train_dataset=train_set,
             eval_dataset=val_set,

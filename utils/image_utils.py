@@ -4,6 +4,7 @@ H, W: height and width in pixels of the upright photo.
 """
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,15 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
             f"{name}: {image.width} x {image.height} is above the limit of {max_pixels:,} pixels; make it smaller"
         )
     return name, image
+
+
+def check_bad_share(bad: Collection[str], photos: int, max_bad_fraction: float) -> None:
+    """Raise PhotoError if more than this share of so many photos cannot be opened; `bad` says which and why."""
+    if len(bad) > max_bad_fraction * photos:
+        raise PhotoError(
+            f"{len(bad)} of {photos} photos cannot be opened, above max_bad_fraction={max_bad_fraction} "
+            f"({'; '.join(sorted(bad)[:5])}); mend or remove them, or raise --max-bad-fraction"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -74,7 +74,7 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning("interrupted; the same command goes on from the last checkpoint, if one was reached")
+        logger.warning("interrupted; the same command goes on from what was saved (checkpoints, photos scored)")
         sys.exit(130)
     except Exception as error:
         sentence = _disk_sentence(error) or (_own_sentence(error) if isinstance(error, (UserError, *kinds)) else None)

@@ -76,7 +76,7 @@ def plot_report(
     _reliability(figure.add_subplot(grid[0, columns - 1]), bins)
     tiles = []
     for one, other, count, *photos in pairs:
-        tiles.append((photos[0], f"{_shorten(one)}\ntaken for the next, or that for it: {count}", "black"))
+        tiles.append((photos[0], f"{_shorten(one)}\nconfused with the next: {count}", "black"))
         tiles.append((photos[1], f"{_shorten(other)}\n", "black"))
     for photo, truth, likeliest in mistakes:
         answers = "\n".join(f"{_shorten(name)} {share:.0%}" for name, share in likeliest)

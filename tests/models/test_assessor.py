@@ -6,9 +6,10 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from data.dataset import ROW
+from data.dataset import ROW, load_strangers
 from data.labels import parse_reply
 from models.assessor import Assessor, keep_by_photo, read_entries, read_hits
+from models.checkpoint import replacing, write_manifest
 from models.evaluation import confidence
 from models.report import Calibration, Scored, calibrate
 from utils.logging_utils import UserError, setup_logging
@@ -37,10 +38,9 @@ def test_a_report_holds_what_is_promised(tiny, tmp_path, capsys):
     drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     some = Dataset.from_list(drawn, features=ROW)
     assessor = make(tiny, tmp_path)
-    replies = assessor.measure_replies(some, "val", parse_reply, 5)
-    report = assessor.report(
-        some, "val", assessor.calibrate(some), strangers={"noise": tiny.rows(3)}, replies=replies, twins=["a = b"]
-    )
+    assessor.measure_replies(some, "val", parse_reply, 5)
+    strangers = {"noise": [*tiny.rows(3), drawn[2]]}
+    report = assessor.report(some, "val", assessor.calibrate(some), strangers=strangers, twins=["a = b"])
     assert report == json.loads((tmp_path / "eval_val.json").read_text())
     assert {
         *(
@@ -122,6 +122,59 @@ def test_scores_of_another_model_are_not_used(tiny, tmp_path):
     assert [entry["value"] for entry in keep_by_photo(rows(tiny, 2), compute, path, {"model": "b"})[0]] == [2, 2]
     with pytest.raises(UserError, match="no photo could be opened"):
         keep_by_photo(rows(tiny, 2), lambda left: [], path, {"model": "c"})
+    with pytest.raises(UserError, match="2 of 2 photos cannot be opened, above max_bad_fraction=0.4"):
+        keep_by_photo(rows(tiny, 2), lambda left: [], path, {"model": "c"}, 0.4)
+
+
+def test_a_photo_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny, tmp_path):
+    path = tmp_path / "kept.jsonl"
+
+    def compute(left):
+        yield from ({"id": photo, "label": 9, "value": len(left)} for photo in left["id"])
+
+    drawn = tiny.rows(3)
+    keep_by_photo(Dataset.from_list(drawn, features=ROW), compute, path, {})
+    drawn[1] = drawn[1] | {"image": drawn[2]["image"]}
+    drawn[2] = drawn[2] | {"label": 7}
+    entries, _ = keep_by_photo(Dataset.from_list(drawn, features=ROW), compute, path, {})
+    assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
+
+
+def test_a_photo_on_disk_is_known_by_size_and_time(photo_folder, tmp_path):
+    rows = load_strangers(photo_folder({"oak": 2}))
+    seen = []
+
+    def compute(left):
+        seen.append(len(left))
+        yield from ({"id": photo} for photo in left["id"])
+
+    for _ in range(2):
+        keep_by_photo(rows, compute, tmp_path / "kept.jsonl", {})
+    Image.new("RGB", (9, 9)).save(rows[0]["image"]["path"])
+    keep_by_photo(rows, compute, tmp_path / "kept.jsonl", {})
+    assert seen == [2, 1]
+
+
+def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
+    assessor = make(tiny, tmp_path, per_token=True, limit=4)
+    report = assessor.report(rows(tiny, 4), "val", assessor.calibrate(rows(tiny, 4)))
+    assert (report["per_token"], report["prior_calibration"], report["limit"]) == (True, False, 4)
+    assert "Scores per token, of a part." in (tmp_path / "eval_val.md").read_text()
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, capsys):
+    setup_logging()
+    figures = make(tiny, tmp_path).measure_replies(rows(tiny, 4), "val", parse_reply, 5)
+    assert "free replies: exact match" in capsys.readouterr().out
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "val", None, "a test")
+    assert report["exact_match"] == figures["exact_match"] and report["replies"] == 4
+
+
+def test_strangers_that_do_not_open(tiny, tmp_path):
+    broken = [{"image": {"bytes": b"", "path": "gone.jpg"}, "label": 0, "id": "gone"}]
+    with pytest.raises(UserError, match="--strangers: none of its photos can be opened"):
+        make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1, 0.5, 0.95, 4), strangers={"x": broken})
 
 
 def test_score_kinds(tiny, tmp_path):
@@ -129,7 +182,7 @@ def test_score_kinds(tiny, tmp_path):
     plain = make(tiny, tmp_path).score(some, "val")[0].scores
     lengths = np.array([len(ids) for ids in tiny.collator.name_ids])
     np.testing.assert_allclose(make(tiny, tmp_path, per_token=True).score(some, "val")[0].scores, plain / lengths)
-    prior = make(tiny, tmp_path, use_prior=True)
+    prior = make(tiny, tmp_path, prior_calibration=True)
     np.testing.assert_allclose(prior.score(some, "val")[0].scores, plain - np.array(prior.prior))
     assert len(set(prior.prior)) > 1
 
@@ -157,4 +210,12 @@ def test_hits_of_a_folder(tiny, tmp_path):
         read_hits(tmp_path, "val")
     scored = make(tiny, tmp_path).score(rows(tiny, 6), "val")[0]
     right = scored.scores.argmax(axis=1) == scored.labels
-    assert list(read_hits(tmp_path, "val").values()) == right.tolist()
+    facts, hits = read_hits(tmp_path, "val")
+    assert list(hits.values()) == right.tolist() and facts["model"] == "m"
+    path = tmp_path / "eval_val.scores.jsonl"
+    path.write_text(path.read_text().replace('"adapter": null', '"adapter": "step 3, manifest abc"'))
+    with replacing(tmp_path / "best") as draft:
+        (draft / "best.json").write_text('{"step": 3}')
+        write_manifest(draft)
+    with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
+        read_hits(tmp_path, "val")

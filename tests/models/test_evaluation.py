@@ -72,7 +72,20 @@ def test_the_temperature_undoes_what_made_scores_too_sure():
 
 def test_a_model_that_is_always_right_is_not_sure_without_limit():
     scores = np.log(np.tile([0.9, 0.05, 0.05], (50, 1)))
-    assert 0.3 < fit_temperature(scores, np.zeros(50, int)) < 1
+    assert 0.05 < fit_temperature(scores, np.zeros(50, int)) < 1
+
+
+@pytest.mark.parametrize("photos", [30, 102])
+def test_a_calibrated_model_stays_calibrated_on_a_small_val(photos):
+    """102 names whose log-probabilities lie around -40 nats, labels drawn from the model's own probabilities."""
+    rng = np.random.default_rng(1)
+    fitted = []
+    for _ in range(20):
+        scores = rng.normal(-40, 3, (photos, 102))
+        chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+        labels = np.array([rng.choice(102, p=row / row.sum()) for row in chances])
+        fitted.append(fit_temperature(scores, labels))
+    assert np.median(fitted) == pytest.approx(1, abs=0.15)
 
 
 def test_calibration_error_of_a_hand_made_case():

@@ -9,7 +9,7 @@ from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
 from data.labels import CLASS_NAMES
-from models.builder import build_processor, load_base
+from models.builder import build_processor, choose_trainables, load_base
 from models.scoring import ScoringError, build_trees, score_batch, score_rows
 from models.trainer import cut
 from tests.conftest import FLOWERS
@@ -127,6 +127,35 @@ def test_what_cannot_be_scored_is_refused(tiny):
     model.config.text_config.sliding_window = 32
     with pytest.raises(ScoringError, match="attends to 32 tokens only and prompt with name has"):
         score_batch(model, tiny.collator(tiny.rows(1)), build_trees(tiny.collator.name_ids), 1)
+
+
+def test_a_score_that_is_no_number_is_refused(tiny):
+    model = tiny.model().eval()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ScoringError, match="a score is not a finite number; .*test-00000"):
+        score_batch(model, tiny.collator(tiny.rows(1)), build_trees(tiny.collator.name_ids), 1)
+
+
+@torch.no_grad()
+def test_an_adapter_and_sixteen_bits_are_scored_too(tiny, flowers):
+    collator, base = flowers(NAMES, load_in_4bit=True)
+    model = choose_trainables(base, "adapter", 4, 8, 0.0).eval()
+    rows = rows_of(tiny, SIZES)
+    batch, trees = collator(rows), build_trees(collator.name_ids)
+    before = score_batch(model, batch, trees, 4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.05)
+    scores = score_batch(model, batch, trees, 4)
+    by_id = {row["id"]: row for row in rows}
+    expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    assert (scores - before).abs().max() > 0.01
+    with model.disable_adapter():
+        torch.testing.assert_close(score_batch(model, batch, trees, 4), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = score_batch(model, batch, trees, 4)
+    assert (rough - expected).abs().max() < 0.5 and torch.equal(rough.argmax(dim=1), expected.argmax(dim=1))
 
 
 def test_photos_that_do_not_open_are_left_out_and_named(tiny, caplog):

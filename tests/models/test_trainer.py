@@ -16,6 +16,7 @@ from models.checkpoint import last_checkpoint, read_best
 from models.scoring import score_batch
 from models.trainer import StepError, build_arguments, build_trainer, cut
 from tests.data.test_collator import SIZES, rows_of
+from utils.image_utils import PhotoError
 from utils.logging_utils import UserError, setup_logging
 from utils.tensor_utils import ShapeError
 
@@ -242,9 +243,11 @@ def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path,
     trainer = make_trainer(tiny, tmp_path / "few", train_set, max_bad_fraction=0.1)
     trainer.train()
     told = capsys.readouterr().out
-    assert told.count("photo left out") == 2 and "(2 so far)" in told and "test-00003.jpg: is not a photo" in told
+    assert (
+        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not a photo" in told
+    )
     assert sum(step["photos"] for step in read_metrics(tmp_path / "few")) == 60
-    with pytest.raises(StepError, match=r"\d of 32 photos cannot be opened, above max_bad_fraction=0.01"):
+    with pytest.raises(PhotoError, match=r"\d of 32 photos cannot be opened, above max_bad_fraction=0.01"):
         make_trainer(tiny, tmp_path / "many", train_set).train()
 
 
@@ -402,7 +405,7 @@ def test_best_is_what_names_best_and_among_equals_loses_least(tiny, tmp_path, mo
         (2, 0.05, [0.5, 0.6, 0.6, 0.7, 0.7, 0.7], 6),
         (1, None, [0.5, 0.6], 2),  # ten photos resolve no less than 0.158 at 0.5
         (1, None, [0.5, 0.7, 0.7], 3),
-        (9, 0.0, [0.5] * 6, 6),
+        (2, 0.0, [0.5] * 6, 3),  # no gain is no gain
     ],
 )
 def test_early_stopping(tiny, tmp_path, monkeypatch, patience, gain, top1, stops):
@@ -433,6 +436,16 @@ def test_early_stopping_survives_a_resume(tiny, tmp_path, monkeypatch):
     assert read_best(tmp_path / "best")["step"] == 1
 
 
+def test_a_run_that_was_killed_after_it_stopped_is_over(tiny, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    fake_scores(monkeypatch, [0.9, 0.1, 0.1])
+    make_trainer(tiny, tmp_path, **settings).train_from(None)
+    again = make_trainer(tiny, tmp_path, **settings)
+    again.train_from(last_checkpoint(tmp_path))  # a fourth evaluation would have nothing to tell
+    again.evaluate_here()
+    assert again.state.global_step == 3 and len([x for x in read_metrics(tmp_path) if "eval_top1" in x]) == 3
+
+
 def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     metrics = trainer.evaluate()
@@ -449,10 +462,10 @@ def test_bad_photos_of_val_are_named_and_capped(tiny, tmp_path, capsys):
     trainer = make_trainer(tiny, tmp_path, max_bad_fraction=0.2, per_device_eval_batch_size=1)
     trainer.eval_dataset = some
     assert trainer.evaluate()["eval_bad_photos"] == 1
-    assert "photo left out (1 so far): test-00009: gone.jpg: is empty" in capsys.readouterr().out
+    assert "photo left out (1 of val so far): test-00009: gone.jpg: is empty" in capsys.readouterr().out
     capped = make_trainer(tiny, tmp_path, max_bad_fraction=0.05)
     capped.eval_dataset = some
-    with pytest.raises(StepError, match="1 of 10 photos cannot be opened, above max_bad_fraction=0.05 .test-00009"):
+    with pytest.raises(PhotoError, match="1 of 10 photos cannot be opened, above max_bad_fraction=0.05 .test-00009"):
         capped.evaluate()
 
 

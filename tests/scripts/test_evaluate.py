@@ -60,9 +60,9 @@ def test_test_split_is_calibrated_on_val_alone(trained, here, photo_folder, caps
     assert report["calibration"]["photos"] == 8 and before["photos"] == 20  # val is limited too
     assert 0 <= report["exact_match"] <= report["substring_match"] <= 1
     assert len(read_entries(trained / "eval_test.replies.jsonl")[1]) == 8
-    assert Image.open(trained / "eval_test.png").width > 900 and "of 40 noise" in told
+    assert (Image.open(trained / "eval_test.png").width > 900 and "noise 100% of 40" in told) or "of 40, plain" in told
     root = photo_folder({"cat": 3})
-    assert "of 3 of your photos" in run(capsys, "one", "--limit", "4", "--strangers", str(root), *FAST)[1]
+    assert "% of 3" in run(capsys, "one", "--limit", "4", "--strangers", str(root), *FAST)[1]
 
 
 def test_the_untouched_base_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
@@ -93,6 +93,31 @@ def test_a_run_that_learned_from_val_is_not_calibrated(here, few_drawings, capsy
     assert report["not_calibrated"] == "the run learned from val" and report["answered"] is None
 
 
+def test_photos_that_changed_since_the_training_are_not_scored(here, photo_folder, capsys):
+    root = photo_folder({"oak": 10, "ash": 10})
+    assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine"]) == 0
+    assert run(capsys, "mine", *FAST)[0] == 0
+    photo_folder({"oak": 12, "ash": 10})
+    status, told = run(capsys, "mine", "--split", "test", *FAST)
+    assert status == 1 and "its photos changed since mine was trained" in told
+    other = photo_folder({"oak": 12, "ash": 10}).rename(here / "other")
+    assert run(capsys, "mine", "--split", "test", "--dataset", str(other), *FAST)[0] == 0
+
+
+def test_replies_alone_are_told(trained, capsys):
+    status, told = run(capsys, "one", "--protocol", "generation", "--limit", "4", *FAST)
+    assert status == 0 and "result val: free replies: exact match" in told
+
+
+def test_a_base_of_other_photos_takes_no_folder_of_another(here, few_drawings, photo_folder, capsys):
+    assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
+    root = photo_folder({"oak": 10, "ash": 10})
+    status, told = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
+    assert (
+        status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in told and "name another --output-dir" in told
+    )
+
+
 def other_weights(folder):
     with open(folder / "best" / "model.safetensors", "r+b") as file:
         file.seek(5000)
@@ -118,7 +143,9 @@ BAD_INPUT = [
     (no_weights, ["one"], "one/best: holds no weights to evaluate (manifest.json is missing"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
     (nothing, ["one", "two", "three"], "name one run, or two to compare"),
-    (nothing, ["one", "--learning-rate", "1"], "--learning-rate: the run's own is used; only dataset,"),
+    (nothing, ["one", "--learning-rate", "1"], "--learning-rate: is the run's own here; beside one may stand --allow"),
+    (nothing, ["one", "one", "--limit", "3"], "--limit: is the run's own here; beside one one may stand --split"),
+    (nothing, ["--preset", "tiny", "--output-dir", "one"], "one: holds a run; name another --output-dir"),
     (nothing, ["one", "--split", "train"], "split=train: not one of val, test"),
     (nothing, ["one", "--limit", "0"], "limit=0: "),
     (nothing, ["one", "--target-precision", "1.5"], "target_precision=1.5: "),

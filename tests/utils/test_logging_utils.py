@@ -62,7 +62,7 @@ def test_a_writer_that_does_not_say_that_the_disk_is_full(tmp_path, capsys, monk
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, capsys):
     status, screen, _ = told(capsys, tmp_path, KeyboardInterrupt())
-    assert status == 130 and "the same command goes on from the last checkpoint" in screen
+    assert status == 130 and "the same command goes on from what was saved" in screen
 
 
 def test_documented_environment(monkeypatch, tmp_path, capsys):
