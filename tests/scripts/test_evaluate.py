@@ -166,3 +166,15 @@ def test_bad_input(damage, argv, words, trained, here, photo_folder, capsys):
         damage(trained)
     status, told = run(capsys, *[word.format(**places) for word in argv])
     assert status != 0 and words.replace("(one)", "(runs/one)").format(**places) in told and "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_the_demo_names_drawings_it_never_saw(here, capsys):
+    """About two minutes on two cores."""
+    assert train.main(["--preset", "tiny", "--output-dir", "demo"]) == 0
+    assert run(capsys, "demo", "--split", "test", "--protocol", "both")[0] == 0
+    report = json.loads((here / "demo" / "eval_test.json").read_text())
+    assert report["n"] == 300 and report["top1"] >= 0.97 and report["top5"] == 1.0
+    assert report["top1"] >= report["exact_match"]
+    shown = 1 - report["answered"]
+    assert all(own["not_sure"] > shown for own in report["strangers"].values())
