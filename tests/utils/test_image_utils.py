@@ -34,7 +34,9 @@ def test_every_format_opens(kind):
 def test_every_mode_becomes_rgb(mode):
     image = gradient("L").convert("I;16") if mode == "I;16" else gradient("RGB").convert(mode)
     kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
-    assert open_photo(encoded(image, kind)).mode == "RGB"
+    # Pillow 12.3 cannot read its own uncompressed YCbCr.
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    assert open_photo(encoded(image, kind, **options)).mode == "RGB"
 
 
 def test_sixteen_bits_are_rescaled_and_not_clipped():
