@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
+        if not is_base:
+            check_data(data, recorded, config, folder)
         processor, prompt = build_processor(config, data.class_names)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         strangers = strangers_of(options.strangers)
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         if is_base:
             save_config(config, folder, facts | {"base": True})
         else:
-            check_known(facts, recorded, data, config, folder)
+            if any(facts[name] != recorded[name] for name in ("probe_ids", "model_commit")):
+                raise UserError(
+                    f"--model {config.model}: is not what {folder} was trained on; put back that checkpoint"
+                )
             load_weights(model, folder / "best")
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)
@@ -85,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_known(facts: dict, recorded: dict, data, config, folder: Path) -> None:
-    """Raise UserError unless the model names what the run learned, and its own data set is split as it was then."""
+def check_data(data, recorded: dict, config, folder: Path) -> None:
+    """Raise UserError unless the classes are those that the run learned, and its own photos are split as they were."""
     from data.dataset import hash_ids
 
     differ = [name for name in data.class_names if name not in recorded["class_names"]]
@@ -96,8 +101,6 @@ def check_known(facts: dict, recorded: dict, data, config, folder: Path) -> None
             f"{len(recorded['class_names'])} that {folder} learned ({', '.join(differ[:3]) or 'some are missing'}); "
             "name photos of the same classes"
         )
-    if facts["probe_ids"] != recorded["probe_ids"] or facts["model_commit"] != recorded["model_commit"]:
-        raise UserError(f"--model {config.model}: is not what {folder} was trained on; put back that checkpoint")
     is_own = config.dataset == load_config(folder)[0].dataset
     if is_own and hash_ids(data) != recorded["photos"]:
         raise UserError(

@@ -128,6 +128,13 @@ def no_weights(folder):
     shutil.rmtree(folder / "best")
 
 
+def other_tokenizer(folder):
+    path = folder / "training_config.json"
+    saved = json.loads(path.read_text())
+    saved["recorded"]["probe_ids"][0] += 1
+    path.write_text(json.dumps(saved))
+
+
 def no_config(folder):
     (folder / "training_config.json").unlink()
 
@@ -141,6 +148,7 @@ BAD_INPUT = [
     (nothing, ["two"], "two: not a run, training_config.json is missing"),
     (no_config, ["one"], "one: not a run"),
     (no_weights, ["one"], "one/best: holds no weights to evaluate (manifest.json is missing"),
+    (other_tokenizer, ["one"], "--model tiny: is not what one was trained on; put back that checkpoint"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
     (nothing, ["one", "two", "three"], "name one run, or two to compare"),
     (nothing, ["one", "--learning-rate", "1"], "--learning-rate: is the run's own here; beside one may stand --allow"),
