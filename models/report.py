@@ -154,7 +154,10 @@ def result_lines(report: dict) -> Iterator[str]:
     )
     if report["strangers"]:
         kinds = ", ".join(f"{kind} {own['not_sure']:.0%} of {own['n']}" for kind, own in report["strangers"].items())
-        yield f'"not sure" of pictures that show none of the classes: {kinds}'
+        unsure = 1 - report["answered"]
+        in_vain = [kind for kind, own in report["strangers"].items() if own["not_sure"] <= unsure < 1]
+        doubt = f"; no more than of the classes' own photos: {', '.join(in_vain)}; do not rely on it" * bool(in_vain)
+        yield f'"not sure" of pictures that show none of the classes: {kinds}{doubt}'
 
 
 def as_markdown(report: dict) -> str:

@@ -11,7 +11,7 @@ from data.labels import parse_reply
 from models.assessor import Assessor, keep_by_photo, read_entries, read_hits
 from models.checkpoint import replacing, write_manifest
 from models.evaluation import confidence
-from models.report import Calibration, Scored, calibrate
+from models.report import Calibration, Scored, calibrate, result_lines
 from utils.logging_utils import UserError, setup_logging
 
 
@@ -219,3 +219,12 @@ def test_hits_of_a_folder(tiny, tmp_path):
         write_manifest(draft)
     with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
         read_hits(tmp_path, "val")
+
+
+@pytest.mark.parametrize(("share", "doubted"), [(0.9, False), (0.2, True)])
+def test_strangers_that_are_named_as_surely_as_plants_are_told(tiny, tmp_path, share, doubted):
+    some = rows(tiny, 6)
+    assessor = make(tiny, tmp_path)
+    report = assessor.report(some, "val", assessor.calibrate(some), strangers={"noise": tiny.rows(2)})
+    report |= {"answered": 0.5, "strangers": {"noise": {"n": 5, "not_sure": share}}}
+    assert ("do not rely on it" in list(result_lines(report))[-1]) == doubted
