@@ -129,10 +129,12 @@ def build_model(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, precision: str
 ) -> PreTrainedModel | PeftModel:
     """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
+    # What learns is fp32: a whole model must not be rounded to 16 bit on its way there.
+    dtype = torch.float32 if config.trainable == "everything" else DTYPES[precision]
     if config.model in BUILT:
-        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, DTYPES[precision])
+        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
     else:
-        base = load_base(config.model, config.model_revision, config.load_in_4bit, DTYPES[precision], device)
+        base = load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
     model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
     if config.gradient_checkpointing:
         recompute_activations(model)
@@ -189,7 +191,7 @@ def choose_trainables(
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
         _freeze_unused(base)
-        return base.float()
+        return base
     model = get_peft_model(
         base,
         LoraConfig(

@@ -327,6 +327,17 @@ def test_sharded_weights_load(checkpoint, tmp_path):
     assert checked(str(folder))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_whole_model_is_not_rounded_on_its_way(precision, checkpoint, tiny):
+    model, processor, prompt, _ = built(checkpoint(), precision, trainable="everything", load_in_4bit=False)
+    saved = load_file(f"{checkpoint()}/model.safetensors")
+    name = next(name for name in saved if name.endswith("q_proj.weight") and "language_model" in name)
+    assert torch.equal(model.model.language_model.layers[0].self_attn.q_proj.weight, saved[name])
+    check_model(model, processor, prompt, False, "everything", precision)
+    made = build_model(tiny.config, tiny.processor, CPU, precision)
+    assert torch.equal(made.lm_head.weight, tiny.model(tiny.config.seed).lm_head.weight)
+
+
 # ---- learned weights, saved and put back
 
 
