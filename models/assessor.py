@@ -45,8 +45,10 @@ def keep_by_photo(
     found, entries = read_entries(path)
     marks = {row["id"]: _mark(row["image"]) for row in rows}
     known = [entry for entry in entries if found == header and entry["photo"] == marks.get(entry["id"], entry["photo"])]
-    # Written anew, so that a torn last line does not swallow the next one.
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in [header, *known]), encoding="utf-8")
+    # Written anew, since a torn last line would swallow the next one; beside it first, so that a kill loses nothing.
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in [header, *known]), encoding="utf-8")
+    draft.replace(path)
     by_id = {entry["id"]: entry for entry in known}
     left = [index for index, photo in enumerate(rows["id"]) if photo not in by_id]
     if len(left) < len(rows):
@@ -67,9 +69,14 @@ def keep_by_photo(
 
 
 def _mark(image: dict) -> list[int]:
-    """What tells a photo from another one under the same name: checksum of its bytes, or size and time of its file."""
+    """What tells a photo from another one under the same name: checksum of its bytes, or size and time of its file.
+
+    Empty for a file that is not there: opening it says so, and counts it among the bad photos.
+    """
     if image["bytes"] is not None:
         return [len(image["bytes"]), zlib.crc32(image["bytes"])]
+    if not image["path"] or not Path(image["path"]).is_file():
+        return []
     status = Path(image["path"]).stat()
     return [status.st_size, status.st_mtime_ns]
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,25 @@ def test_a_photo_on_disk_is_known_by_size_and_time(photo_folder, tmp_path):
     Image.new("RGB", (9, 9)).save(rows[0]["image"]["path"])
     keep_by_photo(rows, compute, tmp_path / "kept.jsonl", {})
     assert seen == [2, 1]
+
+
+def test_a_photo_that_is_gone_is_a_bad_one(photo_folder, tiny, tmp_path, capsys):
+    setup_logging()
+    some = load_strangers(photo_folder({"oak": 3}))
+    Path(some[1]["image"]["path"]).unlink()
+    report = make(tiny, tmp_path).report(some, "val", None, "a test")
+    assert (report["n"], report["bad_photos"]) == (2, 1) and "cannot be read (No such file" in capsys.readouterr().out
+
+
+def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "eval_val.scores.jsonl"
+    make(tiny, tmp_path).score(rows(tiny, 3), "val")
+    kept = path.read_text()
+    with monkeypatch.context() as fault:
+        fault.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(tiny, tmp_path).score(rows(tiny, 3), "val")
+    assert path.read_text() == kept
 
 
 def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
