@@ -95,6 +95,7 @@ def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> tor
     """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py, `size` photos at a time."""
     base = unwrap(model)
     names = 1 + max(int(tree.pair_names.max()) for tree in trees)
+    tokens = max(int(tree.pair_names.bincount().max()) for tree in trees)  # of the longest name; read on the CPU
     device = batch["input_ids"].device
     trees = [NameTree(*(part.to(device) for part in tree)) for tree in trees]
     scores = []
@@ -102,7 +103,7 @@ def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> tor
         rows = slice(start, start + size)
         samples = batch["samples"][rows]
         longest = max(sample.prompt_length for sample in samples)
-        _check_window(base, longest + max(int(tree.pair_names.bincount().max()) for tree in trees))
+        _check_window(base, longest + tokens)
         scores.append(
             _score_photos(
                 base,
