@@ -218,7 +218,7 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
     if config.early_stopping_patience is not None and config.eval_steps is None:
         yield (
             f"early_stopping_patience={config.early_stopping_patience} with eval_steps=none: nothing is measured while "
-            " training; use --early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
+            "training; use --early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
         )
     if config.max_steps == 0:
         yield "max_steps=0: nothing would be trained; use -1 for num_train_epochs, or a number of steps"

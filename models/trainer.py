@@ -255,10 +255,10 @@ class PlantTrainer(Trainer):
         best = read_best(self.best_folder)
         if best is None or self.eval_dataset is None:
             self.save_best({})
+            best = read_best(self.best_folder)
         elif best["step"] != self.state.global_step:
             load_weights(self.model, self.best_folder)
-        step = self.state.global_step if best is None else best["step"]
-        logger.info("result %s holds the weights of step %d", self.best_folder, step)
+        logger.info("result %s holds the weights of step %d", self.best_folder, best["step"])
 
     def note_finished(self) -> None:
         """The last line of metrics.jsonl, by which config/run_folder.py knows a finished run."""

@@ -128,6 +128,8 @@ def test_a_run_that_learns_from_val_measures_nothing_on_it(here, few_drawings, c
     assert status == 0 and "68 train, no val (it is in train)" in told
     assert not (here / "mine" / "eval_val.json").exists() and read_metrics(here / "mine")[-1]["finished"]
     assert not [line for line in read_metrics(here / "mine") if "eval_loss" in line]
+    longer = [*TINY, "--train-on-val", "true", "--output-dir", "mine", "--max-steps", "8"]
+    assert "mine/best holds the weights of step 8" in run(capsys, *longer)[1]
 
 
 def test_a_token_is_never_written(here, few_drawings, capsys, monkeypatch):
@@ -166,6 +168,8 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--dataset", "{hollow}"], "class 'elm' has no photo to train on"),
     (nothing, ["--preset", "tiny", "--dataset", "{broken}"], "photos cannot be opened, above max_bad_fraction=0.01"),
     (nothing, ["--preset", "tiny", "--dataset", "{zero}"], "photos cannot be opened, above max_bad_fraction=0.01"),
+    (nothing, ["--preset", "tiny", "--dataset", "{zero}", "--max-bad-fraction", "1"], "none of its photos can be"),
+    (nothing, ["--preset", "tiny", "--early-stopping-patience", "2"], "nothing is measured while training; use"),
     (nothing, ["--model", "{no_weights}", "--dataset", "{photos}"], "holds no *.safetensors weights"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),
     (full_disk, ["--preset", "tiny"], "GB free on its disk, the checkpoints need"),
