@@ -1,4 +1,6 @@
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ def run(capsys, *argv) -> tuple[int, dict[str, str]]:
     """Exit status, and each check's line by its name."""
     status = test_trainer.main(list(argv))
     told = capsys.readouterr().out
-    return status, {name: line for line, name in re.findall(r"^((?:ok|FAIL|skip)\s+([^:]+):.*)$", told, re.MULTILINE)}
+    return status, {
+        name: line for line, name in re.findall(r"^((?:ok|FAIL|skip|stop)\s+([^:]+):.*)$", told, re.MULTILINE)
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +124,28 @@ def test_a_wrong_flag_stops_before_any_check(capsys):
     with pytest.raises(SystemExit) as stop:
         test_trainer.main(["--presett", "tiny"])
     assert stop.value.code == 2 and "did you mean --preset?" in capsys.readouterr().err
+
+
+def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there" / "yet"))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5e9))
+    status, lines = run(capsys)
+    told = lines["disk and memory"]
+    assert status == 1 and told.startswith("FAIL") and "set HF_HOME to another disk" in told
+    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the photos takes 20" in told
+
+
+def test_an_empty_environment_is_told_how_to_be_filled(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    status, lines = run(capsys, *TINY)
+    assert status == 1 and "nothing is installed in this environment; run: pip install -r" in lines["packages"]
+
+
+def test_an_interrupt_is_a_line(capsys, monkeypatch):
+    def check_data(ready):
+        raise KeyboardInterrupt
+
+    checks = [check_data if check is test_trainer.check_data else check for check in test_trainer.CHECKS]
+    monkeypatch.setattr(test_trainer, "CHECKS", checks)
+    status, lines = run(capsys, *TINY)
+    assert status == 130 and lines["data"] == "stop  data: interrupted"
