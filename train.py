@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from transformers import set_seed
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets, hash_ids
+        from data.dataset import build_datasets, hash_ids, name_twins
         from data.synthetic import draw_strangers
         from models.assessor import build_assessor
         from models.builder import build_model, build_processor, check_model, describe_model
@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             adapter = describe_best(trainer.best_folder)
             assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter)
             calibration = assessor.calibrate(data.validation)
-            assessor.report(data.validation, "val", calibration, strangers=draw_strangers())
+            assessor.report(
+                data.validation, "val", calibration, strangers=draw_strangers(), twins=name_twins(data.validation["id"])
+            )
         trainer.note_finished()
     return 0
 

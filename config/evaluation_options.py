@@ -21,7 +21,7 @@ from config.training_config import (
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415; the untouched base is asked it
 # What a run may be evaluated with otherwise than it was trained with; the rest is the run's own.
 FREE_FIELDS = (
-    *("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "num_workers", "pin_memory"),
+    *("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "num_workers"),
     *("per_device_eval_batch_size", "gpu_memory_fraction", "mixed_precision", "load_in_4bit"),
 )
 
