@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
-from config.training_config import BUILT, ConfigError, load_config, save_config
+from config.training_config import ON_CPU, ConfigError, load_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
+WORTH_COMPILING = 2000  # photos from which compiled kernels win back the time of their compilation (LOG.md)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +37,19 @@ def main(argv: list[str] | None = None) -> int:
         from data.dataset import build_datasets, name_twins, take
         from data.labels import parse_reply
         from models.assessor import build_assessor
-        from models.builder import build_model, build_processor, check_model, describe_model, load_weights
+        from models.builder import (
+            build_model,
+            build_processor,
+            check_model,
+            compile_layers,
+            describe_model,
+            load_weights,
+        )
         from models.checkpoint import describe_best
         from utils.device_utils import choose_device, choose_precision
 
         adapter = None if is_base else describe_best(folder / "best")
-        device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
         if not is_base:
@@ -68,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             f"run    {folder}: {'the untouched ' if is_base else ''}{config.model}{f', {adapter}' if adapter else ''}"
         )
         logger.info(f"data   {data.source}: {len(rows):,} photos of {options.split}, {len(data.class_names)} classes")
+        if config.compile == "auto" and device.type == "cuda" and len(rows) >= WORTH_COMPILING:
+            compile_layers(model)
         with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
             assessor = build_assessor(
                 *(config, model, collator, precision, folder, adapter),

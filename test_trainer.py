@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
-from config.training_config import BUILT, parse_config
+from config.training_config import BUILT, ON_CPU, parse_config
 from utils.logging_utils import UserError, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -65,7 +65,8 @@ def check_config(ready) -> str:
         f"preset {config.preset}: {config.per_device_train_batch_size} x {config.gradient_accumulation_steps} photos "
         "a step, "
         f"learning rate {config.learning_rate:g}, precision {config.mixed_precision}, 4-bit {config.load_in_4bit}, "
-        f"clip {config.max_grad_norm:g}, recomputed activations {config.gradient_checkpointing}"
+        f"clip {config.max_grad_norm:g}, recomputed activations {config.gradient_checkpointing}, auto batch "
+        f"{config.auto_batch}"
     )
 
 
@@ -116,7 +117,7 @@ def check_device(ready) -> str:
 
     from utils.device_utils import choose_device, choose_precision
 
-    device = choose_device(ready.config.model, ready.config.model in BUILT, ready.config.gpu_memory_fraction)
+    device = choose_device(ready.config.model, ready.config.model in ON_CPU, ready.config.gpu_memory_fraction)
     ready.precision = choose_precision(ready.config.mixed_precision, device)
     ready.device = device
     if device.type != "cuda":
@@ -299,6 +300,10 @@ def check_steps(ready) -> str:
             config, ready.model, ready.processor, ready.collator, ready.data.train, None, ready.precision, ready.device
         )
         trainer.args.save_strategy = "no"
+        trainer.fit_to_card(
+            ready.collator.largest_row(ready.data.train),
+            *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
+        )
         trainer.train()
         ready.steps = read_metrics(folder)
     losses = [step["loss"] for step in ready.steps]
@@ -339,6 +344,8 @@ def check_time(ready) -> str:
     return (
         f"{ready.config.effective_batch_size / seconds:.2f} photos/s, about {seconds * steps / 60:.1f} minutes an "
         f"epoch of {steps:,} steps"
+        + (ready.device.type == "cuda" and ready.config.compile == "auto")
+        * "; a long run compiles its kernels and takes less"
     )
 
 

@@ -11,7 +11,7 @@ The same command again goes on where a run was left unfinished.
 import sys
 
 from config.run_folder import check_same_run, choose_run_folder
-from config.training_config import BUILT, ConfigError, TrainingConfig, parse_config, save_config
+from config.training_config import ON_CPU, ConfigError, TrainingConfig, parse_config, save_config
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
 
@@ -33,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         from data.synthetic import draw_strangers
         from models.assessor import build_assessor
         from models.builder import build_model, build_processor, check_model, describe_model
-        from models.checkpoint import check_disk, describe_best, last_checkpoint
+        from models.checkpoint import check_disk, describe_best, last_checkpoint, step_of
         from models.trainer import build_trainer
         from utils.device_utils import choose_device, choose_precision
 
-        device = choose_device(config.model, config.model in BUILT, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
         processor, prompt = build_processor(config, data.class_names)
@@ -56,9 +56,16 @@ def main(argv: list[str] | None = None) -> int:
             config,
             data,
             trainer,
-            f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold",
+            f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold, "
+            f"{len(trainer.fused) or 'no'} layers fused",
         )
-        trainer.train_from(last_checkpoint(config.output_dir) if state == "unfinished" else None)
+        checkpoint = last_checkpoint(config.output_dir) if state == "unfinished" else None
+        trainer.fit_to_card(
+            collator.largest_row(data.train),
+            *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
+            steps_done=step_of(checkpoint),
+        )
+        trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_here()
         trainer.load_best()
@@ -90,8 +97,7 @@ def log_header(config: TrainingConfig, data, trainer, place: str) -> None:
     )
     logger.info(
         f"plan   {steps:,} steps of {config.effective_batch_size} photos "
-        f"({steps * config.effective_batch_size / photos:.1f} epochs), "
-        f"{trainer.micro_batch_size} at a time, activations {'recomputed' if config.gradient_checkpointing else 'kept'}"
+        f"({steps * config.effective_batch_size / photos:.1f} epochs)"
     )
 
 

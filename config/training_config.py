@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG_FILE = "training_config.json"
-BUILT = ("tiny", "scratch")  # values of `model` that mean: built from config with random weights, no download
+BUILT = ("tiny", "scratch", "full")  # values of `model` that mean: built from config with random weights, no download
+ON_CPU = BUILT[:2]  # those small enough for a machine without a card
 
 
 def knob(default, help: str, *, low=None, above=None, high=None, choices=(), free: bool = False):
@@ -63,8 +64,25 @@ class TrainingConfig:
     lora_r: int = knob(16, "rank of the adapter", low=1)
     lora_alpha: int = knob(32, "the adapter's product is scaled by alpha / r", low=1)
     lora_dropout: float = knob(0.0, "on the adapter's input; above 0 it costs about 5 %% of speed", low=0, high=0.9)
-    gradient_checkpointing: bool = knob(
-        True, "recompute activations in the backward pass: slower, far less memory", free=True
+    gradient_checkpointing: str = knob(
+        "auto",
+        "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the card "
+        "needs, in all without auto_batch; offload: in all, their inputs in the host's memory",
+        choices=("auto", "true", "offload", "false"),
+        free=True,
+    )
+    auto_batch: bool = knob(
+        True,
+        "photos per forward pass and recomputation as this card's memory allows, the photos per step as configured; "
+        "false: exactly what the config says",
+        free=True,
+    )
+    compile: str = knob(
+        "auto",
+        "one kernel for what stands between two matrix products; auto: on a CUDA card, if the run is long enough to "
+        "win the time back",
+        choices=("auto", "true", "false"),
+        free=True,
     )
     gpu_memory_fraction: float = knob(
         0.9, "share of the card this process may take; the rest is a buffer", above=0, high=1, free=True
@@ -91,7 +109,9 @@ class TrainingConfig:
     pin_memory: bool = knob(True, "page-locked batches copy faster to a CUDA card", free=True)
 
     # ---- the optimizer
-    per_device_train_batch_size: int = knob(1, "photos per forward pass: the memory knob", low=1, free=True)
+    per_device_train_batch_size: int = knob(
+        1, "photos per forward pass where auto_batch does not choose: the memory knob", low=1, free=True
+    )
     gradient_accumulation_steps: int = knob(
         16, "the product of the two is what the optimizer sees, whatever the number of cards", low=1, free=True
     )
@@ -140,7 +160,7 @@ PRESETS: dict[str, dict] = {
         trainable="everything",
         load_in_4bit=False,
         mixed_precision="no",
-        gradient_checkpointing=False,
+        gradient_checkpointing="false",
         per_device_train_batch_size=16,
         gradient_accumulation_steps=1,
         learning_rate=6e-4,
@@ -159,7 +179,7 @@ PRESETS: dict[str, dict] = {
         image_size=112,
         trainable="everything",
         load_in_4bit=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing="false",
         per_device_train_batch_size=64,
         gradient_accumulation_steps=1,
         learning_rate=4e-4,
@@ -199,7 +219,7 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
             "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn; use --load-in-4bit false or "
             "--trainable adapter"
         )
-    if config.model in BUILT and config.load_in_4bit:
+    if config.model in ON_CPU and config.load_in_4bit:
         yield (
             f"model={config.model} with load_in_4bit=true: a model built here has nothing to load in 4 bit; use "
             f"--preset {config.model}, or --load-in-4bit false"

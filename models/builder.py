@@ -1,7 +1,8 @@
 """Processor, base model, adapter, and the assertions that what was loaded is what was asked for."""
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     PreTrainedModel,
+    modeling_utils,
 )
 
 from config.training_config import BUILT, TrainingConfig
-from models.tiny import SIZES, build_tiny_model, build_tiny_processor
+from models.fused import can_fuse, fuse_layers, fused_layers, keep_activations
+from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt, build_prompt, probe_ids
 
@@ -131,14 +134,30 @@ def build_model(
     """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
     # What learns is fp32: a whole model must not be rounded to 16 bit on its way there.
     dtype = torch.float32 if config.trainable == "everything" else DTYPES[precision]
-    if config.model in BUILT:
-        base = build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
-    else:
-        base = load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
+    base = build_base(config, processor, device, dtype)
     model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
-    if config.gradient_checkpointing:
+    layers = base.model.language_model.layers
+    recompute = config.gradient_checkpointing != "false"
+    if can_fuse(layers):
+        offload = config.gradient_checkpointing == "offload"
+        fused = fuse_layers(layers)
+        keep_activations(fused, 0 if recompute else len(layers), offload)
+        if config.compile == "true":
+            compile_layers(model)
+    elif recompute:
         recompute_activations(model)
     return model
+
+
+def build_base(
+    config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
+) -> LlavaNextForConditionalGeneration:
+    """The config's base model on the device: loaded, or made with random weights."""
+    if config.model == "full":
+        return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
+    if config.model in BUILT:
+        return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
+    return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
 
 
 def load_base(
@@ -149,25 +168,17 @@ def load_base(
         raise ModelError(
             f"--model {model}: holds no *.safetensors weights; download them (git lfs pull), or name another folder"
         )
-    quantization = None
-    if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=IN_16_BIT,
-        )
     try:
-        base = LlavaNextForConditionalGeneration.from_pretrained(
-            model,
-            revision=revision,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-        )
+        with _read_not_mapped():
+            base = LlavaNextForConditionalGeneration.from_pretrained(
+                model,
+                revision=revision,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=_quantization(load_in_4bit, dtype),
+                attn_implementation="sdpa",
+                use_safetensors=True,
+            )
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"--model {model}: does not fit the card's memory while loading; use --load-in-4bit true, or a larger card"
@@ -179,6 +190,29 @@ def load_base(
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
+
+
+def _quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if not load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=IN_16_BIT,
+    )
+
+
+@contextlib.contextmanager
+def _read_not_mapped() -> Iterator[None]:
+    """Weights are read one by one and let go: in mapped files they stay resident, all 15 GB of a checkpoint."""
+    mapped = modeling_utils.safe_open
+    modeling_utils.safe_open = lambda *args, **kwargs: mapped(*args, **kwargs | {"backend": "pread"})
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def choose_trainables(
@@ -248,6 +282,12 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
     language_model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpointing needs the embeddings to require a gradient.
     language_model.disable_input_require_grads()
+
+
+def compile_layers(model: PreTrainedModel | PeftModel) -> None:
+    """One kernel for what stands between two products of a fused layer, each compiled when it is first needed."""
+    for one in fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
+        one.kernels.compile()
 
 
 def unwrap(model: PreTrainedModel | PeftModel) -> LlavaNextForConditionalGeneration:

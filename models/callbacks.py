@@ -2,7 +2,6 @@
 
 import gc
 import json
-import resource
 import statistics
 import sys
 import time
@@ -10,17 +9,15 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from config.run_folder import METRICS_FILE, append_metrics, read_metrics
 from models.evaluation import resolvable_gain
+from utils.device_utils import GIB, collect_memory, memory_in_use, peak_memory
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
-GIB = 2**30
 NORM_LIMIT = 1.0  # the documented limit of the gradient norm before clipping
 SPIKE_HISTORY = 50  # steps whose median a loss is compared with
 SPIKE_FACTOR, SPIKE_MARGIN = 2.0, 0.5  # a spike is above twice the median and half a nat more than it
@@ -188,22 +185,3 @@ class ProgressBar(ProgressCallback):
         pass
 
     on_prediction_step = on_evaluate = on_predict = on_log
-
-
-def collect_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes that torch has allocated on a CUDA card now, else the process's resident size."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: most that torch had allocated on a CUDA card, else the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

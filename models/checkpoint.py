@@ -58,7 +58,7 @@ def find_damage(folder: str | Path) -> str | None:
 def last_checkpoint(run_folder: str | Path) -> Path | None:
     """The newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
     folders = [path for path in Path(run_folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    for path in sorted(folders, key=_step_of, reverse=True):
+    for path in sorted(folders, key=step_of, reverse=True):
         damage = find_damage(path)
         if damage is None:
             return path
@@ -133,8 +133,9 @@ class ManifestCallback(TrainerCallback):
             write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(PREFIX))
+def step_of(folder: Path | None) -> int:
+    """Optimizer steps that were done at a checkpoint; none without one."""
+    return int(folder.name.removeprefix(PREFIX)) if folder else 0
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -90,31 +91,57 @@ def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
     )
 
 
+class MicroBatch:
+    """Photos of one forward; halved for good when they do not fit."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def step_down(self, error: RuntimeError) -> None:
+        """Raise `error` again unless it says out of memory, and ScoringError where a single photo does not fit."""
+        if not should_reduce_batch_size(error):
+            raise error
+        if self.size == 1:
+            raise ScoringError(
+                "out of memory scoring one photo at a time; use --load-in-4bit true, --image-size 336, or a card with "
+                "more memory"
+            ) from error
+        self.size //= 2
+        logger.warning("out of memory while scoring; going on with %d photos at a time", self.size)
+
+
 @torch.no_grad()
-def score_batch(model, batch: dict, trees: Sequence[NameTree], size: int) -> torch.Tensor:
-    """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py, `size` photos at a time."""
+def score_batch(model, batch: dict, trees: Sequence[NameTree], micro_batch: MicroBatch) -> torch.Tensor:
+    """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py."""
     base = unwrap(model)
     names = 1 + max(int(tree.pair_names.max()) for tree in trees)
     tokens = max(int(tree.pair_names.bincount().max()) for tree in trees)  # of the longest name; read on the CPU
     device = batch["input_ids"].device
     trees = [NameTree(*(part.to(device) for part in tree)) for tree in trees]
-    scores = []
-    for start in range(0, len(batch["samples"]), size):
-        rows = slice(start, start + size)
+    scores, start = [], 0
+    while start < len(batch["samples"]):
+        rows = slice(start, start + micro_batch.size)
         samples = batch["samples"][rows]
         longest = max(sample.prompt_length for sample in samples)
         _check_window(base, longest + tokens)
-        scores.append(
-            _score_photos(
-                base,
-                batch["input_ids"][rows, :longest],
-                batch["pixel_values"][rows, : max(sample.tiles for sample in samples)],
-                [list(sample.size) for sample in samples],
-                torch.tensor([sample.prompt_length for sample in samples]).to(device),
-                trees,
-                names,
+        try:
+            scores.append(
+                _score_photos(
+                    base,
+                    batch["input_ids"][rows, :longest],
+                    batch["pixel_values"][rows, : max(sample.tiles for sample in samples)],
+                    [list(sample.size) for sample in samples],
+                    torch.tensor([sample.prompt_length for sample in samples]).to(device),
+                    trees,
+                    names,
+                )
             )
-        )
+            start += len(samples)
+            continue
+        except RuntimeError as error:
+            micro_batch.step_down(error)
+        # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
+        clear_device_cache(garbage_collection=True)
     scores = torch.cat(scores)
     if not torch.isfinite(scores).all():
         ids = ", ".join(sample.id for sample in batch["samples"])
@@ -189,6 +216,7 @@ def score_rows(
     """
     device = next(model.parameters()).device
     trees = build_trees(names)
+    micro_batch = MicroBatch(batch_size)
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
     for batch in tqdm(loader, desc="scoring photos", disable=not sys.stderr.isatty(), leave=False):
@@ -198,6 +226,6 @@ def score_rows(
             continue
         moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = score_batch(model, moved, trees, batch_size).tolist()
+            scores = score_batch(model, moved, trees, micro_batch).tolist()
         for sample, values in zip(batch["samples"], scores):
             yield Score(sample.id, sample.label, values)

@@ -1,6 +1,7 @@
 """LLaVA-NeXTs of random weights with their processors, built from config: no download.
 
-`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real photos on a GPU.
+`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real photos on a GPU; `full`
+7.6 billion, to measure a card before 15 GB are downloaded.
 
 The same classes as a full-size checkpoint, so that everything from the collator to the scores runs unchanged.
 """
@@ -9,8 +10,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Params4bit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     GenerationConfig,
     LlavaNextConfig,
@@ -20,6 +24,8 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations import replace_with_bnb_linear
 
 PATCH = 14
 
@@ -32,11 +38,16 @@ class Size(NamedTuple):
     layers: int
     # transformers' initializer_range of 0.02 suits widths in the thousands; narrow models hardly learn with it.
     initializer_range: float
+    pinpoints: tuple[tuple[int, int], ...] | None = None  # (height, width) of the tilings; None: one tile
 
 
 SIZES = {
     "tiny": Size(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
     "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
+    # The shape of llava-v1.6-mistral-7b, to measure a card with: 7.57 billion weights, 1,176 to 2,928 image tokens.
+    "full": Size(
+        *(336, 4096, 32, 24, 32, 0.02), pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    ),
 }
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 IMAGE_TOKEN = "<image>"
@@ -74,7 +85,7 @@ def build_tiny_processor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": size.tile},
             crop_size={"height": size.tile, "width": size.tile},
-            image_grid_pinpoints=[[size.tile, size.tile]],
+            image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints or ((size.tile, size.tile),)],
         ),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -132,5 +143,68 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaNextForConditionalGeneration(config).float()
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model
+
+
+def full_config(processor: LlavaNextProcessor) -> LlavaNextConfig:
+    """The shape of llava-v1.6-mistral-7b for a processor of build_tiny_processor."""
+    size, tokenizer = SIZES["full"], processor.tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=16,
+        image_size=size.tile,
+        patch_size=PATCH,
+        projection_dim=768,
+    )
+    text = MistralConfig(
+        vocab_size=32064,
+        hidden_size=size.width,
+        intermediate_size=14336,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        initializer_range=size.initializer_range,
+        rope_theta=1e6,
+        sliding_window=None,
+        **special,
+    )
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints],
+        **special,
+    )
+
+
+def build_random_model(
+    config: LlavaNextConfig, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None
+) -> LlavaNextForConditionalGeneration:
+    """Random weights of any shape, made on the device one by one: no more memory is used than the model takes."""
+    config._attn_implementation = "sdpa"
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = LlavaNextForConditionalGeneration(config)
+    if quantization is not None:
+        model = replace_with_bnb_linear(model, quantization.llm_int8_skip_modules, quantization)
+        model.is_loaded_in_4bit = True  # PEFT asks for it
+    for module in model.modules():
+        for name, empty in list(module.named_parameters(recurse=False)):
+            weight = torch.ones(empty.shape, dtype=dtype, device=device)
+            if empty.dim() > 1:
+                weight.normal_(std=config.text_config.initializer_range)
+            elif name == "bias":
+                weight.zero_()
+            if isinstance(empty, Params4bit):
+                how = {"compress_statistics": empty.compress_statistics, "quant_type": empty.quant_type}
+                setattr(module, name, Params4bit(weight, module=module, **how).to(device))  # quantizes
+            else:
+                setattr(module, name, torch.nn.Parameter(weight))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
     model.generation_config = GenerationConfig.from_model_config(config)
     return model

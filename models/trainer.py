@@ -6,13 +6,14 @@ Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K p
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from peft import PeftModel
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -21,15 +22,20 @@ from transformers.training_args import OptimizerNames
 
 from config.run_folder import append_metrics
 from config.training_config import TrainingConfig
-from models.builder import load_weights
+from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.checkpoint import BEST, METRICS_OF_BEST, ManifestCallback, is_better, read_best, replacing, write_manifest
 from models.evaluation import measure_scores
-from models.scoring import build_trees, score_batch
-from utils.device_utils import fit_workers
+from models.fused import fused_layers, keep_activations
+from models.memory import FRAGMENTATION, choose_plan, optimizer_bytes, step_cost
+from models.scoring import MicroBatch, build_trees, score_batch
+from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
+
+COMPILE_SECONDS = 60  # that compiling may take; 29 with 16 cores (LOG.md)
+COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (LOG.md)
 
 
 class StepError(UserError):
@@ -42,7 +48,8 @@ class PlantTrainer(Trainer):
     - a batch of the loader is a whole optimizer step: `training_step` cuts it into micro-batches of at most
       `micro_batch_size` photos. Each loss is divided by the tokens of the whole step, so the sum is the exact token
       mean whatever the cut, and the order of photos does not depend on it;
-    - out of memory, the same step is redone in halved micro-batches from its own random state;
+    - on a CUDA card `fit_to_card` chooses micro-batch and recomputation; out of memory, the same step is redone in
+      halved micro-batches from its own random state;
     - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
       are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
     - `evaluate` scores every class name on every photo: top-1, and the loss as the exact token mean; it draws from no
@@ -68,8 +75,10 @@ class PlantTrainer(Trainer):
         self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         super().__init__(*args, **kwargs)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = unwrap(self.model)
+        self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
+        self.fused = fused_layers(base.model.language_model.layers)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -84,6 +93,116 @@ class PlantTrainer(Trainer):
             # The first group's rate is the one that is logged; an empty one would log a rate that nothing learns at.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    # ---- before the first step
+
+    def fit_to_card(
+        self,
+        row: dict,
+        gpu_memory_fraction: float,
+        recompute: str = "auto",
+        compile: str = "auto",
+        auto_batch: bool = True,
+        steps_done: int = 0,
+    ) -> None:
+        """Choose micro-batch, layers that keep their activations, and whether kernels are compiled; say so.
+
+        `row` is the largest photo to come. The plan is arithmetic; one micro-batch of such photos, from which nothing
+        is learned, then shows what it takes. `recompute` and `compile` are auto, true or false. Does nothing without a
+        CUDA card or fused layers (dropout, whole models): then it is what the config says.
+        """
+        if not self.fused:
+            return
+        kernels, device = self.fused[0].kernels, self.args.device
+        room = card_room(device, gpu_memory_fraction)
+        if room is None:
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            began = time.perf_counter()
+            if compile == "auto" and self._is_worth_compiling(row, self.planned_steps() - steps_done):
+                kernels.compile()
+            if auto_batch:
+                self._plan(row, room, recompute)
+            elif kernels.compiled:
+                self._try_micro_batch(row, 1)
+            words = "compiled" if kernels.compiled else "plain, the run is too short to win back their compilation"
+            logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
+
+    def _is_worth_compiling(self, row: dict, steps: int) -> bool:
+        try:
+            seconds, _ = self._try_micro_batch(row, 1)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            return True  # compiled kernels take less memory
+        return steps * self.total_batch_size * seconds * COMPILE_SAVES > COMPILE_SECONDS
+
+    def _plan(self, row: dict, room: float, recompute: str) -> None:
+        """Set the plan that fits. Raises StepError where one photo does not fit."""
+        (sample,) = self.data_collator([row])["samples"]
+        photos, layers = self.args.per_device_train_batch_size, len(self.fused)
+        text_config = unwrap(self.model).config.text_config
+        learning = self.model.num_parameters(only_trainable=True)
+        cost = step_cost(
+            text_config,
+            sample.length,
+            memory_in_use(self.args.device),
+            learning,
+            self.args.optim,
+            self.data_collator.batch_bytes(photos),
+            self.fused[0].adapter_columns,
+            unwrap(self.model).get_input_embeddings().weight.element_size(),
+            self.fused[0].kernels.compiled,
+        )
+        budget = room * (1 - FRAGMENTATION)
+        to_come = optimizer_bytes(self.args.optim, learning)  # is made in the first step, so after the trial
+        smallest = choose_plan(cost, 0, photos, layers, sample.length, recompute)
+        while True:
+            plan = choose_plan(cost, budget, photos, layers, sample.length, recompute)
+            self.micro_batch_size = plan.photos
+            keep_activations(self.fused, plan.kept, plan.offload)
+            try:
+                _, peak = self._try_micro_batch(row, plan.photos)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if plan == smallest:
+                    raise StepError(f"plan: {self._no_room()}") from error
+                peak = None
+            clear_device_cache(garbage_collection=True)
+            if peak is not None and (peak + to_come <= budget or plan == smallest):
+                break
+            logger.warning(
+                "plan: %d photos at a time with %d layers that keep their activations do not fit; trying less",
+                *(plan.photos, plan.kept),
+            )
+            budget = cost.fixed + 0.8 * (plan.peak - cost.fixed)
+        self.plan = plan
+        logger.info(
+            "plan   %d photos at a time, %d of %d layers keep their activations%s; predicted peak %.2f GiB of %.2f, "
+            "in a trial %.2f",
+            *(plan.photos, plan.kept, layers, ", the others' inputs wait in the host's memory" * plan.offload),
+            *(plan.peak / GIB, budget / GIB, (peak + to_come) / GIB),
+        )
+
+    def _try_micro_batch(self, row: dict, photos: int) -> tuple[float, int]:
+        """(seconds a photo, peak bytes) of one micro-batch of `row`, the second of two; no weight moves."""
+        device = self.args.device
+        batch = send_to_device(self.data_collator([row] * photos), device)
+        self.model.train()
+        try:
+            for _ in range(2):  # the first starts libraries and makes the gradients
+                reset_peak_memory(device)
+                synchronize(device)
+                began = time.perf_counter()
+                (piece,) = cut(batch, photos)
+                with self.compute_loss_context_manager():
+                    loss = self.model(**piece).loss
+                loss.backward()
+                synchronize(device)
+            return (time.perf_counter() - began) / photos, peak_memory(device)
+        finally:
+            self.model.zero_grad()
 
     # ---- one optimizer step
 
@@ -120,22 +239,29 @@ class PlantTrainer(Trainer):
     def _step_down(self, error: RuntimeError) -> None:
         if not should_reduce_batch_size(error):
             raise error
-        if self.micro_batch_size == 1:
-            raise StepError(
-                f"step {self.state.global_step + 1}: out of memory with one photo at a time; use "
-                "--gradient-checkpointing true, "
-                "--load-in-4bit true, --image-size 336, or a card with more memory"
-            ) from error
+        step = self.state.global_step + 1
+        if self.micro_batch_size == 1 and not any(one.keep for one in self.fused):
+            raise StepError(f"step {step}: {self._no_room()}") from error
         if self.args.world_size > 1:
             raise StepError(
-                f"step {self.state.global_step + 1}: out of memory with {self.micro_batch_size} photos at a time; use "
-                f"--per-device-train-batch-size {self.micro_batch_size // 2}"
+                f"step {step}: out of memory with {self.micro_batch_size} photos at a time; use "
+                f"--auto-batch false --per-device-train-batch-size {max(self.micro_batch_size // 2, 1)}"
             ) from error
+        if self.micro_batch_size == 1:
+            keep_activations(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
         logger.warning(
-            "step %d: out of memory; the step is redone with %d photos at a time, and so are the next",
-            self.state.global_step + 1,
+            "step %d: out of memory; the step is redone with %d photos at a time%s, and so are the next",
+            step,
             self.micro_batch_size,
+            "" if any(one.keep for one in self.fused) else ", activations recomputed",
+        )
+
+    @staticmethod
+    def _no_room() -> str:
+        return (
+            "out of memory with one photo at a time; use --gradient-checkpointing true, --load-in-4bit true, "
+            "--image-size 336, --optim paged_adamw_8bit, or a card with more memory"
         )
 
     def check_batch(self, inputs: dict) -> None:
@@ -286,9 +412,7 @@ class PlantTrainer(Trainer):
                 if not batch["samples"]:
                     continue
                 with self.accelerator.autocast():
-                    scores.append(
-                        score_batch(self.model, batch, self.trees, self.args.per_device_eval_batch_size).cpu()
-                    )
+                    scores.append(score_batch(self.model, batch, self.trees, self.eval_micro_batch).cpu())
                 labels += [sample.label for sample in batch["samples"]]
                 tokens += sum(sample.length - sample.prompt_length for sample in batch["samples"])
         scores, labels = torch.cat(scores).double().numpy(), np.array(labels)

@@ -1,13 +1,18 @@
-"""Where a run computes and how precisely. Imports torch alone, so that a missing card is told in seconds."""
+"""Where a run computes and how precisely. Imports torch and psutil alone, so that a missing card is told in seconds."""
 
+import gc
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from utils.logging_utils import UserError, logger
 
+GIB = 2**30
 CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
 BF16_CAPABILITY = (8, 0)  # Ampere; older cards only emulate it, and torch counts that as support
 
@@ -30,6 +35,8 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float) -> tor
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+        # Of torch 2.11's kernels on an H100 cuDNN's gave the stock layers gradients 1,300 times too large (LOG.md).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     if is_built:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -80,3 +87,45 @@ def fit_workers(wanted: int, batch_bytes: int, shared_memory: str = "/dev/shm") 
         *(shared_memory, free / 1e6, wanted, needed / 1e6),
     )
     return 0
+
+
+# ---- memory
+
+
+def collect_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that torch has allocated on a CUDA card now, else the process's resident size."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that torch had allocated on a CUDA card, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From now on peak_memory counts anew; it cannot for the resident size of a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def card_room(device: torch.device, gpu_memory_fraction: float) -> float | None:
+    """Bytes that this process may have on a CUDA card, what it has included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(gpu_memory_fraction * total, free + torch.cuda.memory_reserved(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA card has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -29,7 +29,8 @@ def test_defaults_are_the_documented_ones():
     config = TrainingConfig()
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (1, 16)
     assert (config.learning_rate, config.max_grad_norm, config.logging_steps, config.image_size) == (1e-5, 0.5, 10, 336)
-    assert config.gradient_checkpointing and config.load_in_4bit and config.mixed_precision == "auto"
+    assert (config.gradient_checkpointing, config.mixed_precision, config.compile) == ("auto",) * 3
+    assert config.auto_batch and config.load_in_4bit
     assert (config.gpu_memory_fraction, config.lora_r, config.lora_dropout) == (0.9, 16, 0.0)
     assert config.effective_batch_size == 16
 

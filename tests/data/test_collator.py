@@ -202,6 +202,18 @@ def test_batch_bytes_are_those_of_a_batch(tiny, size, sizes):
     assert collator.batch_bytes(len(sizes)) == pixels.numel() * pixels.element_size()
 
 
+@pytest.mark.parametrize(("image_size", "size"), [(70, (70, 70)), (None, (70, 70))])
+def test_the_largest_row_becomes_as_many_tokens_as_any(image_size, size, tiny):
+    names = [*tiny.names[:3], "a name much longer than all the others", *tiny.names[3:]]
+    collator = PlantCollator(tiny.processor, tiny.prompt, names, image_size)
+    rows = [*rows_of(tiny, SIZES), tiny.rows(1)[0] | {"image": {"bytes": b"broken", "path": None}}]
+    row = collator.largest_row(rows)
+    (largest,) = collator([row])["samples"]
+    assert largest.size == size and row["label"] == 3
+    others = [collator.describe(row | {"label": label}, other) for other in SIZES for label in range(len(names))]
+    assert image_size or largest.length == max(sample.length for sample in others)
+
+
 def test_prompts_are_padded_left_and_end_where_the_answer_begins(tiny):
     rows = rows_of(tiny, SIZES)
     batch = tiny.native.prompts(rows)

@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config.training_config import TrainingConfig
+from data.collator import PlantCollator
 from data.synthetic import SPECIES
 from models import builder
 from models.builder import ModelError, build_model, build_processor, check_model, choose_trainables, unwrap
+from models.fused import fused_layers
+from models.trainer import cut
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
@@ -173,9 +176,12 @@ def test_the_frozen_tower_runs_without_autograd(checkpoint, batch_of):
     assert outputs and all(not state.requires_grad for state in outputs[0].hidden_states)
 
 
-def test_recomputing_activations_changes_no_gradient(checkpoint, batch_of):
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_recomputing_activations_changes_no_gradient(is_fused, checkpoint, batch_of, monkeypatch):
+    monkeypatch.setattr("models.fused.SMALL", 1)
+    monkeypatch.setattr(builder, "can_fuse", lambda layers: is_fused)
     gradients = []
-    for recompute in (False, True):
+    for recompute in ("false", "true", "offload"):
         torch.manual_seed(0)
         model, processor, prompt, _ = built(checkpoint(), gradient_checkpointing=recompute)
         for name, parameter in model.named_parameters():
@@ -184,8 +190,63 @@ def test_recomputing_activations_changes_no_gradient(checkpoint, batch_of):
         model.train()
         model(**batch_of(prompt)(processor)).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) == 42
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients))
+        layers = unwrap(model).model.language_model.layers
+        assert len(fused_layers(layers)) == (len(layers) if is_fused else 0)
+        recomputes = [not layer.forward.keep if is_fused else layer.gradient_checkpointing for layer in layers]
+        assert recomputes == [recompute != "false"] * len(layers)
+    for others in gradients[1:]:
+        assert len(gradients[0]) == len(others) == 42
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(gradients[0], others))
+
+
+def test_dropout_and_whole_models_keep_the_stock_layers(checkpoint):
+    for settings in ({"lora_dropout": 0.1}, {"trainable": "everything", "load_in_4bit": False}):
+        model, *_ = built(checkpoint(), **settings)
+        assert not fused_layers(unwrap(model).model.language_model.layers)
+
+
+def test_weights_are_read_and_not_mapped(checkpoint, monkeypatch):
+    """Mapped files would stay resident while a 15 GB checkpoint is loaded."""
+    opened = []
+    real = builder.modeling_utils.safe_open
+
+    def record(*args, backend, **kwargs):
+        opened.append(backend)
+        return real(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(builder.modeling_utils, "safe_open", record)
+    built(checkpoint())
+    assert opened == ["pread"]
+    with pytest.raises(ModelError):
+        builder.load_base("/nowhere", None, False, torch.float32, CPU)
+    assert builder.modeling_utils.safe_open is not real  # the test's own is back
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_random_weights_of_the_full_shape_pass_the_assertions(load_in_4bit, monkeypatch, tiny):
+    """Two layers of it, a sixteenth as wide."""
+    real = builder.full_config
+
+    def small(processor):
+        config = real(processor)
+        for part, heads in ((config.text_config, 8), (config.vision_config, 4)):
+            part.hidden_size, part.intermediate_size, part.num_hidden_layers = 256, 512, 2
+            part.num_attention_heads = heads
+        config.text_config.num_key_value_heads = 2
+        config.text_config.head_dim = 32
+        return config
+
+    monkeypatch.setattr(builder, "full_config", small)
+    config = TrainingConfig(model="full", load_in_4bit=load_in_4bit)
+    processor, prompt = build_processor(config, NAMES)
+    model = build_model(config, processor, CPU, "no")
+    found = check_model(model, processor, prompt, load_in_4bit, config.trainable, "no")
+    assert any("14 linears in 4 bit" in sentence for sentence in found) == load_in_4bit
+    assert not [name for name, part in [*model.named_parameters(), *model.named_buffers()] if part.is_meta]
+    collator = PlantCollator(processor, prompt, NAMES, 336)
+    batch = collator(tiny.rows(1))
+    assert batch["samples"][0].image_tokens == 1176
+    assert torch.isfinite(model(**cut(batch, 1)[0]).loss)
 
 
 def test_an_evaluation_between_steps_loses_no_gradient(checkpoint, batch_of):

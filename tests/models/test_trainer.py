@@ -13,9 +13,11 @@ from data.dataset import ROW
 from models.builder import choose_trainables
 from models.callbacks import RunLog
 from models.checkpoint import last_checkpoint, read_best
-from models.scoring import score_batch
+from models.fused import FusedLayer, fuse_layers, keep_activations
+from models.scoring import MicroBatch, score_batch
 from models.trainer import StepError, build_arguments, build_trainer, cut
 from tests.data.test_collator import SIZES, rows_of
+from utils.device_utils import memory_in_use
 from utils.image_utils import PhotoError
 from utils.logging_utils import UserError, setup_logging
 from utils.tensor_utils import ShapeError
@@ -307,6 +309,129 @@ def test_other_errors_of_the_forward_are_not_taken_for_it(tiny, tmp_path):
         make_trainer(tiny, tmp_path, model=model).train()
 
 
+def test_with_one_photo_layers_stop_keeping_before_the_run_stops(tiny, tmp_path, capsys, on_a_card):
+    setup_logging()
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16)
+    keep_activations(trainer.fused, 3)
+    real = FusedLayer.run
+
+    def refuse(self, *args, keep=True, needs_output=True, **kwargs):
+        if keep and needs_output:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return real(self, *args, keep=keep, needs_output=needs_output, **kwargs)
+
+    on_a_card.setattr(FusedLayer, "run", refuse)
+    trainer.train()
+    assert "redone with 1 photos at a time, activations recomputed, and so are the next" in capsys.readouterr().out
+    assert trainer.state.global_step == 4 and all(one.offload for one in trainer.fused)
+
+
+def test_out_of_memory_in_an_evaluation_goes_on_in_smaller_pieces(tiny, tmp_path, capsys):
+    setup_logging()
+    expected = make_trainer(tiny, tmp_path / "a", per_device_eval_batch_size=10).evaluate()
+    model = tiny.model()
+    trainer = make_trainer(tiny, tmp_path / "b", model=model, per_device_eval_batch_size=10)
+    Cramped(model.model, room=3)
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert trainer.eval_micro_batch.size == 2
+    assert "out of memory while scoring; going on with 2 photos at a time" in capsys.readouterr().out
+
+
+# ---- fitting a card
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
+    monkeypatch.setattr("models.trainer.card_room", lambda device, fraction: memory_in_use(device) + 4e9)
+    monkeypatch.setattr("models.fused.SMALL", 1)
+    return monkeypatch
+
+
+def make_fused(tiny, folder, **settings):
+    set_seed(0)
+    model = choose_trainables(tiny.model(), "adapter", 4, 8, 0.0)
+    fuse_layers(model.get_base_model().model.language_model.layers)
+    return make_trainer(tiny, folder, model=model, **{"trainable": "adapter"} | settings)
+
+
+def fit(trainer, tiny, **how):
+    trainer.fit_to_card(tiny.collator.largest_row(tiny.rows(4)), 0.9, **how)
+
+
+def test_what_fits_is_chosen_and_said_and_changes_no_weight(tiny, tmp_path, capsys, on_a_card):
+    setup_logging()
+    trainer = make_fused(tiny, tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    before, state = weights(trainer), torch.get_rng_state()
+    fit(trainer, tiny)
+    assert (trainer.micro_batch_size, [one.keep for one in trainer.fused]) == (16, [True] * 3)
+    assert same(before, weights(trainer)) and torch.equal(state, torch.get_rng_state())
+    assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
+    told = capsys.readouterr().out
+    assert "plan   16 photos at a time, 3 of 3 layers keep their activations; predicted peak" in told
+    assert "plan   kernels are plain, the run is too short to win back their compilation" in told
+    trainer.train()
+    other = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    other.train()
+    assert same(weights(trainer), weights(other), 1e-5)
+
+
+@pytest.mark.parametrize("recompute, keeps, offloads", [("true", 0, False), ("offload", 0, True), ("false", 3, False)])
+def test_recomputation_as_configured(recompute, keeps, offloads, tiny, tmp_path, on_a_card):
+    trainer = make_fused(tiny, tmp_path)
+    fit(trainer, tiny, recompute=recompute)
+    assert sum(one.keep for one in trainer.fused) == keeps and any(one.offload for one in trainer.fused) == offloads
+
+
+def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, on_a_card):
+    setup_logging()
+    trainer = make_fused(tiny, tmp_path)
+    Cramped(trainer.model, room=4)
+    fit(trainer, tiny)
+    assert trainer.micro_batch_size == 4
+    words = "plan: 16 photos at a time with 3 layers that keep their activations do not fit; trying less"
+    assert words in capsys.readouterr().out
+
+
+def test_a_card_too_small_for_one_photo_is_told_before_the_run(tiny, tmp_path, on_a_card):
+    trainer = make_fused(tiny, tmp_path)
+    Cramped(trainer.model, room=0)
+    with pytest.raises(StepError, match="plan: out of memory with one photo at a time; use --gradient-checkpointing"):
+        fit(trainer, tiny)
+
+
+def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, on_a_card):
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    fit(trainer, tiny, auto_batch=False)
+    assert trainer.micro_batch_size == 2 and not any(one.keep for one in trainer.fused)
+
+
+@pytest.mark.parametrize(
+    "compile, seconds, steps_done, compiles",
+    [("auto", 0, 0, True), ("auto", 1e6, 0, False), ("auto", 0, 4, False), ("false", 0, 0, False)],
+)
+def test_kernels_are_compiled_if_the_run_wins_the_time_back(
+    compile, seconds, steps_done, compiles, tiny, tmp_path, on_a_card
+):
+    asked = []
+    on_a_card.setattr("models.trainer.COMPILE_SECONDS", seconds)
+    on_a_card.setattr("models.fused.Kernels.compile", lambda self: asked.append(self))
+    trainer = make_fused(tiny, tmp_path)
+    fit(trainer, tiny, compile=compile, steps_done=steps_done)
+    assert bool(asked) == compiles
+
+
+def test_stock_layers_and_machines_without_a_card_are_left_alone(tiny, tmp_path, on_a_card):
+    trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    fit(trainer, tiny)
+    assert trainer.micro_batch_size == 2
+    on_a_card.setattr("models.trainer.card_room", lambda device, fraction: None)
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    fit(trainer, tiny)
+    assert trainer.micro_batch_size == 2
+
+
 # ---- evaluation
 
 
@@ -449,7 +574,7 @@ def test_a_run_that_was_killed_after_it_stopped_is_over(tiny, tmp_path, monkeypa
 def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     metrics = trainer.evaluate()
-    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.trees, 10)
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.trees, MicroBatch(10))
     truth = [sample.label for sample in tiny.collator(tiny.rows(10))["samples"]]
     assert metrics["eval_top1"] == sum(a == b for a, b in zip(scores.argmax(dim=1).tolist(), truth)) / 10
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from config.benchmark_options import parse_benchmark
 from config.evaluation_options import parse_evaluation
 from config.training_config import TrainingConfig, parse_config, save_config
 
@@ -36,6 +37,8 @@ def test_commands_of_the_readme_parse(command, capsys, tmp_path, monkeypatch):
                 Path(word).mkdir(parents=True)
                 save_config(TrainingConfig(), word, {})
         parse_evaluation(flags, "")
+    elif target == "benchmark.py":
+        parse_benchmark(flags, "")
     else:
         assert (ROOT / target).is_file()
         parse_config(flags, "")

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.device_utils import DeviceError, choose_device, choose_precision, fit_workers, precision_for
+from utils.device_utils import DeviceError, card_room, choose_device, choose_precision, fit_workers, precision_for
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,25 @@ def test_the_share_of_the_card_is_enforced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
     assert choose_device("tiny", True, 0.7) == torch.device("cuda", 0)
     assert asked == [(0.7, torch.device("cuda", 0))]
+
+
+def test_attention_is_never_cudnns(monkeypatch):
+    """Its backward of grouped heads is wrong in torch 2.11 (LOG.md)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: None)
+    choose_device("tiny", True, 0.7)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
+    free = 10e9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9)
+    assert card_room(torch.device("cuda", 0), 0.9) == 15e9
+    free = 79e9
+    assert card_room(torch.device("cuda", 0), 0.9) == 72e9
+    assert card_room(torch.device("cpu"), 0.9) is None
 
 
 def test_several_processes_are_refused(monkeypatch):

@@ -1,0 +1,349 @@
+"""How fast does this card train, and in how much memory? One table, on made photos.
+
+    python benchmark.py --model full                          random weights of the full-size shape: no download
+    python benchmark.py --model full --preset native          photos at their own size (--photo 500x667)
+    python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
+    python benchmark.py --preset tiny                         the same on the CPU, in seconds
+
+Takes every flag of train.py. Photos are decoded and batched as in training; nothing is kept.
+"""
+
+import contextlib
+import dataclasses
+import io
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from config.benchmark_options import parse_benchmark
+from config.training_config import ON_CPU, ConfigError, TrainingConfig
+from utils.logging_utils import errors_told, set_environment, setup_logging
+
+WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
+PHOTOS = 64  # that are made, and used in turn
+
+
+class Result(NamedTuple):
+    """A row of the table."""
+
+    system: str
+    rates: list[float]  # photos/s of each timed step
+    peak: float  # bytes that torch had allocated at most
+    reserved: float
+    note: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, options, photo = parse_benchmark(argv, __doc__)
+    set_environment()
+    setup_logging()
+    with errors_told(ConfigError), tempfile.TemporaryDirectory() as folder:
+        import torch
+
+        from data.collator import PlantCollator
+        from data.labels import CLASS_NAMES
+        from models.builder import build_model, build_processor
+        from utils.device_utils import GIB, choose_device, choose_precision, peak_memory
+
+        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+        precision = choose_precision(config.mixed_precision, device)
+        steps = WARM_UP + options.steps
+        # A run of a few steps would not compile its kernels; what is measured here is a long one.
+        compiles = config.compile == "auto" and device.type == "cuda"
+        config = dataclasses.replace(
+            config,
+            output_dir=folder,
+            max_steps=steps,
+            eval_steps=None,
+            save_steps=10 * steps,
+            report_to="none",
+            compile="true" if compiles else config.compile,
+        )
+        count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
+        rows = make_rows(photo, len(CLASS_NAMES), count)
+        processor, prompt = build_processor(config, CLASS_NAMES)
+        collator = PlantCollator(processor, prompt, CLASS_NAMES, config.image_size)
+        (sample,) = collator([rows[0]])["samples"]
+        for line in describe(config, device, precision, photo, sample):
+            print(line, flush=True)
+        began = time.perf_counter()
+        model = build_model(config, processor, device, precision)
+        host = peak_memory(torch.device("cpu")) / GIB
+        print(f"model ready in {time.perf_counter() - began:.1f} s, host peak {host:.1f} GiB", flush=True)
+        results, phases = [], None
+        result, phases, data_rate = train_ours(config, model, processor, collator, rows, precision, device)
+        results.append(result)
+        if options.scoring:
+            results.append(score_ours(config, model, collator, rows, precision, device))
+        work = photo_flops(model, sample)
+        if options.against == "stock":
+            del model
+            results.append(train_stock(config, processor, prompt, rows, CLASS_NAMES, precision, device))
+        report(results, phases, data_rate, work, matrix_rate(device, precision), sample)
+    return 0
+
+
+def make_rows(photo: tuple[int, int], classes: int, count: int):
+    """Rows of JPEG photos of this (W, H): smooth noise, so that they decode and resize like photographs."""
+    import numpy as np
+    from datasets import Dataset
+    from PIL import Image
+
+    from data.dataset import ROW
+
+    generator = np.random.default_rng(0)
+    files = []
+    for _ in range(PHOTOS):
+        coarse = Image.fromarray(generator.integers(0, 255, (photo[1] // 8 + 1, photo[0] // 8 + 1, 3), np.uint8))
+        file = io.BytesIO()
+        coarse.resize(photo, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    rows = [
+        {"image": {"bytes": files[index % PHOTOS], "path": None}, "label": index % classes, "id": f"made-{index}"}
+        for index in range(count)
+    ]
+    return Dataset.from_list(rows, features=ROW)
+
+
+def describe(config: TrainingConfig, device, precision: str, photo, sample) -> list[str]:
+    """The conditions."""
+    from importlib.metadata import version
+
+    import torch
+
+    place = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        place = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, driver {' '.join(driver[:1])}, "
+        place += f"CUDA {torch.version.cuda}"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return [
+        f"{place}; {packages}; Python {platform.python_version()}",
+        f"{config.model}, {'nf4' if config.load_in_4bit else 'not quantized'}, {precision}, {config.trainable}, LoRA "
+        f"r={config.lora_r}, dropout {config.lora_dropout:g}, {config.optim}, {config.effective_batch_size} photos a "
+        f"step, {config.num_workers} workers, compile {config.compile}",
+        f"photos {photo[0]}x{photo[1]}, image_size {config.image_size}: {sample.image_tokens:,} image tokens, "
+        f"{sample.length:,} in all, {sample.tiles} tiles",
+    ]
+
+
+def train_ours(config, model, processor, collator, rows, precision, device):
+    """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
+    from models.trainer import build_trainer
+
+    trainer = build_trainer(config, model, processor, collator, rows, None, precision, device)
+    trainer.args.save_strategy = "no"
+    began = time.perf_counter()
+    trainer.fit_to_card(
+        collator.largest_row(rows),
+        *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
+    )
+    clock = build_clock(device)
+    trainer.add_callback(clock)
+    with memory_of(device) as memory:
+        trainer.train()
+    print(f"first step after {clock.first_step - began:.1f} s, compiling included", flush=True)
+    data_rate = load_rate(trainer, config.effective_batch_size)
+    note = f"{trainer.micro_batch_size} at a time, {sum(one.keep for one in trainer.fused)} layers keep activations"
+    rates = [config.effective_batch_size / seconds for seconds in clock.steps[WARM_UP:]]
+    trainer.accelerator.free_memory()
+    return Result("this project", rates, *memory, note), clock.phases(), data_rate
+
+
+def train_stock(config, processor, prompt, rows, names, precision, device) -> Result:
+    """The plain Trainer on PEFT's own layers, at the configured micro-batch, everything else as documented."""
+    import gc
+
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    from models.builder import DTYPES, build_base, choose_trainables
+    from utils.image_utils import fit_photo, open_photo
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    base = build_base(config, processor, device, DTYPES[precision])
+    if config.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
+    end = len(processor.tokenizer(prompt.prompt).input_ids)
+
+    def collate(some):
+        photos = [fit_photo(open_photo(row["image"]), config.image_size) for row in some]
+        texts = [prompt.text(names[row["label"]]) for row in some]
+        batch = processor(images=photos, text=texts, return_tensors="pt", padding=True, padding_side="right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        labels[:, : end - 1 + int((batch["input_ids"][0] == processor.image_token_id).sum())] = -100
+        return batch | {"labels": labels}
+
+    clock = build_clock(device)
+    with tempfile.TemporaryDirectory() as folder, memory_of(device) as memory:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_checkpointing=config.load_in_4bit,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=device.type == "cpu",
+            optim=config.optim,
+            max_steps=config.max_steps,
+            dataloader_num_workers=config.num_workers,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    rates = [config.effective_batch_size / seconds for seconds in clock.steps[WARM_UP:]]
+    return Result("stock Trainer", rates, *memory, f"{config.per_device_train_batch_size} at a time")
+
+
+def score_ours(config, model, collator, rows, precision, device) -> Result:
+    """All class names on each photo, photos decoded as in an evaluation."""
+    from models.builder import DTYPES
+    from models.scoring import score_rows
+
+    size = config.per_device_eval_batch_size
+    some = rows.select(range(10 * size))
+    rates = []
+    with memory_of(device) as memory:
+        began, done = None, 0
+        scores = score_rows(model, collator, some, collator.name_ids, size, config.num_workers, DTYPES[precision])
+        for count, _ in enumerate(scores, start=1):
+            if count % size == 0:  # a batch's scores come all at once
+                now = time.perf_counter()
+                if count >= 3 * size:  # workers have started
+                    rates.append((count - done) / (now - began))
+                began, done = now, count
+    return Result(f"scoring {len(collator.class_names)} names", rates, *memory, f"{size} at a time")
+
+
+def build_clock(device):
+    """A callback that times steps and their phases; it waits for the device at the ends of each."""
+    from transformers import TrainerCallback
+
+    from utils.device_utils import synchronize
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.marks, self.steps, self.first_step = [], [], None
+
+        def mark(self, *args, **kwargs):
+            synchronize(device)
+            self.marks.append(time.perf_counter())
+
+        on_train_begin = on_step_begin = on_pre_optimizer_step = mark
+
+        def on_step_end(self, *args, **kwargs):
+            self.mark()
+            self.steps.append(self.marks[-1] - self.marks[-4])
+            self.first_step = self.first_step or self.marks[-1]
+
+        def phases(self) -> dict[str, float]:
+            """Median seconds of each phase of a timed step."""
+            names = ("waiting for photos", "forward and backward", "clipping and optimizer")
+            gaps = [after - before for before, after in zip(self.marks, self.marks[1:])]
+            return {name: statistics.median(gaps[3 * WARM_UP + index :: 3]) for index, name in enumerate(names)}
+
+    return Clock()
+
+
+@contextlib.contextmanager
+def memory_of(device):
+    """[peak allocated, peak reserved] bytes of what runs inside; of the process where there is no CUDA card."""
+    import torch
+
+    from utils.device_utils import peak_memory, reset_peak_memory
+
+    found = []
+    reset_peak_memory(device)
+    yield found
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory(device)
+    found += [peak_memory(device), reserved]
+
+
+def load_rate(trainer, photos: int) -> float:
+    """Photos/s that the training's loader gives when nothing waits for the device, its workers running."""
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)
+    began, count = time.perf_counter(), 0
+    for batch in batches:
+        count += len(batch["samples"])
+        if time.perf_counter() - began > 10:
+            break
+    return count / (time.perf_counter() - began)
+
+
+def photo_flops(model, sample) -> float:
+    """Floating-point operations of a training step on one photo, without recomputation.
+
+    2 for each weight and token forward and 2 backward (frozen weights need no gradient of their own; what learns needs
+    2 more); attention 4 T^2 D a layer forward and 2.5 times that backward, half of it masked; the tower forward alone.
+    """
+    from models.builder import unwrap
+
+    base = unwrap(model)
+    text, vision = base.config.text_config, base.config.vision_config
+    layers = base.model.language_model.layers
+    frozen = [
+        module for name, module in layers.named_modules() if "lora_" not in name and hasattr(module, "in_features")
+    ]
+    # An adapter's linear tells its base's sizes as its own.
+    weights = sum(one.in_features * one.out_features for one in frozen if not hasattr(one, "base_layer"))
+    learning = model.num_parameters(only_trainable=True)
+    attention = 3.5 * 4 * sample.length**2 * text.hidden_size * text.num_hidden_layers / 2
+    patches = sample.tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    tower = sum(parameter.numel() for parameter in base.model.vision_tower.parameters())
+    return sample.length * (4 * weights + 2 * learning) + attention + 2 * tower * patches
+
+
+def matrix_rate(device, precision: str) -> float:
+    """FLOP/s of a square matrix product on random numbers, the median of ten."""
+    import torch
+
+    from models.builder import DTYPES
+    from utils.device_utils import synchronize
+
+    side = 8192 if device.type == "cuda" else 1024
+    one, other = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        began = time.perf_counter()
+        one @ other
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(seconds[3:])
+
+
+def report(results: list[Result], phases: dict, data_rate: float, work: float, rate: float, sample) -> None:
+    print(f"matrix products {rate / 1e12:.1f} TFLOP/s measured; {work / 1e12:.1f} TFLOP a photo without recomputation")
+    print(f"loader alone {data_rate:.1f} photos/s")
+    print("; ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in phases.items()))
+    print(f"{'':22} {'photos/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
+    for result in results:
+        middle = statistics.median(result.rates)
+        spread = f"{middle:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
+        share = f"{middle * work / rate:.0%}" if "scoring" not in result.system else ""
+        print(
+            f"{result.system:22} {spread:>18} {middle * sample.length:9,.0f} {share:>6} {result.peak / 2**30:6.2f} GiB "
+            f"{result.reserved / 2**30:6.2f} GiB  {result.note}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

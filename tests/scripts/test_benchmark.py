@@ -1,0 +1,68 @@
+import re
+
+import pytest
+
+from benchmark import main, photo_flops
+from utils.logging_utils import logger
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+    try:
+        status = main(list(argv))
+    except SystemExit as stopped:
+        status = stopped.code
+    logger.handlers.clear()
+    told = capsys.readouterr()
+    return status, told.out + told.err
+
+
+def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, checkpoint, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmark.PHOTOS", 4)
+    few = ["--steps", "2", "--photo", "84x60", "--image-size", "70", "--num-workers", "0"]
+    small = ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2"]
+    status, told = run(capsys, "--model", checkpoint(), *few, *small, "--against", "stock")
+    assert status == 0, told
+    assert "photos 84x60, image_size 70: 55 image tokens" in told and "4 photos a step, 0 workers" in told
+    for words in ("matrix products", "loader alone", "waiting for photos", "first step after", "TFLOP a photo"):
+        assert words in told
+    rows = dict(re.findall(r"^(this project|scoring 102 names|stock Trainer) +(\d+\.\d\d) \(", told, re.MULTILINE))
+    assert len(rows) == 3 and all(float(rate) > 0 for rate in rows.values())
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_of_a_photo_is_that_of_the_full_size_shape():
+    """By hand: 4 FLOP a weight of 6.98 billion and token, 2 a weight of the adapter, attention, a frozen tower."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import LlavaNextForConditionalGeneration
+
+    from models.tiny import SIZES, build_tiny_processor, full_config
+
+    config = full_config(build_tiny_processor(["rose"], SIZES["full"]))
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(config).requires_grad_(False)
+    sample = SimpleNamespace(length=1197, tiles=3)
+    by_hand = 1197 * 4 * 32 * 218_103_808 + 3.5 * 2 * 1197**2 * 4096 * 32 + 2 * 303.5e6 * 3 * 577
+    assert photo_flops(model, sample) == pytest.approx(by_hand, rel=1e-3)
+
+
+BAD_INPUT = [
+    (["--photo", "big"], "photo=big: width x height in pixels is needed, such as 500x667"),
+    (["--photo", "0x9"], "photo=0x9: width x height in pixels is needed"),
+    (["--steps", "1"], "steps=1: must be at least 2"),
+    (["--against", "trl"], "against=trl: not one of none, stock"),
+    (["--bench"], "--bench: unknown flag"),
+    (["runs/default"], "runs/default: stands alone"),
+    (["--model", "./gone"], "--model ./gone: no such folder"),
+    (["--model", "full"], "--model full: needs a CUDA card and torch sees none"),
+    (["--preset", "tiny", "--load-in-4bit", "true"], "nothing to load in 4 bit"),
+]
+
+
+@pytest.mark.parametrize("argv, words", BAD_INPUT, ids=[words[:40] for _, words in BAD_INPUT])
+def test_bad_input(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, told = run(capsys, *argv)
+    assert status != 0 and words in told and "Traceback" not in told and not list(tmp_path.iterdir())
