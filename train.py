@@ -8,6 +8,7 @@ Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png,
 The same command again goes on where a run was left unfinished.
 """
 
+import contextlib
 import sys
 
 from config.run_folder import check_same_run, choose_run_folder
@@ -19,13 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv, __doc__)  # before torch: a typo costs a tenth of a second
     set_environment()
     setup_logging()
-    with errors_told(ConfigError):
+    with errors_told(ConfigError), contextlib.ExitStack() as held:
         config, state, notes = choose_run_folder(config)
+        if state == "finished":
+            for note in notes:
+                logger.info(note)
+            return 0
+        from models.checkpoint import lock_folder
+
+        held.enter_context(lock_folder(config.output_dir))
         setup_logging(config.output_dir)
         for note in notes:
             logger.info(note)
-        if state == "finished":
-            return 0
         from transformers import set_seed
 
         from data.collator import PlantCollator

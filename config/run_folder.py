@@ -9,6 +9,7 @@ from typing import NamedTuple
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "run.lock"  # held by the training that writes to the folder
 
 
 class RunFolder(NamedTuple):
@@ -71,8 +72,9 @@ def _going_on(config: TrainingConfig, folder: Path) -> list[str]:
 
 
 def is_fresh(folder: Path) -> bool:
-    """True if nothing is there but, maybe, the log of a start that failed."""
-    return not folder.exists() or (folder.is_dir() and all(path.name == "train.log" for path in folder.iterdir()))
+    """True if nothing is there but, maybe, the log and lock of a start that failed."""
+    left = {"train.log", LOCK_FILE}
+    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
 
 
 def is_finished(folder: str | Path) -> bool:

@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 import train
 from config.run_folder import read_metrics
 from models import callbacks
-from tests.conftest import FLOWERS
+from tests.conftest import FLOWERS, ROOT
+from utils.logging_utils import UserError
 
 TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "2", "--num-workers", "0"]
 
@@ -44,7 +47,7 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     assert {path.name for path in folder.iterdir()} == {
         "training_config.json", "train.log", "metrics.jsonl", "loss.png", "best", "eval_val.json", "eval_val.png",
         "eval_val.md", "eval_val_photos.png", "eval_val.scores.jsonl", "calibration.json",
-        "checkpoint-4", "checkpoint-6",
+        "checkpoint-4", "checkpoint-6", "run.lock",
     }  # fmt: skip
     assert {"config.json", "model.safetensors", "processor_config.json", "manifest.json"} <= set(
         os.listdir(folder / "best")
@@ -212,6 +215,31 @@ def test_bad_input(fault, argv, words, places, few_drawings, capsys, monkeypatch
     status, told = run(capsys, *[word.format(**places) for word in argv])
     assert status != 0 and words in told and "Traceback" not in told
     assert all(path.exists() and path.stat().st_size == size for path, size in before.items())
+
+
+def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, few_drawings, capsys):
+    from models.checkpoint import lock_folder
+
+    with lock_folder("mine"):
+        status, told = run(capsys, *TINY, "--output-dir", "mine")
+        assert status == 1 and f"mine: another training, process {os.getpid()} on " in told and "Traceback" not in told
+        assert [path.name for path in (here / "mine").iterdir()] == ["run.lock"]
+    assert run(capsys, *TINY, "--output-dir", "mine")[0] == 0
+
+
+def test_the_lock_of_a_killed_training_is_free(here):
+    """The operating system gives it back; no file must be removed by hand."""
+    code = "from models.checkpoint import lock_folder\nwith lock_folder('mine'):\n    print(flush=True)\n    input()"
+    where = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    from models.checkpoint import lock_folder
+
+    with subprocess.Popen([sys.executable, "-c", code], **where) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid} on"), lock_folder("mine"):
+            pass
+        other.kill()
+    with lock_folder("mine"):
+        assert (here / "mine" / "run.lock").read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_an_explicit_folder_that_holds_another_config(few_drawings, capsys, here):
