@@ -6,6 +6,19 @@ from typing import NamedTuple
 
 from config.training_config import TrainingConfig, apply_flags, find_problems, find_range_problems, knob, read_flags
 
+# Settings of a run that change nothing here, since photos are made and nothing is kept; the reason, and what to use.
+OF_DATA = (
+    *("dataset", "dataset_revision", "train_on_val", "sample_fraction", "val_fraction", "test_fraction"),
+    *("allow_missing", "max_bad_fraction"),
+)
+OF_LENGTH = (
+    *("output_dir", "num_train_epochs", "max_steps", "eval_steps", "early_stopping_patience"),
+    *("early_stopping_min_gain", "save_steps", "save_total_limit", "report_to"),
+)
+WITHOUT_EFFECT = dict.fromkeys(OF_DATA, "photos are made here: --photo WIDTHxHEIGHT") | dict.fromkeys(
+    OF_LENGTH, "a benchmark runs --steps optimizer steps and keeps nothing"
+)
+
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
@@ -29,8 +42,13 @@ def parse_benchmark(argv: list[str] | None = None, description: str = "") -> Ben
     options, problems = apply_flags(BenchmarkOptions(), flags.given)
     config, more = apply_flags(TrainingConfig(), flags.given)
     problems = [*flags.problems, *problems, *more, *find_range_problems(options), *find_problems(config)]
-    size = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.photo)
+    problems += [
+        f"{name}={flags.given[name]}: has no effect, {why}"
+        for name, why in WITHOUT_EFFECT.items()
+        if name in flags.given
+    ]
+    size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", options.photo)
     if not size:
-        problems.append(f"photo={options.photo}: width x height in pixels is needed, such as 500x667")
+        problems.append(f"photo={options.photo}: width x height of 1 to 9999 pixels is needed, such as 500x667")
     flags.stop_on(problems)
     return Benchmark(config, options, (int(size[1]), int(size[2])))

@@ -365,8 +365,13 @@ def apply_flags(base, given: dict[str, str]) -> tuple[typing.Any, list[str]]:
     return dataclasses.replace(base, **values), problems
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message.removeprefix('argument ')}\nAll settings: --help\n")
+
+
 def _build_parser(description: str, kinds: tuple[type, ...], words: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         usage=f"%(prog)s {f'[{words} ...] ' if words else ''}[--preset NAME] [--setting value ...]",
         allow_abbrev=False,
@@ -417,6 +422,9 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
     path = Path(folder) / CONFIG_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        recomputes = saved["config"].get("gradient_checkpointing")
+        if isinstance(recomputes, bool):  # as it was saved before it could be auto
+            saved["config"]["gradient_checkpointing"] = str(recomputes).lower()
         return TrainingConfig(**saved["config"]), saved["recorded"]
     except FileNotFoundError:
         raise ConfigError(

@@ -274,7 +274,8 @@ class FusedLayer:
     """The forward of one decoder layer (Llama, Mistral, Qwen2), put in place of the stock one.
 
     `keep` says whether what the backward needs is kept, or the layer is run again for it; `offload`, whether its input
-    waits in the host's memory. Few rows, a mask in training and switched-off adapters go to the stock layer.
+    waits in the host's memory. Few rows, a mask in training and adapters that are switched off or merged go to the
+    stock layer.
     """
 
     def __init__(self, layer: nn.Module, kernels: Kernels):
@@ -298,7 +299,8 @@ class FusedLayer:
     ) -> torch.Tensor:
         photos, tokens, width = hidden_states.shape
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or self._learns)
-        switched_off = getattr(self.layer.self_attn.q_proj, "disable_adapters", False)
+        adapted = self.layer.self_attn.q_proj
+        switched_off = getattr(adapted, "disable_adapters", False) or getattr(adapted, "merged", False)
         if photos * tokens < SMALL or switched_off or (trains and (attention_mask is not None or past_key_values)):
             return self.stock(
                 hidden_states,

@@ -100,6 +100,11 @@ def test_a_wrong_value_edited_into_the_file_is_told():
     assert any("learning_rate=true" in told.lower() for told in find_problems(TrainingConfig(learning_rate=True)))
 
 
+def test_a_config_saved_before_recomputation_could_be_auto_is_read(tmp_path):
+    save_config(TrainingConfig(gradient_checkpointing=True), tmp_path, {})
+    assert load_config(tmp_path)[0].gradient_checkpointing == "true"
+
+
 def test_a_saved_config_comes_back(tmp_path):
     config = parse_config(["--preset", "native", "--seed", "7"])
     save_config(config, tmp_path, {"model_commit": "abc"})

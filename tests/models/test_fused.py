@@ -185,9 +185,13 @@ def test_when_the_stock_layer_does_it(monkeypatch):
     with model.disable_adapter():
         model(inputs_embeds=rows, use_cache=False)
     assert len(asked) == 6
+    model.merge_adapter()
+    model(inputs_embeds=rows, use_cache=False)
+    model.unmerge_adapter()
+    assert len(asked) == 9
     monkeypatch.setattr(fused, "SMALL", 17)
     model(inputs_embeds=rows, use_cache=False)
-    assert len(asked) == 9
+    assert len(asked) == 12
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,19 @@ def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, on_a_c
     assert words in capsys.readouterr().out
 
 
+def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, on_a_card):
+    trainer = make_fused(tiny, tmp_path)
+    tried = []
+
+    def measure(row, photos):
+        tried.append(photos)
+        return 0.1, 1e12 if photos > 4 else 1e6
+
+    on_a_card.setattr(trainer, "_try_micro_batch", measure)
+    fit(trainer, tiny, compile="false")
+    assert tried[0] == 16 and trainer.micro_batch_size == tried[-1] <= 4
+
+
 def test_a_card_too_small_for_one_photo_is_told_before_the_run(tiny, tmp_path, on_a_card):
     trainer = make_fused(tiny, tmp_path)
     Cramped(trainer.model, room=0)

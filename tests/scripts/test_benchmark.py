@@ -49,8 +49,11 @@ def test_work_of_a_photo_is_that_of_the_full_size_shape():
 
 
 BAD_INPUT = [
-    (["--photo", "big"], "photo=big: width x height in pixels is needed, such as 500x667"),
-    (["--photo", "0x9"], "photo=0x9: width x height in pixels is needed"),
+    (["--photo", "big"], "photo=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
+    (["--photo", "0x9"], "photo=0x9: width x height of 1 to 9999 pixels is needed"),
+    (["--dataset", "mine"], "dataset=mine: has no effect, photos are made here: --photo WIDTHxHEIGHT"),
+    (["--max-steps", "5"], "max_steps=5: has no effect, a benchmark runs --steps optimizer steps"),
+    (["--compile"], "error: --compile: expected one argument"),
     (["--steps", "1"], "steps=1: must be at least 2"),
     (["--against", "trl"], "against=trl: not one of none, stock"),
     (["--bench"], "--bench: unknown flag"),
