@@ -34,7 +34,7 @@ from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
 
-COMPILE_SECONDS = 60  # that compiling may take; 29 with 16 cores (LOG.md)
+COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (LOG.md)
 COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (LOG.md)
 
 
@@ -119,13 +119,15 @@ class PlantTrainer(Trainer):
             return
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             began = time.perf_counter()
-            if compile == "auto" and self._is_worth_compiling(row, self.planned_steps() - steps_done):
+            # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
+            may_win = compile == "auto" and (auto_batch or self.micro_batch_size > 1)
+            if may_win and self._is_worth_compiling(row, self.planned_steps() - steps_done):
                 kernels.compile()
             if auto_batch:
                 self._plan(row, room, recompute)
             elif kernels.compiled:
                 self._try_micro_batch(row, 1)
-            words = "compiled" if kernels.compiled else "plain, the run is too short to win back their compilation"
+            words = "compiled" if kernels.compiled else "plain, their compilation would not be won back"
             logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
 
     def _is_worth_compiling(self, row: dict, steps: int) -> bool:

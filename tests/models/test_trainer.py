@@ -370,7 +370,7 @@ def test_what_fits_is_chosen_and_said_and_changes_no_weight(tiny, tmp_path, caps
     assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
     told = capsys.readouterr().out
     assert "plan   16 photos at a time, 3 of 3 layers keep their activations; predicted peak" in told
-    assert "plan   kernels are plain, the run is too short to win back their compilation" in told
+    assert "plan   kernels are plain, their compilation would not be won back" in told
     trainer.train()
     other = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=8)
     other.train()
@@ -418,6 +418,16 @@ def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, on_a_card
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     fit(trainer, tiny, auto_batch=False)
     assert trainer.micro_batch_size == 2 and not any(one.keep for one in trainer.fused)
+
+
+@pytest.mark.parametrize("photos, compiles", [(1, False), (2, True)])
+def test_with_one_photo_at_a_time_nothing_is_won_by_compiling(photos, compiles, tiny, tmp_path, on_a_card):
+    asked = []
+    on_a_card.setattr("models.trainer.COMPILE_SECONDS", 0)
+    on_a_card.setattr("models.fused.Kernels.compile", lambda self: asked.append(self))
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=photos, gradient_accumulation_steps=16 // photos)
+    fit(trainer, tiny, auto_batch=False)
+    assert bool(asked) == compiles
 
 
 @pytest.mark.parametrize(
