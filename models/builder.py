@@ -152,12 +152,18 @@ def build_model(
 def build_base(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
-    """The config's base model on the device: loaded, or made with random weights."""
-    if config.model == "full":
-        return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
-    if config.model in BUILT:
-        return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
-    return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
+    """The config's base model on the device: loaded, or made with random weights. Raises ModelError."""
+    try:
+        if config.model == "full":
+            return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
+        if config.model in BUILT:
+            return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
+        return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"--model {config.model}: does not fit the card's memory; use --load-in-4bit true, a larger "
+            "--gpu-memory-fraction, or a larger card"
+        ) from error
 
 
 def load_base(
@@ -179,10 +185,8 @@ def load_base(
                 attn_implementation="sdpa",
                 use_safetensors=True,
             )
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"--model {model}: does not fit the card's memory while loading; use --load-in-4bit true, or a larger card"
-        ) from error
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ModelError(_loading_failed(model, "weights", error)) from error
     for module in base.modules():

@@ -441,3 +441,15 @@ def test_an_adapter_that_does_not_fit_is_refused(change, words, checkpoint, tmp_
     save_file({change(name): tensor for name, tensor in load_file(path).items() if change(name)}, path)
     with pytest.raises(ModelError, match=f"the adapter does not fit the model: {words}"):
         builder.load_weights(built(checkpoint())[0], tmp_path)
+
+
+@pytest.mark.parametrize("model", ["tiny", "full", "a checkpoint"])
+def test_a_card_that_is_too_small_is_told(model, checkpoint, tiny, monkeypatch):
+    def fill(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(builder, "build_tiny_model", fill)
+    monkeypatch.setattr(builder, "build_random_model", fill)
+    monkeypatch.setattr(builder.LlavaNextForConditionalGeneration, "from_pretrained", fill)
+    with pytest.raises(ModelError, match="does not fit the card's memory; use --load-in-4bit true"):
+        built(checkpoint() if model == "a checkpoint" else model)
