@@ -5,14 +5,16 @@
     python train.py --dataset FOLDER     your own plants: FOLDER/<class name>/*.jpg
 
 Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png, checkpoint-*/, best/ and eval_val.*.
-The same command again goes on where a run was left unfinished.
+The same command again goes on where a run was left unfinished. Ctrl-C, or SIGTERM, saves first; twice does not.
 """
 
 import contextlib
 import sys
+import uuid
+from pathlib import Path
 
-from config.run_folder import check_same_run, choose_run_folder
-from config.training_config import ON_CPU, ConfigError, TrainingConfig, parse_config, save_config
+from config.run_folder import check_same_run, choose_run_folder, step_of
+from config.training_config import ON_CPU, ConfigError, TrainingConfig, load_config, parse_config, save_config
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
 
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with errors_told(ConfigError), contextlib.ExitStack() as held:
-        config, state, notes = choose_run_folder(config)
+        config, state, notes, origin = choose_run_folder(config)
         if state == "finished":
             for note in notes:
                 logger.info(note)
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         from data.synthetic import draw_strangers
         from models.assessor import build_assessor
         from models.builder import build_model, build_processor, check_model, describe_model
-        from models.checkpoint import check_disk, describe_best, last_checkpoint, step_of
+        from models.checkpoint import BEST, branch_off, check_disk, describe_best, last_checkpoint, restore
         from models.trainer import build_trainer
         from utils.device_utils import choose_device, choose_precision
 
@@ -51,12 +53,20 @@ def main(argv: list[str] | None = None) -> int:
         set_seed(config.seed)  # an adapter starts at random
         model = build_model(config, processor, device, precision)
         checks = check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-        trainer = build_trainer(config, model, processor, collator, data.train, data.validation, precision, device)
+        recorded = load_config(config.output_dir)[1] if state == "unfinished" else {"run_id": uuid.uuid4().hex}
+        run_id = recorded.get("run_id", "")  # runs that began before it was recorded have none
+        if origin is None and recorded.get("origin"):
+            origin = Path(recorded["origin"])
+        trainer = build_trainer(
+            *(config, model, processor, collator, data.train, data.validation, precision, device, run_id)
+        )
         check_disk(config.output_dir, model, config.save_total_limit)
         facts = describe_model(model, processor, precision, device)
-        facts |= {"class_names": data.class_names, "photos": hash_ids(data)}
-        if state == "unfinished":
-            check_same_run(facts, config.output_dir)
+        facts |= {"class_names": data.class_names, "photos": hash_ids(data), "processes": trainer.args.world_size}
+        began = config.output_dir if state == "unfinished" else origin and origin.parent
+        for note in check_same_run(facts, began, config.allow_changed) if began else ():
+            logger.warning(note)
+        facts |= {"run_id": run_id, "origin": str(origin.resolve()) if origin else None}
         save_config(config, config.output_dir, facts)
         log_header(
             config,
@@ -65,7 +75,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold, "
             f"{len(trainer.fused) or 'no'} layers fused",
         )
-        checkpoint = last_checkpoint(config.output_dir) if state == "unfinished" else None
+        restore(Path(config.output_dir) / BEST)
+        checkpoint = last_checkpoint(config.output_dir, run_id)
+        if checkpoint is None and origin is not None:
+            branch_off(origin, config.output_dir)
+            checkpoint = origin
         trainer.fit_to_card(
             collator.largest_row(data.train),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),

@@ -14,6 +14,7 @@ OF_DATA = (
 OF_LENGTH = (
     *("output_dir", "num_train_epochs", "max_steps", "eval_steps", "early_stopping_patience"),
     *("early_stopping_min_gain", "save_steps", "save_total_limit", "report_to"),
+    *("resume", "allow_changed", "max_skipped_steps"),
 )
 WITHOUT_EFFECT = dict.fromkeys(OF_DATA, "photos are made here: --photo WIDTHxHEIGHT") | dict.fromkeys(
     OF_LENGTH, "a benchmark runs --steps optimizer steps and keeps nothing"

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config, write_whole
 
 METRICS_FILE = "metrics.jsonl"
+PREFIX = "checkpoint-"
 LOCK_FILE = "run.lock"  # held by the training that writes to the folder
+NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # settings that say where and how a run goes on
 
 
 class RunFolder(NamedTuple):
@@ -18,6 +20,7 @@ class RunFolder(NamedTuple):
     config: TrainingConfig  # with output_dir filled in
     state: str  # fresh, unfinished or finished
     notes: list[str]
+    origin: Path | None = None  # another run's checkpoint, where this run begins
 
 
 def choose_run_folder(config: TrainingConfig) -> RunFolder:
@@ -26,6 +29,8 @@ def choose_run_folder(config: TrainingConfig) -> RunFolder:
     With output_dir=None: runs/<preset>, and if that is finished or another config's, runs/<preset>-2, -3, ... With an
     explicit folder nothing is guessed: ConfigError names what differs. What leaves the mathematics alone may differ.
     """
+    if config.resume not in ("auto", "never"):
+        return _named_start(config, Path(config.resume))
     if config.output_dir is not None:
         return _explicit_folder(config, Path(config.output_dir))
     notes = []
@@ -34,7 +39,7 @@ def choose_run_folder(config: TrainingConfig) -> RunFolder:
         candidate = dataclasses.replace(config, output_dir=str(folder))
         if is_fresh(folder):
             return RunFolder(candidate, "fresh", [*notes, f"using {folder}"] if notes else [])
-        reason = _why_not_resumable(candidate, folder)
+        reason = "is left alone" if config.resume == "never" else _why_not_resumable(candidate, folder)
         if reason is None:
             return RunFolder(candidate, "unfinished", notes + _going_on(config, folder))
         notes.append(f"{folder} {reason}")
@@ -49,18 +54,69 @@ def _explicit_folder(config: TrainingConfig, folder: Path) -> RunFolder:
         raise ConfigError(
             f"--output-dir {folder}: holds files but is not a run ({CONFIG_FILE} is missing); name a new folder"
         )
+    if config.resume == "never":
+        raise ConfigError(f"--output-dir {folder}: holds a run, and --resume never begins a new one; name a new folder")
     saved, _ = load_config(folder)
-    changed = changed_fields(config, saved)
-    if changed:
-        raise ConfigError(
-            f"--output-dir {folder}: holds a run with another config ({'; '.join(changed)}); name a new folder, "
-            "or run with the old settings to go on there"
-        )
+    notes = _check_settings(config, saved, folder)
     if is_finished(folder) and (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs):
         return RunFolder(
             config, "finished", [f"{folder} is finished; name a new folder, or a larger --max-steps to go on"]
         )
-    return RunFolder(config, "unfinished", _going_on(config, folder))
+    return RunFolder(config, "unfinished", notes + _going_on(config, folder))
+
+
+def _check_settings(config: TrainingConfig, saved: TrainingConfig, folder: Path) -> list[str]:
+    changed = "; ".join(changed_fields(config, saved))
+    if changed and not config.allow_changed:
+        raise ConfigError(
+            f"--output-dir {folder}: holds a run with another config ({changed}); name a new folder, "
+            "run with the old settings to go on there, or with --allow-changed"
+        )
+    return [f"changed, as --allow-changed says: {changed}"] if changed else []
+
+
+def _named_start(config: TrainingConfig, start: Path) -> RunFolder:
+    """--resume PATH: a run goes on in its folder; from a checkpoint it does too, or a new run begins elsewhere."""
+    run = start if (start / CONFIG_FILE).exists() else start.parent
+    if not start.is_dir() or not (run / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"--resume {start}: is no run and no checkpoint of one; use auto, never, or such as runs/default or "
+            "runs/default/checkpoint-50"
+        )
+    folder = Path(config.output_dir or run)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    if folder.resolve() == run.resolve():
+        later = max((step_of(path) for path in checkpoints_in(run)), default=0)
+        if start != run and later > step_of(start):
+            raise ConfigError(
+                f"--resume {start}: the run went on to step {later} from there; leave --resume out to go on, or name "
+                "a new --output-dir to begin again from that checkpoint"
+            )
+        return _explicit_folder(config, folder)
+    if start == run:
+        raise ConfigError(
+            f"--resume {start} with --output-dir {folder}: a run goes on in its own folder; name one of its "
+            "checkpoints, or leave --output-dir out"
+        )
+    if is_fresh(folder):
+        notes = _check_settings(config, load_config(run)[0], run)
+        return RunFolder(config, "fresh", [*notes, f"beginning {folder} from {start}"], start)
+    found = _explicit_folder(config, folder)
+    if load_config(folder)[1].get("origin") != str(start.resolve()):
+        raise ConfigError(f"--output-dir {folder}: holds a run that did not begin from {start}; name a new folder")
+    return found._replace(origin=start)
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Folders that are named as checkpoints, the newest first."""
+    found = [path for path in Path(folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps that were done at a checkpoint; none without one."""
+    number = checkpoint.name.removeprefix(PREFIX) if checkpoint else ""
+    return int(number) if number.isdecimal() else 0
 
 
 def _going_on(config: TrainingConfig, folder: Path) -> list[str]:
@@ -73,7 +129,7 @@ def _going_on(config: TrainingConfig, folder: Path) -> list[str]:
 
 def is_fresh(folder: Path) -> bool:
     """True if nothing is there but, maybe, the log and lock of a start that failed."""
-    left = {"train.log", LOCK_FILE}
+    left = {"train.log", LOCK_FILE, f"{CONFIG_FILE}.draft"}
     return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
 
 
@@ -83,16 +139,33 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line torn by a kill is left out."""
+    """The lines of metrics.jsonl; what a kill or a crash of the machine left of one is left out."""
     path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [entry for entry in map(_read_line, lines) if entry is not None]
+
+
+def _read_line(line: str) -> dict | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:
-    """One more object a line."""
-    with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    """One more object a line, on a line of its own even behind one that a kill cut off."""
+    with open(Path(folder) / METRICS_FILE, "a+b") as file:
+        end = file.seek(0, 2)
+        file.seek(max(end - 1, 0))
+        torn = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(torn + json.dumps(entry).encode() + b"\n")
+
+
+def cut_metrics(source: str | Path, folder: str | Path, step: int) -> None:
+    """metrics.jsonl of `folder` becomes what that of `source` holds up to a step."""
+    kept = [line for line in read_metrics(source) if line["step"] <= step and not line.get("finished")]
+    write_whole(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _why_not_resumable(config: TrainingConfig, folder: Path) -> str | None:
@@ -127,8 +200,11 @@ def _ends_earlier(new: TrainingConfig, old: TrainingConfig) -> bool:
     return new.max_steps < old.max_steps if new.max_steps > 0 else new.num_train_epochs < old.num_train_epochs
 
 
-def check_same_run(facts: dict, folder: str | Path) -> None:
-    """Raise ConfigError if data or model are no longer what the run in `folder` recorded when it began."""
+def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False) -> list[str]:
+    """Notes of what is no longer as the run in `folder` recorded when it began: data, model, precision, processes.
+
+    Raises ConfigError instead unless that is allowed.
+    """
     _, recorded = load_config(folder)
     words = {
         "class_names": "the classes",
@@ -136,13 +212,22 @@ def check_same_run(facts: dict, folder: str | Path) -> None:
         "probe_ids": "the tokenizer",
         "model_commit": "the model's commit",
         "precision": "the precision",
+        "processes": "the number of processes",
     }
-    changed = [told for name, told in words.items() if facts[name] != recorded.get(name)]
+    recorded.setdefault("processes", 1)  # runs that began before it was recorded
+    changed = [
+        told if name in ("class_names", "photos", "probe_ids") else f"{told} ({recorded.get(name)} -> {facts[name]})"
+        for name, told in words.items()
+        if facts[name] != recorded.get(name)
+    ]
+    if changed and allow_changed:
+        return [f"changed since the run began, as --allow-changed says: {' and '.join(changed)}"]
     if changed:
         raise ConfigError(
             f"{folder}: cannot go on, {' and '.join(changed)} changed since the run began; put back what it began "
-            "with, or start anew with another --output-dir"
+            "with, go on all the same with --allow-changed, or start anew with another --output-dir"
         )
+    return []
 
 
 def free_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:
@@ -155,6 +240,6 @@ def _differences(new: TrainingConfig, old: TrainingConfig, free: bool) -> list[s
         f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
         for field in dataclasses.fields(TrainingConfig)
         if field.metadata["free"] == free
-        and field.name != "output_dir"
+        and field.name not in NOT_COMPARED
         and getattr(new, field.name) != getattr(old, field.name)
     ]

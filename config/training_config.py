@@ -10,6 +10,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -43,6 +44,15 @@ class TrainingConfig:
     preset: str = knob("default", "named variant of these defaults, in config/training_config.py", free=True)
     output_dir: str | None = knob(
         None, "run folder; none: runs/<preset>, or the next free runs/<preset>-2, -3, ...", free=True
+    )
+    resume: str = knob(
+        "auto",
+        "auto: go on where a run was left unfinished; never: begin a new one; or the run folder, or checkpoint, to go "
+        "on from",
+        free=True,
+    )
+    allow_changed: bool = knob(
+        False, "go on although data, precision or processes changed since the run began; said, not refused", free=True
     )
     seed: int = knob(42, "of data order, weights that start at random, dropout and splits", low=0, high=2**32 - 1)
 
@@ -140,6 +150,9 @@ class TrainingConfig:
         free=True,
     )
     save_steps: int = knob(50, "a checkpoint each", low=1, free=True)
+    max_skipped_steps: int = knob(
+        0, "steps in a row without a finite loss and gradient that are left out before the run stops", low=0, free=True
+    )
     save_total_limit: int = knob(2, "checkpoints kept; two, so that one survives a torn save", low=2, free=True)
     per_device_eval_batch_size: int = knob(4, "photos per forward pass of an evaluation", low=1, free=True)
     report_to: str = knob("none", "trackers of transformers, with commas: tensorboard,wandb", free=True)
@@ -411,7 +424,17 @@ def _convert(text: str, kinds: tuple[type, ...]):
 def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> None:
     """Write the resolved config beside the weights, with what the run found out: revision, versions, class names."""
     text = json.dumps({"config": dataclasses.asdict(config), "recorded": recorded}, indent=2)
-    (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_whole(Path(folder) / CONFIG_FILE, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, whatever happens meanwhile."""
+    draft = path.with_name(f"{path.name}.draft")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
 
 
 def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
@@ -425,7 +448,7 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
         recomputes = saved["config"].get("gradient_checkpointing")
         if isinstance(recomputes, bool):  # as it was saved before it could be auto
             saved["config"]["gradient_checkpointing"] = str(recomputes).lower()
-        return TrainingConfig(**saved["config"]), saved["recorded"]
+        config, recorded = TrainingConfig(**saved["config"]), dict(saved["recorded"])
     except FileNotFoundError:
         raise ConfigError(
             f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
@@ -434,3 +457,7 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
         raise ConfigError(
             f"{path}: cannot be read as the config of a run ({error}); use another --output-dir"
         ) from error
+    problems = list(find_range_problems(config))
+    if problems:
+        raise ConfigError(f"{path}: {'; '.join(problems)}; put back what was saved, or use another --output-dir")
+    return config, recorded

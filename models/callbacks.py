@@ -1,18 +1,17 @@
 """What watches a run: metrics.jsonl, step lines, loss.png, the progress bar. None of it changes the model."""
 
 import gc
-import json
 import statistics
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from config.run_folder import METRICS_FILE, append_metrics, read_metrics
+from config.run_folder import append_metrics, cut_metrics, read_metrics
 from models.evaluation import resolvable_gain
 from utils.device_utils import GIB, collect_memory, memory_in_use, peak_memory
 from utils.logging_utils import logger
@@ -35,10 +34,7 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """On resume, drop what was written after the checkpoint, so that each step stands once."""
-        kept = [
-            line for line in read_metrics(self.folder) if line["step"] <= state.global_step and not line.get("finished")
-        ]
-        (self.folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        cut_metrics(self.folder, self.folder, state.global_step)
         self.step_began = self.line_began = time.perf_counter()
         self.began_at_step = state.global_step
         self.train_began = time.perf_counter()
@@ -73,19 +69,27 @@ class RunLog(TrainerCallback):
         self.step_began = time.perf_counter()  # an evaluation is not the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.trainer.eval_dataset is None:  # else the last evaluation draws it
-            plot_training(read_metrics(self.folder), self.folder / "loss.png")
+        if not state.is_world_process_zero:
+            return
+        lines = read_metrics(self.folder)
+        skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
+        if skipped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+            logger.warning("%d of %d steps were skipped (%s)", skipped.total(), state.global_step, kinds)
+        if self.trainer.eval_dataset is None:  # else the last evaluation draws it
+            plot_training(lines, self.folder / "loss.png")
 
     def _line(self, state) -> str:
         seconds = sum(step["seconds"] for step in self.window)
         photos = sum(step["photos"] for step in self.window)
         last = self.window[-1]
-        norm = "overflow" if last["grad_norm"] is None else f"{last['grad_norm']:.3f}"
+        norm = last.get("skipped", "") if last["grad_norm"] is None else f"{last['grad_norm']:.3f}"
+        losses = [step["loss"] for step in self.window if step["loss"] is not None]
         done = state.global_step - self.began_at_step
         left = (time.perf_counter() - self.train_began) / done * (state.max_steps - state.global_step)
         return (
             f"step {state.global_step}/{state.max_steps} | loss "
-            f"{statistics.fmean(step['loss'] for step in self.window):.4f} | "
+            f"{f'{statistics.fmean(losses):.4f}' if losses else 'skipped'} | "
             f"lr {last['learning_rate']:.2e} | grad norm {norm} | {photos / seconds:.2f} photos/s | "
             f"{sum(step['image_tokens'] for step in self.window) / photos:,.0f} image tokens a photo | "
             f"peak {last['peak_gib']:.2f} GiB | {left / 60:.1f} min left"
@@ -102,6 +106,8 @@ class RunLog(TrainerCallback):
                 self.trainer.args.max_grad_norm,
             )
             self.warned_norm = 2 * step["grad_norm"]
+        if step["loss"] is None:
+            return
         if len(self.losses) >= 10:
             usual = statistics.median(self.losses)
             if step["loss"] > max(SPIKE_FACTOR * usual, usual + SPIKE_MARGIN):

@@ -1,7 +1,8 @@
 """What makes a folder a checkpoint: a manifest of sizes and sha256, written and synced last.
 
 transformers writes a checkpoint file by file, so a kill leaves folders that look like one. Without a manifest that
-holds they are not; damaged ones are renamed aside, and the newest that holds is resumed.
+holds they are not; damaged ones are renamed aside, and the newest that holds is resumed. Each is marked with its run
+before anything else is in it: what another run wrote is neither resumed, renamed nor deleted.
 """
 
 import contextlib
@@ -16,11 +17,12 @@ from pathlib import Path
 import filelock
 from transformers import TrainerCallback
 
-from config.run_folder import LOCK_FILE
+from config.run_folder import LOCK_FILE, PREFIX, checkpoints_in, cut_metrics, step_of
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
+RUN_MARK = "run_id"  # file in a checkpoint: the run that wrote it
+DELETED = ".deleted"  # end of the name of a folder that is being deleted
 BEST = "best"
 METRICS_OF_BEST = "best.json"
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
@@ -78,10 +80,12 @@ def find_damage(folder: str | Path) -> str | None:
     return None
 
 
-def last_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
-    folders = [path for path in Path(run_folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    for path in sorted(folders, key=step_of, reverse=True):
+def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
+    """The run's newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
+    for path in checkpoints_in(run_folder):
+        if _owner(path) != run_id:
+            logger.warning("%s: was not written by this run and is left alone", path)
+            continue
         damage = find_damage(path)
         if damage is None:
             return path
@@ -94,18 +98,76 @@ def last_checkpoint(run_folder: str | Path) -> Path | None:
     return None
 
 
+def claim(folder: Path, run_id: str) -> None:
+    """Make a checkpoint's folder and mark it with its run. Raises UserError where another's stands."""
+    if folder.exists() and _owner(folder) != run_id:
+        raise UserError(f"{folder}: is in the way, another run wrote it; move it, and the same command goes on")
+    folder.mkdir(exist_ok=True)
+    if run_id:
+        (folder / RUN_MARK).write_text(run_id, encoding="utf-8")
+
+
+def _owner(folder: Path) -> str:
+    """The run that wrote a checkpoint; "" if none is named, as by runs that began before runs had names."""
+    mark = folder / RUN_MARK
+    return mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
+
+
+def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
+    """Delete the run's own checkpoints that are older than its newest `keep` finished ones."""
+    own = [path for path in checkpoints_in(run_folder) if _owner(path) == run_id]
+    finished = [path for path in own if (path / MANIFEST).exists()]
+    if len(finished) >= keep:
+        for path in own[own.index(finished[keep - 1]) + 1 :]:  # the newest stand first
+            path.rename(path.with_name(path.name + DELETED))  # half deleted it would look like a damaged one
+    for path in Path(run_folder).glob(f"{PREFIX}*{DELETED}"):
+        shutil.rmtree(path)
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to fill, which takes its place when all of it was written."""
-    draft, old = folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
+    draft, old = _beside(folder)
+    restore(folder)
     for left_over in (draft, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+        if left_over.exists():
+            shutil.rmtree(left_over)
     draft.mkdir()
     yield draft
     if folder.exists():
         folder.rename(old)
     draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def restore(folder: Path) -> None:
+    """Finish what a kill between the two renames of `replacing` left: the draft, which was whole, or the old one."""
+    draft, old = _beside(folder)
+    if not folder.exists():
+        for whole in (draft, old):
+            if find_damage(whole) is None:
+                whole.rename(folder)
+                return
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
+
+
+def branch_off(checkpoint: Path, run_folder: str | Path) -> None:
+    """A run that begins at another's checkpoint has that run's past: its metrics, and best/ if it is of then.
+
+    Raises UserError for a damaged checkpoint.
+    """
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise UserError(f"--resume {checkpoint}: {damage}; name another checkpoint of {checkpoint.parent}")
+    cut_metrics(checkpoint.parent, run_folder, step_of(checkpoint))
+    best = read_best(checkpoint.parent / BEST)
+    if best is not None and best["step"] <= step_of(checkpoint):
+        with replacing(Path(run_folder) / BEST) as draft:
+            shutil.copytree(checkpoint.parent / BEST, draft, dirs_exist_ok=True)
 
 
 def read_best(folder: Path) -> dict | None:
@@ -148,17 +210,17 @@ def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
         )
 
 
-class ManifestCallback(TrainerCallback):
-    """Completes each checkpoint with its manifest."""
+class CheckpointKeeper(TrainerCallback):
+    """Completes each checkpoint with its manifest, and then lets the oldest go."""
+
+    def __init__(self, run_id: str, keep: int):
+        self.run_id = run_id
+        self.keep = keep
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
-
-
-def step_of(folder: Path | None) -> int:
-    """Optimizer steps that were done at a checkpoint; none without one."""
-    return int(folder.name.removeprefix(PREFIX)) if folder else 0
+            rotate(args.output_dir, self.run_id, self.keep)
 
 
 def _sha256(path: Path) -> str:

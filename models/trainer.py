@@ -3,9 +3,11 @@
 Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
 """
 
+import functools
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +17,26 @@ import torch
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from config.run_folder import append_metrics
+from config.run_folder import PREFIX, append_metrics
 from config.training_config import TrainingConfig
 from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
-from models.checkpoint import BEST, METRICS_OF_BEST, ManifestCallback, is_better, read_best, replacing, write_manifest
+from models.checkpoint import (
+    BEST,
+    METRICS_OF_BEST,
+    CheckpointKeeper,
+    claim,
+    find_damage,
+    is_better,
+    read_best,
+    replacing,
+    write_manifest,
+)
 from models.evaluation import measure_scores
 from models.fused import fused_layers, keep_activations
 from models.memory import FRAGMENTATION, choose_plan, optimizer_bytes, step_cost
@@ -32,6 +44,7 @@ from models.scoring import MicroBatch, build_trees, score_batch
 from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
+from utils.signal_utils import Interrupted, StopRequest, start_worker
 from utils.tensor_utils import check_tensor
 
 COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (LOG.md)
@@ -65,6 +78,8 @@ class PlantTrainer(Trainer):
         names: Sequence[Sequence[int]],
         projector_learning_rate: float | None = None,
         max_bad_fraction: float = 0.0,
+        max_skipped_steps: int = 0,
+        run_id: str = "",
         **kwargs,
     ):
         self.micro_batch_size = micro_batch_size
@@ -72,6 +87,11 @@ class PlantTrainer(Trainer):
         self.trees = build_trees(names)
         self.projector_learning_rate = projector_learning_rate
         self.max_bad_fraction = max_bad_fraction
+        self.max_skipped_steps = max_skipped_steps
+        self.run_id = run_id
+        self.skipped: list[str] = []  # what was told of the steps in a row that were skipped just now
+        self.stop = StopRequest()
+        self.random_state: list[torch.Tensor] | None = None  # behind the last whole step of this process
         self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         super().__init__(*args, **kwargs)
@@ -234,8 +254,10 @@ class PlantTrainer(Trainer):
         pieces = cut(inputs, self.micro_batch_size)
         total = 0.0
         for piece in pieces[:-1]:
+            self.stop.check()
             with self.accelerator.no_sync(model):
                 total = total + super().training_step(model, piece, num_items_in_batch)
+        self.stop.check()
         return total + super().training_step(model, pieces[-1], num_items_in_batch)
 
     def _step_down(self, error: RuntimeError) -> None:
@@ -288,8 +310,8 @@ class PlantTrainer(Trainer):
         loss, norm, miscounted = torch.stack([self._step_loss.float(), grad_norm.float(), miscounted.float()]).tolist()
         self.last_step = {
             "step": self.state.global_step + 1,
-            "loss": loss,
-            "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
+            "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
             "photos": len(batch["samples"]),
             "image_tokens": sum(sample.image_tokens for sample in batch["samples"]),
@@ -301,12 +323,17 @@ class PlantTrainer(Trainer):
                 "collator and the "
                 f"step; nothing was learned from it (samples: {names})"
             )
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._judge_overflow(loss, norm, names)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped.clear()
+        else:
+            self._judge_not_finite(loss, norm, names)
         return grad_norm
 
-    def _judge_overflow(self, loss: float, norm: float, names: str) -> None:
-        """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet."""
+    def _judge_not_finite(self, loss: float, norm: float, names: str) -> None:
+        """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet.
+
+        Else the step is left out without a trace in weights and optimizer, or StepError raised if too many were.
+        """
         scaler = self.accelerator.scaler
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
             logger.warning(
@@ -314,12 +341,20 @@ class PlantTrainer(Trainer):
                 self.last_step["step"],
                 scaler.get_scale(),
             )
+            self.last_step["skipped"] = "overflow"
             return
-        raise StepError(
-            f"step {self.last_step['step']}: loss {loss}, gradient norm {norm}; nothing was learned from it, the "
-            "weights are those of "
-            f"the step before; try a lower --learning-rate or --mixed-precision bf16 (samples: {names})"
-        )
+        told = f"step {self.last_step['step']}: loss {loss}, gradient norm {norm}"
+        self.skipped.append(f"{told} (samples: {names})")
+        if len(self.skipped) > self.max_skipped_steps:
+            raise StepError(
+                f"{told}; nothing was learned from {'it' if len(self.skipped) == 1 else 'the last steps'}, the "
+                "weights are those of the step before; look at these photos, try a lower --learning-rate or "
+                f"--mixed-precision bf16: {'; '.join(self.skipped)}"
+            )
+        logger.warning("%s; the step is skipped (samples: %s)", told, names)
+        self.last_step["skipped"] = "not finite"
+        self.model.zero_grad()  # the optimizer moves nothing that has no gradient
+        self._tr_loss.copy_(self.loss_before)  # what transformers tells trackers would never be a number again
 
     def _note_bad_photos(self, bad: list[str], split: str, rows) -> None:
         known = self.bad_photos[split]
@@ -344,19 +379,63 @@ class PlantTrainer(Trainer):
         return self.args.per_device_train_batch_size * self.args.world_size
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the planned steps, from a checkpoint if there is one."""
-        with logging_redirect_tqdm([logger]):
-            if checkpoint is None:
-                self.train()
-                return
-            logger.info("plan   going on from %s", checkpoint)
-            saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-            early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
-            if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
-                self.train(resume_from_checkpoint=str(checkpoint))
-            else:  # all was done before the run was stopped; transformers would do one step more
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = saved
+        """Train to the planned steps, from a checkpoint if there is one.
+
+        A first SIGINT or SIGTERM saves what was learned and raises Interrupted; a second one ends the process.
+        Raises UserError for a checkpoint that would run code when it is read.
+        """
+        with logging_redirect_tqdm([logger]), self.stop.listening():
+            try:
+                self._train_from(checkpoint)
+            except Interrupted:
+                self.save_here()
+                raise
+            except pickle.UnpicklingError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"{checkpoint}: holds a file that is more than numbers ({reason}), which may run code when it is "
+                    "read; if you do not know where it is from, delete the folder"
+                ) from error
+
+    def _train_from(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            self.train()
+            return
+        logger.info("plan   going on from %s", checkpoint)
+        saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        if self.eval_dataset is not None and _evaluation_is_due(saved, self.args):
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = saved
+            self.evaluate()
+            saved.save_to_json(checkpoint / "trainer_state.json")
+            write_manifest(checkpoint)
+        early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
+        if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # all was done before the run was stopped; transformers would do one step more
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = saved
+
+    def save_here(self) -> None:
+        """A checkpoint of the last whole step, unless there is one: the step that was begun leaves no trace in it."""
+        folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        if self.random_state is None or (folder.exists() and find_damage(folder) is None):
+            return
+        self.model.zero_grad()
+        _restore_random_state(self.random_state, self.args.device)
+        self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
+        logger.info("saved  %s", folder)
+
+    def _save_checkpoint(self, model, trial):
+        claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
+        super()._save_checkpoint(model, trial)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps what it was given
+        inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
+        return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, resume_from_checkpoint)
@@ -409,6 +488,7 @@ class PlantTrainer(Trainer):
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
+                self.stop.check()
                 self._note_bad_photos(batch["bad"], "val", self.eval_dataset)
                 bad += len(batch["bad"])
                 if not batch["samples"]:
@@ -461,6 +541,26 @@ def cut(batch: dict, size: int) -> list[dict]:
     return pieces
 
 
+class StepState(TrainerCallback):
+    """Remembers what a step that fails or is interrupted must leave as it was: random state and sum of losses."""
+
+    def __init__(self, trainer: PlantTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.loss_before = self.trainer._tr_loss.clone()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.random_state = _save_random_state(args.device)
+
+
+def _evaluation_is_due(state: TrainerState, arguments: TrainingArguments) -> bool:
+    """True if a run was stopped between a step and its evaluation."""
+    every = arguments.eval_steps if arguments.eval_strategy == "steps" else 0
+    done = any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
+    return bool(every) and state.global_step % every == 0 and not done
+
+
 def _save_random_state(device: torch.device) -> list[torch.Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
@@ -475,9 +575,17 @@ def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> N
 
 
 def build_trainer(
-    config: TrainingConfig, model, processor, collator, train_set, val_set, precision: str, device: torch.device
+    config: TrainingConfig,
+    model,
+    processor,
+    collator,
+    train_set,
+    val_set,
+    precision: str,
+    device: torch.device,
+    run_id: str = "",
 ) -> PlantTrainer:
-    """The trainer of a config, with its callbacks."""
+    """The trainer of a config, with its callbacks. `run_id` marks the checkpoints that it may resume and delete."""
     try:
         trainer = PlantTrainer(
             model=model,
@@ -496,6 +604,8 @@ def build_trainer(
             names=collator.name_ids,
             projector_learning_rate=config.projector_learning_rate,
             max_bad_fraction=config.max_bad_fraction,
+            max_skipped_steps=config.max_skipped_steps,
+            run_id=run_id,
         )
     except RuntimeError as error:
         if "Callback requires" not in str(error):
@@ -503,7 +613,8 @@ def build_trainer(
         raise UserError(f"--report-to {config.report_to}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
-    for callback in (RunLog(trainer), MemoryCollector(), ManifestCallback(), ProgressBar()):
+    keeper = CheckpointKeeper(run_id, config.save_total_limit)
+    for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar(), StepState(trainer)):
         trainer.add_callback(callback)
     if config.early_stopping_patience is not None:
         trainer.add_callback(
@@ -556,7 +667,7 @@ def build_arguments(
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
+        save_total_limit=None,  # models/checkpoint.py rotates: the library would delete before the manifest stands
         dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
         dataloader_persistent_workers=False,

@@ -1,8 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from config.run_folder import append_metrics, check_same_run, choose_run_folder, read_metrics
+from config.run_folder import append_metrics, check_same_run, choose_run_folder, cut_metrics, read_metrics
 from config.training_config import ConfigError, parse_config, save_config
 
 
@@ -79,6 +80,13 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
     with open(in_tmp / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     assert read_metrics(in_tmp) == [{"step": 1}]
+    append_metrics(in_tmp, {"step": 2})  # does not hang on to what is left of the torn one
+    assert read_metrics(in_tmp) == [{"step": 1}, {"step": 2}]
+    with open(in_tmp / "metrics.jsonl", "ab") as file:
+        file.write(b"\0" * 9 + b"\xff\n5\n")  # a crash of the machine
+    append_metrics(in_tmp, {"step": 3, "finished": True})
+    cut_metrics(in_tmp, in_tmp, 2)
+    assert (in_tmp / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 @pytest.mark.parametrize(
@@ -107,15 +115,102 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
     ("changed", "words"),
     [
         ({"class_names": ["a", "b", "c"]}, "the classes changed since the run began"),
-        ({"photos": "other", "precision": "fp16"}, "the photos of train and val and the precision changed"),
+        (
+            {"photos": "other", "precision": "fp16"},
+            r"the photos of train and val and the precision \(bf16 -> fp16\) cha",
+        ),
+        (
+            {"processes": 4},
+            r"the number of processes \(1 -> 4\) changed since the run began; put back .*--allow-changed",
+        ),
         ({"probe_ids": [9]}, "the tokenizer changed"),
-        ({"model_commit": "abc"}, "the model's commit changed"),
+        ({"model_commit": "abc"}, r"the model's commit \(None -> abc\) changed"),
     ],
 )
 def test_data_or_model_that_changed_stop_a_resume(changed, words):
-    facts = {"class_names": ["a", "b"], "photos": "x", "probe_ids": [1], "model_commit": None, "precision": "bf16"}
+    facts = {"class_names": ["a", "b"], "photos": "x", "probe_ids": [1], "model_commit": None, "precision": "bf16",
+             "processes": 1}  # fmt: skip
     Path("mine").mkdir()
     save_config(parse_config([]), "mine", facts)
     check_same_run(facts, "mine")
     with pytest.raises(ConfigError, match=words):
         check_same_run(facts | changed, "mine")
+    (note,) = check_same_run(facts | changed, "mine", allow_changed=True)
+    assert note.startswith("changed since the run began, as --allow-changed says: the ")
+
+
+# ---- --resume
+
+
+def checkpoint_of(run: str, step: int) -> str:
+    folder = Path(run) / f"checkpoint-{step}"
+    folder.mkdir()
+    return str(folder)
+
+
+def test_never_begins_a_new_run():
+    start(["--preset", "tiny"])
+    chosen = choose_run_folder(parse_config(["--preset", "tiny", "--resume", "never"]))
+    assert (chosen.state, chosen.config.output_dir) == ("fresh", "runs/tiny-2")
+    assert chosen.notes == ["runs/tiny is left alone", "using runs/tiny-2"]
+    with pytest.raises(ConfigError, match="holds a run, and --resume never begins a new one; name a new folder"):
+        choose_run_folder(parse_config(["--preset", "tiny", "--resume", "never", "--output-dir", "runs/tiny"]))
+
+
+@pytest.mark.parametrize("named", ["mine", "mine/checkpoint-50"])
+def test_a_named_run_or_its_newest_checkpoint_goes_on_in_its_folder(named):
+    start(["--output-dir", "mine"])
+    for step in (9, 50):
+        checkpoint_of("mine", step)
+    chosen = choose_run_folder(parse_config(["--resume", named]))
+    assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("unfinished", "mine", None)
+    with pytest.raises(ConfigError, match="another config .seed: 42 -> 7"):
+        choose_run_folder(parse_config(["--resume", named, "--seed", "7"]))
+    changed = choose_run_folder(parse_config(["--resume", named, "--seed", "7", "--allow-changed"]))
+    assert changed.state == "unfinished" and changed.notes[0] == "changed, as --allow-changed says: seed: 42 -> 7"
+
+
+def test_a_checkpoint_begins_another_run_and_the_same_command_goes_on_there():
+    start(["--output-dir", "mine"])
+    named = checkpoint_of("mine", 50)
+    checkpoint_of("mine", 100)
+    flags = ["--resume", named, "--output-dir", "other"]
+    chosen = choose_run_folder(parse_config(flags))
+    assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("fresh", "other", Path(named))
+    Path("other").mkdir()
+    save_config(chosen.config, "other", {"origin": str(Path(named).resolve())})
+    again = choose_run_folder(parse_config(flags))
+    assert (again.state, again.config.output_dir, again.origin) == ("unfinished", "other", Path(named))
+    with pytest.raises(ConfigError, match="holds a run that did not begin from mine/checkpoint-100"):
+        choose_run_folder(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere: is no run and no checkpoint of one; use auto, never, or such as"),
+        (["--resume", "mine/file"], "--resume mine/file: is no run and no checkpoint of one"),
+        (["--resume", "mine/checkpoint-9"], "the run went on to step 50 from there; leave --resume out to go on, or"),
+        (["--resume", "mine", "--output-dir", "new"], "a run goes on in its own folder; name one of its checkpoints"),
+        (["--resume", "mine/checkpoint-9", "--output-dir", "new", "--seed", "7"], "another config .seed: 42 -> 7"),
+    ],
+)
+def test_starts_that_cannot_be(flags, words):
+    start(["--output-dir", "mine"])
+    Path("mine/file").write_text("")
+    for step in (9, 50):
+        checkpoint_of("mine", step)
+    with pytest.raises(ConfigError, match=words):
+        choose_run_folder(parse_config(flags))
+    assert sorted(path.name for path in Path(".").iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("value", ["fast", -1, None, True])
+def test_a_saved_config_with_values_that_cannot_be(value):
+    folder = start(["--output-dir", "mine"])
+    path = Path(folder) / "training_config.json"
+    saved = json.loads(path.read_text())
+    saved["config"]["learning_rate"] = value
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match="training_config.json: learning_rate=.*put back what was saved"):
+        choose_run_folder(parse_config(["--output-dir", "mine"]))

@@ -4,15 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 
+from config.run_folder import append_metrics, read_metrics
 from models import checkpoint
 from models.checkpoint import (
     MANIFEST,
+    branch_off,
     check_disk,
+    claim,
     describe_best,
     find_damage,
     last_checkpoint,
     read_best,
     replacing,
+    restore,
+    rotate,
     write_manifest,
 )
 from utils.logging_utils import UserError, setup_logging
@@ -139,3 +144,91 @@ def test_best_is_replaced_whole_or_not_at_all(tmp_path):
     assert read_best(best) is None
     with pytest.raises(UserError, match="best.json differs from its manifest"):
         describe_best(best)
+
+
+@pytest.mark.parametrize("moment", ["before the first rename", "between the two", "after both"])
+def test_a_kill_while_best_is_replaced_leaves_the_old_or_the_new_one(moment, tmp_path):
+    best, draft, old = tmp_path / "best", tmp_path / "best.draft", tmp_path / "best.old"
+    for folder, step in ((best, 1), (draft, 2)):
+        folder.mkdir()
+        (folder / "best.json").write_text(json.dumps({"step": step}))
+        write_manifest(folder)
+    if moment != "before the first rename":
+        best.rename(old)
+    if moment == "after both":
+        draft.rename(best)
+    restore(best)
+    assert read_best(best)["step"] == (1 if moment == "before the first rename" else 2)
+    with replacing(best) as folder:
+        (folder / "best.json").write_text('{"step": 3}')
+        write_manifest(folder)
+    assert read_best(best)["step"] == 3 and os.listdir(tmp_path) == ["best"]
+
+
+def test_a_kill_between_the_renames_with_a_torn_draft_brings_the_old_one_back(tmp_path):
+    for name in ("best.draft", "best.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "best.old" / "best.json").write_text('{"step": 1}')
+    write_manifest(tmp_path / "best.old")
+    restore(tmp_path / "best")
+    assert read_best(tmp_path / "best") == {"step": 1}
+
+
+# ---- whose it is
+
+
+def make(run, step, run_id, finished=True):
+    folder = run / f"checkpoint-{step}"
+    claim(folder, run_id)
+    (folder / "x").write_text("x")
+    if finished:
+        write_manifest(folder)
+    return folder
+
+
+def test_rotation_keeps_the_newest_finished_ones_and_what_others_wrote(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step, "mine", finished=step != 20)
+    make(tmp_path, 5, "other")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-10.deleted").mkdir()  # a kill while it was deleted
+    rotate(tmp_path, "mine", 2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-30", "checkpoint-40", "checkpoint-5", "checkpoint-7"]
+
+
+def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step, "mine", finished=step != 30)
+    rotate(tmp_path, "mine", 2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+
+
+def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(tmp_path, capsys):
+    setup_logging()
+    make(tmp_path, 90, "other")
+    make(tmp_path, 95, "other", finished=False)
+    mine = make(tmp_path, 10, "mine")
+    assert last_checkpoint(tmp_path, "mine") == mine
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-90", "checkpoint-95"]
+    assert "checkpoint-90: was not written by this run and is left alone" in capsys.readouterr().out
+    with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the same"):
+        claim(tmp_path / "checkpoint-90", "mine")
+
+
+@pytest.mark.parametrize(("best_step", "taken"), [(10, True), (30, False)])
+def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    checkpoint = make(old, 20, "old")
+    for step in (10, 20, 30):
+        append_metrics(old, {"step": step})
+    with replacing(old / "best") as folder:
+        (folder / "best.json").write_text(json.dumps({"step": best_step}))
+        write_manifest(folder)
+    branch_off(checkpoint, new)
+    assert [line["step"] for line in read_metrics(new)] == [10, 20] and (new / "best").exists() == taken
+    assert len(read_metrics(old)) == 3 and read_best(old / "best")["step"] == best_step
+    (checkpoint / "x").write_text("y")
+    with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; name another checkpoint of"):
+        branch_off(checkpoint, new)

@@ -1,5 +1,10 @@
+import itertools
 import math
+import multiprocessing
+import os
 import re
+import signal
+import time
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from tests.data.test_collator import SIZES, rows_of
 from utils.device_utils import memory_in_use
 from utils.image_utils import PhotoError
 from utils.logging_utils import UserError, setup_logging
+from utils.signal_utils import SIGNALS, Interrupted
 from utils.tensor_utils import ShapeError
 
 CPU = torch.device("cpu")
@@ -105,7 +111,7 @@ def test_every_setting_of_the_optimizer_reaches_it(tmp_path):
         optim="sgd", learning_rate=3e-4, seed=9, save_steps=11, save_total_limit=3, logging_steps=4, eval_steps=6,
     )  # fmt: skip
     arguments = build_arguments(config, "bf16", CPU, 0)
-    names = ("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed", "save_steps", "save_total_limit")
+    names = ("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "seed", "save_steps")
     assert [getattr(arguments, name) for name in names] == [getattr(config, name) for name in names]
     assert (arguments.lr_scheduler_type, arguments.optim, arguments.bf16, arguments.fp16) == (
         "linear",
@@ -190,16 +196,149 @@ def test_with_a_loss_scaler_an_overflow_is_a_skipped_step_until_no_scale_helps(t
             return self.scale
 
     trainer.accelerator.scaler = Scaler()
-    trainer._judge_overflow(2.0, math.inf, "a, b")
+    trainer._judge_not_finite(2.0, math.inf, "a, b")
+    assert trainer.last_step["skipped"] == "overflow"
     assert (
         "warning: step 7: gradient overflow at loss scale 65536; the scaler skips the step" in capsys.readouterr().out
     )
     Scaler.scale = 1.0
     with pytest.raises(StepError, match="step 7"):
-        trainer._judge_overflow(2.0, math.inf, "a, b")
+        trainer._judge_not_finite(2.0, math.inf, "a, b")
     Scaler.scale = 65536.0
     with pytest.raises(StepError, match="loss nan"):
-        trainer._judge_overflow(math.nan, 1.0, "a, b")
+        trainer._judge_not_finite(math.nan, 1.0, "a, b")
+
+
+class Poison(TrainerCallback):
+    """The loss of these steps is not a number, and then the model is as it was."""
+
+    def __init__(self, model, steps):
+        self.steps, self.now = steps, False
+        model.lm_head.register_forward_hook(lambda *args: args[-1] * float("nan") if self.now else None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1 in self.steps
+
+
+def test_a_poisoned_step_is_skipped_counted_and_leaves_no_trace(tiny, tmp_path, capsys):
+    setup_logging()
+    trainer = make_trainer(tiny, tmp_path, max_skipped_steps=1, weight_decay=0.1, max_steps=6, logging_steps=1)
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            moments = [value.clone() for one in trainer.optimizer.state.values() for value in one.values()]
+            seen[state.global_step] = weights(trainer) + moments
+
+    trainer.add_callback(Poison(trainer.model, {3, 5}))
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert same(seen[2], seen[3]) and same(seen[4], seen[5])
+    assert not same(seen[1], seen[2]) and not same(seen[3], seen[4]) and not same(seen[5], seen[6])
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines if line.get("skipped") == "not finite"] == [3, 5] and len(lines) == 6
+    assert all((line["loss"] is None) == ("skipped" in line) for line in lines)
+    told = capsys.readouterr().out
+    assert "step 3: loss nan, gradient norm nan; the step is skipped (samples: test-000" in told
+    assert "step 3/6 | loss skipped |" in told and "2 of 6 steps were skipped (2 not finite)" in told
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_poisoned_steps_in_a_row_stop_the_run_with_all_their_samples(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, max_skipped_steps=2, save_steps=2, max_steps=8)
+    trainer.add_callback(Poison(trainer.model, {1, 3, 4, 5}))
+    with pytest.raises(StepError, match="step 5: loss nan.*nothing was learned from the last steps") as stopped:
+        trainer.train()
+    assert len(re.findall(r"test-000\d\d", str(stopped.value))) == 48
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"  # its weights are those of step 2
+
+
+# ---- signals
+
+
+class Signal(TrainerCallback):
+    """A signal to this process at one event of one step; it is noted, and the run goes on to the next safe place."""
+
+    def __init__(self, event, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupted(tiny, folder, caller, **settings):
+    """A trainer that was interrupted, and the one that goes on from what it saved to the end."""
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    trainer = make_trainer(tiny, folder, model=with_dropout(tiny), **settings)
+    caller(trainer)
+    with pytest.raises(Interrupted):
+        trainer.train_from(None)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    again = make_trainer(tiny, folder, model=with_dropout(tiny), **settings)
+    again.train_from(last_checkpoint(folder))
+    return trainer, again
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("event", "step", "saved"),
+    [("on_step_begin", 1, 1), ("on_step_begin", 2, 2), ("on_step_end", 2, 2), ("on_step_end", 3, 3)],
+)
+def test_a_signal_saves_the_last_whole_step_and_the_run_ends_as_if_undisturbed(
+    number, event, step, saved, tiny, tmp_path
+):
+    settings = {"max_steps": 5, "eval_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    undisturbed = make_trainer(tiny, tmp_path / "a", model=with_dropout(tiny), **settings)
+    undisturbed.train_from(None)
+    trainer, again = interrupted(
+        tiny, tmp_path / "b", lambda trainer: trainer.add_callback(Signal(event, step, number)), **settings
+    )
+    assert trainer.state.global_step == saved and again.state.global_step == 5
+    assert same(weights(undisturbed), weights(again))
+    one, other = [
+        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(tmp_path / name)]
+        for name in "ab"
+    ]
+    assert one == other and len(one) == 7
+
+
+def test_a_signal_inside_a_step_between_two_forward_passes(tiny, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    undisturbed = make_trainer(tiny, tmp_path / "a", model=with_dropout(tiny), **settings)
+    undisturbed.train_from(None)
+
+    def call(trainer):
+        counted = itertools.count()
+        trainer.model.register_forward_hook(
+            lambda *args: os.kill(os.getpid(), signal.SIGTERM) if next(counted) == 9 else None
+        )
+
+    trainer, again = interrupted(tiny, tmp_path / "b", call, **settings)
+    assert trainer.state.global_step == 2 and same(weights(undisturbed), weights(again))
+
+
+def test_a_signal_before_the_first_step_is_done_leaves_nothing_to_save(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path)
+    trainer.add_callback(Signal("on_step_begin", 0))
+    with pytest.raises(Interrupted):
+        trainer.train_from(None)
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_workers_let_their_parent_decide(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, num_workers=1, per_device_train_batch_size=2)
+    batches = iter(trainer.get_train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in SIGNALS:
+        os.kill(worker.pid, number)
+    time.sleep(0.3)
+    assert worker.is_alive() and len(next(batches)["samples"]) == 2
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 def test_a_batch_that_lost_image_tokens_on_its_way_stops_before_the_weights_move(tiny, tmp_path):

@@ -1,0 +1,52 @@
+"""SIGINT (Ctrl-C) and SIGTERM: the first asks a run to save and stop, the second ends it. Standard library only."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, at a place where that does no harm."""
+
+
+class StopRequest:
+    """Whether a signal asked for the end; whoever can stop safely calls `check`."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals are only noted. In the main thread, as Python demands of who handles signals."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        # Not by the logger: it may be in the middle of a line when the signal comes.
+        os.write(2, b"\nstopping after this forward pass, and saving; a second signal ends at once\n")
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.signal is not None:
+            raise Interrupted
+
+
+def start_worker(then: Callable[[int], None] | None, number: int) -> None:
+    """A loader's worker lets its parent decide: Ctrl-C in a terminal and a scheduler's SIGTERM reach all processes.
+
+    `then` is what else the worker starts with. A second SIGTERM ends it: that is the parent's.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda sent, frame: signal.signal(sent, signal.SIG_DFL))
+    if then is not None:
+        then(number)
