@@ -1,9 +1,9 @@
-# make demo | test | test-all | setup | lint; the environment is made once and again only when a requirements file changed.
+# make demo | test | test-all | faults | setup | lint; the environment is made once and again only when a requirements file changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all setup lint
+.PHONY: demo test test-all faults setup lint
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
@@ -13,6 +13,9 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m ''
+
+faults: $(VENV)/installed-dev
+	FAULTS_TABLE=README.md $(BIN)/python -m pytest -s -m slow tests/scripts/test_faults.py
 
 setup: $(VENV)/installed
 

@@ -57,7 +57,7 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     model_config = load_model_config(config.model, config.model_revision)
     try:
-        processor = AutoProcessor.from_pretrained(config.model, revision=config.model_revision)
+        processor = AutoProcessor.from_pretrained(config.model, revision=config.model_revision, trust_remote_code=False)
         # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
         processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(
             config.model, revision=config.model_revision
@@ -80,7 +80,7 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
 def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
     """Raises ModelError for what is not there, cannot be reached, or is another kind of model."""
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:
         raise ModelError(_loading_failed(model, "config", error)) from error
     if not isinstance(config, LlavaNextConfig):
@@ -267,7 +267,8 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
     fits by name and go on without a word: a whole model, saved under the hub's names, by PEFT's and by Trainer's ways.
     """
     if not isinstance(model, PeftModel):
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
         return
     saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
     result = set_peft_model_state_dict(model, saved)

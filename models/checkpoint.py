@@ -99,12 +99,18 @@ def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
 
 
 def claim(folder: Path, run_id: str) -> None:
-    """Make a checkpoint's folder and mark it with its run. Raises UserError where another's stands."""
-    if folder.exists() and _owner(folder) != run_id:
-        raise UserError(f"{folder}: is in the way, another run wrote it; move it, and the same command goes on")
-    folder.mkdir(exist_ok=True)
+    """Make a checkpoint's folder, marked with its run from the first moment. Raises UserError where another's stands."""
+    if folder.exists():
+        if _owner(folder) != run_id:
+            raise UserError(f"{folder}: is in the way, another run wrote it; move it, and the same command goes on")
+        return
+    draft, _ = _beside(folder)
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir()
     if run_id:
-        (folder / RUN_MARK).write_text(run_id, encoding="utf-8")
+        (draft / RUN_MARK).write_text(run_id, encoding="utf-8")
+    draft.rename(folder)
 
 
 def _owner(folder: Path) -> str:

@@ -77,7 +77,9 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
         logger.warning("interrupted; the same command goes on from what was saved (checkpoints, photos scored)")
         sys.exit(130)
     except Exception as error:
-        sentence = _disk_sentence(error) or (_own_sentence(error) if isinstance(error, (UserError, *kinds)) else None)
+        sentence = _disk_sentence(error) or _worker_sentence(error)
+        if sentence is None and isinstance(error, (UserError, *kinds)):
+            sentence = _own_sentence(error)
         if sentence:
             logger.error(sentence, exc_info=True, extra={"one_sentence": True})
         else:
@@ -89,6 +91,17 @@ def _own_sentence(error: Exception) -> str:
     """The error's own; from a DataLoader's worker it is the last line of a traceback that torch made its message."""
     told = str(error)
     return told.strip().splitlines()[-1].partition(": ")[2] if told.startswith("Caught ") else told
+
+
+def _worker_sentence(error: Exception) -> str | None:
+    """A loader's worker that is gone, in torch's words "DataLoader worker (pid 7) is killed by signal: Killed. "."""
+    told = str(error)
+    if not isinstance(error, RuntimeError) or not told.startswith("DataLoader worker"):
+        return None
+    move = "run with fewer --num-workers, or 0"
+    if "shared memory" in told or "Bus error" in told:
+        move = f"give it more shared memory (docker run --shm-size=1g), or {move}"
+    return f"{told.split('. ')[0].strip(' .')}, most often by the system for want of memory; {move}: the run goes on"
 
 
 def _disk_sentence(error: BaseException) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,9 +45,17 @@ class StopRequest:
 def start_worker(then: Callable[[int], None] | None, number: int) -> None:
     """A loader's worker lets its parent decide: Ctrl-C in a terminal and a scheduler's SIGTERM reach all processes.
 
-    `then` is what else the worker starts with. A second SIGTERM ends it: that is the parent's.
+    `then` is what else the worker starts with. It still obeys its parent's own SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda sent, frame: signal.signal(sent, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads that begin now block it too
+        threading.Thread(target=_obey_parent, daemon=True).start()
     if then is not None:
         then(number)
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
