@@ -99,7 +99,7 @@ def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
 
 
 def claim(folder: Path, run_id: str) -> None:
-    """Make a checkpoint's folder, marked with its run from the first moment. Raises UserError where another's stands."""
+    """Make a checkpoint's folder, its run's from the first moment. Raises UserError where another run's stands."""
     if folder.exists():
         if _owner(folder) != run_id:
             raise UserError(f"{folder}: is in the way, another run wrote it; move it, and the same command goes on")
