@@ -1,9 +1,9 @@
-# make demo | test | test-all | faults | setup | lint; the environment is made once and again only when a requirements file changed.
+# make demo | test | test-all | faults | fuzz | setup | lint; the environment is made once and again only when a requirements file changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all faults setup lint
+.PHONY: demo test test-all faults fuzz setup lint
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
@@ -16,6 +16,9 @@ test-all: $(VENV)/installed-dev
 
 faults: $(VENV)/installed-dev
 	FAULTS_TABLE=README.md $(BIN)/python -m pytest -s -m slow tests/scripts/test_faults.py
+
+fuzz: $(VENV)/installed-dev
+	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/test_fuzz.py
 
 setup: $(VENV)/installed
 

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import random
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, c
 from config.training_config import TrainingConfig
 from data.labels import CLASS_NAMES, official_counts
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
+from utils.image_utils import printable
 from utils.logging_utils import UserError, logger
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
@@ -171,6 +173,9 @@ def load_image_folder(folder: Path, val_fraction: float, test_fraction: float, s
     classes = sorted(
         {path.name for root in itertools.chain(*roots.values()) for path in root.iterdir() if _is_shown_folder(path)}
     )
+    strange = [name for name in classes if not _is_utf8(Path(name))]
+    if strange:
+        raise DataError(f"{folder}: the name of class folder {strange[0]!r} is not UTF-8; rename it")
     if not classes:
         raise DataError(
             f"{folder}: no photos found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, parquet "
@@ -283,8 +288,11 @@ def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> t
 
 
 def tidy_name(name: str) -> str:
-    """A folder or label name as a person would write it: spaces for underscores, single and none at the ends."""
-    return " ".join(name.replace("_", " ").split())
+    """A folder or label name as a person would write it: spaces for underscores, single and none at the ends.
+
+    Accents are composed, as tokenizers know them: a Mac writes folders' names with accents as letters of their own.
+    """
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
 
 
 def _official(splits: DatasetDict, source: str) -> PlantData:
@@ -335,14 +343,14 @@ def _with_ids(splits: DatasetDict, names: Sequence[str], source: str) -> PlantDa
 
 
 def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:
-    """Rows of the photos in <root>/<class>/, labels as in `classes`, ids relative to `source`."""
+    """Rows of the photos in <root>/<class>/, labels as in `classes`, ids relative to `source` and on one line."""
     return _listed(
         [
-            (file, label, str(file.relative_to(source)))
+            (file, label, printable(str(file.relative_to(source))))
             for label, name in enumerate(classes)
             if (root / name).is_dir()
             for file in sorted((root / name).iterdir())
-            if file.suffix.lower() in PHOTO_SUFFIXES
+            if _is_listed(file)
         ]
     )
 
@@ -350,11 +358,12 @@ def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:
 def _tell_ignored(roots: Iterable[Path], classes: list[str]) -> None:
     """A photo in a format that is not read, or one folder too deep, is missed by nobody but its owner."""
     inside = [path for root in roots for name in classes for path in (root / name).glob("*") if path.name[0] != "."]
-    ignored = [path for path in inside if path.is_dir() or path.suffix.lower() not in PHOTO_SUFFIXES]
+    ignored = [path for path in inside if not _is_listed(path)]
     if ignored:
         logger.warning(
-            "%d files or folders inside the class folders are not read (%s, ...); read are %s, right in them",
-            *(len(ignored), ", ".join(map(str, ignored[:3])), " ".join(PHOTO_SUFFIXES)),
+            "%d files or folders inside the class folders are not read (%s, ...); read are %s, right in them, with "
+            "names in UTF-8",
+            *(len(ignored), ", ".join(printable(str(path)) for path in ignored[:3]), " ".join(PHOTO_SUFFIXES)),
         )
 
 
@@ -377,6 +386,19 @@ def _files_of_split(folder: Path, split: str, pattern: str) -> list[Path]:
         for file in folder.rglob(pattern)
         if any(part.startswith(SPLIT_FOLDERS[split]) for part in file.relative_to(folder).parts)
     )
+
+
+def _is_listed(path: Path) -> bool:
+    return path.suffix.lower() in PHOTO_SUFFIXES and not path.is_dir() and _is_utf8(path)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Arrow takes no other names; Python keeps the bytes of others as lone surrogates."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_shown_folder(path: Path) -> bool:

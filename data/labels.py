@@ -5,6 +5,7 @@ the order of the official labels (label 1 of imagelabels.mat is index 0 here).
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 # fmt: off
@@ -42,11 +43,17 @@ def official_counts(split: str) -> list[int]:
 
 
 def normalize(text: str) -> str:
-    """Lower case, one space between words, no punctuation at the ends: what exact match compares."""
+    """Lower case, one space between words, no punctuation at the ends: what exact match compares.
+
+    Accents are composed: folders named on a Mac have them as letters of their own.
+    """
+    text = unicodedata.normalize("NFC", text)
     return re.sub(r"\s+", " ", text).strip(" .,;:!?\"'").lower()
 
 
 def parse_reply(reply: str, class_names: Sequence[str]) -> int | None:
     """The class whose name the reply is, apart from case, spacing and punctuation at the ends; None if it is none."""
     wanted = normalize(reply)
+    if not wanted:
+        return None
     return next((index for index, name in enumerate(class_names) if normalize(name) == wanted), None)

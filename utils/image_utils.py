@@ -4,6 +4,7 @@ H, W: height and width in pixels of the upright photo.
 """
 
 import io
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from utils.logging_utils import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 192 MB in a worker
+MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
+MAX_BYTES = 400_000_000  # of a file: 16-bit RGB of so many pixels, not compressed
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -63,17 +65,20 @@ def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int
 def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image.Image]:
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
-    name = str(path or "photo without a name")
-    name = name if name.isprintable() else repr(name)
+    name = printable(str(path or "photo without a name"))
     try:
         if contents is None:
-            contents = Path(path).read_bytes()
+            contents = _read(Path(path), name)
+    except PhotoError:
+        raise
     except (OSError, TypeError, ValueError) as error:
         raise PhotoError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not contents:
         raise PhotoError(f"{name}: is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(contents), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise PhotoError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
     except UnidentifiedImageError:
         raise PhotoError(f"{name}: is not a photo in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
@@ -83,6 +88,23 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
             f"{name}: {image.width} x {image.height} is above the limit of {max_pixels:,} pixels; make it smaller"
         )
     return name, image
+
+
+def _read(path: Path, name: str) -> bytes:
+    """Only of a file: a pipe would be waited for, and a device has no end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise PhotoError(
+            f"{name}: cannot be read (it is a {'folder' if path.is_dir() else 'device or pipe'}, not a file)"
+        )
+    if found.st_size > MAX_BYTES:
+        raise PhotoError(f"{name}: {found.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
+    return path.read_bytes()
+
+
+def printable(name: str) -> str:
+    """A file's name on one line."""
+    return name if name.isprintable() else repr(name)
 
 
 def check_bad_share(bad: Collection[str], photos: int, max_bad_fraction: float) -> None:
@@ -97,12 +119,14 @@ def check_bad_share(bad: Collection[str], photos: int, max_bad_fraction: float) 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
-    if image.mode == "LAB":
+    elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        on_white = Image.new("RGB", image.size, "white")
+        on_white.paste(image, mask=image)
+        return on_white
     return image.convert("RGB")
 
 
@@ -111,7 +135,13 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
     A floating-point photo has no fixed white: it is stretched from its own minimum to its own maximum.
     """
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
-        values = (values - values.min()) / max(np.ptp(values), 1e-12) * 65535
-    return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+        values = np.nan_to_num(values, copy=False)
+        low, high = float(values.min()), float(values.max())
+        values /= max(high / 2 - low / 2, 1e-12)  # halves: the distance of the two may be above the largest number
+        values -= low / max(high / 2 - low / 2, 1e-12)
+        values *= 65535 / 2
+    np.clip(values, 0, 65535, out=values)
+    values /= 257
+    return Image.fromarray(np.round(values, out=values).astype(np.uint8))

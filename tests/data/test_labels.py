@@ -25,5 +25,10 @@ def test_a_reply_is_a_class_only_if_it_is_its_whole_name(reply, name):
     assert (None if index is None else CLASS_NAMES[index]) == name
 
 
+def test_accents_are_the_same_however_they_are_written_and_nothing_is_no_class():
+    assert parse_reply("E\u0301pine", ["?", "\u00e9pine"]) == 1 == parse_reply("\u00c9pine", ["?", "e\u0301pine"])
+    assert parse_reply(" . ", ["?", "oak"]) is None
+
+
 def test_every_name_is_its_own_class():
     assert [parse_reply(name, CLASS_NAMES) for name in CLASS_NAMES] == list(range(102))

@@ -1,9 +1,13 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
+from tests.corpus import OPENS, PLACES, contents, write_corpus
 from utils.image_utils import FORMATS, PhotoError, fit_photo, fitted_size, open_photo, photo_size
 
 
@@ -125,3 +129,51 @@ def test_a_photo_that_is_not_there(tmp_path):
 def test_the_limit_holds_before_anything_is_decoded():
     with pytest.raises(PhotoError, match="30 x 40 is above the limit of 1,000 pixels"):
         photo_size(encoded(gradient()), max_pixels=1000)
+
+
+# ---- photos as they come, and as no one should have made them
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    return folder, write_corpus(folder)
+
+
+@pytest.mark.parametrize("name", [*contents(), *PLACES])
+def test_hostile_photos_open_or_are_refused_in_one_sentence(name, corpus):
+    folder, expected = corpus
+    if expected[name] == OPENS:
+        photo = open_photo(folder / name)
+        assert photo.mode == "RGB" and photo_size(folder / name) == (photo.height, photo.width)
+        assert np.asarray(fit_photo(photo, 84)).shape == (84, 84, 3)
+    else:
+        with pytest.raises(PhotoError) as told:
+            open_photo(folder / name)
+        assert expected[name] in str(told.value) and str(told.value).isprintable()
+
+
+def test_a_photo_whose_numbers_are_beyond_all_bounds_is_still_stretched():
+    values = np.array([[-3e38, 0.0, 3e38]], dtype=np.float32)
+    assert np.asarray(open_photo(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+
+
+LARGEST = """
+import io, resource, sys
+import numpy as np
+from PIL import Image
+from utils.image_utils import MAX_PIXELS, open_photo
+kind, mode, side = sys.argv[1], sys.argv[2], int(MAX_PIXELS**0.5)
+file = io.BytesIO()
+options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+Image.new(mode, (side, side)).save(file, kind, **options)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open_photo({"bytes": file.getvalue(), "path": None})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "RGBA"), ("TIFF", "F")])
+def test_the_largest_photos_take_bounded_memory(kind, mode):
+    found = subprocess.run([sys.executable, "-c", LARGEST, kind, mode], cwd=ROOT, capture_output=True, text=True)
+    assert float(found.stdout) < 1200, found  # MB of the whole process
