@@ -83,7 +83,7 @@ def find_damage(folder: str | Path) -> str | None:
 def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
     """The run's newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
     for path in checkpoints_in(run_folder):
-        if _owner(path) != run_id:
+        if not _is_of(path, run_id):
             logger.warning("%s: was not written by this run and is left alone", path)
             continue
         damage = find_damage(path)
@@ -101,7 +101,7 @@ def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
 def claim(folder: Path, run_id: str) -> None:
     """Make a checkpoint's folder, its run's from the first moment. Raises UserError where another run's stands."""
     if folder.exists():
-        if _owner(folder) != run_id:
+        if not _is_of(folder, run_id):
             raise UserError(f"{folder}: is in the way, another run wrote it; move it, and the same command goes on")
         return
     draft, _ = _beside(folder)
@@ -113,15 +113,24 @@ def claim(folder: Path, run_id: str) -> None:
     draft.rename(folder)
 
 
-def _owner(folder: Path) -> str:
-    """The run that wrote a checkpoint; "" if none is named, as by runs that began before runs had names."""
+def _is_of(folder: Path, run_id: str) -> bool:
+    """Whether a run wrote this checkpoint: by its mark or, where that is damaged, by the mark's hash in the manifest.
+
+    Runs that began before runs had names are "" and wrote no mark.
+    """
     mark = folder / RUN_MARK
-    return mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else ""
+    if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == run_id:
+        return True
+    try:
+        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))[RUN_MARK]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return not run_id and not mark.exists()
+    return recorded == hashlib.sha256(run_id.encode()).hexdigest()
 
 
 def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
     """Delete the run's own checkpoints that are older than its newest `keep` finished ones."""
-    own = [path for path in checkpoints_in(run_folder) if _owner(path) == run_id]
+    own = [path for path in checkpoints_in(run_folder) if _is_of(path, run_id)]
     finished = [path for path in own if (path / MANIFEST).exists()]
     if len(finished) >= keep:
         for path in own[own.index(finished[keep - 1]) + 1 :]:  # the newest stand first

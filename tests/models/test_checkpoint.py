@@ -215,6 +215,12 @@ def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(tm
         claim(tmp_path / "checkpoint-90", "mine")
 
 
+@pytest.mark.parametrize("damage", [lambda mark: mark.unlink(), lambda mark: mark.write_text("min")])
+def test_a_checkpoint_whose_mark_is_damaged_is_still_the_runs_own(damage, tmp_path):
+    damage(make(tmp_path, 20, "mine") / "run_id")
+    assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["damaged-checkpoint-20"]
+
+
 @pytest.mark.parametrize(("best_step", "taken"), [(10, True), (30, False)])
 def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
