@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -266,11 +267,19 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
     Raises ModelError unless every saved weight found its place and all that learns was saved. The libraries load what
     fits by name and go on without a word: a whole model, saved under the hub's names, by PEFT's and by Trainer's ways.
     """
+    try:
+        if isinstance(model, PeftModel):
+            saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        else:
+            saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); only *.safetensors are "
+            "read"
+        ) from error
     if not isinstance(model, PeftModel):
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(saved)
         return
-    saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
     result = set_peft_model_state_dict(model, saved)
     missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing or result.unexpected_keys:

@@ -445,6 +445,32 @@ def stopped(folder: Path, expected: dict) -> Outcome:
     return go_on(folder, expected)
 
 
+LEAKS = "leaks.jsonl"
+
+
+def watch_resources() -> None:
+    """In the run's process: what it holds, every 100 steps."""
+    for step in range(100, 2001, 100):
+        at_step(step, _note_resources)
+
+
+def _note_resources(trainer) -> None:
+    me = psutil.Process()
+    found = {"step": trainer.state.global_step + 1, "mb": me.memory_info().rss / 1e6, "files": me.num_fds()}
+    found |= {"processes": len(me.children(recursive=True)), "threads": me.num_threads()}
+    with open(LEAKS, "a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def resources(folder: Path) -> list[dict]:
+    """Of a run of 2,000 steps with an evaluation every 100 and a checkpoint every 50."""
+    argv = [*RUN, "--max-steps", "2000", "--save-steps", "50", "--eval-steps", "100"]
+    process = start(folder, argv, watch_resources)
+    process.join()
+    assert process.exitcode == 0, screen_of(folder)
+    return [json.loads(line) for line in (folder / LEAKS).read_text().splitlines()]
+
+
 def checkpoint_files(half: Path) -> list[str]:
     newest = checkpoints_in(half / "run")[0]
     assert step_of(newest) == 6

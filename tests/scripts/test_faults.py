@@ -100,6 +100,16 @@ def test_every_fault(expected, half, tmp_path, may_mount):
     assert table.lost == 0 and table.different == 0
 
 
+@pytest.mark.slow
+def test_nothing_leaks_in_2000_steps(tmp_path):
+    found = faults.resources(tmp_path)
+    for line in found:
+        print(line)
+    early, late = (found[4], found[-1])
+    assert len(found) == 20 and late["mb"] < early["mb"] + 30
+    assert all(late[name] <= early[name] for name in ("files", "processes", "threads"))
+
+
 class Table:
     """One row a fault, in Markdown."""
 
