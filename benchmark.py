@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import io
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 from config.benchmark_options import parse_benchmark
 from config.training_config import ON_CPU, ConfigError, TrainingConfig
-from utils.logging_utils import errors_told, set_environment, setup_logging
+from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
 PHOTOS = 64  # that are made, and used in turn
@@ -49,13 +50,17 @@ def main(argv: list[str] | None = None) -> int:
         from data.collator import PlantCollator
         from data.labels import CLASS_NAMES
         from models.builder import build_model, build_processor
+        from models.memory import is_out_of_memory
         from utils.device_utils import GIB, choose_device, choose_precision, peak_memory
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         steps = WARM_UP + options.steps
         # A run of a few steps would not compile its kernels; what is measured here is a long one.
-        compiles = config.compile == "auto" and device.type == "cuda"
+        compiles = config.compile == "auto" and device.type == "cuda" and config.trainable != "everything"
+        compiles = (
+            compiles and not config.lora_dropout and (config.auto_batch or config.per_device_train_batch_size > 1)
+        )
         config = dataclasses.replace(
             config,
             output_dir=folder,
@@ -84,7 +89,15 @@ def main(argv: list[str] | None = None) -> int:
         work = photo_flops(model, sample)
         if options.against == "stock":
             del model
-            results.append(train_stock(config, processor, prompt, rows, CLASS_NAMES, precision, device))
+            try:
+                results.append(train_stock(config, processor, prompt, rows, CLASS_NAMES, precision, device))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning(
+                    "stock Trainer: out of memory with %d photos at a time; try fewer --per-device-train-batch-size",
+                    config.per_device_train_batch_size,
+                )
         report(results, phases, data_rate, work, matrix_rate(device, precision), sample)
     return 0
 
@@ -121,7 +134,8 @@ def describe(config: TrainingConfig, device, precision: str, photo, sample) -> l
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        has_tool = shutil.which(query[0])
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if has_tool else ["unknown"]
         place = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, driver {' '.join(driver[:1])}, "
         place += f"CUDA {torch.version.cuda}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
@@ -260,7 +274,7 @@ def build_clock(device):
 
         def phases(self) -> dict[str, float]:
             """Median seconds of each phase of a timed step."""
-            names = ("waiting for photos", "forward and backward", "clipping and optimizer")
+            names = ("waiting for photos", "forward, backward and clipping", "optimizer")
             gaps = [after - before for before, after in zip(self.marks, self.marks[1:])]
             return {name: statistics.median(gaps[3 * WARM_UP + index :: 3]) for index, name in enumerate(names)}
 

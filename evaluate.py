@@ -18,7 +18,7 @@ from config.training_config import ON_CPU, ConfigError, load_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
-WORTH_COMPILING = 2000  # photos from which compiled kernels win back the time of their compilation (LOG.md)
+WORTH_COMPILING = 2000  # photos of a split from which compiled kernels win back their compilation (LOG.md)
 
 
 def main(argv: list[str] | None = None) -> int:

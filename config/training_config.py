@@ -73,7 +73,10 @@ class TrainingConfig:
     trainable: str = knob("adapter", "what learns", choices=("adapter", "adapter+projector", "projector", "everything"))
     lora_r: int = knob(16, "rank of the adapter", low=1)
     lora_alpha: int = knob(32, "the adapter's product is scaled by alpha / r", low=1)
-    lora_dropout: float = knob(0.0, "on the adapter's input; above 0 it costs about 5 %% of speed", low=0, high=0.9)
+    lora_dropout: float = knob(
+        0.0, "on the adapter's input; above 0 the stock layers compute, several times slower and not planned",
+        low=0, high=0.9,
+    )  # fmt: skip
     gradient_checkpointing: str = knob(
         "auto",
         "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the card "
@@ -237,6 +240,12 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
             f"model={config.model} with load_in_4bit=true: a model built here has nothing to load in 4 bit; use "
             f"--preset {config.model}, or --load-in-4bit false"
         )
+    for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
+        if getattr(config, name) == value and (config.lora_dropout > 0 or config.trainable == "everything"):
+            yield (
+                f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, where the stock "
+                f"layers compute; use {name}=auto, or --lora-dropout 0 and an adapter"
+            )
     if config.projector_learning_rate is not None and "projector" not in config.trainable:
         yield (
             f"projector_learning_rate={config.projector_learning_rate}: trainable={config.trainable} leaves the "

@@ -5,8 +5,8 @@ Shapes: B photos, T tokens, M = B x T rows, D width of a linear's input, N of it
 A step of the stock layers with adapters spends nearly half its time outside of matrix products: casts, adapter
 additions, scalings, norms. Here
 
-- the adapter is part of the product: [x, xA'] [W, sB]' = xW' + s xA'B', summed in fp32 and rounded once. Backward,
-  g [W, sB] gives gW and sgB at once;
+- the adapter is part of the product: [x, s xA'] [W, B]' = xW' + s xA'B', summed in fp32 and rounded once. Backward,
+  g [W, B] gives gW and gB at once;
 - what is elementwise is one kernel between two products, made by torch.compile (or plain torch without it);
 - kept for the backward are the layer's input, q, k, v, attention's output, the second residual and the two halves of
   the MLP; the rest is recomputed from them elementwise. A layer that keeps nothing keeps its input and is run again;
@@ -25,6 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from models.memory import is_out_of_memory
+from utils.logging_utils import logger
 
 try:
     from models.unpack import can_unpack, unpack
@@ -110,10 +113,16 @@ class _Compiled:
     """
 
     def __init__(self, piece: Callable):
-        self.made = torch.compile(piece)
+        self.piece = self.made = piece
+        if not _Compiled.fails:
+            self.made = torch.compile(piece)
         self.known = set()
 
+    fails = False  # compiling, on this machine
+
     def __call__(self, *arguments):
+        if _Compiled.fails:
+            return self.piece(*arguments)
         arguments = [one.data if isinstance(one, torch.Tensor) else one for one in arguments]
         matrices = [one for one in arguments if isinstance(one, torch.Tensor) and one.dim() == 2]
         widths = tuple([(one.shape[1], one.stride(0)) for one in matrices])
@@ -121,7 +130,23 @@ class _Compiled:
             self.known.add(widths)
             for one in matrices:
                 torch._dynamo.maybe_mark_dynamic(one, 0)
-        return self.made(*arguments)
+        try:
+            return self.made(*arguments)
+        except Exception as error:  # a missing compiler has a dozen kinds; nothing was written yet
+            if is_out_of_memory(error):
+                raise
+            _Compiled.fails = True
+            _tell_no_compiler("kernels stay plain, slower and larger", error)
+            return self.piece(*arguments)
+
+
+def _tell_no_compiler(outcome: str, error: Exception) -> None:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    logger.warning(
+        "kernels cannot be compiled on this machine (%s); %s; a C compiler and Python's headers are needed, such as "
+        "apt install gcc python3-dev",
+        *(reason[:200], outcome),
+    )
 
 
 class Kernels:
@@ -133,6 +158,7 @@ class Kernels:
             for piece in (_norm, _add_norm, _norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
         }
         self.compiled = False
+        self.has_triton = can_unpack is not None
         self._positions = None, 0, None
 
     def __getattr__(self, name: str) -> Callable:
@@ -152,12 +178,17 @@ class Kernels:
             self._positions = embeddings[0], photos, rows
         return rows
 
-    @staticmethod
-    def unpack(weight: torch.Tensor, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+    def unpack(self, weight: torch.Tensor, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its adapter's B at `start`."""
-        if can_unpack is not None and can_unpack(weight):
-            unpack(weight, up, start, out)
-            return
+        if self.has_triton and can_unpack(weight):
+            try:
+                unpack(weight, up, start, out)
+                return
+            except Exception as error:  # Triton builds its launcher with the machine's C compiler
+                if is_out_of_memory(error):
+                    raise
+                self.has_triton = False
+                _tell_no_compiler("4-bit weights are unpacked by bitsandbytes, slower", error)
         state = getattr(weight, "quant_state", None)
         plain = weight if state is None else dequantize_4bit(weight.data, state)
         out[:, : plain.shape[1]] = plain
@@ -301,7 +332,11 @@ class FusedLayer:
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or self._learns)
         adapted = self.layer.self_attn.q_proj
         switched_off = getattr(adapted, "disable_adapters", False) or getattr(adapted, "merged", False)
-        if photos * tokens < SMALL or switched_off or (trains and (attention_mask is not None or past_key_values)):
+        if (
+            photos * tokens < SMALL
+            or switched_off
+            or (trains and (attention_mask is not None or past_key_values is not None))
+        ):
             return self.stock(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -458,7 +493,7 @@ FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
 
 def can_fuse(layers: Iterable[nn.Module]) -> bool:
-    """Frozen layers of a known kind with a gated SiLU MLP, and adapters without dropout or variants."""
+    """Frozen layers of a known kind with a gated SiLU MLP, without dropout, and adapters without it or variants."""
     for layer in layers:
         known = type(layer).__name__ in FUSABLE and isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation))
         adapted = [module for module in layer.modules() if isinstance(module, LoraLayer)]
@@ -470,7 +505,7 @@ def can_fuse(layers: Iterable[nn.Module]) -> bool:
             for module in adapted
         )
         learning = any(part.requires_grad for name, part in layer.named_parameters() if "lora_" not in name)
-        if not known or not plain or learning:
+        if not known or not plain or learning or layer.self_attn.attention_dropout:
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""What a micro-batch costs in memory, and which micro-batch and recomputation fit a card. Arithmetic alone.
+"""What a micro-batch costs in memory, and which micro-batch and recomputation fit a card, by arithmetic.
 
 Shapes: T tokens of the longest sample, D width of the language model, L its layers.
 
@@ -6,7 +6,11 @@ Holds for layers of models/fused.py. models/trainer.py tries a plan once before 
 step runs out of memory all the same.
 """
 
+import math
 from typing import NamedTuple
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 FRAGMENTATION = 0.05  # share of a card's memory that the allocator holds but cannot hand out (LOG.md: 3 to 4 %)
 WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (LOG.md)
@@ -83,8 +87,20 @@ def step_cost(
     return Cost(fixed, tokens * passing, tokens * inputs, tokens * kept)
 
 
-def choose_plan(cost: Cost, budget: float, photos: int, layers: int, tokens: int, recompute: str = "auto") -> Plan:
-    """The fastest that fits `budget` bytes, for `photos` a step.
+def is_out_of_memory(error: Exception) -> bool:
+    """Whatever says so: torch, cuBLAS, Triton, or the driver where it is asked for page-locked memory of the host."""
+    told = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and ("out of memory" in told.lower() or "ALLOC_FAILED" in told))
+    )
+
+
+def choose_plan(
+    cost: Cost, budget: float, photos: int, layers: int, tokens: int, recompute: str = "auto", host: float = math.inf
+) -> Plan:
+    """The fastest that fits `budget` bytes of the card and, where inputs wait there, `host` bytes, for `photos` a step.
 
     `recompute`: of auto, any number of layers; of true and offload, all; of false, none. Where nothing fits the answer
     is the smallest: one photo, and with auto the layers' inputs in the host's memory.
@@ -94,7 +110,8 @@ def choose_plan(cost: Cost, budget: float, photos: int, layers: int, tokens: int
     most, least = (0 if recompute in ("true", "offload") else layers), (layers if recompute == "false" else 0)
     for size in sorted({-(-photos // pieces) for pieces in range(1, photos + 1)}):
         room = budget - cost.peak(size, 0, offload)
-        kept = min(most, int(room // (size * cost.kept_layer))) if room > 0 else -1
+        fits = room > 0 and (not offload or size * cost.inputs <= host)
+        kept = min(most, int(room // (size * cost.kept_layer))) if fits else -1
         if kept >= least:
             forwards = 1 + BACKWARD + RECOMPUTED * (layers - kept) / layers
             time = photos * tokens * forwards + -(-photos // size) * MICRO_BATCH_TOKENS

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from models.builder import unwrap
+from models.memory import is_out_of_memory
 from utils.logging_utils import UserError, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several trees
@@ -99,12 +100,12 @@ class MicroBatch:
 
     def step_down(self, error: RuntimeError) -> None:
         """Raise `error` again unless it says out of memory, and ScoringError where a single photo does not fit."""
-        if not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise error
         if self.size == 1:
             raise ScoringError(
-                "out of memory scoring one photo at a time; use --load-in-4bit true, --image-size 336, or a card with "
-                "more memory"
+                "out of memory scoring one photo at a time; use --load-in-4bit true, a larger --gpu-memory-fraction, "
+                "or a card with more memory"
             ) from error
         self.size //= 2
         logger.warning("out of memory while scoring; going on with %d photos at a time", self.size)

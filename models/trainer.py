@@ -3,6 +3,7 @@
 Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -13,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import send_to_device
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -39,7 +41,7 @@ from models.checkpoint import (
 )
 from models.evaluation import measure_scores
 from models.fused import fused_layers, keep_activations
-from models.memory import FRAGMENTATION, choose_plan, optimizer_bytes, step_cost
+from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
 from models.scoring import MicroBatch, build_trees, score_batch
 from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
@@ -131,12 +133,16 @@ class PlantTrainer(Trainer):
         is learned, then shows what it takes. `recompute` and `compile` are auto, true or false. Does nothing without a
         CUDA card or fused layers (dropout, whole models): then it is what the config says.
         """
-        if not self.fused:
-            return
-        kernels, device = self.fused[0].kernels, self.args.device
+        device = self.args.device
         room = card_room(device, gpu_memory_fraction)
         if room is None:
             return
+        if not self.fused:
+            logger.info(
+                "plan   %d photos at a time, as configured: stock layers are not planned", self.micro_batch_size
+            )
+            return
+        kernels = self.fused[0].kernels
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             began = time.perf_counter()
             # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
@@ -146,15 +152,17 @@ class PlantTrainer(Trainer):
             if auto_batch:
                 self._plan(row, room, recompute)
             elif kernels.compiled:
-                self._try_micro_batch(row, 1)
-            words = "compiled" if kernels.compiled else "plain, their compilation would not be won back"
+                with contextlib.suppress(torch.OutOfMemoryError):  # the step itself will tell
+                    self._try_micro_batch(row, 1)
+            words = "plain" if compile == "false" else "plain, their compilation would not be won back"
+            words = "compiled" if kernels.compiled else words
             logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
 
     def _is_worth_compiling(self, row: dict, steps: int) -> bool:
         try:
             seconds, _ = self._try_micro_batch(row, 1)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             return True  # compiled kernels take less memory
         return steps * self.total_batch_size * seconds * COMPILE_SAVES > COMPILE_SECONDS
@@ -176,17 +184,19 @@ class PlantTrainer(Trainer):
             unwrap(self.model).get_input_embeddings().weight.element_size(),
             self.fused[0].kernels.compiled,
         )
-        budget = room * (1 - FRAGMENTATION)
+        budget = allowed = room * (1 - FRAGMENTATION)
+        # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
+        host = psutil.virtual_memory().available / 4
         to_come = optimizer_bytes(self.args.optim, learning)  # is made in the first step, so after the trial
         smallest = choose_plan(cost, 0, photos, layers, sample.length, recompute)
         while True:
-            plan = choose_plan(cost, budget, photos, layers, sample.length, recompute)
+            plan = choose_plan(cost, budget, photos, layers, sample.length, recompute, host)
             self.micro_batch_size = plan.photos
             keep_activations(self.fused, plan.kept, plan.offload)
             try:
                 _, peak = self._try_micro_batch(row, plan.photos)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error):
+                if not is_out_of_memory(error):
                     raise
                 if plan == smallest:
                     raise StepError(f"plan: {self._no_room()}") from error
@@ -199,12 +209,13 @@ class PlantTrainer(Trainer):
                 *(plan.photos, plan.kept),
             )
             budget = cost.fixed + 0.8 * (plan.peak - cost.fixed)
-        self.plan = plan
+        if peak + to_come > allowed:
+            logger.warning("plan: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
         logger.info(
             "plan   %d photos at a time, %d of %d layers keep their activations%s; predicted peak %.2f GiB of %.2f, "
             "in a trial %.2f",
             *(plan.photos, plan.kept, layers, ", the others' inputs wait in the host's memory" * plan.offload),
-            *(plan.peak / GIB, budget / GIB, (peak + to_come) / GIB),
+            *(plan.peak / GIB, allowed / GIB, (peak + to_come) / GIB),
         )
 
     def _try_micro_batch(self, row: dict, photos: int) -> tuple[float, int]:
@@ -261,31 +272,27 @@ class PlantTrainer(Trainer):
         return total + super().training_step(model, pieces[-1], num_items_in_batch)
 
     def _step_down(self, error: RuntimeError) -> None:
-        if not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise error
         step = self.state.global_step + 1
-        if self.micro_batch_size == 1 and not any(one.keep for one in self.fused):
-            raise StepError(f"step {step}: {self._no_room()}") from error
-        if self.args.world_size > 1:
-            raise StepError(
-                f"step {step}: out of memory with {self.micro_batch_size} photos at a time; use "
-                f"--auto-batch false --per-device-train-batch-size {max(self.micro_batch_size // 2, 1)}"
-            ) from error
         if self.micro_batch_size == 1:
+            if not any(one.keep or not one.offload for one in self.fused):
+                raise StepError(f"step {step}: {self._no_room()}") from error
             keep_activations(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
         logger.warning(
             "step %d: out of memory; the step is redone with %d photos at a time%s, and so are the next",
-            step,
-            self.micro_batch_size,
-            "" if any(one.keep for one in self.fused) else ", activations recomputed",
+            *(step, self.micro_batch_size),
+            ", activations recomputed and their inputs in the host's memory"
+            if any(one.offload for one in self.fused)
+            else "",
         )
 
-    @staticmethod
-    def _no_room() -> str:
+    def _no_room(self) -> str:
         return (
-            "out of memory with one photo at a time; use --gradient-checkpointing true, --load-in-4bit true, "
-            "--image-size 336, --optim paged_adamw_8bit, or a card with more memory"
+            "out of memory with one photo at a time; use --gradient-checkpointing "
+            f"{'offload' if self.fused else 'true'}, --load-in-4bit true, --image-size 336, --optim paged_adamw_8bit, "
+            "or a card with more memory"
         )
 
     def check_batch(self, inputs: dict) -> None:

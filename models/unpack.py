@@ -42,6 +42,7 @@ def can_unpack(weight: torch.Tensor) -> bool:
     return (
         state is not None
         and weight.is_cuda
+        and weight.dtype == torch.uint8  # a checkpoint quantized elsewhere may store the bytes as other numbers
         and state.nested
         and (state.blocksize, state.state2.blocksize) == (64, 256)
         and state.shape[1] % (2 * BYTES) == 0

@@ -70,7 +70,10 @@ def finish(process) -> int:
 
 
 def _train(folder: str, argv: list[str], fault: Callable[[], None] | None) -> None:
+    import torch
+
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as if train.py had been run
+    torch.set_num_threads(1)  # two runs at once would wait for each other's threads
     os.chdir(folder)
     with open(SCREEN, "w") as screen:
         os.dup2(screen.fileno(), 1)

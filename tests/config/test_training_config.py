@@ -61,6 +61,8 @@ def test_flags_override_the_preset_in_either_spelling():
 
 
 BAD_FLAGS = [
+    (["--compile", "true", "--lora-dropout", "0.1"], "compile=true: has no effect with lora_dropout above 0 or"),
+    (["--gradient-checkpointing", "offload", "--trainable", "everything"], "gradient_checkpointing=offload: has no"),
     (["--learning-rat", "1"], "--learning-rat: unknown flag; did you mean --learning-rate?"),
     (["--preset", "tny"], "--preset tny: not one of default, tiny, scratch, native, projector, published; did you"),
     (["runs/x"], "runs/x: stands alone; settings are given as --name value"),

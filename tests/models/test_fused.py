@@ -12,6 +12,7 @@ from transformers.integrations import replace_with_bnb_linear
 from models import fused
 from models.fused import FusedLayer, can_fuse, fuse_layers, fused_layers, keep_activations
 from tests.conftest import ROOT
+from utils.logging_utils import setup_logging
 
 TARGETS = r".*(q|k|v|o|gate|up|down)_proj"
 KINDS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen2": Qwen2Config}
@@ -57,6 +58,12 @@ def language_model(kind="mistral", load_in_4bit=False, targets=TARGETS, **lora):
             parameter.data.normal_(std=0.05)
         if name.endswith("_proj.base_layer.bias"):
             parameter.data.normal_()
+    return model
+
+
+def with_attention_dropout(model):
+    for layer in layers_of(model):
+        layer.self_attn.attention_dropout = 0.1
     return model
 
 
@@ -198,6 +205,7 @@ def test_when_the_stock_layer_does_it(monkeypatch):
     "why, build",
     [
         ("dropout", lambda: language_model(lora_dropout=0.1)),
+        ("dropout of attention", lambda: with_attention_dropout(language_model())),
         ("some linears without an adapter", lambda: language_model(targets=["q_proj"])),
         ("a variant", lambda: language_model(use_dora=True)),
         ("whole weights that learn", lambda: language_model(targets=None).requires_grad_(True)),
@@ -243,3 +251,39 @@ def test_weights_are_unpacked_as_bitsandbytes_does():
     there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
     done = subprocess.run([sys.executable, "-c", UNPACK], **there, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- machines that cannot build kernels
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsys):
+    setup_logging()
+    stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
+    layers = fuse_layers(layers_of(model))
+    monkeypatch.setattr(fused._Compiled, "fails", False)
+    monkeypatch.setattr(torch, "compile", lambda piece: refuse)
+    monkeypatch.setattr(fused, "can_unpack", lambda weight: True)
+    monkeypatch.setattr(fused, "unpack", refuse, raising=False)
+    layers[0].kernels.has_triton = True
+    layers[0].kernels.compile()
+    assert_same(run(stock), run(model))
+    told = capsys.readouterr().out
+    assert told.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
+    assert "kernels stay plain, slower and larger" in told and "4-bit weights are unpacked by bitsandbytes" in told
+
+
+def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def full(*args):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    model = language_model().train()
+    layers = fuse_layers(layers_of(model))
+    monkeypatch.setattr(torch, "compile", lambda piece: full)
+    layers[0].kernels.compile()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model)
+    assert not fused._Compiled.fails

@@ -1,8 +1,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from models.memory import Cost, choose_plan, layer_bytes, optimizer_bytes, step_cost
+from models.memory import Cost, choose_plan, is_out_of_memory, layer_bytes, optimizer_bytes, step_cost
 
 GIB = 2**30
 MISTRAL = SimpleNamespace(
@@ -75,3 +76,24 @@ def test_optimizer_state_by_name():
 def test_plain_kernels_pass_more_through_memory():
     (kept, passing), (same, more) = (layer_bytes(MISTRAL, 64, 2, compiled) for compiled in (True, False))
     assert kept == same and more > 2 * passing
+
+
+def test_inputs_that_wait_in_the_hosts_memory_must_fit_there():
+    cost, inputs = cost_of(1199), cost_of(1199).inputs
+    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload").photos == 16
+    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload", host=5 * inputs).photos == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_in_all_its_words(error, is_it):
+    assert is_out_of_memory(error) == is_it

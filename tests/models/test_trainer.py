@@ -462,8 +462,19 @@ def test_with_one_photo_layers_stop_keeping_before_the_run_stops(tiny, tmp_path,
 
     on_a_card.setattr(FusedLayer, "run", refuse)
     trainer.train()
-    assert "redone with 1 photos at a time, activations recomputed, and so are the next" in capsys.readouterr().out
+    told = "redone with 1 photos at a time, activations recomputed and their inputs in the host's memory, and so are"
+    assert told in capsys.readouterr().out
     assert trainer.state.global_step == 4 and all(one.offload for one in trainer.fused)
+
+
+def test_with_one_photo_that_is_recomputed_its_inputs_leave_the_card_next(tiny, tmp_path, on_a_card):
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16)
+    keep_activations(trainer.fused, 0)
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    trainer._step_down(full)
+    assert trainer.micro_batch_size == 1 and all(one.offload for one in trainer.fused)
+    with pytest.raises(StepError, match="use --gradient-checkpointing offload, --load-in-4bit true"):
+        trainer._step_down(full)
 
 
 def test_out_of_memory_in_an_evaluation_goes_on_in_smaller_pieces(tiny, tmp_path, capsys):
