@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         restore(Path(config.output_dir) / BEST)
         checkpoint = last_checkpoint(config.output_dir, run_id)
         if checkpoint is None and origin is not None:
-            branch_off(origin, config.output_dir)
-            checkpoint = origin
+            checkpoint = branch_off(origin, config.output_dir, run_id)
         trainer.fit_to_card(
             collator.largest_row(data.train),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),

@@ -150,7 +150,7 @@ def _read_line(line: str) -> dict | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and "step" in entry else None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:

@@ -170,8 +170,8 @@ def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
 
 
-def branch_off(checkpoint: Path, run_folder: str | Path) -> None:
-    """A run that begins at another's checkpoint has that run's past: its metrics, and best/ if it is of then.
+def branch_off(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
+    """A run that begins at another's checkpoint: a copy of it, its metrics, and best/ if it is of then. The copy.
 
     Raises UserError for a damaged checkpoint.
     """
@@ -183,6 +183,12 @@ def branch_off(checkpoint: Path, run_folder: str | Path) -> None:
     if best is not None and best["step"] <= step_of(checkpoint):
         with replacing(Path(run_folder) / BEST) as draft:
             shutil.copytree(checkpoint.parent / BEST, draft, dirs_exist_ok=True)
+    copy = Path(run_folder) / checkpoint.name
+    with replacing(copy) as draft:
+        shutil.copytree(checkpoint, draft, dirs_exist_ok=True)
+        (draft / RUN_MARK).write_text(run_id, encoding="utf-8")
+        write_manifest(draft)
+    return copy
 
 
 def read_best(folder: Path) -> dict | None:

@@ -232,9 +232,10 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken,
     with replacing(old / "best") as folder:
         (folder / "best.json").write_text(json.dumps({"step": best_step}))
         write_manifest(folder)
-    branch_off(checkpoint, new)
+    copy = branch_off(checkpoint, new, "new")
+    assert last_checkpoint(new, "new") == copy and last_checkpoint(old, "old") == checkpoint
     assert [line["step"] for line in read_metrics(new)] == [10, 20] and (new / "best").exists() == taken
     assert len(read_metrics(old)) == 3 and read_best(old / "best")["step"] == best_step
     (checkpoint / "x").write_text("y")
     with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; name another checkpoint of"):
-        branch_off(checkpoint, new)
+        branch_off(checkpoint, new, "new")

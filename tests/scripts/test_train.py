@@ -217,6 +217,32 @@ def test_bad_input(fault, argv, words, places, few_drawings, capsys, monkeypatch
     assert all(path.exists() and path.stat().st_size == size for path, size in before.items())
 
 
+def test_a_checkpoint_begins_another_run_that_ends_alike(here, few_drawings, capsys):
+    assert run(capsys, *TINY, "--output-dir", "mine")[0] == 0
+    before = {path: path.read_bytes() for path in (here / "mine").rglob("*") if path.is_file()}
+    branch = [*TINY, "--resume", "mine/checkpoint-4", "--output-dir", "other"]
+    status, told = run(capsys, *branch)
+    assert status == 0 and "beginning other from mine/checkpoint-4" in told
+    assert "going on from other/checkpoint-4" in told and losses(here / "mine") == losses(here / "other")
+    assert before == {path: path.read_bytes() for path in (here / "mine").rglob("*") if path.is_file()}
+    one, other = (load_file(here / name / "best" / "model.safetensors") for name in ("mine", "other"))
+    assert all((one[name] == other[name]).all() for name in one)
+    status, told = run(capsys, *branch)
+    assert status == 0 and "other is finished" in told
+
+
+def test_photos_that_changed_are_refused_unless_that_is_allowed(here, photo_folder, capsys, monkeypatch):
+    root = photo_folder({"oak": 10, "ash": 10})
+    flags = [*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-bad-fraction", "1"]
+    assert run(capsys, *flags, "--max-steps", "2")[0] == 0
+    shutil.copy(root / "oak" / "1.png", root / "oak" / "new.png")
+    status, told = run(capsys, *flags)
+    assert status == 1 and "the photos of train and val changed since the run began; put back" in told
+    status, told = run(capsys, *flags, "--allow-changed")
+    assert status == 0 and "as --allow-changed says: the photos of train and val" in told
+    assert len(losses(here / "mine")) == 6
+
+
 def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, few_drawings, capsys):
     from models.checkpoint import lock_folder
 
