@@ -157,17 +157,21 @@ class Kernels:
             piece.__name__.strip("_"): piece
             for piece in (_norm, _add_norm, _norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
         }
-        self.compiled = False
+        self._asked = False
         self.has_triton = can_unpack is not None
         self._positions = None, 0, None
 
     def __getattr__(self, name: str) -> Callable:
         return self.__dict__["pieces"][name]
 
+    @property
+    def compiled(self) -> bool:
+        return self._asked and not _Compiled.fails
+
     def compile(self) -> None:
         """From now on each piece is compiled at its first call."""
-        if not self.compiled:
-            self.compiled = True
+        if not self._asked:
+            self._asked = True
             self.pieces = {name: _Compiled(piece) for name, piece in self.pieces.items()}
 
     def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], photos: int) -> tuple[torch.Tensor, ...]:

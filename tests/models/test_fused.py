@@ -273,6 +273,7 @@ def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsy
     assert_same(run(stock), run(model))
     told = capsys.readouterr().out
     assert told.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
+    assert not layers[0].kernels.compiled
     assert "kernels stay plain, slower and larger" in told and "4-bit weights are unpacked by bitsandbytes" in told
 
 
