@@ -11,6 +11,7 @@ from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, loa
 METRICS_FILE = "metrics.jsonl"
 PREFIX = "checkpoint-"
 LOCK_FILE = "run.lock"  # held by the training that writes to the folder
+OF_THE_WEIGHTS = ("model", "trainable", "lora_r", "optim")  # settings that a checkpoint's tensors are made for
 NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # settings that say where and how a run goes on
 
 
@@ -67,10 +68,12 @@ def _explicit_folder(config: TrainingConfig, folder: Path) -> RunFolder:
 
 def _check_settings(config: TrainingConfig, saved: TrainingConfig, folder: Path) -> list[str]:
     changed = "; ".join(changed_fields(config, saved))
-    if changed and not config.allow_changed:
+    if any(getattr(config, name) != getattr(saved, name) for name in OF_THE_WEIGHTS) or (
+        changed and not config.allow_changed
+    ):
         raise ConfigError(
-            f"--output-dir {folder}: holds a run with another config ({changed}); name a new folder, "
-            "run with the old settings to go on there, or with --allow-changed"
+            f"--output-dir {folder}: holds a run with another config ({changed}); name a new folder, run with the old "
+            f"settings to go on there, or with --allow-changed (not for {', '.join(OF_THE_WEIGHTS)})"
         )
     return [f"changed, as --allow-changed says: {changed}"] if changed else []
 
@@ -78,12 +81,14 @@ def _check_settings(config: TrainingConfig, saved: TrainingConfig, folder: Path)
 def _named_start(config: TrainingConfig, start: Path) -> RunFolder:
     """--resume PATH: a run goes on in its folder; from a checkpoint it does too, or a new run begins elsewhere."""
     run = start if (start / CONFIG_FILE).exists() else start.parent
+    folder = Path(config.output_dir or run)
+    if (folder / CONFIG_FILE).exists() and load_config(folder)[0].resume == config.resume:
+        return _explicit_folder(dataclasses.replace(config, output_dir=str(folder)), folder)  # the same command again
     if not start.is_dir() or not (run / CONFIG_FILE).exists():
         raise ConfigError(
             f"--resume {start}: is no run and no checkpoint of one; use auto, never, or such as runs/default or "
             "runs/default/checkpoint-50"
         )
-    folder = Path(config.output_dir or run)
     config = dataclasses.replace(config, output_dir=str(folder))
     if folder.resolve() == run.resolve():
         later = max((step_of(path) for path in checkpoints_in(run)), default=0)
@@ -98,18 +103,16 @@ def _named_start(config: TrainingConfig, start: Path) -> RunFolder:
             f"--resume {start} with --output-dir {folder}: a run goes on in its own folder; name one of its "
             "checkpoints, or leave --output-dir out"
         )
-    if is_fresh(folder):
-        notes = _check_settings(config, load_config(run)[0], run)
-        return RunFolder(config, "fresh", [*notes, f"beginning {folder} from {start}"], start)
-    found = _explicit_folder(config, folder)
-    if load_config(folder)[1].get("origin") != str(start.resolve()):
-        raise ConfigError(f"--output-dir {folder}: holds a run that did not begin from {start}; name a new folder")
-    return found._replace(origin=start)
+    if not is_fresh(folder):
+        raise ConfigError(f"--output-dir {folder}: holds what did not begin from {start}; name a new folder")
+    notes = _check_settings(config, load_config(run)[0], run)
+    return RunFolder(config, "fresh", [*notes, f"beginning {folder} from {start}"], start)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """Folders that are named as checkpoints, the newest first."""
-    found = [path for path in Path(folder).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    paths = Path(folder).glob(f"{PREFIX}*")
+    found = [path for path in paths if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -162,9 +165,15 @@ def append_metrics(folder: str | Path, entry: dict) -> None:
         file.write(torn + json.dumps(entry).encode() + b"\n")
 
 
-def cut_metrics(source: str | Path, folder: str | Path, step: int) -> None:
-    """metrics.jsonl of `folder` becomes what that of `source` holds up to a step."""
-    kept = [line for line in read_metrics(source) if line["step"] <= step and not line.get("finished")]
+def cut_metrics(source: str | Path, folder: str | Path, step: int, is_evaluated: bool = True) -> None:
+    """metrics.jsonl of `folder` becomes what that of `source` holds up to a step, its evaluation included or not."""
+    kept = [
+        line
+        for line in read_metrics(source)
+        if line["step"] <= step
+        and not line.get("finished")
+        and (is_evaluated or line["step"] < step or "eval_loss" not in line)
+    ]
     write_whole(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -278,7 +278,12 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
             "read"
         ) from error
     if not isinstance(model, PeftModel):
-        model.load_state_dict(saved)
+        try:
+            model.load_state_dict(saved)
+        except RuntimeError as error:  # names and sizes, line by line
+            raise ModelError(
+                f"{folder}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})"
+            ) from error
         return
     result = set_peft_model_state_dict(model, saved)
     missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]

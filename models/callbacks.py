@@ -139,7 +139,7 @@ class EarlyStopping(TrainerCallback):
                 state.global_step,
                 self.patience,
             )
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
     def is_over(self, history: Sequence[dict]) -> bool:
         """Judged from the log history alone; a run that was killed after its stop is over too."""

@@ -81,11 +81,13 @@ def find_damage(folder: str | Path) -> str | None:
 
 
 def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
-    """The run's newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told."""
+    """The run's newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told.
+
+    Raises UserError for a newer one that another run wrote: this run would come to its step.
+    """
     for path in checkpoints_in(run_folder):
         if not _is_of(path, run_id):
-            logger.warning("%s: was not written by this run and is left alone", path)
-            continue
+            raise UserError(f"{path}: is in the way, another run wrote it; move it, and the same command goes on")
         damage = find_damage(path)
         if damage is None:
             return path
@@ -136,7 +138,8 @@ def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
         for path in own[own.index(finished[keep - 1]) + 1 :]:  # the newest stand first
             path.rename(path.with_name(path.name + DELETED))  # half deleted it would look like a damaged one
     for path in Path(run_folder).glob(f"{PREFIX}*{DELETED}"):
-        shutil.rmtree(path)
+        if path.is_dir() and _is_of(path, run_id):
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -222,6 +225,9 @@ def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
         # rotation deletes the oldest after the newest is written; best/ stands beside its successor and the old one
         4 * learning * (3 * (checkpoints + 1) + 3) + MARGIN_BYTES
     )
+    holds = [*checkpoints_in(run_folder), Path(run_folder) / BEST]  # a run that goes on has some of it already
+    held = sum(path.stat().st_size for folder in holds for path in folder.rglob("*") if path.is_file())
+    needed = max(needed - held, 4 * learning * (3 + 1) + MARGIN_BYTES)
     free = shutil.disk_usage(run_folder).free
     if free < needed:
         raise UserError(

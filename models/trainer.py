@@ -24,7 +24,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from config.run_folder import PREFIX, append_metrics
+from config.run_folder import PREFIX, append_metrics, cut_metrics
 from config.training_config import TrainingConfig
 from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
@@ -93,6 +93,7 @@ class PlantTrainer(Trainer):
         self.run_id = run_id
         self.skipped: list[str] = []  # what was told of the steps in a row that were skipped just now
         self.stop = StopRequest()
+        self.made_up: list[dict] = []  # of the log history: an evaluation that a stopped run had left out
         self.random_state: list[torch.Tensor] | None = None  # behind the last whole step of this process
         self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
@@ -394,6 +395,7 @@ class PlantTrainer(Trainer):
         with logging_redirect_tqdm([logger]), self.stop.listening():
             try:
                 self._train_from(checkpoint)
+                self.stop.check()
             except Interrupted:
                 self.save_here()
                 raise
@@ -410,12 +412,14 @@ class PlantTrainer(Trainer):
             return
         logger.info("plan   going on from %s", checkpoint)
         saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        if self.eval_dataset is not None and _evaluation_is_due(saved, self.args):
+        folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
+        cut_metrics(folder, folder, saved.global_step, is_evaluated)
+        every = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
+        if every and saved.global_step % every == 0 and not is_evaluated:  # stopped between step and evaluation
             self._load_from_checkpoint(str(checkpoint))
-            self.state = saved
+            self.state, known = saved, len(saved.log_history)
             self.evaluate()
-            saved.save_to_json(checkpoint / "trainer_state.json")
-            write_manifest(checkpoint)
+            self.made_up = saved.log_history[known:]
         early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
         if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
             self.train(resume_from_checkpoint=str(checkpoint))
@@ -433,6 +437,10 @@ class PlantTrainer(Trainer):
         self._save_checkpoint(self.model, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
         logger.info("saved  %s", folder)
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # of a run that is in fp16 no more there is one to load
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
@@ -482,9 +490,7 @@ class PlantTrainer(Trainer):
 
     def evaluate_here(self) -> None:
         """Evaluate, unless that was done after this very step."""
-        if not any(
-            entry["step"] == self.state.global_step and "eval_loss" in entry for entry in self.state.log_history
-        ):
+        if not _is_evaluated(self.state):
             self.evaluate()
 
     @torch.no_grad()
@@ -549,10 +555,16 @@ def cut(batch: dict, size: int) -> list[dict]:
 
 
 class StepState(TrainerCallback):
-    """Remembers what a step that fails or is interrupted must leave as it was: random state and sum of losses."""
+    """Remembers what a step that fails or is interrupted must leave as it was: random state and sum of losses.
+
+    Also puts into the log history, which was read from the checkpoint, an evaluation that was made up for before.
+    """
 
     def __init__(self, trainer: PlantTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.log_history.extend(self.trainer.made_up)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.loss_before = self.trainer._tr_loss.clone()
@@ -561,11 +573,8 @@ class StepState(TrainerCallback):
         self.trainer.random_state = _save_random_state(args.device)
 
 
-def _evaluation_is_due(state: TrainerState, arguments: TrainingArguments) -> bool:
-    """True if a run was stopped between a step and its evaluation."""
-    every = arguments.eval_steps if arguments.eval_strategy == "steps" else 0
-    done = any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
-    return bool(every) and state.global_step % every == 0 and not done
+def _is_evaluated(state: TrainerState) -> bool:
+    return any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
 
 def _save_random_state(device: torch.device) -> list[torch.Tensor]:

@@ -271,24 +271,22 @@ def damage(folder: Path, half: Path, expected: dict, name: str, how: Callable[[P
 def cramp_step() -> None:
     from tests.models.test_trainer import Cramped
 
-    at_step(5, lambda trainer: Cramped(trainer.model.model, room=4))
+    at_step(5, lambda trainer: Cramped(trainer.model.get_base_model(), room=4))
 
 
 def cramp_evaluation() -> None:
+    import torch
+
     from models import scoring
-    from tests.models.test_trainer import Cramped
 
-    real = scoring.score_batch
-    shrunk = []
+    real = scoring._score_photos
 
-    def score_batch(model, *args):
-        if not shrunk:
-            shrunk.append(Cramped(model.get_base_model().model, room=7))
-        return real(model, *args)
+    def score(base, input_ids, *args):
+        if len(input_ids) > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(base, input_ids, *args)
 
-    import models.trainer
-
-    models.trainer.score_batch = score_batch
+    scoring._score_photos = score
 
 
 def poison(steps: Sequence[int]) -> None:
@@ -424,14 +422,11 @@ def cramped_shared_memory(folder: Path, expected: dict) -> Outcome:
     return Outcome(status != 0 or not is_told, 0, end_of(folder) == expected, told)
 
 
-def redone(folder: Path, expected: dict, fault: Callable[[], None]) -> Outcome:
-    """Out of memory: the run steps down by itself. Its sums are made in another order, so it is near, not equal."""
+def redone(folder: Path, fault: Callable[[], None]) -> Outcome:
+    """Out of memory: the run steps down by itself. In other pieces dropout draws other masks, so the end is another."""
     status = finish(start(folder, fault=fault))
     told = screen_of(folder)
-    losses = [loss for _, loss, _ in end_of(folder)["steps"] if loss is not None]
-    near = [loss for _, loss, _ in expected["steps"] if loss is not None]
-    is_near = len(losses) == len(near) and all(abs(a - b) < 1e-3 for a, b in zip(losses, near))
-    return Outcome(status != 0 or "out of memory" not in told or not is_near, 0, None, told)
+    return Outcome(status != 0 or "out of memory" not in told, 0, None, told)
 
 
 def skipped(folder: Path) -> Outcome:

@@ -4,9 +4,11 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 0.3  # seconds within which a second signal is the first one by another way: to the process, and to its group
 
 
 class Interrupted(KeyboardInterrupt):
@@ -18,6 +20,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self.since = 0.0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -30,11 +33,14 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.signal = number
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_DFL)
-        # Not by the logger: it may be in the middle of a line when the signal comes.
-        os.write(2, b"\nstopping after this forward pass, and saving; a second signal ends at once\n")
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+            # Not by the logger: it may be in the middle of a line when the signal comes. Who reads may be gone.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this forward pass, and saving; a second signal ends at once\n")
+        elif time.monotonic() - self.since > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""

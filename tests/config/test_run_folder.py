@@ -166,6 +166,8 @@ def test_a_named_run_or_its_newest_checkpoint_goes_on_in_its_folder(named):
     assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("unfinished", "mine", None)
     with pytest.raises(ConfigError, match="another config .seed: 42 -> 7"):
         choose_run_folder(parse_config(["--resume", named, "--seed", "7"]))
+    with pytest.raises(ConfigError, match=r"with --allow-changed .not for model, trainable, lora_r, optim."):
+        choose_run_folder(parse_config(["--resume", named, "--lora-r", "8", "--allow-changed"]))
     changed = choose_run_folder(parse_config(["--resume", named, "--seed", "7", "--allow-changed"]))
     assert changed.state == "unfinished" and changed.notes[0] == "changed, as --allow-changed says: seed: 42 -> 7"
 
@@ -178,11 +180,20 @@ def test_a_checkpoint_begins_another_run_and_the_same_command_goes_on_there():
     chosen = choose_run_folder(parse_config(flags))
     assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("fresh", "other", Path(named))
     Path("other").mkdir()
-    save_config(chosen.config, "other", {"origin": str(Path(named).resolve())})
+    save_config(chosen.config, "other", {})
+    Path(named).rmdir()  # the old run goes on and lets it go
     again = choose_run_folder(parse_config(flags))
-    assert (again.state, again.config.output_dir, again.origin) == ("unfinished", "other", Path(named))
-    with pytest.raises(ConfigError, match="holds a run that did not begin from mine/checkpoint-100"):
+    assert (again.state, again.config.output_dir) == ("unfinished", "other")
+    with pytest.raises(ConfigError, match="holds what did not begin from mine/checkpoint-100; name a new folder"):
         choose_run_folder(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
+
+
+def test_the_same_command_goes_on_though_the_run_is_past_the_named_checkpoint():
+    start(["--output-dir", "mine"])
+    command = parse_config(["--resume", checkpoint_of("mine", 50)])
+    save_config(choose_run_folder(command).config, "mine", {})
+    checkpoint_of("mine", 100)
+    assert choose_run_folder(command).state == "unfinished"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,15 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, tiny)
         check_disk(tmp_path, tiny.model(), 2)
 
 
+def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=212e6))
+    with pytest.raises(UserError, match="the checkpoints need 0.3 GB"):
+        check_disk(tmp_path, tiny.model(), 4)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "x").write_bytes(bytes(45_000_000))
+    check_disk(tmp_path, tiny.model(), 4)
+
+
 def test_best_is_replaced_whole_or_not_at_all(tmp_path):
     best = tmp_path / "best"
 
@@ -191,9 +200,11 @@ def test_rotation_keeps_the_newest_finished_ones_and_what_others_wrote(tmp_path)
         make(tmp_path, step, "mine", finished=step != 20)
     make(tmp_path, 5, "other")
     (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-10.deleted").mkdir()  # a kill while it was deleted
+    make(tmp_path, 8, "mine").rename(tmp_path / "checkpoint-8.deleted")  # a kill while it was deleted
+    make(tmp_path, 9, "other").rename(tmp_path / "checkpoint-9.deleted")
     rotate(tmp_path, "mine", 2)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-30", "checkpoint-40", "checkpoint-5", "checkpoint-7"]
+    left = [f"checkpoint-{rest}" for rest in ("30", "40", "5", "7", "9.deleted")]
+    assert sorted(os.listdir(tmp_path)) == left
 
 
 def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
@@ -203,16 +214,16 @@ def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
 
 
-def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(tmp_path, capsys):
-    setup_logging()
-    make(tmp_path, 90, "other")
-    make(tmp_path, 95, "other", finished=False)
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(finished, tmp_path):
+    make(tmp_path, 5, "other")
     mine = make(tmp_path, 10, "mine")
     assert last_checkpoint(tmp_path, "mine") == mine
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-90", "checkpoint-95"]
-    assert "checkpoint-90: was not written by this run and is left alone" in capsys.readouterr().out
-    with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the same"):
-        claim(tmp_path / "checkpoint-90", "mine")
+    make(tmp_path, 90, "other", finished)
+    for look in (lambda: last_checkpoint(tmp_path, "mine"), lambda: claim(tmp_path / "checkpoint-90", "mine")):
+        with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the sam"):
+            look()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-5", "checkpoint-90"]
 
 
 @pytest.mark.parametrize("damage", [lambda mark: mark.unlink(), lambda mark: mark.write_text("min")])

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from tests.data.test_collator import SIZES, rows_of
 from utils.device_utils import memory_in_use
 from utils.image_utils import PhotoError
 from utils.logging_utils import UserError, setup_logging
-from utils.signal_utils import SIGNALS, Interrupted
+from utils.signal_utils import SIGNALS, Interrupted, StopRequest
 from utils.tensor_utils import ShapeError
 
 CPU = torch.device("cpu")
@@ -326,6 +327,54 @@ def test_a_signal_before_the_first_step_is_done_leaves_nothing_to_save(tiny, tmp
     with pytest.raises(Interrupted):
         trainer.train_from(None)
     assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_signal_in_an_evaluation_that_is_interrupted_again_leaves_one_line_of_it(every, tiny, tmp_path, monkeypatch):
+    """Stopped between step 4 and its evaluation, twice; then the run ends, with each evaluation once."""
+    settings = {"max_steps": 4, "eval_steps": every, "save_steps": 2}
+    trainer = make_trainer(tiny, tmp_path, **settings)
+    trainer.add_callback(Signal("on_step_end", 4 if every is None else 2))
+    with pytest.raises(Interrupted):
+        trainer.train_from(None)
+        trainer.evaluate_here()
+    checkpoint = last_checkpoint(tmp_path)
+    before = (checkpoint / "trainer_state.json").read_bytes()
+    for last in (False, True):
+        again = make_trainer(tiny, tmp_path, **settings)
+        if not last:
+            again.add_callback(Signal("on_evaluate", again.state.global_step or (4 if every is None else 2)))
+            with contextlib.suppress(Interrupted, KeyboardInterrupt):
+                again.train_from(checkpoint)
+                again.evaluate_here()
+            assert (checkpoint / "trainer_state.json").read_bytes() == before  # a good checkpoint is not written to
+            continue
+        again.train_from(checkpoint)
+        again.evaluate_here()
+    evaluated = [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line]
+    assert evaluated == ([4] if every is None else [2, 4])
+    assert [entry["step"] for entry in again.state.log_history if "eval_loss" in entry] == evaluated
+
+
+def test_a_signal_after_the_last_step_ends_the_run_too(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, eval_steps=None)
+    trainer.add_callback(Signal("on_save", 4))
+    with pytest.raises(Interrupted):
+        trainer.train_from(None)
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_a_signal_is_noted_though_nobody_reads_and_its_double_is_no_second_one(monkeypatch):
+    def closed(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("utils.signal_utils.os.write", closed)
+    stop = StopRequest()
+    with stop.listening():
+        for _ in range(2):  # to the process, and to its group
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            stop.check()
 
 
 def test_workers_let_their_parent_decide(tiny, tmp_path):

@@ -84,8 +84,8 @@ def test_every_fault(expected, half, tmp_path, may_mount):
             f"newest checkpoint, one file each: {how.__doc__}",
             (faults.damage(tmp_path / f"{how.__name__}-{name}", half, end, name, how) for name in names),
         )
-    table.add("out of memory in a step", [faults.redone(tmp_path / "oom", end, faults.cramp_step)])
-    table.add("out of memory in an evaluation", [faults.redone(tmp_path / "oom2", end, faults.cramp_evaluation)])
+    table.add("out of memory in a step", [faults.redone(tmp_path / "oom", faults.cramp_step)])
+    table.add("out of memory in an evaluation", [faults.redone(tmp_path / "oom2", faults.cramp_evaluation)])
     table.add("a loss that is not a number, `--max-skipped-steps 1`", [faults.skipped(tmp_path / "skip")])
     table.add("the same, stopping", [faults.stopped(tmp_path / "stop", end)])
     table.add("a worker killed", [faults.worker_killed(tmp_path / f"worker{n}", end) for n in range(3)])
