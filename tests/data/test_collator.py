@@ -84,7 +84,7 @@ def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
     stock.loss.backward()
     supervised = batch["shift_labels"] != IGNORED
     assert (ours.logits - stock.logits[:, batch["logits_to_keep"]])[supervised].abs().max() < 1e-5
-    assert abs(ours.loss.item() - stock.loss.item()) < 1e-6
+    assert abs(ours.loss.item() - stock.loss.item()) < 5e-6  # sums in another order, at a loss of 7
     stock_gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(our_gradients) == len(stock_gradients) > 50
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(our_gradients, stock_gradients))
