@@ -28,9 +28,11 @@ def main(argv: list[str] | None = None) -> int:
             for note in notes:
                 logger.info(note)
             return 0
-        from models.checkpoint import lock_folder
+        from models.checkpoint import check_whole, lock_folder
 
         held.enter_context(lock_folder(config.output_dir))
+        if origin is not None:
+            check_whole(origin)
         setup_logging(config.output_dir)
         for note in notes:
             logger.info(note)
@@ -79,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = last_checkpoint(config.output_dir, run_id)
         if checkpoint is None and origin is not None:
             checkpoint = branch_off(origin, config.output_dir, run_id)
+        if checkpoint is None and state == "unfinished":
+            logger.info("plan   no checkpoint to go on from: beginning at step 1")
         trainer.fit_to_card(
             collator.largest_row(data.train),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),

@@ -74,6 +74,7 @@ def _check_settings(config: TrainingConfig, saved: TrainingConfig, folder: Path)
         raise ConfigError(
             f"--output-dir {folder}: holds a run with another config ({changed}); name a new folder, run with the old "
             f"settings to go on there, or with --allow-changed (not for {', '.join(OF_THE_WEIGHTS)})"
+            + (f"; it was begun with --preset {saved.preset}" if saved.preset != config.preset else "")
         )
     return [f"changed, as --allow-changed says: {changed}"] if changed else []
 
@@ -84,10 +85,14 @@ def _named_start(config: TrainingConfig, start: Path) -> RunFolder:
     folder = Path(config.output_dir or run)
     if (folder / CONFIG_FILE).exists() and load_config(folder)[0].resume == config.resume:
         return _explicit_folder(dataclasses.replace(config, output_dir=str(folder)), folder)  # the same command again
-    if not start.is_dir() or not (run / CONFIG_FILE).exists():
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder}: is a file; name a folder")
+    known = checkpoints_in(run) if (run / CONFIG_FILE).exists() else []
+    if (start != run or not (run / CONFIG_FILE).exists()) and start not in known:
+        there = ", ".join(path.name for path in known)
         raise ConfigError(
-            f"--resume {start}: is no run and no checkpoint of one; use auto, never, or such as runs/default or "
-            "runs/default/checkpoint-50"
+            f"--resume {start}: is no run and no checkpoint of one; "
+            + (f"{run} has {there}" if there else "use auto, never, or such as runs/default/checkpoint-50")
         )
     config = dataclasses.replace(config, output_dir=str(folder))
     if folder.resolve() == run.resolve():

@@ -112,7 +112,11 @@ class TrainingConfig:
     test_fraction: float = knob(0.1, "of an image folder without a test split", above=0, high=0.5)
     allow_missing: bool = knob(False, "go on although photos named by the data set are not on disk")
     max_bad_fraction: float = knob(
-        0.01, "share of unreadable photos above which the run stops; they are counted and named", low=0, high=1
+        0.01,
+        "share of unreadable photos above which the run stops; they are counted and named",
+        low=0,
+        high=1,
+        free=True,
     )
     image_size: int | None = knob(
         336, "photos become squares of this side, in pixels; none: their own size, up to 5 tiles", low=28

@@ -173,14 +173,15 @@ def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
 
 
-def branch_off(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
-    """A run that begins at another's checkpoint: a copy of it, its metrics, and best/ if it is of then. The copy.
-
-    Raises UserError for a damaged checkpoint.
-    """
+def check_whole(checkpoint: Path) -> None:
+    """Raises UserError for a damaged checkpoint."""
     damage = find_damage(checkpoint)
     if damage is not None:
         raise UserError(f"--resume {checkpoint}: {damage}; name another checkpoint of {checkpoint.parent}")
+
+
+def branch_off(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
+    """A run that begins at another's checkpoint: a copy of it, its metrics, and best/ if it is of then. The copy."""
     cut_metrics(checkpoint.parent, run_folder, step_of(checkpoint))
     best = read_best(checkpoint.parent / BEST)
     if best is not None and best["step"] <= step_of(checkpoint):

@@ -74,7 +74,9 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning("interrupted; the same command goes on from what was saved (checkpoints, photos scored)")
+        logger.warning(
+            "interrupted; the same command goes on from what was saved (checkpoints, photos scored); leave out --resume never"
+        )
         sys.exit(130)
     except Exception as error:
         sentence = _disk_sentence(error) or _worker_sentence(error)

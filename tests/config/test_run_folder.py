@@ -201,6 +201,12 @@ def test_the_same_command_goes_on_though_the_run_is_past_the_named_checkpoint():
     [
         (["--resume", "nowhere"], "--resume nowhere: is no run and no checkpoint of one; use auto, never, or such as"),
         (["--resume", "mine/file"], "--resume mine/file: is no run and no checkpoint of one"),
+        (["--resume", "mine/checkpoint-7"], "is no run and no checkpoint of one; mine has checkpoint-50, checkpoint-9"),
+        (
+            ["--resume", "mine/checkpoint-9", "--output-dir", "mine/file"],
+            "--output-dir mine/file: is a file; name a fo",
+        ),
+        (["--resume", "mine", "--preset", "projector"], "another config .*; it was begun with --preset default"),
         (["--resume", "mine/checkpoint-9"], "the run went on to step 50 from there; leave --resume out to go on, or"),
         (["--resume", "mine", "--output-dir", "new"], "a run goes on in its own folder; name one of its checkpoints"),
         (["--resume", "mine/checkpoint-9", "--output-dir", "new", "--seed", "7"], "another config .seed: 42 -> 7"),
