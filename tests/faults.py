@@ -147,7 +147,7 @@ def go_on(folder: Path, expected: dict | None, argv: Sequence[str] = RUN) -> Out
     status = finish(start(folder, argv))
     found = re.search(r"going on from \S+checkpoint-(\d+)", screen_of(folder))
     lost = status != 0 or not any(line.get("finished") for line in read_metrics(folder / "run"))
-    again = max(done - (int(found[1]) if found else 0), 0)
+    again = 0 if "is finished" in screen_of(folder) else max(done - (int(found[1]) if found else 0), 0)
     return Outcome(lost, again, None if expected is None or lost else end_of(folder) == expected, told)
 
 

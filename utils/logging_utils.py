@@ -75,7 +75,8 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         logger.warning(
-            "interrupted; the same command goes on from what was saved (checkpoints, photos scored); leave out --resume never"
+            "interrupted; the same command goes on from what was saved (checkpoints, photos scored), but leave out "
+            "--resume never"
         )
         sys.exit(130)
     except Exception as error:
