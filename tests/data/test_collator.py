@@ -65,10 +65,11 @@ def test_the_tokenizer_is_left_padding_left(tiny):
 
 
 def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
-    """Against the stock use: attention mask, full labels, logits of every position."""
+    """Against the stock use: attention mask, full labels, logits of every position. In fp64: single sums differ more."""
     batch = tiny.native(rows_of(tiny, SIZES))
-    model = tiny.model()
+    model = tiny.model().double()
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_sizes")}
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     ours = model(
         **inputs, logits_to_keep=batch["logits_to_keep"], shift_labels=batch["shift_labels"], labels=batch["labels"]
     )
@@ -84,7 +85,7 @@ def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
     stock.loss.backward()
     supervised = batch["shift_labels"] != IGNORED
     assert (ours.logits - stock.logits[:, batch["logits_to_keep"]])[supervised].abs().max() < 1e-5
-    assert abs(ours.loss.item() - stock.loss.item()) < 5e-6  # sums in another order, at a loss of 7
+    assert abs(ours.loss.item() - stock.loss.item()) < 1e-6
     stock_gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(our_gradients) == len(stock_gradients) > 50
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(our_gradients, stock_gradients))
