@@ -65,7 +65,7 @@ def test_the_tokenizer_is_left_padding_left(tiny):
 
 
 def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
-    """Against the stock use: attention mask, full labels, logits of every position. In fp64: single sums differ more."""
+    """Against the stock use: attention mask, full labels, logits of every position. In fp64, to tell no rounding."""
     batch = tiny.native(rows_of(tiny, SIZES))
     model = tiny.model().double()
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "image_sizes")}

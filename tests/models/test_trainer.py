@@ -124,6 +124,11 @@ def test_every_setting_of_the_optimizer_reaches_it(tmp_path):
     assert (arguments.logging_steps, arguments.eval_steps) == (4, 6)
 
 
+def test_as_many_checkpoints_are_kept_as_configured(tiny, tmp_path):
+    make_trainer(tiny, tmp_path, save_steps=1, save_total_limit=3).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4)]
+
+
 def test_several_cards_in_sight_change_nothing(tmp_path, monkeypatch):
     two_cards = property(lambda self: setattr(self, "_n_gpu", 2) or CPU)
     monkeypatch.setattr("transformers.TrainingArguments._setup_devices", two_cards)
