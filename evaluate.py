@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
+from config.run_folder import BEST
 from config.training_config import ON_CPU, ConfigError, load_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
@@ -40,15 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         from models.builder import (
             build_model,
             build_processor,
+            build_trained,
             check_model,
             compile_layers,
             describe_model,
-            load_weights,
         )
         from models.checkpoint import describe_best
         from utils.device_utils import choose_device, choose_precision
 
-        adapter = None if is_base else describe_best(folder / "best")
+        adapter = None if is_base else describe_best(folder / BEST)
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         data = build_datasets(config)
@@ -57,17 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         processor, prompt = build_processor(config, data.class_names)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         strangers = strangers_of(options.strangers)
-        model = build_model(config, processor, device, precision)
-        check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-        facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
         if is_base:
+            model = build_model(config, processor, device, precision)
+            check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
+            facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
             save_config(config, folder, facts | {"base": True})
         else:
-            if any(facts[name] != recorded[name] for name in ("probe_ids", "model_commit")):
-                raise UserError(
-                    f"--model {config.model}: is not what {folder} was trained on; put back that checkpoint"
-                )
-            load_weights(model, folder / "best")
+            model = build_trained(config, recorded, folder, processor, prompt, device, precision)
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)
         if rows is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config.run_folder import changed_fields
+from config.run_folder import changed_fields, open_run, runs_here
 from config.training_config import (
     CONFIG_FILE,
     ConfigError,
@@ -52,20 +52,20 @@ class Evaluation(NamedTuple):
 
 def parse_evaluation(argv: list[str] | None = None, description: str = "") -> Evaluation:
     """Flags over the run's saved config. Every problem is printed at once; then SystemExit with status 2."""
-    flags = read_flags(argv, description, (TrainingConfig, EvaluationOptions), words="RUN")
+    flags = read_flags(argv, description, (TrainingConfig, EvaluationOptions), words="[RUN ...]")
     options, problems = apply_flags(EvaluationOptions(), flags.given)
     problems = [*flags.problems, *problems, *find_range_problems(options)]
     folders = [Path(word) for word in flags.words]
     config, recorded = TrainingConfig(question=PUBLISHED_QUESTION), {}
     if not folders and "model" not in flags.given and "preset" not in flags.given:
-        problems.append(f"name a run ({_runs_here()}), or the untouched base: --model ID_OR_FOLDER")
+        problems.append(f"name a run ({runs_here()}), or the untouched base: --model ID_OR_FOLDER")
     if len(folders) > 2:
         problems.append(f"{' '.join(flags.words)}: name one run, or two to compare")
     for folder in folders:
         try:
-            config, recorded = load_config(folder)
+            config, recorded = open_run(folder)
         except ConfigError as error:
-            problems.append(f"{error}. Runs here: {_runs_here()}")
+            problems.append(f"{error}. Runs here: {runs_here()}")
     allowed = set(flags.given)
     if folders:
         allowed = {field.name for field in dataclasses.fields(EvaluationOptions)} | set(FREE_FIELDS)
@@ -100,7 +100,3 @@ def _other_base(config: TrainingConfig) -> list[str]:
         return [str(error)]
     changed = changed_fields(config, saved) if recorded.get("base") else ["a run"]
     return [f"{folder}: holds {'; '.join(changed)}; name another --output-dir"] if changed else []
-
-
-def _runs_here() -> str:
-    return ", ".join(sorted(str(path.parent) for path in Path("runs").glob(f"*/{CONFIG_FILE}"))) or "no runs here yet"

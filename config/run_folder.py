@@ -10,6 +10,7 @@ from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, loa
 
 METRICS_FILE = "metrics.jsonl"
 PREFIX = "checkpoint-"
+BEST = "best"  # the weights that name best on val, or the last ones
 LOCK_FILE = "run.lock"  # held by the training that writes to the folder
 OF_THE_WEIGHTS = ("model", "trainable", "lora_r", "optim")  # settings that a checkpoint's tensors are made for
 NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # settings that say where and how a run goes on
@@ -44,6 +45,19 @@ def choose_run_folder(config: TrainingConfig) -> RunFolder:
         if reason is None:
             return RunFolder(candidate, "unfinished", notes + _going_on(config, folder))
         notes.append(f"{folder} {reason}")
+
+
+def open_run(folder: str | Path) -> tuple[TrainingConfig, dict]:
+    """Config and recorded facts of a run, its base model at the very commit that was trained on. Raises ConfigError."""
+    config, recorded = load_config(folder)
+    if recorded.get("model_commit") and not recorded.get("base"):
+        config = dataclasses.replace(config, model_revision=recorded["model_commit"])
+    return config, recorded
+
+
+def runs_here() -> str:
+    """Their folders, for a message."""
+    return ", ".join(sorted(str(path.parent) for path in Path("runs").glob(f"*/{CONFIG_FILE}"))) or "no runs here yet"
 
 
 def _explicit_folder(config: TrainingConfig, folder: Path) -> RunFolder:
@@ -225,12 +239,15 @@ def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False)
         "photos": "the photos of train and val",
         "probe_ids": "the tokenizer",
         "model_commit": "the model's commit",
+        "model_files": "the model's files",
         "precision": "the precision",
         "processes": "the number of processes",
     }
-    recorded.setdefault("processes", 1)  # runs that began before it was recorded
+    recorded = {"processes": 1, "model_files": facts["model_files"]} | recorded  # runs that began without them
     changed = [
-        told if name in ("class_names", "photos", "probe_ids") else f"{told} ({recorded.get(name)} -> {facts[name]})"
+        told
+        if name in ("class_names", "photos", "probe_ids", "model_files")
+        else f"{told} ({recorded.get(name)} -> {facts[name]})"
         for name, told in words.items()
         if facts[name] != recorded.get(name)
     ]

@@ -363,7 +363,9 @@ class Flags(typing.NamedTuple):
 def read_flags(argv: list[str] | None, description: str, kinds: tuple[type, ...], words: str | None = None) -> Flags:
     """Flags for every field of these dataclasses of knobs; `words` names what may stand alone, None: nothing may."""
     parser = _build_parser(description, kinds, words)
-    flags, unknown = parser.parse_known_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+    argv = _spelled_out(sys.argv[1:] if argv is None else argv, kinds)
+    # Words may stand between flags; without any, argparse's own order is the same.
+    flags, unknown = (parser.parse_known_intermixed_args if words else parser.parse_known_args)(argv)
     known = [action.option_strings[0] for action in parser._actions if action.option_strings]
     problems = [
         f"{word}: unknown flag{_nearest(word.split('=')[0], known)}" for word in unknown if word.startswith("-")
@@ -397,31 +399,41 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(description: str, kinds: tuple[type, ...], words: str | None) -> argparse.ArgumentParser:
+    is_whole = TrainingConfig in kinds
     parser = _Parser(
         description=description,
-        usage=f"%(prog)s {f'[{words} ...] ' if words else ''}[--preset NAME] [--setting value ...]",
+        usage=f"%(prog)s {f'{words} ' if words else ''}{'[--preset NAME] ' * is_whole}[--setting value ...]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"presets: {', '.join(PRESETS)}. --image-size none and the like mean: no value.",
+        epilog=f"presets: {', '.join(PRESETS)}. --image-size none and the like mean: no value." if is_whole else None,
     )
     if words:
         parser.add_argument("words", nargs="*", metavar=words, help=argparse.SUPPRESS)
     for field in itertools.chain(*map(dataclasses.fields, reversed(kinds))):
         choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-        bare = {"nargs": "?", "const": "true"} if bool in _kinds(field) else {}
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             metavar="VALUE",
-            **bare,
             help=f"{field.metadata['help']}{choices} [{_show(field.default)}]".replace("%%", "%").replace("%", "%%"),
         )
     return parser
 
 
-def _with_dashes(argv: list[str]) -> list[str]:
-    """--output_dir, as transformers spells it, is --output-dir."""
-    flags = [word.partition("=") if word.startswith("--") else (word, "", "") for word in argv]
-    return [(name.replace("_", "-") if name.startswith("--") else name) + sign + value for name, sign, value in flags]
+def _spelled_out(argv: list[str], kinds: tuple[type, ...]) -> list[str]:
+    """--output_dir, as transformers spells it, is --output-dir; --json before a photo is --json=true."""
+    switches = {
+        "--" + field.name.replace("_", "-")
+        for field in itertools.chain(*map(dataclasses.fields, kinds))
+        if bool in _kinds(field)
+    }
+    spelled = []
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name in switches and not sign and following.lower() not in ("true", "false"):
+            sign, value = "=", "true"
+        spelled.append(name + sign + value)
+    return spelled
 
 
 def _convert(text: str, kinds: tuple[type, ...]):

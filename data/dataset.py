@@ -20,7 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, c
 from config.training_config import TrainingConfig
 from data.labels import CLASS_NAMES, official_counts
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
-from utils.image_utils import printable
+from utils.image_utils import SUFFIXES, is_photo_name, photos_below, printable
 from utils.logging_utils import UserError, logger
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
@@ -28,7 +28,6 @@ OFFICIAL_SIZES = {"train": 1020, "validation": 1020, "test": 6149}
 SPLITS = tuple(OFFICIAL_SIZES)
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of an image folder, any case
 # Byte-identical pictures in two splits of the official release, kept as published.
 TWINS = {"image_07309": "image_07307 (train)", "image_08067": "image_08077 (val)", "image_08077": "image_08067 (test)"}
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
@@ -265,7 +264,7 @@ def name_twins(ids: Sequence[str]) -> list[str]:
 
 def load_strangers(folder: Path) -> Dataset:
     """The photos in a folder, whatever they show; the label 0 means nothing."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    files = photos_below(folder)
     if not files:
         raise DataError(f"--strangers {folder}: no photos found there; name a folder of photos without the classes")
     return _listed([(file, 0, str(file.relative_to(folder))) for file in files])
@@ -363,7 +362,7 @@ def _tell_ignored(roots: Iterable[Path], classes: list[str]) -> None:
         logger.warning(
             "%d files or folders inside the class folders are not read (%s, ...); read are %s, right in them, with "
             "names in UTF-8",
-            *(len(ignored), ", ".join(printable(str(path)) for path in ignored[:3]), " ".join(PHOTO_SUFFIXES)),
+            *(len(ignored), ", ".join(printable(str(path)) for path in ignored[:3]), " ".join(SUFFIXES)),
         )
 
 
@@ -389,7 +388,7 @@ def _files_of_split(folder: Path, split: str, pattern: str) -> list[Path]:
 
 
 def _is_listed(path: Path) -> bool:
-    return path.suffix.lower() in PHOTO_SUFFIXES and not path.is_dir() and _is_utf8(path)
+    return is_photo_name(path) and not path.is_dir() and _is_utf8(path)
 
 
 def _is_utf8(path: Path) -> bool:

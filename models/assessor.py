@@ -81,6 +81,21 @@ def _mark(image: dict) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
+def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
+    """What was fitted on val for just these weights, or None. Raises UserError for a file that cannot be read."""
+    path = folder / CALIBRATION_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        calibration = Calibration(*(saved[name] for name in Calibration._fields))
+        return calibration if saved["scored"]["adapter"] == adapter else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); make it again: python evaluate.py {folder}"
+        ) from error
+
+
 def read_hits(folder: Path, split: str) -> tuple[dict, dict[str, bool]]:
     """(facts, {photo: was its likeliest name the true one}) of the plain scores kept in a folder.
 

@@ -1,6 +1,7 @@
 """Processor, base model, adapter, and the assertions that what was loaded is what was asked for."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from transformers import (
     modeling_utils,
 )
 
+from config.run_folder import BEST
 from config.training_config import BUILT, TrainingConfig
 from models.fused import can_fuse, fuse_layers, fused_layers, keep_activations
 from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
@@ -42,6 +44,7 @@ IN_16_BIT = [
     "model.multi_modal_projector",
     "lm_head",
 ]  # the list replaces the default, so lm_head is in it
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for its fingerprint
 
 
 class ModelError(UserError):
@@ -101,6 +104,23 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
     return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
 
 
+def fingerprint(model: str) -> str | None:
+    """Of the weights in a folder, from a few KB of each file: other weights differ everywhere. None: no folder.
+
+    A model of the hub has its commit; it is in the cache, in files of other names on every machine.
+    """
+    files = sorted(Path(model).glob("*.safetensors")) if model and Path(model).is_dir() else []
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for piece in range(SAMPLES):
+                file.seek(piece * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
+
+
 def _loading_failed(model: str, part: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     chain = {type(link).__name__ for link in _causes(error)}
@@ -147,6 +167,32 @@ def build_model(
             compile_layers(model)
     elif recompute:
         recompute_activations(model)
+    return model
+
+
+def build_trained(
+    config: TrainingConfig,
+    recorded: dict,
+    folder: str | Path,
+    processor: LlavaNextProcessor,
+    prompt: Prompt,
+    device: torch.device,
+    precision: str,
+) -> PreTrainedModel | PeftModel:
+    """The model of a run with the weights of its best/, on the base that was trained on. Raises ModelError."""
+    model = build_model(config, processor, device, precision)
+    check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
+    facts = describe_model(model, processor, precision, device)
+    # Runs that began before a fact was recorded cannot be told from others by it.
+    names = ("probe_ids", "model_commit", "model_files")
+    moved = [name for name in names if facts[name] != recorded.get(name, facts[name])]
+    if moved:
+        raise ModelError(
+            f"--model {config.model}: is not what {folder} was trained on ({', '.join(moved)} differ); put back that "
+            "checkpoint"
+        )
+    if not recorded.get("base"):
+        load_weights(model, Path(folder) / BEST)
     return model
 
 
@@ -431,6 +477,7 @@ def describe_model(model, processor: LlavaNextProcessor, precision: str, device:
     """What a run records beside its config, so that other scripts can load it back and see that they got the same."""
     return {
         "model_commit": getattr(unwrap(model).config, "_commit_hash", None),
+        "model_files": fingerprint(unwrap(model).config._name_or_path),
         "image_processor": type(processor.image_processor).__name__,
         "probe_ids": probe_ids(processor.tokenizer),
         "precision": precision,

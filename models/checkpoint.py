@@ -17,13 +17,12 @@ from pathlib import Path
 import filelock
 from transformers import TrainerCallback
 
-from config.run_folder import LOCK_FILE, PREFIX, checkpoints_in, cut_metrics, step_of
+from config.run_folder import BEST, LOCK_FILE, PREFIX, checkpoints_in, cut_metrics, step_of
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
 RUN_MARK = "run_id"  # file in a checkpoint: the run that wrote it
 DELETED = ".deleted"  # end of the name of a folder that is being deleted
-BEST = "best"
 METRICS_OF_BEST = "best.json"
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 
@@ -207,7 +206,7 @@ def describe_best(folder: Path) -> str:
     damage = find_damage(folder)
     if damage is not None:
         raise UserError(
-            f"{folder}: holds no weights to evaluate ({damage}); finish the run with the command that began it"
+            f"{folder}: holds no finished weights ({damage}); finish the run with the command that began it"
         )
     return f"step {read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 

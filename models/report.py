@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy.special import softmax
 
 from models.evaluation import (
@@ -26,6 +27,8 @@ from utils.plot_utils import plot_answers, plot_report
 
 NEVER_SURE = 0.05  # share of val, the least sure, that is not answered however often it is right
 PAIRS, MISTAKES, SHOWN = 4, 12, 12  # look-alikes, mistakes and photos in the pictures
+EXAMPLES_FOLDER = "examples"  # of a run
+EXAMPLES, EXAMPLE_SIDE = 6, 640  # photos kept there, and the longer side of each in pixels
 
 
 class Scored(NamedTuple):
@@ -132,7 +135,22 @@ def write_report(
         hits[shown],
         f"{stem}_photos.png",
     )
+    if report["split"] == "val":
+        _keep_examples([(names[scored.labels[index]], photo_of(index)) for index in shown[:EXAMPLES]], folder)
     logger.info("result pictures: %s, %s_photos.png", stem.with_suffix(".png"), stem)
+
+
+def _keep_examples(photos: Sequence[tuple[str, Image.Image]], folder: str | Path) -> None:
+    """examples/<number> <class name>.jpg: held-out photos to try the model on, small, without what cameras add."""
+    examples = Path(folder) / EXAMPLES_FOLDER
+    examples.mkdir(exist_ok=True)
+    for old in examples.glob("*.jpg"):
+        old.unlink()
+    for number, (name, photo) in enumerate(photos, start=1):
+        photo.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+        photo.info.clear()  # EXIF of the camera, its place among it
+        plain = "".join(character if character.isalnum() or character in " -'" else "_" for character in name)
+        photo.save(examples / f"{number} {plain[:60]}.jpg", quality=90)
 
 
 def result_lines(report: dict) -> Iterator[str]:

@@ -208,10 +208,18 @@ def _check_window(base, length: int) -> None:
         )
 
 
-def score_rows(
+def score_rows(model, collator, rows, *options) -> Iterator[Score]:
+    """A Score for each row whose photo opens; each that does not is told in the log. Takes what score_batches does."""
+    for scores, bad in score_batches(model, collator, rows, *options):
+        for one in bad:
+            logger.warning("photo left out: %s", one)
+        yield from scores
+
+
+def score_batches(
     model, collator, rows, names: Sequence[Sequence[int]], batch_size: int, num_workers: int, dtype: torch.dtype
-) -> Iterator[Score]:
-    """A Score for each row whose photo opens; each photo that does not is told in the log.
+) -> Iterator[tuple[list[Score], list[str]]]:
+    """For each batch of rows, in their order: Scores in any order, and "id: reason" of the photos that do not open.
 
     `collator` is a data.collator.PlantCollator, `names` the token ids of each class name behind the prompt.
     """
@@ -221,12 +229,10 @@ def score_rows(
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
     for batch in tqdm(loader, desc="scoring photos", disable=not sys.stderr.isatty(), leave=False):
-        for bad in batch["bad"]:
-            logger.warning("photo left out: %s", bad)
-        if not batch["samples"]:
-            continue
-        moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = score_batch(model, moved, trees, micro_batch).tolist()
-        for sample, values in zip(batch["samples"], scores):
-            yield Score(sample.id, sample.label, values)
+        scores = []
+        if batch["samples"]:
+            moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                values = score_batch(model, moved, trees, micro_batch).tolist()
+            scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch["samples"], values)]
+        yield scores, batch["bad"]

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 
 from utils.logging_utils import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of photos in folders, in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
 MAX_BYTES = 400_000_000  # of a file: 16-bit RGB of so many pixels, not compressed
@@ -22,6 +23,15 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 class PhotoError(UserError):
     """A photo that cannot be used; the message names the file and the reason."""
+
+
+def is_photo_name(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def photos_below(folder: Path) -> list[Path]:
+    """Files below a folder that are named like photos, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if is_photo_name(path) and not path.is_dir())
 
 
 def open_photo(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -11,11 +11,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 LOG_FILE = "train.log"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 FULL_BYTES = 20e6  # a disk with less is why a save failed
+GOES_ON = "the same command goes on from what was saved (checkpoints, photos scored), but leave out --resume never"
 logger = logging.getLogger("llava_plants")
 
 
@@ -37,15 +39,18 @@ def set_environment() -> None:
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
 
 
-def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE) -> None:
-    """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks."""
+def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
+    """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks.
+
+    `stream` is the screen, none: stdout.
+    """
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    screen = logging.StreamHandler(sys.stdout)
+    screen = logging.StreamHandler(stream or sys.stdout)
     screen.setFormatter(_ScreenFormatter())
     logger.addHandler(screen)
     if folder is not None:
@@ -66,7 +71,7 @@ class _ScreenFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def errors_told(*kinds: type[Exception]) -> Iterator[None]:
+def errors_told(*kinds: type[Exception], when_interrupted: str = GOES_ON) -> Iterator[None]:
     """What goes wrong inside becomes a log line and exit status 1; train.log has the full traceback.
 
     A UserError, or one of `kinds`, is its one sentence on the screen.
@@ -74,11 +79,11 @@ def errors_told(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.warning(
-            "interrupted; the same command goes on from what was saved (checkpoints, photos scored), but leave out "
-            "--resume never"
-        )
+        logger.warning(f"interrupted; {when_interrupted}")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
+        sys.exit(1)
     except Exception as error:
         sentence = _disk_sentence(error) or _worker_sentence(error)
         if sentence is None and isinstance(error, (UserError, *kinds)):

@@ -1,0 +1,99 @@
+"""Name the plant in photos, with a run that train.py made.
+
+    python predict.py runs/default photo.jpg              one line: the name and how sure, or "not sure"
+    python predict.py runs/default photos 'more/*.jpg'    folders with all below them, and patterns
+    python predict.py runs/default photos --json          one JSON object a line, as they become known
+
+Names, and why a file could not be named, go to stdout in the order of the photos, all else to stderr. Confidence and
+"not sure" are as fitted on val. Exit status 1 if a file could not be named.
+"""
+
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from config.run_folder import BEST
+from config.training_config import ON_CPU, ConfigError
+from config.use_options import COMPUTING, PredictionOptions, Use, parse_use
+from utils.logging_utils import errors_told, logger, set_environment, setup_logging
+
+
+def main(argv: list[str] | None = None) -> int:
+    use = parse_use(argv, __doc__, PredictionOptions, COMPUTING, "PHOTO ...")
+    set_environment()
+    setup_logging(stream=sys.stderr)
+    with errors_told(ConfigError, when_interrupted="what was named stands above"):
+        photos = list(find_photos(use.words))
+        readable = [photo for photo, reason in photos if reason is None]
+        named = open_namer(use).name(readable) if readable else iter(())
+        logger.info(f"naming {len(readable):,} photos with {use.folder}")
+        tell, failed = as_json if use.options.json else as_line, 0
+        for photo, reason in photos:
+            found = reason or next(named)
+            failed += isinstance(found, str)
+            print(tell(photo, found, use.options.top), flush=True)
+        if failed:
+            logger.warning(f"{failed:,} of {len(photos):,} could not be named; their lines say why")
+    return 1 if failed else 0
+
+
+def open_namer(use: Use):
+    """The models.naming.Namer of a run."""
+    from data.collator import PlantCollator
+    from models.builder import build_processor, build_trained
+    from models.checkpoint import describe_best
+    from models.naming import build_namer
+    from utils.device_utils import choose_device, choose_precision
+
+    folder, _, config, recorded, _ = use
+    adapter = None if recorded.get("base") else describe_best(folder / BEST)
+    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+    precision = choose_precision(config.mixed_precision, device)
+    processor, prompt = build_processor(config, recorded["class_names"])
+    collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
+    model = build_trained(config, recorded, folder, processor, prompt, device, precision)
+    return build_namer(config, model, collator, precision, folder, adapter)
+
+
+def find_photos(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(file, or a word that stands for none, and why): files as named, photos below folders, matches of patterns."""
+    from utils.image_utils import SUFFIXES, photos_below
+
+    for word in words:
+        reason = None
+        if Path(word).is_dir():
+            found = list(map(str, photos_below(Path(word))))
+            reason = f"{word}: holds no photos; files that end in {' '.join(SUFFIXES)} are taken for such"
+        elif glob.has_magic(word) and not Path(word).exists():
+            found = sorted(path for path in glob.glob(word, recursive=True) if not Path(path).is_dir())
+            reason = f"{word}: no file matches this pattern; ** stands for folders below folders"
+        else:
+            found = [word]  # whether it is there shows when it is opened
+        yield from [(path, None) for path in found] or [(word, reason)]
+
+
+def as_line(photo: str, found, top: int) -> str:
+    """photo: name 93 % (other 4 %, ...), or the reason why there is none, which begins with the photo."""
+    from models.naming import percent
+    from utils.image_utils import printable
+
+    if isinstance(found, str):
+        return found
+    told = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
+    if not found.is_sure:
+        return f"{printable(photo)}: not sure ({', '.join(told)})"
+    return f"{printable(photo)}: {told[0]}" + f" ({', '.join(told[1:])})" * (len(told) > 1)
+
+
+def as_json(photo: str, found, top: int) -> str:
+    if isinstance(found, str):
+        return json.dumps({"photo": photo, "error": found})
+    likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
+    name = found.likeliest[0][0] if found.is_sure else None
+    return json.dumps({"photo": photo, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
