@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
-from config.run_folder import BEST
+from config.run_folder import BEST, open_run
 from config.training_config import ON_CPU, ConfigError, load_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             compile_layers,
             describe_model,
         )
-        from models.checkpoint import describe_best
+        from models.card import build_card
+        from models.checkpoint import CARD, describe_best
         from utils.device_utils import choose_device, choose_precision
 
         adapter = None if is_base else describe_best(folder / BEST)
@@ -94,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
                     strangers=strangers,
                     twins=name_twins(rows["id"]),
                 )
+                if not is_base:
+                    card = build_card(*open_run(folder), folder, prompt)
+                    (folder / BEST / CARD).write_text(card, encoding="utf-8")
     return 0
 
 

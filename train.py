@@ -9,11 +9,12 @@ The same command again goes on where a run was left unfinished. Ctrl-C, or SIGTE
 """
 
 import contextlib
+import dataclasses
 import sys
 import uuid
 from pathlib import Path
 
-from config.run_folder import check_same_run, choose_run_folder, step_of
+from config.run_folder import BEST, append_metrics, check_same_run, choose_run_folder, step_of
 from config.training_config import ON_CPU, ConfigError, TrainingConfig, load_config, parse_config, save_config
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
@@ -39,13 +40,15 @@ def main(argv: list[str] | None = None) -> int:
         from transformers import set_seed
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets, hash_ids, name_twins
+        from data.dataset import build_datasets, hash_ids, name_twins, take
         from data.synthetic import draw_strangers
         from models.assessor import build_assessor
-        from models.builder import build_model, build_processor, check_model, describe_model
-        from models.checkpoint import BEST, branch_off, check_disk, describe_best, last_checkpoint, restore
+        from models.builder import DTYPES, build_model, build_processor, check_model, describe_model
+        from models.card import build_card
+        from models.checkpoint import CARD, branch_off, check_disk, describe_best, last_checkpoint, restore
+        from models.proof import FEW, prove_reload, scores_of
         from models.trainer import build_trainer
-        from utils.device_utils import choose_device, choose_precision
+        from utils.device_utils import choose_device, choose_precision, collect_memory
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
@@ -92,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         if data.validation is not None:
             trainer.evaluate_here()
         trainer.load_best()
+        assessor = None
         if data.validation is not None:
             adapter = describe_best(trainer.best_folder)
             assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter)
@@ -99,7 +103,20 @@ def main(argv: list[str] | None = None) -> int:
             assessor.report(
                 data.validation, "val", calibration, strangers=draw_strangers(), twins=name_twins(data.validation["id"])
             )
-        trainer.note_finished()
+        card = build_card(config, load_config(config.output_dir)[1], config.output_dir, prompt)
+        (Path(config.output_dir) / BEST / CARD).write_text(card, encoding="utf-8")
+        few = take(data.train if data.validation is None else data.validation, FEW)
+        expected = scores_of(model, collator, few, DTYPES[precision])
+        steps = trainer.state.global_step
+        del trainer, model, assessor  # a card has room for one
+        collect_memory(device)
+
+        def build_again():
+            set_seed(config.seed)
+            return build_model(dataclasses.replace(config, compile="false"), processor, device, precision)
+
+        prove_reload(build_again, Path(config.output_dir) / BEST, expected, collator, few, DTYPES[precision])
+        append_metrics(config.output_dir, {"step": steps, "finished": True})
     return 0
 
 

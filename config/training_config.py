@@ -363,7 +363,7 @@ class Flags(typing.NamedTuple):
 def read_flags(argv: list[str] | None, description: str, kinds: tuple[type, ...], words: str | None = None) -> Flags:
     """Flags for every field of these dataclasses of knobs; `words` names what may stand alone, None: nothing may."""
     parser = _build_parser(description, kinds, words)
-    argv = _spelled_out(sys.argv[1:] if argv is None else argv, kinds)
+    argv = _spelled_out(sys.argv[1:] if argv is None else argv, kinds, bool(words))
     # Words may stand between flags; without any, argparse's own order is the same.
     flags, unknown = (parser.parse_known_intermixed_args if words else parser.parse_known_args)(argv)
     known = [action.option_strings[0] for action in parser._actions if action.option_strings]
@@ -419,7 +419,7 @@ def _build_parser(description: str, kinds: tuple[type, ...], words: str | None) 
     return parser
 
 
-def _spelled_out(argv: list[str], kinds: tuple[type, ...]) -> list[str]:
+def _spelled_out(argv: list[str], kinds: tuple[type, ...], has_words: bool) -> list[str]:
     """--output_dir, as transformers spells it, is --output-dir; --json before a photo is --json=true."""
     switches = {
         "--" + field.name.replace("_", "-")
@@ -430,7 +430,8 @@ def _spelled_out(argv: list[str], kinds: tuple[type, ...]) -> list[str]:
     for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
         name = name.replace("_", "-") if name.startswith("--") else name
-        if name in switches and not sign and following.lower() not in ("true", "false"):
+        is_value = following.lower() in ("true", "false") if has_words else following[:1] not in ("", "-")
+        if name in switches and not sign and not is_value:
             sign, value = "=", "true"
         spelled.append(name + sign + value)
     return spelled

@@ -222,7 +222,7 @@ def load_base(
             f"--model {model}: holds no *.safetensors weights; download them (git lfs pull), or name another folder"
         )
     try:
-        with _read_not_mapped():
+        with read_not_mapped():
             base = LlavaNextForConditionalGeneration.from_pretrained(
                 model,
                 revision=revision,
@@ -256,7 +256,7 @@ def _quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig 
 
 
 @contextlib.contextmanager
-def _read_not_mapped() -> Iterator[None]:
+def read_not_mapped() -> Iterator[None]:
     """Weights are read one by one and let go: in mapped files they stay resident, all 15 GB of a checkpoint."""
     mapped = modeling_utils.safe_open
     modeling_utils.safe_open = lambda *args, **kwargs: mapped(*args, **kwargs | {"backend": "pread"})

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 RUN_MARK = "run_id"  # file in a checkpoint: the run that wrote it
 DELETED = ".deleted"  # end of the name of a folder that is being deleted
 METRICS_OF_BEST = "best.json"
+CARD = "README.md"  # is written anew after every evaluation, so no manifest has it
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 
 
@@ -51,7 +52,7 @@ def write_manifest(folder: str | Path) -> None:
     """Sync every file of the folder to disk, then record its size and sha256 in manifest.json, which is synced last."""
     folder = Path(folder)
     entries = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD)):
         _sync(path)
         entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     draft = folder / f"{MANIFEST}.draft"
@@ -67,6 +68,8 @@ def find_damage(folder: str | Path) -> str | None:
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
+            if name == CARD:  # of runs that began before the card was written
+                continue
             path = folder / name
             if not path.is_file() or path.is_symlink() or folder.resolve() not in path.resolve().parents:
                 return f"{name} is missing"

@@ -174,6 +174,12 @@ class Kernels:
             self._asked = True
             self.pieces = {name: _Compiled(piece) for name, piece in self.pieces.items()}
 
+    def be_plain(self) -> None:
+        """As before `compile`."""
+        if self._asked:
+            self._asked = False
+            self.pieces = {name: compiled.piece for name, compiled in self.pieces.items()}
+
     def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], photos: int) -> tuple[torch.Tensor, ...]:
         """(M, head_dim) cosines and sines; all layers of a forward are given the same ones, and keep one copy."""
         known, known_photos, rows = self._positions

@@ -212,12 +212,18 @@ def as_markdown(report: dict) -> str:
         lines += ["", 'Photos that show none of the classes, and how many came out "not sure":', ""]
         lines += ["| photos | n | not sure |", "|---|---|---|"]
         lines += [f"| {kind} | {own['n']} | {show(own['not_sure'])} |" for kind, own in report["strangers"].items()]
+    lines += confusion_lines(report)
+    if report.get("twins"):
+        lines += ["", f"Byte-identical pictures in two splits, kept as published: {', '.join(report['twins'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def confusion_lines(report: dict) -> list[str]:
+    """Two tables in Markdown: look-alikes, and each class's share right, worst first."""
+    lines = []
     if report["look_alikes"]:
         lines += ["", "Most often taken for each other:", "", "| one | other | photos |", "|---|---|---|"]
         lines += [f"| {' | '.join(pair['names'])} | {pair['confused']} |" for pair in report["look_alikes"]]
     worst = sorted(report["per_class"].items(), key=lambda item: (item[1]["top1"], item[0]))
     lines += ["", "Classes, worst first:", "", "| class | photos | top-1 |", "|---|---|---|"]
-    lines += [f"| {name} | {own['n']} | {own['top1']:.3f} |" for name, own in worst]
-    if report.get("twins"):
-        lines += ["", f"Byte-identical pictures in two splits, kept as published: {', '.join(report['twins'])}."]
-    return "\n".join(lines) + "\n"
+    return lines + [f"| {name} | {own['n']} | {own['top1']:.3f} |" for name, own in worst]

@@ -24,12 +24,12 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from config.run_folder import PREFIX, append_metrics, cut_metrics
+from config.run_folder import BEST, PREFIX, cut_metrics
 from config.training_config import TrainingConfig
 from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.checkpoint import (
-    BEST,
+    CARD,
     METRICS_OF_BEST,
     CheckpointKeeper,
     claim,
@@ -464,6 +464,7 @@ class PlantTrainer(Trainer):
         with replacing(self.best_folder) as folder:
             self.model.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+            (folder / CARD).unlink(missing_ok=True)  # PEFT's form, with nothing filled in
             facts = {"step": self.state.global_step} | metrics
             (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_manifest(folder)
@@ -481,10 +482,6 @@ class PlantTrainer(Trainer):
         elif best["step"] != self.state.global_step:
             load_weights(self.model, self.best_folder)
         logger.info("result %s holds the weights of step %d", self.best_folder, best["step"])
-
-    def note_finished(self) -> None:
-        """The last line of metrics.jsonl, by which config/run_folder.py knows a finished run."""
-        append_metrics(self.args.output_dir, {"step": self.state.global_step, "finished": True})
 
     # ---- evaluation
 

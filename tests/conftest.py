@@ -1,6 +1,7 @@
 """Tiny real models and data, made once a session; no network."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # The official release, or part of it; its photographs are not part of the repository.
 FLOWERS = Path(os.environ.get("FLOWERS102", ROOT.parent / "shared" / "flowers102"))
 QUESTION = "What flower is shown in this image?"
+TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "6", "--num-workers", "0", "--logging-steps", "50"]
 
 # Chat templates as on the hub, with their special tokens and their language model's config.
 FAMILIES = {
@@ -129,6 +131,40 @@ def photo_folder(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def trained(here, few_drawings, capsys, kept):
+    """`one` in the working folder: a run of six steps in which all weights learned, made once."""
+    import train
+
+    if not (kept / "one").exists():
+        assert train.main([*TINY, "--output-dir", str(kept / "one")]) == 0
+    return shutil.copytree(kept / "one", here / "one")
+
+
+@pytest.fixture
+def adapted(here, few_drawings, checkpoint, capsys, kept):
+    """`two`: a run of six steps of adapter and projector beside a 4-bit base, made once."""
+    import train
+
+    settings = ["--model", checkpoint(), "--load-in-4bit", "true", "--trainable", "adapter+projector", "--lora-r", "4"]
+    settings += ["--learning-rate", "0.01", "--mixed-precision", "no"]
+    if not (kept / "two").exists():
+        assert train.main([*TINY, *settings, "--output-dir", str(kept / "two")]) == 0
+    return shutil.copytree(kept / "two", here / "two")
 
 
 @pytest.fixture(autouse=True)

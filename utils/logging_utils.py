@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -30,6 +31,7 @@ def set_environment() -> None:
 
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
+    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the photo opens all the same
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
     if not sys.stderr.isatty():

@@ -7,15 +7,9 @@ from PIL import Image
 import evaluate
 import train
 from models.assessor import read_entries
+from tests.conftest import TINY
 
-TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "6", "--num-workers", "0", "--logging-steps", "50"]
 FAST = ["--num-workers", "0"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(capsys, *argv) -> tuple[int, str]:
@@ -26,19 +20,6 @@ def run(capsys, *argv) -> tuple[int, str]:
         status = stop.code
     printed = capsys.readouterr()
     return status, printed.out + printed.err
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "one"
-
-
-@pytest.fixture
-def trained(here, few_drawings, capsys, kept):
-    """A run of six steps, made once."""
-    if not kept.exists():
-        assert train.main([*TINY, "--output-dir", str(kept)]) == 0
-    return shutil.copytree(kept, here / "one")
 
 
 def test_a_run_is_scored_as_its_training_said(trained, capsys):

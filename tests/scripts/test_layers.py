@@ -12,7 +12,7 @@ ALLOWED = {
     "utils": {"utils"},
     "config": {"config"},
 }
-OURS = {"config", "data", "models", "utils", "tests", "train", "test_trainer", "evaluate"}
+OURS = {"config", "data", "models", "utils", "tests", "train", "test_trainer", "evaluate", "predict", "export"}
 MODULES = sorted(path for folder in ALLOWED for path in (ROOT / folder).glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 

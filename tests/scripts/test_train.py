@@ -1,5 +1,7 @@
+import gc
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -10,10 +12,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import train
 from config.run_folder import read_metrics
-from models import callbacks
+from models import callbacks, proof
+from models.checkpoint import find_damage
+from models.trainer import PlantTrainer
 from tests.conftest import FLOWERS, ROOT
 from utils.logging_utils import UserError
 
@@ -47,7 +52,7 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     assert {path.name for path in folder.iterdir()} == {
         "training_config.json", "train.log", "metrics.jsonl", "loss.png", "best", "eval_val.json", "eval_val.png",
         "eval_val.md", "eval_val_photos.png", "eval_val.scores.jsonl", "calibration.json",
-        "checkpoint-4", "checkpoint-6", "run.lock",
+        "checkpoint-4", "checkpoint-6", "run.lock", "examples",
     }  # fmt: skip
     assert {"config.json", "model.safetensors", "processor_config.json", "manifest.json"} <= set(
         os.listdir(folder / "best")
@@ -338,3 +343,46 @@ def test_real_photos_train(here, checkpoint, capsys):
     few = ["--allow-missing", "true", "--image-size", "70", "--max-steps", "2", "--sample-fraction", "0.1"]
     status, told = run(capsys, "--model", checkpoint(), "--dataset", str(FLOWERS), *few)
     assert status == 0 and "102 train, 102 val, 204 test photos of 102 classes" in told
+
+
+# ---- what was saved is what was measured
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_a_run_ends_with_its_weights_loaded_afresh(kind, here, few_drawings, checkpoint, capsys):
+    flags = ["--model", checkpoint(), "--trainable", "adapter", "--load-in-4bit", "true"] if kind == "adapter" else []
+    status, told = run(capsys, *TINY, *flags, "--learning-rate", "1e-3")
+    assert status == 0 and re.search(r"best, loaded into a fresh base, scores 4 photos as before \(within", told)
+    card = (here / "runs" / "tiny" / "best" / "README.md").read_text()
+    assert "edible or poisonous" in card and "| val | 20 | 0." in card and "More Information Needed" not in card
+    assert find_damage(here / "runs" / "tiny" / "best") is None
+
+
+def test_weights_that_do_not_come_back_are_told_loudly(here, few_drawings, monkeypatch, capsys):
+    """An adapter whose keys match nothing loads without a word: here nothing is loaded at all."""
+    real = proof.load_weights
+    monkeypatch.setattr(proof, "load_weights", lambda model, folder: None)
+    status, told = run(capsys, *TINY)
+    assert status == 1 and "error: runs/tiny/best: does not give back what was trained: the scores of 4 photos" in told
+    monkeypatch.setattr(proof, "load_weights", real)
+    status, told = run(capsys, *TINY)  # not finished: the same command tries again
+    assert status == 0 and "going on from runs/tiny/checkpoint-6" in told and "loaded into a fresh base" in told
+
+
+def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, few_drawings, monkeypatch, capsys):
+    """A card has room for one."""
+    left = []
+
+    def count(*args):
+        gc.collect()
+        left.extend(one for one in gc.get_objects() if isinstance(one, (PlantTrainer, PreTrainedModel)))
+
+    monkeypatch.setattr(proof, "prove_reload", count)
+    before = sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
+    assert run(capsys, *TINY)[0] == 0
+    assert len(left) <= before
+
+
+def test_a_model_that_learned_nothing_is_told(here, few_drawings, checkpoint, capsys):
+    flags = ["--model", checkpoint(), "--trainable", "adapter", "--max-steps", "1", "--learning-rate", "1e-30"]
+    assert "learned too little to be told from the untouched model" in run(capsys, *TINY, *flags)[1]

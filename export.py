@@ -1,0 +1,284 @@
+"""Hand a trained model on: the adapter merged into the 16-bit base, proven to be what was measured.
+
+    python export.py runs/default flowers                    whole model in bf16, for plain transformers
+    python export.py runs/default flowers --adapter-only     the adapter, processor and card, for PEFT
+    python export.py runs/default flowers --push-to-hub me/flowers
+
+The folder appears only once it was loaded afresh, gave the logits of the adapter beside its base on photos of val, and
+named val as well as what was validated. Needs a card for what does not fit the CPU, and disk for the merged weights.
+"""
+
+import contextlib
+import json
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from config.run_folder import BEST
+from config.training_config import BUILT, ON_CPU, ConfigError
+from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
+from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+LOGIT_PHOTOS = 8  # whose logits are compared
+MARGIN_BYTES = 50e6  # processor and card
+
+
+def main(argv: list[str] | None = None) -> int:
+    use = parse_use(argv, __doc__, ExportOptions, (*COMPUTING, *OF_THE_DATA), "OUT", most=1)
+    set_environment()
+    setup_logging()
+    out = Path(use.words[0])
+    with errors_told(ConfigError, when_interrupted="nothing was exported"):
+        check_can_export(use, out)
+        with drafted(out) as draft:
+            (export_adapter if use.options.adapter_only else export_whole)(use, draft)
+            for path in draft.iterdir():
+                path.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)  # safetensors writes 0600
+        logger.info(
+            f"result {out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e9:.2f} GB, see its README.md"
+        )
+        if use.options.push_to_hub:
+            push(out, use.options.push_to_hub)
+    return 0
+
+
+def check_can_export(use: Use, out: Path) -> None:
+    """What can be known before any weight is read. Raises UserError."""
+    from models.checkpoint import describe_best
+
+    if use.recorded.get("base"):
+        raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new folder")
+    describe_best(use.folder / BEST)
+    if use.config.trainable == "everything" and use.options.adapter_only:
+        raise UserError(f"{use.folder}: all weights learned, there is no adapter; leave out --adapter-only")
+    if use.config.model == "full" and not use.options.adapter_only:
+        raise UserError(f"{use.folder}: its base has random weights that exist on a card alone; use --adapter-only")
+    if use.options.push_to_hub:
+        with hub_errors_told(use.options.push_to_hub):
+            from huggingface_hub import HfApi
+
+            HfApi().whoami()  # before an hour's work, not after it
+
+
+@contextlib.contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` if nothing is raised, and goes if something is."""
+    draft = out.with_name(f"{out.name}.draft")
+    if draft.exists():
+        shutil.rmtree(draft)  # of an export that was killed
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if out.exists():
+            out.rmdir()  # empty, or this fails
+        draft.rename(out)
+    finally:
+        if draft.exists():
+            shutil.rmtree(draft)
+
+
+# ---- the two kinds of export
+
+
+def export_whole(use: Use, draft: Path) -> None:
+    """The merged model, its processor and card in `draft`, proven."""
+    import torch
+    from transformers import AutoProcessor
+
+    from data.collator import PlantCollator
+    from models.builder import build_processor
+    from models.card import CODE_OF_A_WHOLE_MODEL, build_card
+    from models.checkpoint import CARD
+    from models.merging import merge_into, read_adapter, weights_bytes
+    from models.proof import compare_hits, judge, load_whole, logits_of, logits_with, relative_difference
+    from utils.device_utils import choose_device, collect_memory, fit_workers
+
+    folder, _, config, recorded, options = use
+    dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
+    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+    rows, validated = held_out(use)
+    few = rows.select(range(min(LOGIT_PHOTOS, len(rows))))
+    processor, prompt = build_processor(config, names)
+    adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
+    with base_weights(use, processor) as base:
+        check_disk(draft, weights_bytes(base, dtype))
+        logger.info(f"merge  {folder / BEST} into {config.model}, {options.dtype}")
+        merge_into(base, adapter, draft, dtype)
+        save_settings(base, processor, prompt, dtype, draft)
+        save_classes(use, prompt, draft)
+        # What all learned in is fp32; an adapter is measured beside what it is merged into.
+        reference = load_whole(base, torch.float32 if adapter is None else dtype, device, config.gpu_memory_fraction)
+        collator = PlantCollator(processor, prompt, names, config.image_size)
+        expected, untouched = logits_with(adapter, reference, collator, few, dtype, device)
+        del reference
+        collect_memory(device)
+    # As anyone loads it: its own weights, its own processor.
+    model = load_whole(draft, dtype, device, config.gpu_memory_fraction)
+    collator = PlantCollator(AutoProcessor.from_pretrained(draft), prompt, names, config.image_size)
+    rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
+    figures = None
+    if validated is not None:
+        workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
+        figures = compare_hits(validated, model, collator, rows, config.per_device_eval_batch_size, workers, dtype)
+    told = judge(rounding, untouched, dtype, figures)
+    if validated is None:
+        told += "; its accuracy is not known, since the run learned from val"
+    logger.info(f"result proven: {told}")
+    proof = f"## Proof\n\nMerged in {options.dtype} and loaded afresh: {told}."
+    card = build_card(config, recorded, folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
+    (draft / CARD).write_text(card, encoding="utf-8")
+
+
+def export_adapter(use: Use, draft: Path) -> None:
+    """The adapter, its processor and card in `draft`, proven beside a base that PEFT attached it to."""
+    from peft import PeftModel
+
+    from data.collator import PlantCollator
+    from models.builder import DTYPES as DTYPE_OF
+    from models.builder import build_base, build_processor, build_trained
+    from models.card import base_name, build_card
+    from models.checkpoint import CARD
+    from models.proof import judge, logits_of, relative_difference
+    from utils.device_utils import choose_device, choose_precision, collect_memory
+
+    folder, _, config, recorded, _ = use
+    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+    precision = choose_precision(config.mixed_precision, device)
+    dtype = DTYPE_OF[precision]
+    rows, _ = held_out(use)
+    few = rows.select(range(min(LOGIT_PHOTOS, len(rows))))
+    processor, prompt = build_processor(config, recorded["class_names"])
+    collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
+    shutil.copyfile(folder / BEST / "adapter_model.safetensors", draft / "adapter_model.safetensors")
+    settings = json.loads((folder / BEST / "adapter_config.json").read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
+    (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_processor(processor, draft)
+    save_classes(use, prompt, draft)
+    model = build_trained(config, recorded, folder, processor, prompt, device, precision)
+    expected = logits_of(model, collator, few, dtype, device)
+    del model
+    collect_memory(device)
+    model = PeftModel.from_pretrained(build_base(config, processor, device, dtype), draft)
+    with model.disable_adapter():
+        untouched = relative_difference(logits_of(model, collator, few, dtype, device), expected)
+    rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
+    logger.info(f"result proven: {judge(rounding, untouched, dtype)}")
+    (draft / CARD).write_text(build_card(config, recorded, folder, prompt), encoding="utf-8")
+
+
+# ---- what they share
+
+
+def held_out(use: Use) -> tuple:
+    """(rows of val, {photo: was it named right when validated}); of a run that learned from val: train rows, None."""
+    from data.dataset import build_datasets, take
+    from evaluate import check_data
+    from models.assessor import read_hits
+
+    data = build_datasets(use.config)
+    check_data(data, use.recorded, use.config, use.folder)
+    if data.validation is None:
+        return take(data.train, LOGIT_PHOTOS), None
+    return take(data.validation, use.options.limit), read_hits(use.folder, "val")[1]
+
+
+@contextlib.contextmanager
+def base_weights(use: Use, processor) -> Iterator[Path]:
+    """The folder of what is merged into: the base's safetensors, or those of best/ where all weights learned."""
+    import torch
+
+    from models.builder import build_base
+
+    config = use.config
+    if config.trainable == "everything":
+        yield use.folder / BEST
+    elif config.model in BUILT:
+        with tempfile.TemporaryDirectory() as made:
+            build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(made)
+            yield Path(made)
+    elif Path(config.model).is_dir():
+        yield Path(config.model)
+    else:
+        from huggingface_hub import snapshot_download
+
+        with hub_errors_told(config.model):
+            kinds = ["*.safetensors", "*.json"]
+            downloaded = snapshot_download(config.model, revision=config.model_revision, allow_patterns=kinds)
+        yield Path(downloaded)
+
+
+def save_settings(base: Path, processor, prompt, dtype, draft: Path) -> None:
+    """Processor, config and generation config: it stops where training ended an answer."""
+    from transformers import GenerationConfig, LlavaNextConfig
+
+    settings = LlavaNextConfig.from_pretrained(base)
+    settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
+    settings.save_pretrained(draft)
+    has_own = (base / "generation_config.json").exists()
+    generation = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
+    stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    generation.eos_token_id = sorted({stop for stop in stops if stop is not None} | {prompt.end_id})
+    generation.pad_token_id = processor.tokenizer.pad_token_id
+    generation.save_pretrained(draft)
+    save_processor(processor, draft)
+
+
+def save_processor(processor, draft: Path) -> None:
+    """Padded on the left, as generation needs it; the collator says its own side."""
+    processor.tokenizer.padding_side = "left"
+    processor.save_pretrained(draft)
+
+
+def save_classes(use: Use, prompt, draft: Path) -> None:
+    """class_names.json: all that is needed to name photos as this project does."""
+    facts = {"class_names": use.recorded["class_names"], "question": use.config.question, "prompt": prompt.prompt}
+    facts |= {"joiner": prompt.joiner, "end": prompt.end, "image_size": use.config.image_size}
+    with contextlib.suppress(FileNotFoundError):  # of a run that learned from val
+        calibration = json.loads((use.folder / "calibration.json").read_text(encoding="utf-8"))
+        facts |= {name: calibration[name] for name in ("temperature", "threshold")}
+    (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def check_disk(draft: Path, needed: float) -> None:
+    free = shutil.disk_usage(draft).free
+    if free < needed + MARGIN_BYTES:
+        raise UserError(
+            f"{draft.parent}: {free / 1e9:.1f} GB free on its disk, the merged weights need {needed / 1e9:.1f} GB; "
+            "make room, or name an OUT on another disk"
+        )
+
+
+@contextlib.contextmanager
+def hub_errors_told(name: str) -> Iterator[None]:
+    """What the hub refuses, in one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"{name}: the hub refuses ({type(error).__name__}: {reason}); check the name, the network, and that "
+            "HF_TOKEN may write there"
+        ) from error
+
+
+def push(out: Path, repository: str) -> None:
+    """The same files to the hub; a repository that does not exist is made, private."""
+    from huggingface_hub import HfApi
+
+    with hub_errors_told(repository):
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        found = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message="Exported by LLaVA Plants")
+    logger.info(f"result on the hub: {found.commit_url}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
