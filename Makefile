@@ -1,18 +1,27 @@
-# make demo | test | test-all | faults | fuzz | setup | lint; the environment is made once and again only when a requirements file changed.
+# make demo | app | test | test-all | test-browser | faults | fuzz | setup | lint; the environment is made once and again only when a requirements file changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all faults fuzz setup lint
+.PHONY: demo app test test-all test-browser faults fuzz setup lint
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
+
+app: $(VENV)/installed-app runs/tiny/best/manifest.json
+	$(BIN)/python app.py runs/tiny --open true
+
+runs/tiny/best/manifest.json: | $(VENV)/installed
+	$(BIN)/python train.py --preset tiny --output-dir runs/tiny
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m 'not browser'
+
+test-browser: $(VENV)/installed-browser
+	$(BIN)/python -m pytest -m browser
 
 faults: $(VENV)/installed-dev
 	FAULTS_TABLE=README.md $(BIN)/python -m pytest -s -m slow tests/scripts/test_faults.py
@@ -33,4 +42,12 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed-app: $(VENV)/installed requirements-app.txt
+	$(BIN)/python -m pip install --quiet -r requirements-app.txt
+	touch $@
+
+$(VENV)/installed-browser: $(VENV)/installed-dev $(VENV)/installed-app requirements-browser.txt
+	$(BIN)/python -m pip install --quiet -r requirements-browser.txt
 	touch $@

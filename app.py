@@ -1,0 +1,167 @@
+"""A web page that names the plant in a photo, with a run that train.py made.
+
+    pip install -r requirements-app.txt
+    python app.py runs/default                   the page, for this machine alone, at http://127.0.0.1:7860
+    python app.py runs/default --open true       shown in the browser at once
+    python app.py runs/default --host 0.0.0.0    for the whole network: whoever reaches it may use it
+
+Drop or paste a photo, or take one. Photos are named one at a time, kept for an hour, and sent nowhere.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from config.run_folder import BEST
+from config.training_config import ConfigError
+from config.use_options import COMPUTING, PageOptions, parse_use
+from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+
+UPLOAD = "20mb"
+KEPT_S = 3600  # uploads, in seconds
+WAITING = 20  # photos in the queue; the next one is told to come back
+
+
+def main(argv: list[str] | None = None) -> int:
+    use = parse_use(argv, __doc__, PageOptions, COMPUTING)
+    set_environment()
+    setup_logging()
+    with errors_told(ConfigError, when_interrupted="the page is closed"), private_cache():
+        from predict import open_namer
+
+        check_gradio()
+        options = dataclasses.replace(use.options, port=find_port(use.options.host, use.options.port))
+        config = dataclasses.replace(use.config, num_workers=0)  # a process to read one photo takes longer than it
+        namer = open_namer(use._replace(config=config))
+        serve(build_page(namer, use.folder, use.recorded), options)
+    return 0
+
+
+def check_gradio() -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"the page needs gradio ({error}): pip install -r requirements-app.txt") from error
+
+
+@contextlib.contextmanager
+def private_cache() -> Iterator[None]:
+    """Uploads go where no one else reads, and away with the page; gradio's own folder is shared by all users."""
+    with tempfile.TemporaryDirectory(prefix="llava_plants_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
+def find_port(host: str, port: int) -> int:
+    """The port if it is free; of 0 a free one. Before the model is loaded, which can take a minute."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just closed counts as free
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host with an empty or endless part
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--host {host} --port {port}: the page cannot be shown there ({reason}); "
+            "name another --port (0: a free one), or the --host 127.0.0.1 or 0.0.0.0"
+        ) from error
+
+
+def build_page(namer, folder: Path, recorded: dict):
+    import gradio as gr
+
+    from models.checkpoint import describe_best
+    from models.page import START, as_footer, read_report
+    from models.report import EXAMPLES_FOLDER
+
+    # gradio would decode photos by itself, without the limits and the sentences of open_photo. Said to the class: for a
+    # subclass it writes a .pyi file beside this one, and of one object it makes others on the way.
+    gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
+    names = recorded["class_names"]
+    report = read_report(folder, None if recorded.get("base") else describe_best(folder / BEST))
+    with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
+        gr.HTML(f"<h1>LLaVA Plants</h1><p class='quiet'>Names plants in photos. It knows {len(names):,} kinds.</p>")
+        with gr.Row():
+            with gr.Column():
+                photo = gr.Image(
+                    sources=["upload", "webcam", "clipboard"],
+                    label="Photo",
+                    alt_text="the photo",
+                    placeholder="Drop or paste a photo\nor click to choose one",
+                    buttons=[],
+                    elem_id="photo",
+                )
+            with gr.Column():
+                answer = gr.HTML(START, elem_id="answer")
+        # Of two photos in quick succession the later one's name stays. photo.change would come twice for some.
+        way = dict(fn=partial(answer_to, namer), inputs=photo, outputs=answer, trigger_mode="always_last")
+        way |= dict(concurrency_id="model", api_visibility="private")
+        gr.on([photo.input, photo.clear], **way)
+        photos = [str(path) for path in sorted((folder / EXAMPLES_FOLDER).glob("*.jpg"))]
+        if photos:
+            shown = gr.Examples(photos, photo, label="Photos to try, not learned from", api_visibility="private")
+            shown.load_input_event.then(**way)
+        gr.HTML(as_footer(folder.resolve().name, names, report, namer.calibration is not None), elem_id="foot")
+    return page.queue(default_concurrency_limit=1, max_size=WAITING)
+
+
+def serve(page, options: PageOptions) -> None:
+    """Until Ctrl-C or SIGTERM."""
+    import gradio as gr
+
+    from models.page import CSS, HEAD
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # gradio asks itself whether it runs, and would send that through a proxy
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},localhost,{options.host}"
+    font = ["system-ui", "sans-serif"]  # of the machine that shows the page
+    _, address, _ = page.launch(
+        server_name=f"[{options.host}]" if ":" in options.host else options.host,  # IPv6, as in addresses of pages
+        server_port=options.port,
+        inbrowser=options.open,
+        prevent_thread_lock=True,
+        share=False,
+        quiet=True,
+        max_file_size=UPLOAD,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=[],
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+        theme=gr.themes.Default(primary_hue="emerald", secondary_hue="emerald", font=font, font_mono=["monospace"]),
+        css=CSS,
+        head=HEAD,
+    )
+    logger.info(f"page   {address} (Ctrl-C ends it)")
+    threading.Event().wait()
+
+
+def answer_to(namer, upload: tuple[str, str | None] | None) -> str:
+    """HTML for an upload, (path, its own name); none if the photo was taken away."""
+    from models.page import START, as_answer, as_refusal
+    from utils.image_utils import printable
+
+    if upload is None:
+        return START
+    path, name = upload
+    try:
+        found = next(namer.name([path]))
+    except Exception:  # the page lives on, and an older photo's name must not stand beside this one
+        logger.exception("a photo could not be named")
+        return as_refusal("This photo could not be named: the program failed; its own output says why")
+    if isinstance(found, str):  # it begins with the path, which is no one's business
+        return as_refusal(found.replace(printable(path), printable(name or Path(path).name)))
+    return as_answer(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
