@@ -5,11 +5,11 @@ import html
 import json
 from pathlib import Path
 
+from models.card import WARNING
 from models.naming import Named, percent
 
 SHOWN = 5  # names told of a photo
 START = "<p class='quiet'>The name appears here.</p>"
-EDIBLE = "Not for deciding whether a plant is edible or poisonous."
 CSS = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
@@ -105,4 +105,4 @@ def as_footer(run: str, names: list[str], report: dict | None, is_calibrated: bo
     else:
         told += [f"Any plant but these {len(names):,} it takes for one of them; how sure it is was not put to a test."]
     known = f"<details><summary>The {len(names):,} it knows</summary>{html.escape(', '.join(names))}</details>"
-    return f"<p>{html.escape(' '.join(told))}</p>{known}<p><strong>{EDIBLE}</strong></p>"
+    return f"<p>{html.escape(' '.join(told))}</p>{known}<p><strong>{WARNING}</strong></p>"

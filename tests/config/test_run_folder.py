@@ -119,10 +119,7 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
             {"photos": "other", "precision": "fp16"},
             r"the photos of train and val and the precision \(bf16 -> fp16\) cha",
         ),
-        (
-            {"model_files": "f00"},
-            "the model's files changed since the run began",
-        ),
+        ({"model_files": "f00"}, "the model's files changed since the run began"),
         (
             {"processes": 4},
             r"the number of processes \(1 -> 4\) changed since the run began; put back .*--allow-changed",

@@ -14,8 +14,9 @@ import pytest
 
 import app
 from config.training_config import TrainingConfig, save_config
+from models.card import WARNING
 from models.naming import Named
-from models.page import EDIBLE, START, as_answer, as_footer, as_refusal, read_report
+from models.page import START, as_answer, as_footer, as_refusal, read_report
 from tests.conftest import ROOT
 from tests.corpus import OPENS, contents
 from utils.logging_utils import UserError
@@ -79,7 +80,7 @@ def test_the_footer_says_how_good_and_what_it_is_not_for():
     assert "The run mine was right on 90% of 1,200 photos of test (95% interval 88% to &gt;99%)." in told
     assert "It gave a name to 75% of them, and 96% of those were right." in told and "chose its weights" not in told
     assert "Any plant but these 2 it takes for one of them, or it is not sure." in told
-    assert "oak, ash" in told and EDIBLE in told
+    assert "oak, ash" in told and WARNING in told
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_the_footer_says_how_good_and_what_it_is_not_for():
 )
 def test_footers(changes, is_calibrated, words):
     told = as_footer("mine", ["oak"], None if changes is None else MEASURED | changes, is_calibrated)
-    assert words in told and EDIBLE in told
+    assert words in told and WARNING in told
 
 
 def test_the_report_is_of_test_else_of_val_and_of_these_weights(tmp_path):
@@ -258,7 +259,7 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
     page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").click()
     page.wait_for_selector("#answer h2", state="detached")
     assert page.inner_text("#answer").strip() == "The name appears here."
-    assert EDIBLE in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
+    assert WARNING in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
 
 
 @pytest.mark.browser

@@ -9,7 +9,13 @@ import pytest
 from config.benchmark_options import parse_benchmark
 from config.evaluation_options import parse_evaluation
 from config.training_config import TrainingConfig, parse_config, save_config
+from config.use_options import COMPUTING, ExportOptions, PageOptions, PredictionOptions, parse_use
 
+USES = {
+    "predict.py": (PredictionOptions, COMPUTING, "PHOTO ..."),
+    "export.py": (ExportOptions, COMPUTING, "OUT", 1),
+    "app.py": (PageOptions, COMPUTING),
+}
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:python|make) .*?(?=  |$)", README, re.MULTILINE)
@@ -37,6 +43,10 @@ def test_commands_of_the_readme_parse(command, capsys, tmp_path, monkeypatch):
                 Path(word).mkdir(parents=True)
                 save_config(TrainingConfig(), word, {})
         parse_evaluation(flags, "")
+    elif target in USES:
+        Path(flags[0]).mkdir(parents=True)
+        save_config(TrainingConfig(), flags[0], {})
+        parse_use(flags, "", *USES[target])
     elif target == "benchmark.py":
         parse_benchmark(flags, "")
     else:
@@ -51,6 +61,11 @@ def test_files_of_the_readme_exist():
         folder = start if start else folder  # a line without a start goes on with the folder above
         for name in re.findall(r"\w+\.py", names if folder.endswith("/") else folder):
             assert (ROOT / (folder if folder.endswith("/") else "") / name).is_file(), f"{folder}{name}"
+
+
+def test_pictures_of_the_readme_are_there_and_small():
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert len(pictures) == 2 and all((ROOT / path).stat().st_size < 150_000 for path in pictures)
 
 
 def test_every_module_stands_in_the_readme():
