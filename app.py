@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         options = dataclasses.replace(use.options, port=find_port(use.options.host, use.options.port))
         config = dataclasses.replace(use.config, num_workers=0)  # a process to read one photo takes longer than it
         namer = open_namer(use._replace(config=config))
-        serve(build_page(namer, use.folder, use.recorded), options)
+        serve(build_page(namer, use.folder, use.recorded, config.dataset), options)
     return 0
 
 
@@ -76,18 +76,20 @@ def find_port(host: str, port: int) -> int:
         ) from error
 
 
-def build_page(namer, folder: Path, recorded: dict):
+def build_page(namer, folder: Path, recorded: dict, dataset: str):
     import gradio as gr
 
+    from models.card import read_reports
     from models.checkpoint import describe_best
-    from models.page import START, as_footer, read_report
+    from models.page import START, as_footer
     from models.report import EXAMPLES_FOLDER
 
     # gradio would decode photos by itself, without the limits and the sentences of open_photo. Said to the class: for a
     # subclass it writes a .pyi file beside this one, and of one object it makes others on the way.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
     names = recorded["class_names"]
-    report = read_report(folder, None if recorded.get("base") else describe_best(folder / BEST))
+    adapter = None if recorded.get("base") else describe_best(folder / BEST)
+    report = next(reversed(read_reports(folder, adapter, dataset).values()), None)  # test, if that was measured
     with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
         gr.HTML(f"<h1>LLaVA Plants</h1><p class='quiet'>Names plants in photos. It knows {len(names):,} kinds.</p>")
         with gr.Row():

@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.run_folder import BEST
+from config.run_folder import BEST, is_finished, open_run
 from config.training_config import BUILT, ON_CPU, ConfigError
 from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-LOGIT_PHOTOS = 8  # whose logits are compared
+MARK = ".exporting"  # in a draft, locked while it is written
 MARGIN_BYTES = 50e6  # processor and card
 
 
@@ -31,18 +31,24 @@ def main(argv: list[str] | None = None) -> int:
     use = parse_use(argv, __doc__, ExportOptions, (*COMPUTING, *OF_THE_DATA), "OUT", most=1)
     set_environment()
     setup_logging()
-    out = Path(use.words[0])
+    out, repository = Path(use.words[0]), use.options.push_to_hub
     with errors_told(ConfigError, when_interrupted="nothing was exported"):
         check_can_export(use, out)
         with drafted(out) as draft:
             (export_adapter if use.options.adapter_only else export_whole)(use, draft)
             for path in draft.iterdir():
                 path.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)  # safetensors writes 0600
-        logger.info(
-            f"result {out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e9:.2f} GB, see its README.md"
-        )
-        if use.options.push_to_hub:
-            push(out, use.options.push_to_hub)
+        size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+        logger.info(f"result {out}: {size:,.1f} MB, see its README.md")
+    if repository:
+        again = f"{out} is complete, and goes there with: hf upload {repository} {out}"
+        with errors_told(when_interrupted=again), hub_errors_told(repository, again):
+            from huggingface_hub import HfApi
+
+            found = HfApi().upload_folder(
+                repo_id=repository, folder_path=out, commit_message="Exported by LLaVA Plants"
+            )
+            logger.info(f"result on the hub: {found.commit_url}")
     return 0
 
 
@@ -50,37 +56,59 @@ def check_can_export(use: Use, out: Path) -> None:
     """What can be known before any weight is read. Raises UserError."""
     from models.checkpoint import describe_best
 
+    built, is_whole = use.config.model in BUILT, use.config.trainable == "everything"
     if use.recorded.get("base"):
         raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")
+    if out.name in ("", "..") or out.is_symlink() or out.is_mount():
+        raise UserError(f"{out}: is a link, a disk or the folder itself; name a folder that is not there yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new folder")
     describe_best(use.folder / BEST)
-    if use.config.trainable == "everything" and use.options.adapter_only:
+    if not is_finished(use.folder):
+        logger.warning(f"{use.folder}: is not finished; exported is what named val best so far")
+    if use.options.adapter_only and is_whole:
         raise UserError(f"{use.folder}: all weights learned, there is no adapter; leave out --adapter-only")
-    if use.config.model == "full" and not use.options.adapter_only:
-        raise UserError(f"{use.folder}: its base has random weights that exist on a card alone; use --adapter-only")
+    if use.options.adapter_only and built:
+        raise UserError(
+            f"{use.folder}: its base is saved nowhere, an adapter alone is of no use; leave out --adapter-only"
+        )
+    if use.config.model == "full" and not is_whole:
+        raise UserError(
+            f"{use.folder}: its base has random weights that existed on a card alone; nothing can be exported"
+        )
     if use.options.push_to_hub:
-        with hub_errors_told(use.options.push_to_hub):
+        with hub_errors_told(use.options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there"):
             from huggingface_hub import HfApi
 
-            HfApi().whoami()  # before an hour's work, not after it
+            HfApi().create_repo(use.options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
 
 
 @contextlib.contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` if nothing is raised, and goes if something is."""
+    """A folder that becomes `out` if nothing is raised, else goes. Raises UserError for one that is in the way."""
+    import filelock
+
     draft = out.with_name(f"{out.name}.draft")
-    if draft.exists():
-        shutil.rmtree(draft)  # of an export that was killed
-    draft.mkdir(parents=True)
+    mark = draft / MARK
+    if draft.exists() and not mark.exists():
+        raise UserError(f"{draft}: is in the way, and no draft of an export; move it, or name another OUT")
+    draft.mkdir(parents=True, exist_ok=True)
     try:
-        yield draft
-        if out.exists():
-            out.rmdir()  # empty, or this fails
-        draft.rename(out)
-    finally:
-        if draft.exists():
-            shutil.rmtree(draft)
+        with filelock.FileLock(mark, timeout=0):
+            try:
+                for left in draft.iterdir():  # by an export that was killed
+                    if left != mark:
+                        left.unlink()
+                yield draft
+                mark.unlink()
+                if out.exists():
+                    out.rmdir()  # empty, or this fails
+                draft.rename(out)
+            finally:
+                if draft.exists():
+                    shutil.rmtree(draft)
+    except filelock.Timeout as error:
+        raise UserError(f"{draft}: another export writes there; wait for its end, or name another OUT") from error
 
 
 # ---- the two kinds of export
@@ -92,29 +120,41 @@ def export_whole(use: Use, draft: Path) -> None:
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from models.builder import build_processor
+    from models.builder import build_processor, check_same_base, fingerprint
     from models.card import CODE_OF_A_WHOLE_MODEL, build_card
     from models.checkpoint import CARD
     from models.merging import merge_into, read_adapter, weights_bytes
-    from models.proof import compare_hits, judge, load_whole, logits_of, logits_with, relative_difference
+    from models.proof import (
+        LOGIT_PHOTOS,
+        compare_hits,
+        first_that_open,
+        judge,
+        load_whole,
+        logits_of,
+        logits_with,
+        relative_difference,
+    )
     from utils.device_utils import choose_device, collect_memory, fit_workers
+    from utils.tokenizer_utils import probe_ids
 
     folder, _, config, recorded, options = use
     dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
     device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
     rows, validated = held_out(use)
-    few = rows.select(range(min(LOGIT_PHOTOS, len(rows))))
     processor, prompt = build_processor(config, names)
+    found = {"probe_ids": probe_ids(processor.tokenizer), "model_files": fingerprint(config.model)}
+    check_same_base(found, recorded, config.model, folder)
+    collator = PlantCollator(processor, prompt, names, config.image_size)
+    few = first_that_open(collator, rows, LOGIT_PHOTOS)
     adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
     with base_weights(use, processor) as base:
         check_disk(draft, weights_bytes(base, dtype))
         logger.info(f"merge  {folder / BEST} into {config.model}, {options.dtype}")
-        merge_into(base, adapter, draft, dtype)
         save_settings(base, processor, prompt, dtype, draft)
         save_classes(use, prompt, draft)
+        merge_into(base, adapter, draft, dtype)
         # What all learned in is fp32; an adapter is measured beside what it is merged into.
         reference = load_whole(base, torch.float32 if adapter is None else dtype, device, config.gpu_memory_fraction)
-        collator = PlantCollator(processor, prompt, names, config.image_size)
         expected, untouched = logits_with(adapter, reference, collator, few, dtype, device)
         del reference
         collect_memory(device)
@@ -126,12 +166,13 @@ def export_whole(use: Use, draft: Path) -> None:
     if validated is not None:
         workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
         figures = compare_hits(validated, model, collator, rows, config.per_device_eval_batch_size, workers, dtype)
-    told = judge(rounding, untouched, dtype, figures)
+    told = judge(rounding, untouched, dtype, figures, "" if dtype == torch.float32 else "; try --dtype fp32")
     if validated is None:
         told += "; its accuracy is not known, since the run learned from val"
     logger.info(f"result proven: {told}")
     proof = f"## Proof\n\nMerged in {options.dtype} and loaded afresh: {told}."
-    card = build_card(config, recorded, folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
+    # The run's own config: what was given here beside it is not what it was trained with.
+    card = build_card(*open_run(folder), folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
     (draft / CARD).write_text(card, encoding="utf-8")
 
 
@@ -144,7 +185,7 @@ def export_adapter(use: Use, draft: Path) -> None:
     from models.builder import build_base, build_processor, build_trained
     from models.card import base_name, build_card
     from models.checkpoint import CARD
-    from models.proof import judge, logits_of, relative_difference
+    from models.proof import LOGIT_PHOTOS, first_that_open, judge, logits_of, relative_difference
     from utils.device_utils import choose_device, choose_precision, collect_memory
 
     folder, _, config, recorded, _ = use
@@ -152,9 +193,9 @@ def export_adapter(use: Use, draft: Path) -> None:
     precision = choose_precision(config.mixed_precision, device)
     dtype = DTYPE_OF[precision]
     rows, _ = held_out(use)
-    few = rows.select(range(min(LOGIT_PHOTOS, len(rows))))
     processor, prompt = build_processor(config, recorded["class_names"])
     collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
+    few = first_that_open(collator, rows, LOGIT_PHOTOS)
     shutil.copyfile(folder / BEST / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     settings = json.loads((folder / BEST / "adapter_config.json").read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
@@ -170,7 +211,7 @@ def export_adapter(use: Use, draft: Path) -> None:
         untouched = relative_difference(logits_of(model, collator, few, dtype, device), expected)
     rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
     logger.info(f"result proven: {judge(rounding, untouched, dtype)}")
-    (draft / CARD).write_text(build_card(config, recorded, folder, prompt), encoding="utf-8")
+    (draft / CARD).write_text(build_card(*open_run(folder), folder, prompt), encoding="utf-8")
 
 
 # ---- what they share
@@ -185,7 +226,7 @@ def held_out(use: Use) -> tuple:
     data = build_datasets(use.config)
     check_data(data, use.recorded, use.config, use.folder)
     if data.validation is None:
-        return take(data.train, LOGIT_PHOTOS), None
+        return take(data.train, 100), None  # some of them for the logits
     return take(data.validation, use.options.limit), read_hits(use.folder, "val")[1]
 
 
@@ -208,7 +249,7 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
     else:
         from huggingface_hub import snapshot_download
 
-        with hub_errors_told(config.model):
+        with hub_errors_told(config.model, "check the network, and that HF_TOKEN may read it"):
             kinds = ["*.safetensors", "*.json"]
             downloaded = snapshot_download(config.model, revision=config.model_revision, allow_patterns=kinds)
         yield Path(downloaded)
@@ -222,10 +263,15 @@ def save_settings(base: Path, processor, prompt, dtype, draft: Path) -> None:
     settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
     settings.save_pretrained(draft)
     has_own = (base / "generation_config.json").exists()
-    generation = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
-    stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    generation.eos_token_id = sorted({stop for stop in stops if stop is not None} | {prompt.end_id})
-    generation.pad_token_id = processor.tokenizer.pad_token_id
+    own = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    # Greedy, whatever the base was set to: a name is not to be drawn by lot.
+    generation = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.end_id}),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        do_sample=False,
+    )
     generation.save_pretrained(draft)
     save_processor(processor, draft)
 
@@ -256,28 +302,17 @@ def check_disk(draft: Path, needed: float) -> None:
 
 
 @contextlib.contextmanager
-def hub_errors_told(name: str) -> Iterator[None]:
-    """What the hub refuses, in one sentence."""
+def hub_errors_told(name: str, move: str) -> Iterator[None]:
+    """What the hub refuses, or the network, in one sentence with the next move."""
+    import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+    kinds = HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError
     try:
         yield
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"{name}: the hub refuses ({type(error).__name__}: {reason}); check the name, the network, and that "
-            "HF_TOKEN may write there"
-        ) from error
-
-
-def push(out: Path, repository: str) -> None:
-    """The same files to the hub; a repository that does not exist is made, private."""
-    from huggingface_hub import HfApi
-
-    with hub_errors_told(repository):
-        HfApi().create_repo(repository, private=True, exist_ok=True)
-        found = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message="Exported by LLaVA Plants")
-    logger.info(f"result on the hub: {found.commit_url}")
+    except kinds as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise UserError(f"{name}: the hub refuses ({type(error).__name__}: {reason}); {move}") from error
 
 
 if __name__ == "__main__":

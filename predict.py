@@ -10,6 +10,7 @@ Names, and why a file could not be named, go to stdout in the order of the photo
 
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         for photo, reason in photos:
             found = reason or next(named)
             failed += isinstance(found, str)
-            print(tell(photo, found, use.options.top), flush=True)
+            try:
+                print(tell(photo, found, use.options.top), flush=True)
+            except BrokenPipeError:  # whoever reads, such as head, has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+                return 1
         if failed:
             logger.warning(f"{failed:,} of {len(photos):,} could not be named; their lines say why")
     return 1 if failed else 0
@@ -59,16 +64,20 @@ def open_namer(use: Use):
 
 def find_photos(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """(file, or a word that stands for none, and why): files as named, photos below folders, matches of patterns."""
-    from utils.image_utils import SUFFIXES, photos_below
+    from utils.image_utils import SUFFIXES, files_below, is_photo_name, printable
 
     for word in words:
         reason = None
-        if Path(word).is_dir():
-            found = list(map(str, photos_below(Path(word))))
-            reason = f"{word}: holds no photos; files that end in {' '.join(SUFFIXES)} are taken for such"
-        elif glob.has_magic(word) and not Path(word).exists():
-            found = sorted(path for path in glob.glob(word, recursive=True) if not Path(path).is_dir())
-            reason = f"{word}: no file matches this pattern; ** stands for folders below folders"
+        if os.path.isdir(word):  # pathlib would raise for a name that is too long
+            files = files_below(Path(word))
+            found = [str(file) for file in files if is_photo_name(file)]
+            others = [str(file) for file in files if not is_photo_name(file)]
+            if found and others:
+                logger.warning(f"{printable(word)}: {len(others):,} files are not read ({printable(others[0])}, ...)")
+            reason = f"{printable(word)}: holds no photos; files that end in {' '.join(SUFFIXES)} are taken for such"
+        elif glob.has_magic(word) and not os.path.exists(word):
+            found = sorted(path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
+            reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"
         else:
             found = [word]  # whether it is there shows when it is opened
         yield from [(path, None) for path in found] or [(word, reason)]

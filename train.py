@@ -24,68 +24,62 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with errors_told(ConfigError), contextlib.ExitStack() as held:
-        config, state, notes, origin = choose_run_folder(config)
-        if state == "finished":
-            for note in notes:
-                logger.info(note)
-            return 0
-        from models.checkpoint import check_whole, lock_folder
+        from utils.device_utils import choose_device, choose_precision
+        from utils.process_utils import join_processes
 
-        held.enter_context(lock_folder(config.output_dir))
-        if origin is not None:
-            check_whole(origin)
-        setup_logging(config.output_dir)
-        for note in notes:
-            logger.info(note)
+        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
+        precision = choose_precision(config.mixed_precision, device)
+        processes = held.enter_context(join_processes(device))
+        config, state, origin = open_run_folder(config, processes, held)
+        if state == "finished":
+            return 0
         from transformers import set_seed
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets, hash_ids, name_twins, take
-        from data.synthetic import draw_strangers
-        from models.assessor import build_assessor
-        from models.builder import DTYPES, build_model, build_processor, check_model, describe_model
-        from models.card import build_card
-        from models.checkpoint import CARD, branch_off, check_disk, describe_best, last_checkpoint, restore
-        from models.proof import FEW, prove_reload, scores_of
+        from data.dataset import build_datasets, hash_ids
+        from models.builder import build_model, build_processor, check_model, describe_model
+        from models.checkpoint import branch_off, check_disk, last_checkpoint, restore
         from models.trainer import build_trainer
-        from utils.device_utils import choose_device, choose_precision, collect_memory
 
-        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
-        precision = choose_precision(config.mixed_precision, device)
-        data = build_datasets(config)
-        processor, prompt = build_processor(config, data.class_names)
+        with processes.main_first():
+            data = build_datasets(config)
+            processor, prompt = build_processor(config, data.class_names)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         set_seed(config.seed)  # an adapter starts at random
         model = build_model(config, processor, device, precision)
         checks = check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
         recorded = load_config(config.output_dir)[1] if state == "unfinished" else {"run_id": uuid.uuid4().hex}
-        run_id = recorded.get("run_id", "")  # runs that began before it was recorded have none
+        run_id = processes.share(recorded.get("run_id", ""))  # runs that began before it was recorded have none
         if origin is None and recorded.get("origin"):
             origin = Path(recorded["origin"])
         trainer = build_trainer(
             *(config, model, processor, collator, data.train, data.validation, precision, device, run_id)
         )
-        check_disk(config.output_dir, model, config.save_total_limit)
-        facts = describe_model(model, processor, precision, device)
-        facts |= {"class_names": data.class_names, "photos": hash_ids(data), "processes": trainer.args.world_size}
-        began = config.output_dir if state == "unfinished" else origin and origin.parent
-        for note in check_same_run(facts, began, config.allow_changed) if began else ():
-            logger.warning(note)
-        facts |= {"run_id": run_id, "origin": str(origin.resolve()) if origin else None}
-        save_config(config, config.output_dir, facts)
-        log_header(
-            config,
-            data,
-            trainer,
-            f"{'fp32' if precision == 'no' else precision} on {device}, {len(checks)} checks hold, "
-            f"{len(trainer.fused) or 'no'} layers fused",
-        )
-        restore(Path(config.output_dir) / BEST)
-        checkpoint = last_checkpoint(config.output_dir, run_id)
-        if checkpoint is None and origin is not None:
-            checkpoint = branch_off(origin, config.output_dir, run_id)
-        if checkpoint is None and state == "unfinished":
-            logger.info("plan   no checkpoint to go on from: beginning at step 1")
+        checkpoint = None
+        if processes.is_main:
+            check_disk(config.output_dir, model, config.save_total_limit)
+            facts = describe_model(model, processor, precision, device)
+            facts |= {"class_names": data.class_names, "photos": hash_ids(data), "processes": processes.count}
+            began = config.output_dir if state == "unfinished" else origin and origin.parent
+            for note in check_same_run(facts, began, config.allow_changed) if began else ():
+                logger.warning(note)
+            facts |= {"run_id": run_id, "origin": str(origin.resolve()) if origin else None}
+            save_config(config, config.output_dir, facts)
+            log_header(
+                config,
+                data,
+                trainer,
+                f"{'fp32' if precision == 'no' else precision} on {processes.count} x {device.type}, "
+                f"{len(checks)} checks hold, {len(trainer.fused) or 'no'} layers fused",
+            )
+            restore(Path(config.output_dir) / BEST)
+            checkpoint = last_checkpoint(config.output_dir, run_id)
+            if checkpoint is None and origin is not None:
+                checkpoint = branch_off(origin, config.output_dir, run_id)
+            if checkpoint is None and state == "unfinished":
+                logger.info("plan   no checkpoint to go on from: beginning at step 1")
+        checkpoint = processes.share(checkpoint and str(checkpoint))
+        checkpoint = checkpoint and Path(checkpoint)
         trainer.fit_to_card(
             collator.largest_row(data.train),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
@@ -94,30 +88,76 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_here()
-        trainer.load_best()
-        assessor = None
-        if data.validation is not None:
-            adapter = describe_best(trainer.best_folder)
-            assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter)
-            calibration = assessor.calibrate(data.validation)
-            assessor.report(
-                data.validation, "val", calibration, strangers=draw_strangers(), twins=name_twins(data.validation["id"])
-            )
-        card = build_card(config, load_config(config.output_dir)[1], config.output_dir, prompt)
-        (Path(config.output_dir) / BEST / CARD).write_text(card, encoding="utf-8")
-        few = take(data.train if data.validation is None else data.validation, FEW)
-        expected = scores_of(model, collator, few, DTYPES[precision])
-        steps = trainer.state.global_step
-        del trainer, model, assessor  # a card has room for one
-        collect_memory(device)
-
-        def build_again():
-            set_seed(config.seed)
-            return build_model(dataclasses.replace(config, compile="false"), processor, device, precision)
-
-        prove_reload(build_again, Path(config.output_dir) / BEST, expected, collator, few, DTYPES[precision])
-        append_metrics(config.output_dir, {"step": steps, "finished": True})
+        if processes.is_main:  # the others are done
+            trainer.load_best()
+            steps = trainer.state.global_step
+            few, expected = report_run(config, data, model, collator, precision, prompt)
+            del trainer, model  # a card has room for one
+            prove_best(config, processor, device, precision, collator, few, expected)
+            append_metrics(config.output_dir, {"step": steps, "finished": True})
     return 0
+
+
+def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStack) -> tuple:
+    """(config with its folder, fresh, unfinished or finished, checkpoint of another run to begin at or None).
+
+    The main process decides, locks the folder and writes the log.
+    """
+    from models.checkpoint import check_whole, lock_folder
+
+    chosen = None
+    if processes.is_main:
+        config, state, notes, origin = choose_run_folder(config)
+        if state != "finished":
+            held.enter_context(lock_folder(config.output_dir))
+            if origin is not None:
+                check_whole(origin)
+            setup_logging(config.output_dir)
+        for note in notes:
+            logger.info(note)
+        chosen = config.output_dir, state, origin and str(origin)
+    folder, state, origin = processes.share(chosen)
+    return dataclasses.replace(config, output_dir=folder), state, origin and Path(origin)
+
+
+def report_run(config: TrainingConfig, data, model, collator, precision: str, prompt) -> tuple:
+    """Score val with the best weights, write reports and card; (a few rows, their scores) for prove_best."""
+    from data.dataset import name_twins
+    from data.synthetic import draw_strangers
+    from models.assessor import build_assessor
+    from models.builder import DTYPES
+    from models.card import build_card
+    from models.checkpoint import CARD, describe_best
+    from models.proof import FEW, first_that_open, scores_of
+
+    best = Path(config.output_dir) / BEST
+    if data.validation is not None:
+        assessor = build_assessor(config, model, collator, precision, config.output_dir, describe_best(best))
+        calibration = assessor.calibrate(data.validation)
+        assessor.report(
+            data.validation, "val", calibration, strangers=draw_strangers(), twins=name_twins(data.validation["id"])
+        )
+    card = build_card(config, load_config(config.output_dir)[1], config.output_dir, prompt)
+    (best / CARD).write_text(card, encoding="utf-8")
+    few = first_that_open(collator, data.train if data.validation is None else data.validation, FEW)
+    return few, scores_of(model, collator, few, DTYPES[precision])
+
+
+def prove_best(config: TrainingConfig, processor, device, precision: str, collator, few, expected) -> None:
+    """Load best/ into a fresh base, which must score `few` as `expected`."""
+    from transformers import set_seed
+
+    from models.builder import DTYPES, build_model
+    from models.proof import prove_reload
+    from utils.device_utils import collect_memory
+
+    collect_memory(device)
+
+    def build_again():
+        set_seed(config.seed)
+        return build_model(dataclasses.replace(config, compile="false"), processor, device, precision)
+
+    prove_reload(build_again, Path(config.output_dir) / BEST, expected, collator, few, DTYPES[precision])
 
 
 def log_header(config: TrainingConfig, data, trainer, place: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 CONFIG_FILE = "training_config.json"
 BUILT = ("tiny", "scratch", "full")  # values of `model` that mean: built from config with random weights, no download
+YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what people write; the first two are taken
 ON_CPU = BUILT[:2]  # those small enough for a machine without a card
 
 
@@ -390,7 +391,14 @@ def apply_flags(base, given: dict[str, str]) -> tuple[typing.Any, list[str]]:
                 values[field.name] = _convert(given[field.name], _kinds(field))
             except ValueError:
                 problems.append(f"{field.name}={given[field.name]}: {_describe(_kinds(field))} is needed")
-    return dataclasses.replace(base, **values), problems
+    return _with_whole_paths(dataclasses.replace(base, **values)), problems
+
+
+def _with_whole_paths(settings):
+    """Folders as they are found from anywhere: a run is used later, from another folder."""
+    folders = {name: getattr(settings, name, None) for name in ("model", "dataset")}
+    whole = {name: os.path.abspath(path) for name, path in folders.items() if path and os.path.isdir(path)}
+    return dataclasses.replace(settings, **whole) if whole else settings
 
 
 class _Parser(argparse.ArgumentParser):
@@ -426,15 +434,18 @@ def _spelled_out(argv: list[str], kinds: tuple[type, ...], has_words: bool) -> l
         for field in itertools.chain(*map(dataclasses.fields, kinds))
         if bool in _kinds(field)
     }
-    spelled = []
+    spelled, verbatim = [], []
+    if "--" in argv:  # what stands behind it is no flag
+        argv, verbatim = argv[: argv.index("--")], argv[argv.index("--") :]
     for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, sign, value = word.partition("=") if word.startswith("--") else (word, "", "")
         name = name.replace("_", "-") if name.startswith("--") else name
-        is_value = following.lower() in ("true", "false") if has_words else following[:1] not in ("", "-")
+        # Where words stand alone, what follows a switch is its value only if it looks like one.
+        is_value = following.lower() in YES_OR_NO if has_words else following[:1] not in ("", "-")
         if name in switches and not sign and not is_value:
             sign, value = "=", "true"
         spelled.append(name + sign + value)
-    return spelled
+    return spelled + verbatim
 
 
 def _convert(text: str, kinds: tuple[type, ...]):
@@ -474,8 +485,8 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
         recomputes = saved["config"].get("gradient_checkpointing")
         if isinstance(recomputes, bool):  # as it was saved before it could be auto
             saved["config"]["gradient_checkpointing"] = str(recomputes).lower()
-        config, recorded = TrainingConfig(**saved["config"]), dict(saved["recorded"])
-    except FileNotFoundError:
+        config, recorded = _with_whole_paths(TrainingConfig(**saved["config"])), dict(saved["recorded"])
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
         ) from None

@@ -67,7 +67,7 @@ class PlantCollator:
     def __call__(self, rows: Sequence[dict]) -> dict:
         photos, kept, bad = self._open(rows)
         if not photos:
-            return {"samples": [], "bad": bad}
+            return {"samples": [], "bad": bad, "labels": torch.empty(0, dtype=torch.int64)}  # counted in every process
         samples = [self.describe(row, (photo.height, photo.width)) for row, photo in zip(kept, photos)]
         # Neighbours of like length, so that a micro-batch cut from this batch pads little.
         order = sorted(range(len(samples)), key=lambda index: (samples[index].tiles, samples[index].length))

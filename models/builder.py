@@ -182,18 +182,21 @@ def build_trained(
     """The model of a run with the weights of its best/, on the base that was trained on. Raises ModelError."""
     model = build_model(config, processor, device, precision)
     check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-    facts = describe_model(model, processor, precision, device)
-    # Runs that began before a fact was recorded cannot be told from others by it.
-    names = ("probe_ids", "model_commit", "model_files")
-    moved = [name for name in names if facts[name] != recorded.get(name, facts[name])]
-    if moved:
-        raise ModelError(
-            f"--model {config.model}: is not what {folder} was trained on ({', '.join(moved)} differ); put back that "
-            "checkpoint"
-        )
+    check_same_base(describe_model(model, processor, precision, device), recorded, config.model, folder)
     if not recorded.get("base"):
         load_weights(model, Path(folder) / BEST)
     return model
+
+
+def check_same_base(found: dict, recorded: dict, model: str, folder: str | Path) -> None:
+    """Raise ModelError unless tokenizer, commit and files, as far as they were found, are those a run recorded."""
+    names = [name for name in ("probe_ids", "model_commit", "model_files") if name in found and name in recorded]
+    moved = [name for name in names if found[name] != recorded[name]]
+    if moved:
+        raise ModelError(
+            f"--model {model}: is not what {folder} was trained on ({', '.join(moved)} differ); put back that "
+            "checkpoint"
+        )
 
 
 def build_base(

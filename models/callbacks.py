@@ -34,7 +34,8 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """On resume, drop what was written after the checkpoint, so that each step stands once."""
-        cut_metrics(self.folder, self.folder, state.global_step)
+        if state.is_world_process_zero:
+            cut_metrics(self.folder, self.folder, state.global_step)
         self.step_began = self.line_began = time.perf_counter()
         self.began_at_step = state.global_step
         self.train_began = time.perf_counter()

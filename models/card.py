@@ -1,16 +1,18 @@
 """The model card: what a model was made from and how far its answers can be trusted, from what the run recorded."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from config.run_folder import BEST, read_metrics
 from config.training_config import BUILT, TrainingConfig
-from models.checkpoint import CARD, describe_best
+from models.checkpoint import CARD, describe_best, read_best
 from models.report import confusion_lines
 from utils.tokenizer_utils import Prompt
 
@@ -46,7 +48,7 @@ def build_card(
     `code` loads `processor` and `model` in Python, None: those of best/; `proof` is a section of its own.
     """
     run, folder = dataclasses.asdict(config) | recorded, Path(folder)
-    reports, names = _reports(folder), run["class_names"]
+    reports, names = read_reports(folder, describe_best(folder / BEST), config.dataset), run["class_names"]
     is_local = config.model in BUILT or Path(config.model).is_dir()
     licence = _licence_of(config.model)
     data = Path(config.dataset).name
@@ -78,11 +80,7 @@ def build_card(
         "",
         f"Photos {_size_words(config.image_size)}: the processor does not do that by itself.",
         "",
-        "```python",
-        code or _code_of_best(run),
-        "",
-        _code_of_a_photo(config.image_size, prompt),
-        "```",
+        *_code(code or _code_of_best(run), config.image_size, prompt),
         "",
         *([proof, ""] if proof else []),
         "## Data",
@@ -105,15 +103,15 @@ def base_name(model: str) -> str:
     return Path(model).name if Path(model).is_dir() else model  # where a folder lies is nobody's business
 
 
-def _reports(folder: Path) -> dict[str, dict]:
-    """{split: report} of those that are of the weights in best/."""
-    weights, found = describe_best(folder / BEST), {}
+def read_reports(folder: Path, adapter: str | None, dataset: str) -> dict[str, dict]:
+    """{split: report}, val before test, of what evaluate.py measured of these very weights on the run's own photos."""
+    found = {}
     for split in ("val", "test"):
-        path = folder / f"eval_{split}.json"
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        is_plain = not (report.get("per_token") or report.get("prior_calibration"))
-        if report.get("adapter") == weights and is_plain:
-            found[split] = report
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, or torn by a kill
+            report = json.loads((folder / f"eval_{split}.json").read_text(encoding="utf-8"))
+            is_plain = not (report.get("per_token") or report.get("prior_calibration"))
+            if is_plain and (report.get("adapter"), report.get("dataset")) == (adapter, dataset):
+                found[split] = report
     return found
 
 
@@ -152,6 +150,7 @@ def _accuracy(reports: dict[str, dict]) -> Iterator[str]:
 
 def _training(run: dict, folder: Path) -> Iterator[str]:
     steps = [line for line in read_metrics(folder) if "loss" in line]
+    kept = read_best(folder / BEST)["step"]
     seconds = sum(line["seconds"] for line in steps)
     peak = max((line["peak_gib"] for line in steps), default=0.0)
     adapter = "" if run["trainable"] == "everything" else f" LoRA rank {run['lora_r']}, alpha {run['lora_alpha']},"
@@ -159,8 +158,9 @@ def _training(run: dict, folder: Path) -> Iterator[str]:
     yield from (
         "## Training",
         "",
-        f"{len(steps):,} steps of {photos} photos,{adapter} learning rate {run['learning_rate']:g} "
-        f"({run['lr_scheduler_type']}), gradients clipped to {run['max_grad_norm']:g}, precision "
+        f"The weights are those of step {kept:,}; {len(steps):,} steps of {photos} photos were taken,{adapter} "
+        f"learning rate {run['learning_rate']:g} ({run['lr_scheduler_type']}), gradients clipped to "
+        f"{run['max_grad_norm']:g}, precision "
         f"{'fp32' if run['precision'] == 'no' else run['precision']}{', base in 4 bit (nf4)' * run['load_in_4bit']}.",
         f"On {run.get('processes', 1)} x {run['device']}: {seconds / 60:,.1f} minutes of steps, peak {peak:.1f} GiB. "
         f"{', '.join(f'{name} {number}' for name, number in run['packages'].items())}.",
@@ -169,7 +169,7 @@ def _training(run: dict, folder: Path) -> Iterator[str]:
 
 
 def _split_words(run: dict) -> str:
-    words = "the official splits" if run["dataset"] == "oxford_flowers102" else "split as training_config.json says"
+    words = "in its own splits, or a share of each class held out for val and test"
     if run["train_on_val"]:
         words += ", train and val learned from"
     return words + f", {run['sample_fraction']:.0%} of train and val used" * (run["sample_fraction"] < 1)
@@ -181,16 +181,31 @@ def _size_words(image_size: int | None) -> str:
     return f"are resized to {image_size} x {image_size} pixels, upright, bicubic, their aspect not kept"
 
 
-def _code_of_best(run: dict) -> str:
+def _code(loading: str | None, image_size: int | None, prompt: Prompt) -> Iterator[str]:
+    if loading is None:
+        yield "Its base is built by the program itself and saved nowhere: `python predict.py RUN PHOTO`."
+    else:
+        yield from ("```python", loading, "", _code_of_a_photo(image_size, prompt), "```", "")
+        yield (
+            'It prints what the model writes, which need not be one of the names. Confidence and "not sure" come from '
+            "scoring all names, by predict.py and app.py of the program that trained it."
+        )
+
+
+def _code_of_best(run: dict) -> str | None:
     if run["trainable"] == "everything":
         return CODE_OF_A_WHOLE_MODEL
+    if run["model"] in BUILT:
+        return None
     base = repr(base_name(run["model"])) + f", revision={run['model_revision']!r}" * bool(run["model_revision"])
     return (
         "from peft import PeftModel\n"
         "from transformers import AutoProcessor, LlavaNextForConditionalGeneration\n\n"
         'folder = "."  # this folder\n'
         "processor = AutoProcessor.from_pretrained(folder)\n"
-        f'base = LlavaNextForConditionalGeneration.from_pretrained({base}, dtype="auto", device_map="auto")\n'
+        + "# The base model's folder, wherever it lies:\n"
+        * Path(run["model"]).is_dir()
+        + f'base = LlavaNextForConditionalGeneration.from_pretrained({base}, dtype="auto", device_map="auto")\n'
         "model = PeftModel.from_pretrained(base, folder)"
     )
 
@@ -204,7 +219,8 @@ def _code_of_a_photo(image_size: int | None, prompt: Prompt) -> str:
         f"prompts = [{prompt.prompt!r}] * len(photos)\n"
         'inputs = processor(images=photos, text=prompts, return_tensors="pt", padding=True)\n'
         "ids = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=20, do_sample=False)\n"
-        'print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+        'texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)\n'
+        "print([text.strip() for text in texts])"
     )
 
 
@@ -214,7 +230,7 @@ def _licence_of(model: str) -> str | None:
         return None
     try:
         return ModelCard.load(Path(model) / CARD if Path(model).is_dir() else model).data.license
-    except (OSError, ValueError, HfHubHTTPError):
+    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
         return None
 
 

@@ -16,6 +16,8 @@ from models.scoring import score_batches
 from utils.device_utils import fit_workers
 from utils.logging_utils import logger
 
+FEW = 30  # photos of val, with which a threshold says little
+
 
 class Named(NamedTuple):
     """What a photo shows: all class names with their probabilities, likeliest first."""
@@ -32,11 +34,19 @@ def percent(share: float) -> str:
 def build_namer(config: TrainingConfig, model, collator, precision: str, folder: Path, adapter: str | None) -> "Namer":
     """A Namer with the temperature and threshold that were fitted for these weights; says so where there are none."""
     calibration = read_calibration(folder, adapter)
-    if calibration is None:
+    if calibration is None and config.train_on_val:
+        logger.warning(
+            '%s: learned from val, so nothing was fitted: confidence is the model\'s own, nothing "not sure"', folder
+        )
+    elif calibration is None:
         logger.warning(
             '%s: has no calibration for its weights; confidence is the model\'s own and nothing is "not sure". '
             "Fit it on val with: python evaluate.py %s",
             *(folder, folder),
+        )
+    elif calibration.photos < FEW:
+        logger.warning(
+            '%s: "not sure" was fitted on %d photos of val alone; do not rely on it', *(folder, calibration.photos)
         )
     elif calibration.threshold is None:
         logger.warning(

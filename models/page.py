@@ -1,9 +1,6 @@
 """What the page of app.py says: an answer, a refusal, the footer; its looks, and what the browser does by itself."""
 
-import contextlib
 import html
-import json
-from pathlib import Path
 
 from models.card import WARNING
 from models.naming import Named, percent
@@ -72,16 +69,6 @@ def as_answer(found: Named) -> str:
 
 def as_refusal(reason: str) -> str:
     return f"<div role='alert'><h2>No name for this file</h2><p>{html.escape(reason)}.</p></div>"
-
-
-def read_report(folder: Path, adapter: str | None) -> dict | None:
-    """What evaluate.py measured of these very weights, scored as here: on test if it did, else on val."""
-    for split in ("test", "val"):
-        with contextlib.suppress(OSError, ValueError):  # not measured, or cut off in the middle
-            report = json.loads((folder / f"eval_{split}.json").read_text(encoding="utf-8"))
-            if report["adapter"] == adapter and not report["per_token"] and not report["prior_calibration"]:
-                return report
-    return None
 
 
 def as_footer(run: str, names: list[str], report: dict | None, is_calibrated: bool) -> str:

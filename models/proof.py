@@ -4,6 +4,7 @@ Shapes: n photos, C names, K supervised positions, V vocabulary.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from utils.device_utils import card_room
 from utils.logging_utils import UserError, logger
 
 FEW = 4  # photos of the reload test
+LOGIT_PHOTOS = 8  # of an export, whose logits are compared
 SAME = 1e-3  # nats between scores of the same weights
 # Relative difference of logits that rounding the merged weights to a dtype may make (LOG.md).
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -32,6 +34,14 @@ CHANCE = 0.01  # p below which the exported model names worse
 
 class ProofError(UserError):
     """Saved weights that are not those that were measured."""
+
+
+def first_that_open(collator, rows, count: int) -> list[dict]:
+    """The first rows whose photos open. Raises ProofError if none does."""
+    found = list(itertools.islice((row for row in rows if collator([row])["samples"]), count))
+    if not found:
+        raise ProofError("no photo can be opened, so nothing can be proven; mend or put back the photos")
+    return found
 
 
 # ---- the reload test
@@ -144,7 +154,9 @@ def logits_with(
     return found, relative_difference(without, found)
 
 
-def judge(rounding: float, untouched: float | None, dtype: torch.dtype, figures: dict | None = None) -> str:
+def judge(
+    rounding: float, untouched: float | None, dtype: torch.dtype, figures: dict | None = None, advice: str = ""
+) -> str:
     """The proof in a sentence. Raises ProofError unless the saved model is the one that was measured.
 
     `rounding` and `untouched` are relative differences of logits from those of the run: of what was saved, and of the
@@ -154,7 +166,7 @@ def judge(rounding: float, untouched: float | None, dtype: torch.dtype, figures:
     if not rounding <= ROUNDING[dtype]:
         raise ProofError(
             f"what was saved is not what was trained: {told}, where rounding to {dtype} makes {ROUNDING[dtype]:.2%} at "
-            "most; nothing was exported, try --dtype fp32"
+            f"most; nothing was exported{advice}"
         )
     if untouched is not None:
         told += f" (the base without the adapter: {untouched:.2%})"

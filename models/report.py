@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
+from config.training_config import write_whole
 from models.evaluation import (
     calibration_bins,
     choose_threshold,
@@ -99,7 +100,7 @@ def write_report(
 ) -> None:
     """eval_<split>.json, .md and .png."""
     stem = Path(folder) / f"eval_{report['split']}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_whole(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
     temperature = calibration.temperature if calibration else 1.0
     hits = scored.scores.argmax(axis=1) == scored.labels

@@ -42,10 +42,12 @@ from models.checkpoint import (
 from models.evaluation import measure_scores
 from models.fused import fused_layers, keep_activations
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
+from models.parallel import gather, share_batches, sum_gradients
 from models.scoring import MicroBatch, build_trees, score_batch
 from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
+from utils.process_utils import count_processes
 from utils.signal_utils import Interrupted, StopRequest, start_worker
 from utils.tensor_utils import check_tensor
 
@@ -171,7 +173,7 @@ class PlantTrainer(Trainer):
     def _plan(self, row: dict, room: float, recompute: str) -> None:
         """Set the plan that fits. Raises StepError where one photo does not fit."""
         (sample,) = self.data_collator([row])["samples"]
-        photos, layers = self.args.per_device_train_batch_size, len(self.fused)
+        photos, layers = math.ceil(self.total_batch_size / self.args.world_size), len(self.fused)
         text_config = unwrap(self.model).config.text_config
         learning = self.model.num_parameters(only_trainable=True)
         cost = step_cost(
@@ -187,7 +189,7 @@ class PlantTrainer(Trainer):
         )
         budget = allowed = room * (1 - FRAGMENTATION)
         # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
-        host = psutil.virtual_memory().available / 4
+        host = psutil.virtual_memory().available / (4 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         to_come = optimizer_bytes(self.args.optim, learning)  # is made in the first step, so after the trial
         smallest = choose_plan(cost, 0, photos, layers, sample.length, recompute)
         while True:
@@ -242,35 +244,42 @@ class PlantTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
-        self._note_bad_photos(inputs["bad"], "train", self.train_dataset)
-        if not inputs["samples"]:
-            raise StepError(
-                f"step {self.state.global_step + 1}: none of its photos can be opened; mend or remove them "
-                f"({'; '.join(inputs['bad'][:5])})"
-            )
-        self.check_batch(inputs)
+        if self.args.world_size == 1:
+            self._note_bad_photos(inputs["bad"], "train", self.train_dataset)
+            self._check_any_photos(len(inputs["samples"]), inputs["bad"])
+        if inputs["samples"]:
+            self.check_batch(inputs)
         self._step_batch = inputs
         random_state = _save_random_state(self.args.device)
         while True:
             try:
                 self._step_loss = self._forward_backward(model, inputs, num_items_in_batch)
-                return self._step_loss
+                break
             except RuntimeError as error:
                 self._step_down(error)
             # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
             _restore_random_state(random_state, self.args.device)
+        if self.args.world_size > 1:
+            sum_gradients(self.model.parameters(), self.args.world_size)
+        return self._step_loss
 
     def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
-        pieces = cut(inputs, self.micro_batch_size)
-        total = 0.0
-        for piece in pieces[:-1]:
-            self.stop.check()
-            with self.accelerator.no_sync(model):
+        total = torch.zeros((), device=self.args.device)
+        for piece in cut(inputs, self.micro_batch_size):
+            if self.args.world_size == 1:  # several stop together, at the end of a step
+                self.stop.check()
+            with self.accelerator.no_sync(model):  # DDP's own sum; models/parallel.py says why
                 total = total + super().training_step(model, piece, num_items_in_batch)
-        self.stop.check()
-        return total + super().training_step(model, pieces[-1], num_items_in_batch)
+        return total
+
+    def _check_any_photos(self, photos: int, bad: list[str]) -> None:
+        if not photos:
+            raise StepError(
+                f"step {self.state.global_step + 1}: none of its photos can be opened; mend or remove them "
+                f"({'; '.join(bad[:5])})"
+            )
 
     def _step_down(self, error: RuntimeError) -> None:
         if not is_out_of_memory(error):
@@ -313,29 +322,49 @@ class PlantTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between clipping and the optimizer's move: the one place of a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batch = self._step_batch
-        miscounted = ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
-        loss, norm, miscounted = torch.stack([self._step_loss.float(), grad_norm.float(), miscounted.float()]).tolist()
+        batch, processes = self._step_batch, self.args.world_size
+        miscounted = self._count_miscounted(batch)
+        counts = [len(batch["samples"]), sum(one.image_tokens for one in batch["samples"]), len(batch["bad"])]
+        counts = torch.tensor([*counts, self.stop.signal is not None], dtype=torch.float32).to(self.args.device)
+        found = torch.cat([torch.stack([self._step_loss.float(), miscounted.float()]), counts])
+        if processes > 1:
+            torch.distributed.all_reduce(found)
+            found[0] /= processes
+        found = torch.cat([found, grad_norm.float().reshape(1)]).tolist()
+        loss, miscounted, photos, image_tokens, bad, stops, norm = found
+        if processes > 1:
+            if stops:
+                raise Interrupted
+            if bad:
+                told = gather(batch["bad"], processes)
+                self._note_bad_photos(told, "train", self.train_dataset)
+                self._check_any_photos(int(photos), told)
         self.last_step = {
             "step": self.state.global_step + 1,
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
-            "photos": len(batch["samples"]),
-            "image_tokens": sum(sample.image_tokens for sample in batch["samples"]),
+            "photos": int(photos),
+            "image_tokens": int(image_tokens),
         }
-        names = ", ".join(sample.id for sample in batch["samples"])
+        is_fine = math.isfinite(loss) and math.isfinite(norm) and not miscounted
+        names = "" if is_fine else ", ".join(gather([sample.id for sample in batch["samples"]], processes))
         if miscounted:
             raise StepError(
                 f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
                 "collator and the "
                 f"step; nothing was learned from it (samples: {names})"
             )
-        if math.isfinite(loss) and math.isfinite(norm):
+        if is_fine:
             self.skipped.clear()
         else:
             self._judge_not_finite(loss, norm, names)
         return grad_norm
+
+    def _count_miscounted(self, batch: dict) -> torch.Tensor:
+        if not batch["samples"]:
+            return torch.zeros((), device=self.args.device)
+        return ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
 
     def _judge_not_finite(self, loss: float, norm: float, names: str) -> None:
         """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet.
@@ -384,7 +413,7 @@ class PlantTrainer(Trainer):
     @property
     def total_batch_size(self) -> int:
         """Photos per optimizer step over all processes."""
-        return self.args.per_device_train_batch_size * self.args.world_size
+        return self.args.per_device_train_batch_size  # models/parallel.py shares a batch out
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the planned steps, from a checkpoint if there is one.
@@ -395,7 +424,8 @@ class PlantTrainer(Trainer):
         with logging_redirect_tqdm([logger]), self.stop.listening():
             try:
                 self._train_from(checkpoint)
-                self.stop.check()
+                if any(gather([self.stop.signal is not None], self.args.world_size)):
+                    raise Interrupted
             except Interrupted:
                 self.save_here()
                 raise
@@ -413,7 +443,8 @@ class PlantTrainer(Trainer):
         logger.info("plan   going on from %s", checkpoint)
         saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
-        cut_metrics(folder, folder, saved.global_step, is_evaluated)
+        if self.is_world_process_zero():
+            cut_metrics(folder, folder, saved.global_step, is_evaluated)
         every = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
         if every and saved.global_step % every == 0 and not is_evaluated:  # stopped between step and evaluation
             self._load_from_checkpoint(str(checkpoint))
@@ -443,11 +474,16 @@ class PlantTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model, trial):
-        claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
+        if self.is_world_process_zero():
+            claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state; then comes the manifest
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
+        if self.args.world_size > 1:
+            share_batches(loader, self.args.process_index, self.args.world_size)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps what it was given
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         return loader
@@ -470,7 +506,7 @@ class PlantTrainer(Trainer):
             write_manifest(folder)
 
     def keep_if_best(self, metrics: dict[str, float]) -> None:
-        if is_better(metrics, read_best(self.best_folder)):
+        if self.is_world_process_zero() and is_better(metrics, read_best(self.best_folder)):
             self.save_best(metrics)
 
     def load_best(self) -> None:
@@ -494,26 +530,31 @@ class PlantTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Every class name scored on every photo: top-1, top-5, the loss as the exact mean over tokens."""
         self.model.eval()
-        scores, labels, tokens, bad = [], [], 0, 0
+        entries, bad, processes = [], [], self.args.world_size
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
-                self.stop.check()
-                self._note_bad_photos(batch["bad"], "val", self.eval_dataset)
-                bad += len(batch["bad"])
+                if processes == 1:  # several stop together, at the end of a step
+                    self.stop.check()
+                bad += batch["bad"]
                 if not batch["samples"]:
                     continue
                 with self.accelerator.autocast():
-                    scores.append(score_batch(self.model, batch, self.trees, self.eval_micro_batch).cpu())
-                labels += [sample.label for sample in batch["samples"]]
-                tokens += sum(sample.length - sample.prompt_length for sample in batch["samples"])
-        scores, labels = torch.cat(scores).double().numpy(), np.array(labels)
+                    scores = score_batch(self.model, batch, self.trees, self.eval_micro_batch).cpu().double().numpy()
+                for sample, own in zip(batch["samples"], scores):
+                    entries.append((sample.id, sample.label, sample.length - sample.prompt_length, own))
+        bad = gather(bad, processes)
+        self._note_bad_photos(bad, "val", self.eval_dataset)
+        # In the same order whatever the number of processes, for sums of floating-point numbers.
+        entries = sorted(gather(entries, processes), key=lambda entry: entry[0])
+        labels, tokens = np.array([label for _, label, *_ in entries]), sum(entry[2] for entry in entries)
+        scores = np.stack([own for *_, own in entries])
         found = dict(measure_scores(scores, labels))
         metrics = {
             f"{metric_key_prefix}_loss": float(-scores[np.arange(len(labels)), labels].sum() / tokens),
             f"{metric_key_prefix}_top1": found["top1"],
             f"{metric_key_prefix}_top5": found["top5"],
-            f"{metric_key_prefix}_bad_photos": bad,
+            f"{metric_key_prefix}_bad_photos": len(bad),
         }
         self.log(dict(metrics))
         self.keep_if_best(metrics)
@@ -640,11 +681,11 @@ def build_arguments(
     config: TrainingConfig, precision: str, device: torch.device, batch_bytes: int
 ) -> TrainingArguments:
     """The config in transformers' terms. To its Trainer a batch is the whole optimizer step; see PlantTrainer."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.effective_batch_size % ranks:
+    ranks = count_processes()
+    if config.effective_batch_size < ranks:
         raise UserError(
-            f"{config.effective_batch_size} photos per optimizer step cannot be shared by {ranks} processes; change "
-            "--gradient-accumulation-steps or the number of processes"
+            f"{config.effective_batch_size} photos per optimizer step leave some of {ranks} processes without any; "
+            f"start {config.effective_batch_size} at most, or raise --gradient-accumulation-steps"
         )
     optimizers = [name.value for name in OptimizerNames]
     if config.optim not in optimizers:
@@ -660,9 +701,12 @@ def build_arguments(
         output_dir=config.output_dir,
         seed=config.seed,
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and ranks > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        per_device_train_batch_size=config.effective_batch_size // ranks,
+        per_device_train_batch_size=config.effective_batch_size,  # of all processes; each takes its share
         gradient_accumulation_steps=1,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         num_train_epochs=config.num_train_epochs,

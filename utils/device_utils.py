@@ -1,7 +1,6 @@
 """Where a run computes and how precisely. Imports torch and psutil alone, so that a missing card is told in seconds."""
 
 import gc
-import os
 import resource
 import shutil
 import sys
@@ -11,6 +10,7 @@ import psutil
 import torch
 
 from utils.logging_utils import UserError, logger
+from utils.process_utils import count_processes, local_rank
 
 GIB = 2**30
 CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
@@ -21,25 +21,34 @@ class DeviceError(UserError):
     """A device or precision that this machine does not have."""
 
 
-def choose_device(model: str, is_built: bool, gpu_memory_fraction: float) -> torch.device:
+def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, several: bool = False) -> torch.device:
     """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for a model built here.
 
-    Raises DeviceError for a model that needs a card where torch sees none.
+    Raises DeviceError for a model that needs a card where torch sees none, for a process too many, and for several
+    processes unless the caller can do with them.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise DeviceError("WORLD_SIZE is above 1: several processes are not supported yet; start python train.py alone")
+    count = count_processes()
+    if count > 1 and not several:
+        raise DeviceError(f"WORLD_SIZE={count}: this program is one process, only train.py is several; start it alone")
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise DeviceError(
             f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
         )
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        cards, index = torch.cuda.device_count(), local_rank()
+        if index >= cards:
+            raise DeviceError(
+                f"LOCAL_RANK={index}: torch sees {cards} cards on this machine; start at most so many processes "
+                f"(torchrun --nproc-per-node {cards}), or see CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
         # Of torch 2.11's kernels on an H100 cuDNN's gave the stock layers gradients 1,300 times too large (LOG.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     if is_built:
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and count == 1 else "cpu")
     if (
         Path(model).is_dir()
         and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES

@@ -30,8 +30,17 @@ def is_photo_name(path: Path) -> bool:
 
 
 def photos_below(folder: Path) -> list[Path]:
-    """Files below a folder that are named like photos, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if is_photo_name(path) and not path.is_dir())
+    """Files below a folder that are named like photos, in the order of their names; nothing hidden."""
+    return [path for path in files_below(folder) if is_photo_name(path)]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All but folders and what is hidden."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def open_photo(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

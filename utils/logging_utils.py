@@ -32,6 +32,7 @@ def set_environment() -> None:
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the photo opens all the same
+    warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
     if not sys.stderr.isatty():
@@ -44,16 +45,18 @@ def set_environment() -> None:
 def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
     """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks.
 
-    `stream` is the screen, none: stdout.
+    `stream` is the screen, none: stdout. Of several processes the main one says what is to say, and the others their
+    errors alone.
     """
-    logger.setLevel(logging.INFO)
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     screen = logging.StreamHandler(stream or sys.stdout)
-    screen.setFormatter(_ScreenFormatter())
+    screen.setFormatter(_ScreenFormatter("%(message)s" if rank == "0" else f"process {rank}: %(message)s"))
     logger.addHandler(screen)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,6 @@ def errors_told(*kinds: type[Exception], when_interrupted: str = GOES_ON) -> Ite
     except KeyboardInterrupt:
         logger.warning(f"interrupted; {when_interrupted}")
         sys.exit(130)
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes when it ends
-        sys.exit(1)
     except Exception as error:
         sentence = _disk_sentence(error) or _worker_sentence(error)
         if sentence is None and isinstance(error, (UserError, *kinds)):
@@ -136,5 +136,5 @@ def _disk_sentence(error: BaseException) -> str | None:
 
 def _move(number: int) -> str:
     if number in FULL:
-        return "make room, and the same command goes on; or name an --output-dir (and HF_HOME) on another disk"
-    return "name an --output-dir (and HF_HOME) that you may write to"
+        return "make room, and give the same command again; or write to another disk (--output-dir, HF_HOME)"
+    return "name a place that you may use (--output-dir, HF_HOME), or change its permissions"

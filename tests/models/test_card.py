@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 
 from config.run_folder import append_metrics
 from config.training_config import TrainingConfig
-from models.card import build_card
-from models.checkpoint import write_manifest
+from models.card import build_card, read_reports
+from models.checkpoint import describe_best, write_manifest
 from utils.tokenizer_utils import Prompt
 
 PROMPT = Prompt("[INST] <image>\nWhat? [/INST]", " ", "</s>", 2)
@@ -31,8 +31,6 @@ def folder(tmp_path):
 
 
 def report(folder, split, **changed):
-    from models.checkpoint import describe_best
-
     pair = {"names": ["ash", "oak"], "confused": 3}
     own = {"ash": {"n": 10, "top1": 0.7}, "oak": {"n": 10, "top1": 0.9}}
     found = {
@@ -42,7 +40,14 @@ def report(folder, split, **changed):
         "top1_interval": [0.58, 0.92],
         "top5": 1.0,
     }
-    found |= {"mean_per_class": 0.8, "ece": 0.04, "answered": 0.6, "answered_precision": 1.0, "look_alikes": [pair]}
+    found |= {
+        "dataset": "oxford_flowers102",
+        "mean_per_class": 0.8,
+        "ece": 0.04,
+        "answered": 0.6,
+        "answered_precision": 1.0,
+        "look_alikes": [pair],
+    }
     found |= {"calibration": {"temperature": 1.5, "threshold": None, "target_precision": 0.95, "photos": 20}}
     found |= {"per_class": own, "strangers": {"noise": {"n": 40, "not_sure": 0.5}}} | changed
     (folder / f"eval_{split}.json").write_text(json.dumps(found))
@@ -59,7 +64,8 @@ def test_a_card_says_what_the_run_found(folder):
         "Not for deciding whether a plant is edible or poisonous", "`me/base` at commit `c0ffee`", "336 x 336 pixels",
         "| test | 20 | 0.750 (0.580 to 0.920) | 1.000 | 0.800 | 0.040 | 0.600 | 1.000 |", "| ash | oak | 3 |",
         "| ash | 10 | 0.700 |", "/ 1.500; below never reached", "noise 50%", "2 x NVIDIA H100: 1.0 minutes of steps",
-        "peak 5.2 GiB", "Nilsback and Zisserman 2008", "its licence could not be read", "the official splits",
+        "The weights are those of step 2; 2 steps of 16 photos were taken, LoRA rank 16",
+        "peak 5.2 GiB", "Nilsback and Zisserman 2008", "its licence could not be read", "in its own splits",
     ):  # fmt: skip
         assert words in text, words
 
@@ -71,6 +77,17 @@ def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
     report(folder, "val", **changed)
     text = build_card(TrainingConfig(), RECORDED, folder, PROMPT)
     assert "It was not measured." in text and "| val |" not in text
+
+
+def test_a_report_that_a_kill_tore_is_left_out(folder):
+    report(folder, "val")
+    (folder / "eval_test.json").write_text('{"split": "te')
+    assert list(read_reports(folder, describe_best(folder / "best"), "oxford_flowers102")) == ["val"]
+
+
+def test_an_adapter_of_a_base_that_is_saved_nowhere_has_no_code(folder):
+    text = build_card(TrainingConfig(model="tiny", dataset="synthetic"), RECORDED, folder, PROMPT)
+    assert "saved nowhere" in text and "```" not in text
 
 
 def test_a_base_in_a_folder_is_named_and_its_licence_read(folder, tmp_path):

@@ -136,9 +136,9 @@ def test_several_cards_in_sight_change_nothing(tmp_path, monkeypatch):
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 16
 
 
-def test_processes_that_do_not_divide_the_step(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="16 photos per optimizer step cannot be shared by 3 processes"):
+def test_more_processes_than_photos_of_a_step(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "17")
+    with pytest.raises(UserError, match="16 photos per optimizer step leave some of 17 processes without any"):
         build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU, 0)
 
 

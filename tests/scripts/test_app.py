@@ -1,6 +1,5 @@
 """The page: what it says, without gradio; and all of it in a browser (make test-browser)."""
 
-import json
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ import app
 from config.training_config import TrainingConfig, save_config
 from models.card import WARNING
 from models.naming import Named
-from models.page import START, as_answer, as_footer, as_refusal, read_report
+from models.page import START, as_answer, as_footer, as_refusal
 from tests.conftest import ROOT
 from tests.corpus import OPENS, contents
 from utils.logging_utils import UserError
@@ -96,22 +95,6 @@ def test_the_footer_says_how_good_and_what_it_is_not_for():
 def test_footers(changes, is_calibrated, words):
     told = as_footer("mine", ["oak"], None if changes is None else MEASURED | changes, is_calibrated)
     assert words in told and WARNING in told
-
-
-def test_the_report_is_of_test_else_of_val_and_of_these_weights(tmp_path):
-    def write(split: str, **changes):
-        (tmp_path / f"eval_{split}.json").write_text(json.dumps(MEASURED | {"split": split} | changes))
-
-    assert read_report(tmp_path, "step 6") is None
-    write("val", adapter="step 6")
-    write("test", adapter="step 3")
-    assert read_report(tmp_path, "step 6")["split"] == "val"
-    write("test", adapter="step 6")
-    assert read_report(tmp_path, "step 6")["split"] == "test"
-    write("test", adapter="step 6", prior_calibration=True)  # the page does not score like that
-    assert read_report(tmp_path, "step 6")["split"] == "val"
-    (tmp_path / "eval_val.json").write_text('{"split": "va')
-    assert read_report(tmp_path, "step 6") is None
 
 
 def test_a_port_in_use_and_a_bad_host_are_told():

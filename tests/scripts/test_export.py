@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
@@ -144,9 +144,13 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     settings = json.loads((here / "out" / "adapter_config.json").read_text())
     assert "/" not in settings["base_model_name_or_path"]  # where the folder lay is nobody's business
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, here / "out").state_dict()
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, here / "out"))
     saved = load_file(adapted / "best" / "adapter_model.safetensors")
-    assert sum(name.replace(".default", "") in saved for name in loaded) >= len(saved) // 2
+    assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    files = drawings(here, [(84, 84), (40, 90)])
+    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the card says it is
+    found = as_a_stranger(here / "out", files)
+    assert found.returncode == 0, found.stderr
 
 
 def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_drawings, capsys):
@@ -157,6 +161,57 @@ def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_d
     status, told = run(capsys, "run", "out", *FAST)
     assert status == 0 and "its accuracy is not known, since the run learned from val" in told
     assert "It was not measured." in (here / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trainable", ["adapter", "projector"])
+def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint, capsys):
+    """With a photo of val that does not open among the first, and a base that would draw names by lot."""
+    import train
+    from tests.conftest import TINY
+
+    base = shutil.copytree(checkpoint(), here / "base")
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.9, "top_p": 0.6}))
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    photos = here / "photos"
+    for split, count in (("train", 8), ("val", 6), ("test", 2)):
+        for name in ("ash", "oak"):
+            (photos / split / name).mkdir(parents=True)
+            drawings(photos / split / name, [(60, 60)] * count)
+    (photos / "val" / "ash" / "0.png").write_bytes(b"broken")
+    argv = [
+        *TINY,
+        "--model",
+        str(base),
+        "--trainable",
+        trainable,
+        "--dataset",
+        str(photos),
+        "--max-bad-fraction",
+        "0.5",
+    ]
+    assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
+    assert "scores 4 photos as before" in capsys.readouterr().out
+    status, told = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and "its logits are 0.00% off" in told
+    assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
+    assert "its licence could not be read" in (here / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapter-only"]])
+def test_a_base_whose_files_changed_is_not_merged_into(flags, adapted, here, checkpoint, capsys):
+    config = adapted / "training_config.json"
+    other = shutil.copytree(checkpoint(), here / "base")
+    config.write_text(config.read_text().replace(checkpoint(), str(other)))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.3 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    status, told = run(capsys, "two", "out", *flags, *FAST)
+    assert status == 1 and "is not what two was trained on (model_files differ)" in told and not (here / "out").exists()
+
+
+def test_the_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
+    assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
+    assert "base in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
 
 
 # ---- what must not be exported
@@ -224,6 +279,7 @@ def test_nothing_is_left_of_an_export_that_failed(fault, words, adapted, here, m
 def test_an_export_that_was_killed_is_made_anew(trained, here, capsys):
     (here / "out.draft").mkdir()
     (here / "out.draft" / "half.safetensors").write_bytes(b"half")
+    (here / "out.draft" / export.MARK).touch()
     (here / "out").mkdir()  # empty is as good as none
     assert run(capsys, "one", "out", *FAST)[0] == 0
     assert "half.safetensors" not in os.listdir(here / "out") and not (here / "out.draft").exists()
@@ -257,6 +313,14 @@ def taken(folder):
     (folder.parent / "out" / "mine.txt").write_text("mine")
 
 
+def other_draft(folder):
+    (folder.parent / "out.draft" / "thesis").mkdir(parents=True)
+
+
+def link(folder):
+    (folder.parent / "out").symlink_to("elsewhere")
+
+
 def other_photos(folder):
     path = folder / "training_config.json"
     path.write_text(path.read_text().replace('"photos": "', '"photos": "0'))
@@ -272,10 +336,13 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
     (nothing, ["one", "out", "--dataset", "{photos}"], "its 2 classes are not the 10 that one learned"),
     (taken, ["one", "out"], "error: out: is there already; name a new folder"),
+    (other_draft, ["one", "out"], "error: out.draft: is in the way, and no draft of an export; move it"),
+    (link, ["one", "out"], "error: out: is a link, a disk or the folder itself"),
+    (nothing, ["one", "."], "error: .: is a link, a disk or the folder itself"),
     (unfinished, ["one", "out"], "error: one/best: holds no finished weights"),
     (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
     (as_base, ["one", "out"], "error: one: is the untouched base, nothing was learned"),
-    (as_full, ["one", "out"], "error: one: its base has random weights that exist on a card alone"),
+    (as_full, ["one", "out"], "error: one: its base has random weights that existed on a card alone"),
     (other_photos, ["one", "out"], "its photos changed since one was trained"),
 ]
 
@@ -287,6 +354,7 @@ def test_bad_input(damage, argv, words, trained, here, photo_folder, capsys):
     status, told = run(capsys, *[word.format(photos=photos) for word in argv], *FAST)
     assert status != 0 and words in told and "Traceback" not in told
     assert not (here / "out").exists() or os.listdir(here / "out") == ["mine.txt"]
+    assert not (here / "out.draft").exists() or os.listdir(here / "out.draft") == ["thesis"]
 
 
 def test_a_full_disk_is_foreseen(trained, here, monkeypatch, capsys):
@@ -349,11 +417,12 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload asks for; keeps what was committed."""
 
-    files, private = None, None
+    files, private, refuses = None, None, None
 
     def do_GET(self):
-        if "whoami" in self.path:
-            self._answer({"name": "me", "type": "user", "auth": {}, "orgs": []})
+        if Hub.refuses == "create":
+            self.send_response(404)
+            self.end_headers()
         else:
             self._answer({"id": "me/plants", "sha": "0" * 40, "siblings": []})
 
@@ -361,6 +430,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if Hub.refuses and Hub.refuses in self.path:
+            self.send_response(401)
+            self.end_headers()
+            return
         if self.path.endswith("/repos/create"):
             Hub.private = (
                 json.loads(body)["private"] if "private" in json.loads(body) else json.loads(body)["visibility"]
@@ -407,7 +480,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    Hub.files = {}
+    Hub.files, Hub.refuses = {}, None
     yield Hub
     server.shutdown()
 
@@ -420,3 +493,30 @@ def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
         path.name: path.stat().st_size for path in (here / "out").iterdir()
     }
     assert not [name for name, content in hub.files.items() if b"hf_secret" in content]
+
+
+@pytest.mark.parametrize("step", ["create", "commit"])
+def test_a_hub_that_refuses_is_told_and_the_export_stays(step, trained, here, hub, capsys):
+    hub.refuses = step
+    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in told and "Traceback" not in told
+    is_complete = "out is complete, and goes there with: hf upload me/plants out" in told
+    assert is_complete == (here / "out").exists() == (step == "commit")
+
+
+def test_no_network_is_told_before_any_work(trained, here, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in told and "merge" not in told
+
+
+def test_two_exports_do_not_write_to_one_draft(trained, here, capsys):
+    import filelock
+
+    (here / "out.draft").mkdir()
+    with filelock.FileLock(here / "out.draft" / export.MARK):
+        status, told = run(capsys, "one", "out", *FAST)
+    assert status == 1 and "error: out.draft: another export writes there" in told and (here / "out.draft").exists()

@@ -14,19 +14,6 @@ ALLOWED = {
 }
 SCRIPT_NAMES = {"train", "test_trainer", "evaluate", "benchmark", "predict", "export", "app"}
 OURS = {"config", "data", "models", "utils", "tests"} | SCRIPT_NAMES
-    "config",
-    "data",
-    "models",
-    "utils",
-    "tests",
-    "train",
-    "test_trainer",
-    "evaluate",
-    "predict",
-    "export",
-    "app",
-    "benchmark",
-}
 MODULES = sorted(path for folder in ALLOWED for path in (ROOT / folder).glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 

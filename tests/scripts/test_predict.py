@@ -107,16 +107,21 @@ def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained,
 def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, photos, capsys):
     (photos / "03.png").write_bytes(b"")
     (photos.parent / "empty").mkdir()
-    words = ["photos", "gone.png", "none/*.jpg", "empty"]
+    words = ["photos", "gone.png", "none/*.jpg", "empty", "a" * 300]
+    (photos / "notes.heic").write_bytes(b"x")
+    (photos / ".hidden").mkdir()
+    (photos / ".hidden" / "a.png").write_bytes(b"x")
     status, out, err = run(capsys, "one", *words, "--per-device-eval-batch-size", "5", *FAST)
     lines = out.splitlines()
-    assert status == 1 and len(lines) == 15 and "4 of 15 could not be named" in err
+    assert status == 1 and len(lines) == 16 and "5 of 16 could not be named" in err
     assert lines[3] == "photos/03.png: is empty (0 bytes)"
     assert lines[12:] == [
         "gone.png: cannot be read (No such file or directory)",
         "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
         "empty: holds no photos; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
+        f"{'a' * 300}: cannot be read (File name too long)",
     ]
+    assert "warning: photos: 1 files are not read (photos/notes.heic, ...)" in err
     _, out, _ = run(capsys, "one", "--json", "gone.png", "photos/00.png", *FAST)
     assert json.loads(out.splitlines()[0]) == {"photo": "gone.png", "error": lines[12]}
     assert set(json.loads(out.splitlines()[1])) == {"photo", "name", "confidence", "likeliest"}
@@ -171,9 +176,11 @@ def torn_calibration(folder):
 BAD_INPUT = [
     (nothing, [], "error: name a run (no runs here yet) and PHOTO ..."),
     (nothing, ["one"], "error: one: name PHOTO ... behind it"),
+    (nothing, ["photos/00.png", "x.png"], "error: photos/00.png: not a run, training_config.json is missing"),
     (gone, ["one", "x.png"], "error: one: not a run, training_config.json is missing"),
     (nothing, ["one", "x.png", "--top", "0"], "error: top=0: must be at least 1"),
     (nothing, ["one", "x.png", "--topp", "3"], "error: --topp: unknown flag; did you mean --top?"),
+    (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
     (nothing, ["one", "x.png", "--question", "What?"], "error: --question: unknown flag"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
     (unfinished, ["one", "photos"], "error: one/best: holds no finished weights (manifest.json is missing"),
@@ -212,7 +219,9 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(old)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
-    monkeypatch.setattr("utils.device_utils.choose_device", lambda *_: torch.device("cpu"))  # its size is not known
+    monkeypatch.setattr(
+        "utils.device_utils.choose_device", lambda *_, **__: torch.device("cpu")
+    )  # its size is not known
     argv = [*TINY, "--model", "me/plants", "--trainable", "adapter", "--output-dir", "run"]
     assert train.main(argv) == 0
     first = run(capsys, "run", "photos", *FAST)[1]

@@ -39,7 +39,8 @@ def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
 def test_the_share_of_the_card_is_enforced(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
     assert choose_device("tiny", True, 0.7) == torch.device("cuda", 0)
     assert asked == [(0.7, torch.device("cuda", 0))]
@@ -48,7 +49,8 @@ def test_the_share_of_the_card_is_enforced(monkeypatch):
 def test_attention_is_never_cudnns(monkeypatch):
     """Its backward of grouped heads is wrong in torch 2.11 (LOG.md)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: None)
     choose_device("tiny", True, 0.7)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -66,7 +68,7 @@ def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DeviceError, match="several processes are not supported yet"):
+    with pytest.raises(DeviceError, match="this program is one process"):
         choose_device("tiny", True, 0.9)
 
 

@@ -1,0 +1,249 @@
+"""Several processes, started by torchrun on this machine: they compute what one does, and end together."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import BatchSampler, SequentialSampler
+
+import evaluate
+import train
+from config.run_folder import read_metrics
+from models.parallel import Share
+from tests.conftest import ROOT
+from utils import process_utils
+
+# 50 photos in steps of 7: of the last one of every pass a single photo is left, and one process has none.
+RUN = [
+    *(
+        "--preset",
+        "tiny",
+        "--max-steps",
+        "20",
+        "--eval-steps",
+        "10",
+        "--save-steps",
+        "5",
+        "--sample-fraction",
+        "0.0125",
+    ),
+    *("--per-device-train-batch-size", "7", "--num-workers", "0", "--logging-steps", "5"),
+]
+PATIENCE = 240  # seconds after which a run hangs
+
+
+def launch(folder, argv=RUN, flags=("--standalone", "--nproc-per-node", "2"), program=ROOT / "train.py"):
+    """torchrun in `folder`, each process with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(program), *argv]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def end_of(process) -> tuple[int, str]:
+    told, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, told
+
+
+def with_fault(folder, code: str):
+    """train.py with `code` run first; `at(step)` is true in that step."""
+    script = folder / "faulty.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys
+        import torch
+        import train
+        from models import trainer
+        rank = int(os.environ["RANK"])
+        real = trainer.PlantTrainer._forward_backward
+        """)
+        + textwrap.dedent(code)
+        + "\nsys.exit(train.main())\n"
+    )
+    return script
+
+
+def wait_for_step(folder, step: int) -> None:
+    since = time.monotonic()
+    while not any(line["step"] >= step for line in read_metrics(folder)):
+        assert time.monotonic() - since < PATIENCE
+        time.sleep(0.05)
+
+
+def steps_of(folder) -> dict[int, dict]:
+    return {line["step"]: line for line in read_metrics(folder) if "loss" in line}
+
+
+def assert_as_one(folder, one) -> None:
+    """Losses and gradients of every step to 1e-5, and the evaluations, are those of one process."""
+    found, expected = steps_of(folder), steps_of(one)
+    assert list(found) == list(expected) == list(range(1, 21))
+    for step, line in expected.items():
+        assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4)
+        assert (found[step]["photos"], found[step]["image_tokens"]) == (line["photos"], line["image_tokens"])
+    pairs = [[line for line in read_metrics(run) if "eval_loss" in line] for run in (folder, one)]
+    for mine, its in zip(*pairs, strict=True):
+        assert mine["eval_loss"] == pytest.approx(its["eval_loss"], rel=1e-5)
+        assert (mine["eval_top1"], mine["eval_top5"]) == (its["eval_top1"], its["eval_top5"])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same run by one process."""
+    folder = tmp_path_factory.mktemp("one") / "one"
+    assert train.main([*RUN, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_two_compute_what_one_does_through_a_stop_and_a_resume(here, one):
+    argv = [*RUN, "--output-dir", "run"]
+    process = launch(here, argv)
+    wait_for_step(here / "run", 7)
+    process.send_signal(signal.SIGTERM)
+    status, told = end_of(process)
+    assert status != 0 and "saved  run/checkpoint-" in told and "Traceback" not in told.partition("torch/dist")[0], told
+    status, told = end_of(launch(here, argv))
+    assert status == 0 and "going on from run/checkpoint-" in told, told
+    assert_as_one(here / "run", one)
+    log = (here / "run" / "train.log").read_text()
+    assert log.count("fp32 on 2 x cpu") == 2 and log.count("step 20/20") == 1  # one log
+    checkpoint = here / "run" / "checkpoint-20"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(json.loads((checkpoint / "manifest.json").read_text()))
+    assert json.loads((here / "run" / "training_config.json").read_text())["recorded"]["processes"] == 2
+    status, told = end_of(subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv, "--max-steps", "25"], cwd=here, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+    assert status == 1 and "cannot go on, the number of processes (2 -> 1) changed" in told
+
+
+def test_out_of_memory_of_one_is_its_own_affair(here, one):
+    script = with_fault(here, """
+        def once(self, *args):
+            if rank == 1 and self.state.global_step == 3 and self.micro_batch_size > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            return real(self, *args)
+        trainer.PlantTrainer._forward_backward = once
+    """)  # fmt: skip
+    status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
+    assert status == 0, told
+    assert_as_one(here / "run", one)
+
+
+def test_the_fault_of_one_ends_all_with_its_message(here):
+    script = with_fault(here, """
+        def fails(self, *args):
+            if rank == 1 and self.state.global_step == 6:
+                raise trainer.StepError("step 7: broken on purpose")
+            return real(self, *args)
+        trainer.PlantTrainer._forward_backward = fails
+    """)  # fmt: skip
+    began = time.monotonic()
+    status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
+    assert status != 0 and "process 1: error: step 7: broken on purpose" in told
+    assert "Connection closed" not in told and time.monotonic() - began < 90
+    assert "process 1: StepError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
+    assert max(steps_of(here / "run")) == 6
+
+
+def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
+    argv = [*RUN, "--output-dir", "run"]
+    process = launch(here, argv)
+    wait_for_step(here / "run", 6)
+    workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
+    next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
+    assert end_of(process)[0] != 0
+    status, told = end_of(launch(here, argv))
+    assert status == 0 and "going on from run/checkpoint-5" in told, told
+    assert_as_one(here / "run", one)
+
+
+def a_free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_nodes_over_loopback(here, one):
+    """As two machines that share a disk: the same result as one; one node killed ends the other, and all goes on."""
+    argv = [*RUN, "--output-dir", "run"]
+
+    def nodes():
+        place = ("--master-addr", "127.0.0.1", "--master-port", a_free_port(), "--nnodes", "2", "--nproc-per-node", "1")
+        return [launch(here, argv, (*place, "--node-rank", str(rank))) for rank in range(2)]
+
+    first, second = nodes()
+    wait_for_step(here / "run", 6)
+    for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
+        process.kill()
+    second.communicate()
+    assert end_of(first)[0] != 0
+    ends = [end_of(node) for node in nodes()]
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert "going on from run/checkpoint-5" in ends[0][1]
+    assert_as_one(here / "run", one)
+
+
+# ---- the pieces
+
+
+@pytest.mark.parametrize(("photos", "size", "processes"), [(50, 7, 2), (49, 16, 3), (3, 16, 4), (32, 16, 2)])
+def test_shares_are_the_batches_of_one(photos, size, processes):
+    batches = BatchSampler(SequentialSampler(range(photos)), size, drop_last=False)
+    shares = [list(Share(batches, process, processes)) for process in range(processes)]
+    assert {len(share) for share in shares} == {len(batches)} == {len(Share(batches, 0, processes))}
+    for number, batch in enumerate(batches):
+        parts = [share[number] for share in shares]
+        assert sorted(itertools.chain(*parts)) == batch and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+BAD_STARTS = [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT missing from the environ"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number; start with torchrun, or unset it"),
+    (
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"},
+        "process 0 of 2: not all met at 127.0.0.1:{port} within 2 s (",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variables", "words"), BAD_STARTS, ids=["alone", "word", "nobody comes"])
+def test_a_bad_start_is_told_and_does_not_hang(variables, words, here, monkeypatch, capsys):
+    port = a_free_port()
+    monkeypatch.setattr(process_utils, "START_S", 2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(port=port))
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(RUN)
+    told = capsys.readouterr().out
+    assert stopped.value.code == 1 and f"error: {words.format(port=port)}" in told and "Traceback" not in told
+    assert time.monotonic() - began < 30 and not (here / "runs").exists()
+
+
+def test_a_card_too_many_is_told(monkeypatch):
+    from utils.device_utils import DeviceError, choose_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DeviceError, match=r"LOCAL_RANK=2: torch sees 2 cards .*\(torchrun --nproc-per-node 2\)"):
+        choose_device("tiny", True, 0.9, several=True)
+
+
+def test_other_programs_are_one_process(trained, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        evaluate.main(["one"])
+    assert "error: WORLD_SIZE=2: this program is one process, only train.py is several" in capsys.readouterr().out

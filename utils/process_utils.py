@@ -1,0 +1,172 @@
+"""Several processes that train one model: how they find each other, and how the fault of one ends all.
+
+A launcher (torchrun, accelerate launch, Slurm) starts them and says in environment variables which is which.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+
+from utils.logging_utils import UserError, logger
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+START_S = 60  # seconds in which all must have found each other
+COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set to be read, a checkpoint to be written
+POLL_S = 0.5  # seconds between two looks at whether another one failed
+FAILED = "failed"
+
+
+def count_processes() -> int:
+    """As the launcher says; 1 without one."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Which of this machine's processes, and so of its cards."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"{name}={text}: is not a number; start with torchrun, or unset it")
+    return int(text)
+
+
+class Processes:
+    """Those that train one model; the main one, of rank 0, writes the run folder."""
+
+    def __init__(self, rank: int = 0, count: int = 1, store=None):
+        self.rank = rank
+        self.count = count
+        self.is_main = rank == 0
+        self._store = store
+        self._shared = 0
+        self._over = threading.Event()
+
+    def share(self, value):
+        """What the main one gives here, as JSON takes it; the others' is not looked at."""
+        if self.count == 1:
+            return value
+        self._shared += 1
+        key = f"shared {self._shared}"
+        if self.is_main:
+            self._store.set(key, json.dumps(value))
+            return value
+        self._store.wait([key], datetime.timedelta(seconds=COLLECTIVE_S))
+        return json.loads(self._store.get(key))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others come in once the main one is out again, and find in the cache what it made."""
+        if not self.is_main:
+            self.share(None)
+        yield
+        if self.is_main:
+            self.share(True)
+
+    def told_by_another(self) -> str | None:
+        """What another one said when it failed."""
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
+        return "the main process ended"
+
+    def watch(self) -> None:
+        """In a thread: a process that waits for one that is gone would wait for ever."""
+        while not self._over.wait(POLL_S):
+            told = self.told_by_another()
+            if told is not None and not self._over.is_set():
+                _to_log_file(told)
+                os._exit(1)
+
+
+@contextlib.contextmanager
+def join_processes(device: torch.device) -> Iterator[Processes]:
+    """Find the others within a minute; whatever is raised inside ends them all. Raises UserError."""
+    count = count_processes()
+    if count == 1:
+        yield Processes()
+        return
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={count}: {' and '.join(missing)} missing from the environment; start with torchrun, or under "
+            "Slurm as the README shows"
+        )
+    rank = _number("RANK", 0)
+    store = _meet(rank, count)
+    processes = Processes(rank, count, torch.distributed.PrefixStore("plants", store))
+    kind = "nccl" if device.type == "cuda" else "gloo"
+    waits = datetime.timedelta(seconds=COLLECTIVE_S)
+    with _starting(rank, count):
+        torch.distributed.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=waits)
+        torch.distributed.all_reduce(torch.zeros(1, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    threading.Thread(target=processes.watch, daemon=True).start()
+    try:
+        yield processes
+        processes._over.set()
+        torch.distributed.destroy_process_group()
+    except Exception as error:
+        processes._over.set()
+        told = processes.told_by_another()
+        if told is not None:  # that the connection broke is what followed from it
+            _to_log_file(told)
+            sys.exit(1)
+        with contextlib.suppress(RuntimeError):
+            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}")
+        raise
+
+
+def _meet(rank: int, count: int):
+    """The store through which all talk, once all are there."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    wait = datetime.timedelta(seconds=START_S)
+    try:
+        store, _, _ = next(torch.distributed.rendezvous("env://", rank, count, timeout=wait))
+        here = [f"here {number}" for number in range(count)]
+        store.set(here[rank], "")
+        store.wait(here, wait)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own are kinds of RuntimeError
+        raise UserError(
+            f"process {rank} of {count}: not all met at {place} within {START_S} s "
+            f"({str(error).splitlines()[0][:160]}); start the missing ones, or check MASTER_ADDR, MASTER_PORT and RANK"
+        ) from error
+    return store
+
+
+@contextlib.contextmanager
+def _starting(rank: int, count: int) -> Iterator[None]:
+    """Ends the process unless it is done in a minute: nothing else stops a first message between cards that hangs."""
+
+    def end() -> None:
+        logger.error(
+            f"process {rank} of {count}: the first message to the others did not arrive within {START_S} s; check the "
+            "network between the machines (NCCL_SOCKET_IFNAME), and try NCCL_P2P_DISABLE=1"
+        )
+        os._exit(1)
+
+    timer = threading.Timer(START_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _to_log_file(told: str) -> None:
+    """The one that failed has said it on the screen."""
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, told, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
