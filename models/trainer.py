@@ -734,4 +734,6 @@ def build_arguments(
     )
     # With several cards visible transformers would multiply batch and loss by their number, for DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if device.type == "cpu" and ranks > 1:
+        arguments.__dict__["_setup_devices"] = device  # accelerate says cpu:0, from which torch.load restores nothing
     return arguments

@@ -150,7 +150,7 @@ def test_the_fault_of_one_ends_all_with_its_message(here):
     """)  # fmt: skip
     began = time.monotonic()
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
-    assert status != 0 and "process 1: error: step 7: broken on purpose" in told
+    assert status != 0 and "error: process 1: step 7: broken on purpose" in told
     assert "Connection closed" not in told and time.monotonic() - began < 90
     assert "process 1: StepError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
     assert max(steps_of(here / "run")) == 6
