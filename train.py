@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 config,
                 data,
                 trainer,
-                f"{'fp32' if precision == 'no' else precision} on {processes.count} x {device.type}, "
+                f"{'fp32' if precision == 'no' else precision} on {place_of(device, processes.count)}, "
                 f"{len(checks)} checks hold, {len(trainer.fused) or 'no'} layers fused",
             )
             restore(Path(config.output_dir) / BEST)
@@ -96,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             prove_best(config, processor, device, precision, collator, few, expected)
             append_metrics(config.output_dir, {"step": steps, "finished": True})
     return 0
+
+
+def place_of(device, processes: int) -> str:
+    return f"{device}" if processes == 1 else f"{processes} x {device.type}"
 
 
 def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStack) -> tuple:

@@ -71,7 +71,8 @@ def test_a_card_says_what_the_run_found(folder):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"adapter": "step 1, manifest 0"}, {"per_token": True}, {"prior_calibration": True}]
+    "changed",
+    [{"adapter": "step 1, manifest 0"}, {"per_token": True}, {"prior_calibration": True}, {"dataset": "others"}],
 )
 def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
     report(folder, "val", **changed)

@@ -56,7 +56,7 @@ def test_a_killed_worker_is_told_and_the_run_goes_on(expected, tmp_path):
 
 def test_a_disk_that_fills_up_is_told_and_the_run_goes_on(expected, tmp_path, may_mount):
     outcome = faults.disk_full(tmp_path, expected[0])
-    assert "make room, and the same command goes on" in outcome.told and "Traceback" not in outcome.told
+    assert "make room, and give the same command again" in outcome.told and "Traceback" not in outcome.told
     assert outcome.same
 
 

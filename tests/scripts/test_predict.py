@@ -83,6 +83,11 @@ def test_sure_and_not_sure(trained, photos, capsys):
     set_threshold(trained, 1.1)
     assert run(capsys, "one", "photos/00.png", "--top", "1", *FAST)[1].startswith("photos/00.png: not sure (")
     set_threshold(trained, None)
+    path = trained / "calibration.json"
+    assert (
+        '"not sure" was fitted on 20 photos of val alone; do not rely on it' in run(capsys, "one", "photos", *FAST)[2]
+    )
+    path.write_text(path.read_text().replace('"photos": 20', '"photos": 300'))
     _, out, err = run(capsys, "one", "photos/00.png", *FAST)
     assert (
         ": not sure (" in out and 'no confidence reached a precision of 0.95 on val, so that every photo is "not' in err

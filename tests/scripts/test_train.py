@@ -152,7 +152,7 @@ def test_a_token_is_never_written(here, few_drawings, capsys, monkeypatch):
 
 
 def hub_id(monkeypatch):
-    monkeypatch.setattr("utils.device_utils.choose_device", lambda *args: __import__("torch").device("cpu"))
+    monkeypatch.setattr("utils.device_utils.choose_device", lambda *_, **__: __import__("torch").device("cpu"))
 
 
 def full_disk(monkeypatch):

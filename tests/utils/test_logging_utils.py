@@ -51,13 +51,16 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
     status, screen, _ = told(capsys, tmp_path, chained(full, UserError("check the network")))
     assert status == 1 and screen.startswith("error: hub/x: No space left on device; make room")
     assert told(capsys, tmp_path, chained(closed, UserError("photo y")))[1] == "error: photo y\n"
-    assert "y: Denied; name an --output-dir" in told(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
+    assert (
+        "y: Denied; name a place that you may use (--output-dir"
+        in told(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
+    )
 
 
 def test_a_writer_that_does_not_say_that_the_disk_is_full(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.logging_utils.shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
     status, screen, _ = told(capsys, tmp_path, RuntimeError("unexpected pos 64"))
-    assert status == 1 and "its disk is full (RuntimeError); make room, and the same command goes on" in screen
+    assert status == 1 and "its disk is full (RuntimeError); make room, and give the same command again" in screen
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, capsys):
