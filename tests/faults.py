@@ -1,6 +1,6 @@
 """Faults, injected into real runs of train.py: what is lost, and is the end the same as of a run without the fault?
 
-    make faults        all of them, many times; writes the table that README.md shows
+    make faults        all of them, many times; writes the table of docs/faults.md
 
 Each run is a process of its own, forked from one that has imported everything. The run: the tiny model with dropout on
 its adapter, 12 steps, a checkpoint every 3, an evaluation every 4, photos decoded by a worker.

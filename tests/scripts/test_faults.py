@@ -1,4 +1,4 @@
-"""Faults of whole runs: a short case of some here; `make faults`: all, many times, and the table in the README."""
+"""Faults of whole runs: a short case of some here; `make faults`: all, many times, and the table of docs/faults.md."""
 
 import os
 import random

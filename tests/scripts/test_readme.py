@@ -27,6 +27,15 @@ def test_the_readme_shows_both_ways():
     assert "conda create -n plant_vision python=3.10" in README and "pip install -r requirements.txt" in README
 
 
+def test_launchers_of_the_readme_start_train_with_flags_that_parse():
+    lines = re.findall(r"^    (?:torchrun|accelerate|srun) .*(?:\\\n.*)?$", README, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        program, _, flags = line.partition(" train.py")
+        assert "--nproc-per-node" in program or "--num_processes" in program
+        parse_config(shlex.split(flags.strip("'")), "")
+
+
 @pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
 def test_commands_of_the_readme_parse(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
