@@ -697,6 +697,7 @@ def build_arguments(
             f"--report-to {config.report_to}: unknown are {', '.join(unknown)}; use none, all, or some of "
             f"{', '.join(INTEGRATION_TO_CALLBACK)}"
         )
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # accelerate launch may have set another one
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         seed=config.seed,

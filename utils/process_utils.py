@@ -18,6 +18,7 @@ import torch.distributed
 from utils.logging_utils import UserError, logger
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 START_S = 60  # seconds in which all must have found each other
 COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set to be read, a checkpoint to be written
 POLL_S = 0.5  # seconds between two looks at whether another one failed
@@ -101,6 +102,12 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             f"WORLD_SIZE={count}: {' and '.join(missing)} missing from the environment; start with torchrun, or under "
             "Slurm as the README shows"
         )
+    for name, asked in OTHER_ENGINES.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise UserError(
+                f"{name}=true: the launcher asks for {asked}; here each process holds the whole model: accelerate "
+                "launch --multi_gpu, or torchrun"
+            )
     rank = _number("RANK", 0)
     store = _meet(rank, count)
     processes = Processes(rank, count, torch.distributed.PrefixStore("plants", store))

@@ -44,6 +44,7 @@ PATIENCE = 240  # seconds after which a run hangs
 def launch(folder, argv=RUN, flags=("--standalone", "--nproc-per-node", "2"), program=ROOT / "train.py"):
     """torchrun in `folder`, each process with one thread."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"ACCELERATE_MIXED_PRECISION": "bf16"}  # by accelerate launch: the run's own precision holds
     command = [sys.executable, "-m", "torch.distributed.run", *flags, str(program), *argv]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -207,17 +208,16 @@ def test_shares_are_the_batches_of_one(photos, size, processes):
         assert sorted(itertools.chain(*parts)) == batch and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+HERE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
 BAD_STARTS = [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT missing from the environ"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number; start with torchrun, or unset it"),
-    (
-        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"},
-        "process 0 of 2: not all met at 127.0.0.1:{port} within 2 s (",
-    ),
+    (HERE, "process 0 of 2: not all met at 127.0.0.1:{port} within 2 s ("),
+    (HERE | {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP; here each process"),
 ]
 
 
-@pytest.mark.parametrize(("variables", "words"), BAD_STARTS, ids=["alone", "word", "nobody comes"])
+@pytest.mark.parametrize(("variables", "words"), BAD_STARTS, ids=["alone", "word", "nobody comes", "fsdp"])
 def test_a_bad_start_is_told_and_does_not_hang(variables, words, here, monkeypatch, capsys):
     port = a_free_port()
     monkeypatch.setattr(process_utils, "START_S", 2)
