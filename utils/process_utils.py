@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -62,7 +63,8 @@ class Processes:
         if self.is_main:
             self._store.set(key, json.dumps(value))
             return value
-        self._store.wait([key], datetime.timedelta(seconds=COLLECTIVE_S))
+        while not self._store.check([key]):  # a wait for it would keep `watch` from the store
+            time.sleep(0.05)
         return json.loads(self._store.get(key))
 
     @contextlib.contextmanager
