@@ -78,6 +78,7 @@ def parse_use(
             problems.append(f"{folder}: name {words} behind it")
         if len(rest) > (most or len(rest)) or (rest and not words):
             problems.append(f"{' '.join(rest[most:])}: one too many; usage: RUN {words}".rstrip())
+    config = dataclasses.replace(config, compile="false")  # too few photos to win it back
     config, more = apply_flags(config, {name: text for name, text in flags.given.items() if name in of_the_run})
     flags.stop_on([*problems, *more, *find_problems(config)])
     return Use(Path(folder), rest, config, recorded, options)

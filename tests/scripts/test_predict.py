@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import predict
 import train
 from data.synthetic import draw_split
+from models.checkpoint import write_manifest
 from tests.conftest import ROOT, TINY
 from tests.corpus import OPENS, write_corpus
 
@@ -198,6 +199,15 @@ def test_bad_input(damage, argv, words, trained, photos, capsys):
     damage(trained)
     status, out, err = run(capsys, *argv, *FAST)
     assert status != 0 and words in err and out == "" and "Traceback" not in err
+
+
+def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, photos, capsys):
+    """PEFT would load it without a word."""
+    path = adapted / "best" / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "r_proj"): weight for name, weight in load_file(path).items()}, path)
+    write_manifest(adapted / "best")
+    status, out, err = run(capsys, "two", "photos/00.png", *FAST)
+    assert status == 1 and out == "" and "error: two/best: the adapter does not fit the model: " in err
 
 
 def test_a_base_whose_files_changed_is_refused(adapted, photos, checkpoint, capsys):
