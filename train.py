@@ -10,13 +10,15 @@ The same command again goes on where a run was left unfinished. Ctrl-C, or SIGTE
 
 import contextlib
 import dataclasses
+import logging
 import sys
+import time
 import uuid
 from pathlib import Path
 
-from config.run_folder import BEST, append_metrics, check_same_run, choose_run_folder, step_of
+from config.run_folder import BEST, LOCK_FILE, append_metrics, check_same_run, choose_run_folder, step_of
 from config.training_config import ON_CPU, ConfigError, TrainingConfig, load_config, parse_config, save_config
-from utils.logging_utils import errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
                 logger.info("plan   no checkpoint to go on from: beginning at step 1")
         checkpoint = processes.share(checkpoint and str(checkpoint))
         checkpoint = checkpoint and Path(checkpoint)
+        if not processes.is_main:
+            logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
         trainer.fit_to_card(
             collator.largest_row(data.train),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
@@ -121,7 +125,20 @@ def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStac
             logger.info(note)
         chosen = config.output_dir, state, origin and str(origin)
     folder, state, origin = processes.share(chosen)
+    if state != "finished" and not wait_for(Path(folder) / LOCK_FILE):
+        raise UserError(
+            f"{folder}: process {processes.rank} does not see it; several machines need the run folder on a disk that "
+            "they share"
+        )
     return dataclasses.replace(config, output_dir=folder), state, origin and Path(origin)
+
+
+def wait_for(path: Path, seconds: float = 10) -> bool:
+    """Whether a file is there; other machines may see it a little later."""
+    until = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return path.exists()
 
 
 def report_run(config: TrainingConfig, data, model, collator, precision: str, prompt) -> tuple:

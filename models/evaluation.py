@@ -19,14 +19,19 @@ def measure_scores(scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str
     `mean_per_class` is the mean over the classes present of each one's own share: papers on Oxford Flowers report both,
     since its test split has 20 to 238 photos a class.
     """
-    hits = scores.argmax(axis=1) == labels
-    above = (scores > scores[np.arange(len(labels)), labels][:, None]).sum(axis=1)  # classes ranked before the truth
+    hits, above, _ = judge_scores(scores, labels)
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     yield "n", len(labels)
     yield "top1", float(hits.mean())
     yield "top1_interval", [float(interval.low), float(interval.high)]
     yield "top5", float((above < 5).mean())
     yield "mean_per_class", float(np.mean([hits[labels == label].mean() for label in np.unique(labels)]))
+
+
+def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each photo: is its likeliest name the true one; how many names rank before that; its log-probability."""
+    own = scores[np.arange(len(labels)), labels]
+    return scores.argmax(axis=1) == labels, (scores > own[:, None]).sum(axis=1), own
 
 
 def measure_replies(

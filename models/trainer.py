@@ -39,7 +39,7 @@ from models.checkpoint import (
     replacing,
     write_manifest,
 )
-from models.evaluation import measure_scores
+from models.evaluation import judge_scores
 from models.fused import fused_layers, keep_activations
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
 from models.parallel import gather, share_batches, sum_gradients
@@ -388,7 +388,8 @@ class PlantTrainer(Trainer):
                 "weights are those of the step before; look at these photos, try a lower --learning-rate or "
                 f"--mixed-precision bf16: {'; '.join(self.skipped)}"
             )
-        logger.warning("%s; the step is skipped (samples: %s)", told, names)
+        if self.is_world_process_zero():
+            logger.warning("%s; the step is skipped (samples: %s)", told, names)
         self.last_step["skipped"] = "not finite"
         self.model.zero_grad()  # the optimizer moves nothing that has no gradient
         self._tr_loss.copy_(self.loss_before)  # what transformers tells trackers would never be a number again
@@ -397,7 +398,7 @@ class PlantTrainer(Trainer):
         known = self.bad_photos[split]
         new = [entry for entry in bad if entry not in known]
         known.update(new)
-        for entry in new:
+        for entry in new if self.is_world_process_zero() else ():
             logger.warning("photo left out (%d of %s so far): %s", len(known), split, entry)
         if new:
             check_bad_share(known, len(rows), self.max_bad_fraction)
@@ -424,8 +425,7 @@ class PlantTrainer(Trainer):
         with logging_redirect_tqdm([logger]), self.stop.listening():
             try:
                 self._train_from(checkpoint)
-                if any(gather([self.stop.signal is not None], self.args.world_size)):
-                    raise Interrupted
+                self._stop_together()
             except Interrupted:
                 self.save_here()
                 raise
@@ -442,6 +442,8 @@ class PlantTrainer(Trainer):
             return
         logger.info("plan   going on from %s", checkpoint)
         saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        saved.is_world_process_zero = self.is_world_process_zero()  # the main process wrote it
+        saved.is_local_process_zero = self.is_local_process_zero()
         folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
         if self.is_world_process_zero():
             cut_metrics(folder, folder, saved.global_step, is_evaluated)
@@ -458,16 +460,28 @@ class PlantTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state = saved
 
+    def _stop_together(self) -> None:
+        """Raise Interrupted in all processes if a signal has come to any."""
+        if self.args.world_size == 1:
+            self.stop.check()
+            return
+        asked = torch.tensor(float(self.stop.signal is not None), device=self.args.device)
+        torch.distributed.all_reduce(asked)
+        if asked.item():
+            raise Interrupted
+
     def save_here(self) -> None:
         """A checkpoint of the last whole step, unless there is one: the step that was begun leaves no trace in it."""
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        if self.random_state is None or (folder.exists() and find_damage(folder) is None):
+        is_there = self.is_world_process_zero() and folder.exists() and find_damage(folder) is None
+        if self.random_state is None or gather([is_there], self.args.world_size)[0]:
             return
         self.model.zero_grad()
         _restore_random_state(self.random_state, self.args.device)
         self._save_checkpoint(self.model, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
         logger.info("saved  %s", folder)
+        self.accelerator.wait_for_everyone()  # a launcher ends them all once one is gone
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # of a run that is in fp16 no more there is one to load
@@ -481,6 +495,8 @@ class PlantTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes its random state; then comes the manifest
 
     def _get_dataloader(self, *args, **kwargs):
+        if not kwargs.get("is_training"):
+            kwargs["batch_size"] *= self.args.world_size  # is said for one process, and shared out
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.world_size > 1:
             share_batches(loader, self.args.process_index, self.args.world_size)
@@ -534,26 +550,25 @@ class PlantTrainer(Trainer):
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
-                if processes == 1:  # several stop together, at the end of a step
-                    self.stop.check()
+                self._stop_together()
                 bad += batch["bad"]
                 if not batch["samples"]:
                     continue
                 with self.accelerator.autocast():
                     scores = score_batch(self.model, batch, self.trees, self.eval_micro_batch).cpu().double().numpy()
-                for sample, own in zip(batch["samples"], scores):
-                    entries.append((sample.id, sample.label, sample.length - sample.prompt_length, own))
+                labels = np.array([sample.label for sample in batch["samples"]])
+                judged = zip(*(part.tolist() for part in judge_scores(scores, labels)))
+                for sample, own in zip(batch["samples"], judged):
+                    entries.append((sample.id, sample.length - sample.prompt_length, *own))
         bad = gather(bad, processes)
         self._note_bad_photos(bad, "val", self.eval_dataset)
         # In the same order whatever the number of processes, for sums of floating-point numbers.
         entries = sorted(gather(entries, processes), key=lambda entry: entry[0])
-        labels, tokens = np.array([label for _, label, *_ in entries]), sum(entry[2] for entry in entries)
-        scores = np.stack([own for *_, own in entries])
-        found = dict(measure_scores(scores, labels))
+        _, tokens, hits, above, own = map(np.array, zip(*entries))
         metrics = {
-            f"{metric_key_prefix}_loss": float(-scores[np.arange(len(labels)), labels].sum() / tokens),
-            f"{metric_key_prefix}_top1": found["top1"],
-            f"{metric_key_prefix}_top5": found["top5"],
+            f"{metric_key_prefix}_loss": float(-own.sum() / tokens.sum()),
+            f"{metric_key_prefix}_top1": float(hits.mean()),
+            f"{metric_key_prefix}_top5": float((above < 5).mean()),
             f"{metric_key_prefix}_bad_photos": len(bad),
         }
         self.log(dict(metrics))

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -95,7 +96,18 @@ class Processes:
 def join_processes(device: torch.device) -> Iterator[Processes]:
     """Find the others within a minute; whatever is raised inside ends them all. Raises UserError."""
     count = count_processes()
+    if "WORLD_SIZE" not in os.environ:
+        tasks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
+        if _number("SLURM_STEP_NUM_TASKS", 1) > 1:
+            tasks["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        if tasks:
+            raise UserError(
+                f"{' '.join(f'{name}={value}' for name, value in tasks.items())}: one of several processes, and "
+                "WORLD_SIZE is missing; start with torchrun, or under Slurm as the README shows"
+            )
     if count == 1:
+        for name in VARIABLES:  # of torchrun with one process: transformers would make a group of it
+            os.environ.pop(name, None)
         yield Processes()
         return
     missing = [name for name in VARIABLES if not os.environ.get(name)]
@@ -120,19 +132,23 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    threading.Thread(target=processes.watch, daemon=True).start()
+    watcher = threading.Thread(target=processes.watch, daemon=True)
+    watcher.start()
     try:
-        yield processes
-        processes._over.set()
+        try:
+            yield processes
+        finally:
+            processes._over.set()
+            watcher.join()  # a thread that still talks to the store when Python ends aborts the process
         torch.distributed.destroy_process_group()
     except Exception as error:
-        processes._over.set()
         told = processes.told_by_another()
         if told is not None:  # that the connection broke is what followed from it
             _to_log_file(told)
             sys.exit(1)
         with contextlib.suppress(RuntimeError):
-            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}")
+            trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
+            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}{trace}")
         raise
 
 
