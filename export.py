@@ -142,7 +142,8 @@ def export_whole(use: Use, draft: Path) -> None:
     device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
     rows, validated = held_out(use)
     processor, prompt = build_processor(config, names)
-    found = {"probe_ids": probe_ids(processor.tokenizer), "model_files": fingerprint(config.model)}
+    files = None if config.model in BUILT else fingerprint(config.model)
+    found = {"probe_ids": probe_ids(processor.tokenizer), "model_files": files}
     check_same_base(found, recorded, config.model, folder)
     collator = PlantCollator(processor, prompt, names, config.image_size)
     few = first_that_open(collator, rows, LOGIT_PHOTOS)

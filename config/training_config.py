@@ -21,6 +21,7 @@ from pathlib import Path
 CONFIG_FILE = "training_config.json"
 BUILT = ("tiny", "scratch", "full")  # values of `model` that mean: built from config with random weights, no download
 YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what people write; the first two are taken
+SOURCES = ("oxford_flowers102", "synthetic")  # values of `dataset` that are no folders, whatever lies here
 ON_CPU = BUILT[:2]  # those small enough for a machine without a card
 
 
@@ -397,7 +398,11 @@ def apply_flags(base, given: dict[str, str]) -> tuple[typing.Any, list[str]]:
 def _with_whole_paths(settings):
     """Folders as they are found from anywhere: a run is used later, from another folder."""
     folders = {name: getattr(settings, name, None) for name in ("model", "dataset")}
-    whole = {name: os.path.abspath(path) for name, path in folders.items() if path and os.path.isdir(path)}
+    whole = {
+        name: os.path.abspath(path)
+        for name, path in folders.items()
+        if path and path not in (*BUILT, *SOURCES) and os.path.isdir(path)
+    }
     return dataclasses.replace(settings, **whole) if whole else settings
 
 

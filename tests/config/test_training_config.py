@@ -86,6 +86,16 @@ BAD_FLAGS = [
 ]  # fmt: skip
 
 
+def test_folders_are_found_from_anywhere_and_names_are_no_folders(tmp_path, monkeypatch):
+    """An export may lie beside the program under the very name of what is built here."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "synthetic", "oxford_flowers102", "mine"):
+        (tmp_path / name).mkdir()
+    config = parse_config(["--preset", "tiny"])
+    assert (config.model, config.dataset) == ("tiny", "synthetic") and parse_config([]).dataset == "oxford_flowers102"
+    assert parse_config(["--dataset", "mine"]).dataset == str(tmp_path / "mine")
+
+
 @pytest.mark.parametrize(("argv", "words"), BAD_FLAGS)
 def test_bad_flag_is_told_with_its_value_and_the_next_move(argv, words, capsys):
     assert words in problems_of(argv, capsys)

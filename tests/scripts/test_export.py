@@ -69,6 +69,7 @@ def as_a_stranger(out, files) -> subprocess.CompletedProcess:
 
 
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
+    assert run(capsys, "one", "tiny", *FAST)[0] == 0  # beside the program, under the name of what is built
     status, told = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
     assert status == 0 and "result proven: its logits are 0.00% off those of the run's weights; top-1 0." in told
     files = {path.name for path in (here / "out").iterdir()}
