@@ -7,7 +7,6 @@ others would wait in the middle of the sum.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler
@@ -53,12 +52,3 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], processes: int) -> N
     pieces = flat.split([parameter.numel() for parameter in learning])
     for parameter, piece in zip(learning, pieces):
         parameter.grad.copy_(piece.view_as(parameter))
-
-
-def gather(items: list[Any], processes: int) -> list[Any]:
-    """The items of all processes, in the order of the processes."""
-    if processes == 1:
-        return items
-    found: list[list[Any]] = [[] for _ in range(processes)]
-    torch.distributed.all_gather_object(found, items)
-    return [item for own in found for item in own]

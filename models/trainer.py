@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -42,7 +42,7 @@ from models.checkpoint import (
 from models.evaluation import judge_scores
 from models.fused import fused_layers, keep_activations
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
-from models.parallel import gather, share_batches, sum_gradients
+from models.parallel import share_batches, sum_gradients
 from models.scoring import MicroBatch, build_trees, score_batch
 from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
@@ -336,7 +336,7 @@ class PlantTrainer(Trainer):
             if stops:
                 raise Interrupted
             if bad:
-                told = gather(batch["bad"], processes)
+                told = gather_object(batch["bad"])
                 self._note_bad_photos(told, "train", self.train_dataset)
                 self._check_any_photos(int(photos), told)
         self.last_step = {
@@ -348,7 +348,7 @@ class PlantTrainer(Trainer):
             "image_tokens": int(image_tokens),
         }
         is_fine = math.isfinite(loss) and math.isfinite(norm) and not miscounted
-        names = "" if is_fine else ", ".join(gather([sample.id for sample in batch["samples"]], processes))
+        names = "" if is_fine else ", ".join(gather_object([sample.id for sample in batch["samples"]]))
         if miscounted:
             raise StepError(
                 f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
@@ -474,7 +474,7 @@ class PlantTrainer(Trainer):
         """A checkpoint of the last whole step, unless there is one: the step that was begun leaves no trace in it."""
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         is_there = self.is_world_process_zero() and folder.exists() and find_damage(folder) is None
-        if self.random_state is None or gather([is_there], self.args.world_size)[0]:
+        if self.random_state is None or gather_object([is_there])[0]:
             return
         self.model.zero_grad()
         _restore_random_state(self.random_state, self.args.device)
@@ -546,11 +546,13 @@ class PlantTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Every class name scored on every photo: top-1, top-5, the loss as the exact mean over tokens."""
         self.model.eval()
-        entries, bad, processes = [], [], self.args.world_size
+        entries, bad = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
             for batch in self.get_eval_dataloader(eval_dataset):
                 self._stop_together()
+                if self.args.world_size == 1:  # at once, and not after all of val
+                    self._note_bad_photos(batch["bad"], "val", self.eval_dataset)
                 bad += batch["bad"]
                 if not batch["samples"]:
                     continue
@@ -560,10 +562,10 @@ class PlantTrainer(Trainer):
                 judged = zip(*(part.tolist() for part in judge_scores(scores, labels)))
                 for sample, own in zip(batch["samples"], judged):
                     entries.append((sample.id, sample.length - sample.prompt_length, *own))
-        bad = gather(bad, processes)
+        bad = gather_object(bad)
         self._note_bad_photos(bad, "val", self.eval_dataset)
         # In the same order whatever the number of processes, for sums of floating-point numbers.
-        entries = sorted(gather(entries, processes), key=lambda entry: entry[0])
+        entries = sorted(gather_object(entries), key=lambda entry: entry[0])
         _, tokens, hits, above, own = map(np.array, zip(*entries))
         metrics = {
             f"{metric_key_prefix}_loss": float(-own.sum() / tokens.sum()),
