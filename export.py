@@ -123,7 +123,7 @@ def export_whole(use: Use, draft: Path) -> None:
     from models.builder import build_processor, check_same_base, fingerprint
     from models.card import CODE_OF_A_WHOLE_MODEL, build_card
     from models.checkpoint import CARD
-    from models.merging import merge_into, read_adapter, weights_bytes
+    from models.merging import merge_into, read_adapter, save_settings, weights_bytes
     from models.proof import (
         LOGIT_PHOTOS,
         compare_hits,
@@ -186,6 +186,7 @@ def export_adapter(use: Use, draft: Path) -> None:
     from models.builder import build_base, build_processor, build_trained
     from models.card import base_name, build_card
     from models.checkpoint import CARD
+    from models.merging import save_processor
     from models.proof import LOGIT_PHOTOS, first_that_open, judge, logits_of, relative_difference
     from utils.device_utils import choose_device, choose_precision, collect_memory
 
@@ -256,40 +257,16 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
         yield Path(downloaded)
 
 
-def save_settings(base: Path, processor, prompt, dtype, draft: Path) -> None:
-    """Processor, config and generation config: it stops where training ended an answer."""
-    from transformers import GenerationConfig, LlavaNextConfig
-
-    settings = LlavaNextConfig.from_pretrained(base)
-    settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
-    settings.save_pretrained(draft)
-    has_own = (base / "generation_config.json").exists()
-    own = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
-    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    # Greedy, whatever the base was set to: a name is not to be drawn by lot.
-    generation = GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.end_id}),
-        pad_token_id=processor.tokenizer.pad_token_id,
-        do_sample=False,
-    )
-    generation.save_pretrained(draft)
-    save_processor(processor, draft)
-
-
-def save_processor(processor, draft: Path) -> None:
-    """Padded on the left, as generation needs it; the collator says its own side."""
-    processor.tokenizer.padding_side = "left"
-    processor.save_pretrained(draft)
-
-
 def save_classes(use: Use, prompt, draft: Path) -> None:
     """class_names.json: all that is needed to name photos as this project does."""
+    from models.assessor import read_calibration
+    from models.checkpoint import describe_best
+
     facts = {"class_names": use.recorded["class_names"], "question": use.config.question, "prompt": prompt.prompt}
     facts |= {"joiner": prompt.joiner, "end": prompt.end, "image_size": use.config.image_size}
-    with contextlib.suppress(FileNotFoundError):  # of a run that learned from val
-        calibration = json.loads((use.folder / "calibration.json").read_text(encoding="utf-8"))
-        facts |= {name: calibration[name] for name in ("temperature", "threshold")}
+    calibration = read_calibration(use.folder, describe_best(use.folder / BEST))
+    if calibration is not None:
+        facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

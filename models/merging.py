@@ -13,9 +13,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlavaNextConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from models.builder import ModelError
+from utils.tokenizer_utils import Prompt
 
 SHARD_BYTES = 2_000_000_000  # of each file written, and so of host memory
 PARTS = ("language_model.", "multi_modal_projector.")  # the parts of the model that an adapter may hold
@@ -88,6 +90,31 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out: Path) -> None:
+    """Processor, config and generation config: it stops where training ended an answer."""
+    settings = LlavaNextConfig.from_pretrained(base)
+    settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
+    settings.save_pretrained(out)
+    has_own = (base / "generation_config.json").exists()
+    own = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    # Greedy, whatever the base was set to: a name is not to be drawn by lot.
+    generation = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.end_id}),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    generation.save_pretrained(out)
+    save_processor(processor, out)
+
+
+def save_processor(processor, out: Path) -> None:
+    """Padded on the left, as generation needs it; the collator says its own side."""
+    processor.tokenizer.padding_side = "left"
+    processor.save_pretrained(out)
 
 
 def weights_bytes(base: Path, dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -187,7 +188,7 @@ def compare_hits(validated: dict[str, bool], model, collator, rows: Sequence[dic
     Raises ProofError if none of the photos was validated.
     """
     scored = score_rows(model, collator, rows, collator.name_ids, *options)
-    hits = {one.id: max(range(len(one.values)), key=one.values.__getitem__) == one.label for one in scored}
+    hits = {one.id: int(np.argmax(one.values)) == one.label for one in scored}
     both = [photo for photo in hits if photo in validated]
     if not both:
         raise ProofError("none of these photos of val was validated; score them first: python evaluate.py RUN")

@@ -210,6 +210,13 @@ def test_a_base_whose_files_changed_is_not_merged_into(flags, adapted, here, che
     assert status == 1 and "is not what two was trained on (model_files differ)" in told and not (here / "out").exists()
 
 
+def test_a_calibration_of_other_weights_is_not_handed_on(trained, here, capsys):
+    path = trained / "calibration.json"
+    path.write_text(path.read_text().replace("step 6", "step 5"))
+    assert run(capsys, "one", "out", *FAST)[0] == 0
+    assert "temperature" not in json.loads((here / "out" / "class_names.json").read_text())
+
+
 def test_the_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
     assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
     assert "base in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
