@@ -113,6 +113,9 @@ def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
         assert_same(run(stock, True, photos, tokens), run(model, True, photos, tokens))
         stock.zero_grad(), model.zero_grad()
     assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]
+    compiled = layers[0].kernels.pieces
+    layers[0].kernels.be_plain()
+    assert not layers[0].kernels.compiled and layers[0].kernels.pieces == fused.Kernels().pieces != compiled
 
 
 def test_without_adapters_and_with_frozen_ones():
@@ -247,7 +250,7 @@ for dtype in (torch.float32, torch.float16):
 
 def test_weights_are_unpacked_as_bitsandbytes_does():
     """In Triton's interpreter, which must be asked for before Triton is imported; no card is needed."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA; its kernel ran on an H100 (LOG.md)")
     there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
     done = subprocess.run([sys.executable, "-c", UNPACK], **there, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

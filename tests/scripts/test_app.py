@@ -135,7 +135,7 @@ def test_uploads_go_to_a_folder_of_their_own(monkeypatch):
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """Address of the page of a run of six steps, app.py beside it as its own process."""
-    pytest.importorskip("gradio")
+    pytest.importorskip("gradio", reason="the page needs gradio: make test-browser installs it")
     import train
     from data import dataset
 
@@ -169,7 +169,7 @@ def shown(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    api = pytest.importorskip("playwright.sync_api")
+    api = pytest.importorskip("playwright.sync_api", reason="make test-browser installs Playwright")
     if not Path(CHROMIUM).exists():
         pytest.skip(f"{CHROMIUM}: no such browser; name one in CHROMIUM")
     with api.sync_playwright() as playwright:
