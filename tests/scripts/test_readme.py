@@ -18,7 +18,8 @@ USES = {
 }
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    (?:python|make) .*?(?=  |$)", README, re.MULTILINE)
+PAGES = [README, *[path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]]
+COMMANDS = re.findall(r"^    (?:python|make) .*?(?=  |$)", "\n".join(PAGES), re.MULTILINE)
 
 
 def test_the_readme_shows_both_ways():
@@ -70,6 +71,11 @@ def test_files_of_the_readme_exist():
         folder = start if start else folder  # a line without a start goes on with the folder above
         for name in re.findall(r"\w+\.py", names if folder.endswith("/") else folder):
             assert (ROOT / (folder if folder.endswith("/") else "") / name).is_file(), f"{folder}{name}"
+
+
+def test_pages_that_the_readme_links_are_there():
+    linked = re.findall(r"\]\((docs/\w+\.md)\)", README)
+    assert sorted(set(linked)) == sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_pictures_of_the_readme_are_there_and_small():
