@@ -24,7 +24,9 @@ OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "Dee
 START_S = 60  # seconds in which all must have found each other
 COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set to be read, a checkpoint to be written
 POLL_S = 0.5  # seconds between two looks at whether another one failed
+SILENT_S = 120  # seconds after which one that gives no sign is taken for gone, as with its machine
 FAILED = "failed"
+DONE = "done"
 
 
 def count_processes() -> int:
@@ -83,13 +85,42 @@ class Processes:
             return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
         return "the main process ended"
 
+    def give_sign(self, sign: str) -> None:
+        """To the main process, which looks for them."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"sign {self.rank}", sign)
+
     def watch(self) -> None:
         """In a thread: a process that waits for one that is gone would wait for ever."""
+        seen = {}  # of each other process its last sign, and how often that was seen
         while not self._over.wait(POLL_S):
+            self.give_sign(f"{time.monotonic()}")
             told = self.told_by_another()
+            if told is None and self.is_main:
+                told = self._find_silent(seen)
+                if told is not None:
+                    logger.error(told)
+                    self._store.set(FAILED, told)
             if told is not None and not self._over.is_set():
                 _to_log_file(told)
                 os._exit(1)
+
+    def _find_silent(self, seen: dict[int, tuple[str, int]]) -> str | None:
+        """Who gave no sign for too long, in a sentence. NCCL itself would wait for COLLECTIVE_S.
+
+        Looks are counted, not seconds, which pass for a job that is suspended too.
+        """
+        for rank in range(1, self.count):
+            with contextlib.suppress(RuntimeError):
+                sign = self._store.get(f"sign {rank}").decode()
+                last, times = seen.get(rank, (sign, 0))
+                seen[rank] = sign, times + 1 if sign == last else 0
+                if sign != DONE and seen[rank][1] * POLL_S > SILENT_S:
+                    return (
+                        f"process {rank} gave no sign for {SILENT_S} s; look at its machine and the network, and give "
+                        "the same command again"
+                    )
+        return None
 
 
 @contextlib.contextmanager
@@ -119,13 +150,14 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     for name, asked in OTHER_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
             raise UserError(
-                f"{name}=true: the launcher asks for {asked}; here each process holds the whole model: accelerate "
-                "launch --multi_gpu, or torchrun"
+                f"{name}=true: the launcher asks for {asked}, which is not set up from outside here; use accelerate "
+                "launch --multi_gpu, or torchrun, and --sharding fsdp to spread the weights"
             )
     rank = _number("RANK", 0)
     store = _meet(rank, count)
     processes = Processes(rank, count, torch.distributed.PrefixStore("plants", store))
     kind = "nccl" if device.type == "cuda" else "gloo"
+    processes.give_sign("")
     waits = datetime.timedelta(seconds=COLLECTIVE_S)
     with _starting(rank, count):
         torch.distributed.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=waits)
@@ -140,6 +172,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
         finally:
             processes._over.set()
             watcher.join()  # a thread that still talks to the store when Python ends aborts the process
+            processes.give_sign(DONE)
         torch.distributed.destroy_process_group()
     except Exception as error:
         told = processes.told_by_another()
