@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
         processes = held.enter_context(join_processes(device))
+        if config.sharding == "fsdp" and processes.count == 1:
+            raise UserError(
+                "--sharding fsdp: a single process has nobody to spread weights over; start several with torchrun, or "
+                "use --sharding none"
+            )
         config, state, origin = open_run_folder(config, processes, held)
         if state == "finished":
             return 0
@@ -84,14 +89,19 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = checkpoint and Path(checkpoint)
         if not processes.is_main:
             logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
-        trainer.fit_to_card(
-            collator.largest_row(data.train),
-            *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
-            steps_done=step_of(checkpoint),
-        )
+        largest = collator.largest_row(data.train)
+        if config.sharding == "fsdp":
+            trainer.spread_weights(largest)
+        else:
+            trainer.fit_to_card(
+                largest,
+                *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
+                steps_done=step_of(checkpoint),
+            )
         trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_here()
+        trainer.gather_weights()
         if processes.is_main:  # the others are done
             trainer.load_best()
             steps = trainer.state.global_step

@@ -99,6 +99,13 @@ class TrainingConfig:
         choices=("auto", "true", "false"),
         free=True,
     )
+    sharding: str = knob(
+        "none",
+        "fsdp: several processes spread the frozen weights over their cards and gather them layer by layer; photos per "
+        "forward pass and recomputation are then as configured",
+        choices=("none", "fsdp"),
+        free=True,
+    )
     gpu_memory_fraction: float = knob(
         0.9, "share of the card this process may take; the rest is a buffer", above=0, high=1, free=True
     )
@@ -245,6 +252,11 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
         yield (
             f"model={config.model} with load_in_4bit=true: a model built here has nothing to load in 4 bit; use "
             f"--preset {config.model}, or --load-in-4bit false"
+        )
+    if config.trainable == "everything" and config.sharding == "fsdp":
+        yield (
+            "trainable=everything with sharding=fsdp: frozen weights are spread, and nothing is frozen; use --sharding "
+            "none or --trainable adapter"
         )
     for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
         if getattr(config, name) == value and (config.lora_dropout > 0 or config.trainable == "everything"):

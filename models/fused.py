@@ -188,18 +188,20 @@ class Kernels:
             self._positions = embeddings[0], photos, rows
         return rows
 
-    def unpack(self, weight: torch.Tensor, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+    def unpack(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its adapter's B at `start`."""
-        if self.has_triton and can_unpack(weight):
+        weight = linear.weight
+        # A weight that was spread over several cards comes back without it; models/parallel.py left it at the module.
+        state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
+        if self.has_triton and can_unpack(weight, state):
             try:
-                unpack(weight, up, start, out)
+                unpack(weight, state, up, start, out)
                 return
             except Exception as error:  # Triton builds its launcher with the machine's C compiler
                 if is_out_of_memory(error):
                     raise
                 self.has_triton = False
                 _tell_no_compiler("4-bit weights are unpacked by bitsandbytes, slower", error)
-        state = getattr(weight, "quant_state", None)
         plain = weight if state is None else dequantize_4bit(weight.data, state)
         out[:, : plain.shape[1]] = plain
         out[:, plain.shape[1] :] = 0
@@ -242,7 +244,7 @@ class Projections:
         base = self.bases[index]
         whole = like.new_empty(base.out_features, self.width + self.columns)
         up = parameters[2 * index + 1] if parameters else None
-        self.kernels.unpack(base.weight, up, self.own[index].start, whole)
+        self.kernels.unpack(base, up, self.own[index].start, whole)
         return whole
 
     def forward(self, rows: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -4,12 +4,22 @@ Each takes every n-th photo of the same batches, so the order of photos, and a s
 one process, whatever is left over at the end. Gradients are summed once, when all pieces are done, and not by DDP's
 hooks in the backward pass of the last piece: a process that runs out of memory there could not do it again, for the
 others would wait in the middle of the sum.
+
+Frozen weights may be spread over the processes with torch's FSDP. What learns stays whole in each: an adapter is small,
+and so the sum, the optimizer and the checkpoints are the same with and without, and one goes on from the other's.
+accelerate's FSDP would spread that too, and then all processes have to do all forwards and savings together.
 """
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import BatchSampler
+
+from models.builder import unwrap
 
 
 class Share(BatchSampler):
@@ -52,3 +62,50 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], processes: int) -> N
     pieces = flat.split([parameter.numel() for parameter in learning])
     for parameter, piece in zip(learning, pieces):
         parameter.grad.copy_(piece.view_as(parameter))
+
+
+def spread_frozen(model) -> list[FSDPModule]:
+    """Spread the frozen weights over all processes: layer by layer, embeddings, head, and the rest.
+
+    Returns the parts, each of which is gathered for its forward and its backward; the first forward after this must be
+    of the whole model.
+    """
+    base = unwrap(model)
+    for module in _packed(base):
+        module.quant_state = module.weight.quant_state  # weights that were gathered are plain tensors
+        # FSDP wants numbers that could learn. Those of 16 bit would not all come back as they were (LOG.md).
+        packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
+        module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+    tower = base.model.vision_tower
+    # Their layers and not the towers: transformers knows by its class which module records hidden states.
+    parts = [*base.model.language_model.layers, *getattr(tower, "vision_model", tower).encoder.layers]
+    if base.get_input_embeddings().weight is not base.lm_head.weight:
+        parts += [base.get_input_embeddings(), base.lm_head]
+    learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    return [fully_shard(part, ignored_params=learning) for part in (*parts, base)]
+
+
+def _packed(base) -> list[nn.Module]:
+    return [module for module in base.modules() if isinstance(module, Linear4bit)]
+
+
+def sum_bits(model) -> list[int]:
+    """Of each 4-bit weight: whether they come back from the other processes as they were."""
+    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _packed(unwrap(model))]
+
+
+@contextlib.contextmanager
+def gathered(parts: Sequence[FSDPModule]) -> Iterator[None]:
+    """All weights whole in each process, which may then compute what the others do not."""
+    gather(parts)
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(True)
+        part.reshard()
+
+
+def gather(parts: Sequence[FSDPModule]) -> None:
+    """Make all weights whole in each process, for good. All processes call it together."""
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()

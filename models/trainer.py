@@ -42,7 +42,7 @@ from models.checkpoint import (
 from models.evaluation import judge_scores
 from models.fused import fused_layers, keep_activations
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
-from models.parallel import share_batches, sum_gradients
+from models.parallel import gather, gathered, share_batches, spread_frozen, sum_bits, sum_gradients
 from models.scoring import MicroBatch, build_trees, score_batch
 from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.image_utils import check_bad_share
@@ -99,6 +99,7 @@ class PlantTrainer(Trainer):
         self.random_state: list[torch.Tensor] | None = None  # behind the last whole step of this process
         self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
+        self.spread = []  # parts of the model whose frozen weights all processes hold together
         super().__init__(*args, **kwargs)
         base = unwrap(self.model)
         self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
@@ -160,6 +161,43 @@ class PlantTrainer(Trainer):
             words = "plain" if compile == "false" else "plain, their compilation would not be won back"
             words = "compiled" if kernels.compiled else words
             logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
+
+    def spread_weights(self, row: dict) -> None:
+        """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo to come.
+
+        Then each micro-batch is computed by all or by none, so none is planned for or redone by one process alone.
+        """
+        device = self.args.device
+        whole = peak_memory(device)
+        bits = sum_bits(self.model)
+        self.spread = spread_frozen(self.model)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no weights that are spread
+        (self.idle_piece,) = cut(send_to_device(self.data_collator([row]), device), 1)
+        for name in ("labels", "shift_labels"):
+            self.idle_piece[name] = torch.full_like(self.idle_piece[name], -100)  # none is supervised
+        clear_device_cache(garbage_collection=True)
+        held = memory_in_use(device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                _, peak = self._try_micro_batch(row, self.micro_batch_size)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise StepError(f"plan: {self._no_room()}") from error
+        with gathered(self.spread):
+            if sum_bits(self.model) != bits:
+                raise StepError(
+                    "plan: 4-bit weights come back altered from the other processes; use --sharding none, and report it"
+                )
+        logger.info(
+            "plan   frozen weights are spread over %d processes: %.2f GiB in each, %.2f at most while they were "
+            "loaded; %d photos at a time, as configured, in a trial %.2f",
+            *(self.args.world_size, held / GIB, whole / GIB, self.micro_batch_size, peak / GIB),
+        )
+
+    def gather_weights(self) -> None:
+        """Whole again in each process, for what the main one computes alone."""
+        gather(self.spread)
 
     def _is_worth_compiling(self, row: dict, steps: int) -> bool:
         try:
@@ -267,7 +305,12 @@ class PlantTrainer(Trainer):
 
     def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        for piece in cut(inputs, self.micro_batch_size):
+        pieces = cut(inputs, self.micro_batch_size)
+        if self.spread:  # the weights of each forward come from all processes
+            most = torch.tensor(len(pieces), device=self.args.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            pieces += [self.idle_piece] * (int(most) - len(pieces))
+        for piece in pieces:
             if self.args.world_size == 1:  # several stop together, at the end of a step
                 self.stop.check()
             with self.accelerator.no_sync(model):  # DDP's own sum; models/parallel.py says why
@@ -285,6 +328,8 @@ class PlantTrainer(Trainer):
         if not is_out_of_memory(error):
             raise error
         step = self.state.global_step + 1
+        if self.spread:
+            raise StepError(f"step {step}: {self._no_room()}") from error
         if self.micro_batch_size == 1:
             if not any(one.keep or not one.offload for one in self.fused):
                 raise StepError(f"step {step}: {self._no_room()}") from error
@@ -299,6 +344,12 @@ class PlantTrainer(Trainer):
         )
 
     def _no_room(self) -> str:
+        if self.spread:
+            return (
+                f"out of memory with {self.micro_batch_size} photos at a time, and weights that are spread are not "
+                "planned for; lower --per-device-train-batch-size, raise --gradient-accumulation-steps as much, or "
+                "--gradient-checkpointing true"
+            )
         return (
             "out of memory with one photo at a time; use --gradient-checkpointing "
             f"{'offload' if self.fused else 'true'}, --load-in-4bit true, --image-size 336, --optim paged_adamw_8bit, "
@@ -487,6 +538,15 @@ class PlantTrainer(Trainer):
         if self.accelerator.scaler is not None:  # of a run that is in fp16 no more there is one to load
             super()._load_scaler(checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # bitsandbytes writes with a paged state that it is paged. Read onto a card it is not: the driver refuses to
+        # fetch it, and bitsandbytes ends the process (its issue 782).
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    vars(value).pop("is_paged", None)
+
     def _save_checkpoint(self, model, trial):
         if self.is_world_process_zero():
             claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
@@ -548,7 +608,7 @@ class PlantTrainer(Trainer):
         self.model.eval()
         entries, bad = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), gathered(self.spread):
             for batch in self.get_eval_dataloader(eval_dataset):
                 self._stop_together()
                 if self.args.world_size == 1:  # at once, and not after all of val

@@ -6,6 +6,7 @@ would cost as much again.
 
 import torch
 import triton
+from bitsandbytes.functional import QuantState
 from triton import language as tl
 
 BYTES = 512  # a program unpacks so many, two weights each; the columns must be a multiple of twice that
@@ -36,27 +37,24 @@ def _unpack(
         tl.store(place, adapter.to(out.dtype.element_ty), mask=column < beside)
 
 
-def can_unpack(weight: torch.Tensor) -> bool:
+def can_unpack(weight: torch.Tensor, state: QuantState | None) -> bool:
     """A bitsandbytes weight on a CUDA card: nested scales, blocks of 64, rows that programs share evenly."""
-    state = getattr(weight, "quant_state", None)
     return (
         state is not None
         and weight.is_cuda
-        and weight.dtype == torch.uint8  # a checkpoint quantized elsewhere may store the bytes as other numbers
         and state.nested
         and (state.blocksize, state.state2.blocksize) == (64, 256)
         and state.shape[1] % (2 * BYTES) == 0
     )
 
 
-def unpack(weight: torch.Tensor, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+def unpack(weight: torch.Tensor, state: QuantState, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
     """[W, 0 B 0] into `out` (N, D + R): the (N, D) weight, and `up` (N, rank) in R columns from `start` on."""
-    state = weight.quant_state
     inner = state.state2
     rows, columns = state.shape
     beside = out.shape[1] - columns
     _unpack[rows, columns // (2 * BYTES) + (beside > 0)](
-        *(weight, state.code, state.absmax, inner.code, inner.absmax, state.offset),
+        *(weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset),
         *(up if up is not None else state.code, out, up.shape[1] if up is not None else 0, start, out.stride(0)),
         *(columns, beside, triton.next_power_of_2(max(beside, 1)), BYTES),
     )

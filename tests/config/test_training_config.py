@@ -77,6 +77,10 @@ BAD_FLAGS = [
     (["--mixed-precision", "fp8"], "mixed_precision=fp8: not one of auto, bf16, fp16, no"),
     (["--max-steps", "0"], "max_steps=0: nothing would be trained; use -1"),
     (["--save-total-limit", "1"], "save_total_limit=1: must be at least 2"),
+    (
+        ["--trainable", "everything", "--load-in-4bit", "false", "--sharding", "fsdp"],
+        "trainable=everything with sharding=fsdp: frozen weights are spread, and nothing is frozen; use --sharding",
+    ),
     (["--trainable", "everything"], "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn"),
     (["--projector-learning-rate", "1e-5"], "trainable=adapter leaves the projector as it is"),
     (["--train-on-val", "true"], "eval_steps=100 with train_on_val=true: photos that are learned from measure nothing"),

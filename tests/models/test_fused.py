@@ -236,14 +236,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from models.unpack import unpack
 for dtype in (torch.float32, torch.float16):
     packed, state = quantize_4bit(torch.randn(32, 2048, dtype=dtype), quant_type="nf4", compress_statistics=True)
-    packed.quant_state = state
     up = torch.randn(32, 16)
     out = torch.full((32, 2048 + 64), 7.0, dtype=dtype)
-    unpack(packed, up, 16, out)
+    unpack(packed.view(-1).view(torch.float32), state, up, 16, out)  # as models/parallel.py has it
     assert torch.equal(out[:, :2048], dequantize_4bit(packed, state))
     assert torch.equal(out[:, 2064:2080], up.to(dtype)) and not out[:, 2048:2064].any() and not out[:, 2080:].any()
     out = torch.full((32, 2048), 7.0, dtype=dtype)
-    unpack(packed, None, 0, out)
+    unpack(packed, state, None, 0, out)
     assert torch.equal(out, dequantize_4bit(packed, state))
 """
 
@@ -269,7 +268,7 @@ def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsy
     layers = fuse_layers(layers_of(model))
     monkeypatch.setattr(fused._Compiled, "fails", False)
     monkeypatch.setattr(torch, "compile", lambda piece: refuse)
-    monkeypatch.setattr(fused, "can_unpack", lambda weight: True)
+    monkeypatch.setattr(fused, "can_unpack", lambda weight, state: True)
     monkeypatch.setattr(fused, "unpack", refuse, raising=False)
     layers[0].kernels.has_triton = True
     layers[0].kernels.compile()

@@ -686,6 +686,21 @@ def test_evaluating_does_not_change_the_training(tiny, tmp_path):
 # ---- optimizer and steps
 
 
+def test_a_paged_state_that_was_read_back_is_not_taken_for_paged(tiny, tmp_path):
+    """bitsandbytes' mark is written with the tensor, and is true only of memory that it allocated itself."""
+    trainer = make_trainer(tiny, tmp_path, max_steps=2, save_steps=1)
+    trainer.train_from(None)
+    checkpoint = tmp_path / "checkpoint-1"
+    saved = torch.load(checkpoint / "optimizer.pt")
+    for state in saved["state"].values():
+        state["exp_avg"].is_paged = True
+    torch.save(saved, checkpoint / "optimizer.pt")
+    assert torch.load(checkpoint / "optimizer.pt")["state"][0]["exp_avg"].is_paged  # the mark is read back
+    trainer._load_optimizer_and_scheduler(str(checkpoint))
+    states = list(trainer.optimizer.state.values())
+    assert states and not any(hasattr(state["exp_avg"], "is_paged") for state in states)
+
+
 def test_the_projector_has_its_own_learning_rate(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path, projector_learning_rate=1e-2, learning_rate=1e-3, weight_decay=0.1)
     trainer.create_optimizer()

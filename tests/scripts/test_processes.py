@@ -75,6 +75,10 @@ def with_fault(folder, code: str):
     return script
 
 
+def rank_one(launcher) -> psutil.Process:
+    return next(child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
+
+
 def wait_for_step(folder, step: int) -> None:
     since = time.monotonic()
     while not any(line["step"] >= step for line in read_metrics(folder)):
@@ -225,12 +229,97 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
     argv = [*RUN, "--output-dir", "run"]
     process = launch(here, argv)
     wait_for_step(here / "run", 6)
-    workers = [child for child in psutil.Process(process.pid).children() if "train.py" in " ".join(child.cmdline())]
-    next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
+    rank_one(process).kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, argv))
     assert status == 0 and "going on from run/checkpoint-5" in told, told
     assert_as_one(here / "run", one)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, checkpoint):
+    """(arguments of a run with a 4-bit base and an adapter, the folder of what one process made of it)."""
+    folder = tmp_path_factory.mktemp("quantized") / "one"
+    argv = [*RUN, "--model", checkpoint(), "--load-in-4bit", "true", "--trainable", "adapter"]
+    assert train.main([*argv, "--output-dir", str(folder)]) == 0
+    return argv, folder
+
+
+def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
+    """Through a stop, a resume with them whole, a kill of one process, and to the report and the reload at the end."""
+    argv, one = quantized
+    argv = [*argv, "--output-dir", "run", "--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "7"]
+    process = launch(here, [*argv, "--sharding", "fsdp"])
+    wait_for_step(here / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    status, told = end_of(process)
+    assert status != 0 and "saved  run/checkpoint-" in told, told
+    assert "frozen weights are spread over 2 processes" in told and "1 photos at a time, as configured" in told
+    process = launch(here, argv)  # whole in each
+    wait_for_step(here / "run", 7)
+    rank_one(process).kill()
+    assert end_of(process)[0] != 0
+    status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
+    assert status == 0 and "going on from run/checkpoint-" in told, told
+    assert_as_one(here / "run", one)
+    assert "run/best, loaded into a fresh base, scores 4 photos as before" in told
+
+
+def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantized):
+    argv, _ = quantized
+    script = with_fault(here, """
+        def once(self, *args):
+            if rank == 1 and self.state.global_step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            return real(self, *args)
+        trainer.PlantTrainer._forward_backward = once
+    """)  # fmt: skip
+    status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
+    assert (
+        status != 0 and "error: process 1: step 3: out of memory with 7 photos at a time, and weights that are" in told
+    )
+    assert max(steps_of(here / "run")) == 2
+
+
+def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
+    argv, _ = quantized
+    script = with_fault(here, """
+        spread = trainer.spread_frozen
+        def altered(model):
+            parts = spread(model)
+            if rank == 1:
+                weight = trainer.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
+                weight.to_local().view(torch.int32)[7] += 1
+            return parts
+        trainer.spread_frozen = altered
+    """)  # fmt: skip
+    status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
+    assert status != 0 and "plan: 4-bit weights come back altered from the other processes; use --sharding none" in told
+    assert not steps_of(here / "run")
+
+
+def test_one_that_gives_no_sign_ends_all(here):
+    """As when its machine or its network is gone: nothing tells the others."""
+    script = with_fault(here, """
+        import signal
+        from utils import process_utils
+        process_utils.SILENT_S = 3
+        def stands_still(self, *args):
+            if rank == 1 and self.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return real(self, *args)
+        trainer.PlantTrainer._forward_backward = stands_still
+    """)  # fmt: skip
+    process = launch(here, [*RUN, "--output-dir", "run"], program=script)
+    wait_for_step(here / "run", 2)
+    stopped = rank_one(process)
+    until = time.monotonic() + 60
+    while "gave no sign" not in (here / "run" / "train.log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGCONT)
+    status, told = end_of(process)
+    assert status != 0 and "error: process 1 gave no sign for 3 s; look at its machine and the network" in told
 
 
 def a_free_port() -> str:
@@ -285,7 +374,10 @@ BAD_STARTS = [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT missing from the environ"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number; start with torchrun, or unset it"),
     (HERE, "process 0 of 2: not all met at 127.0.0.1:{port} within 2 s ("),
-    (HERE | {"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP; here each process"),
+    (
+        HERE | {"ACCELERATE_USE_FSDP": "true"},
+        "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP, which is not set up",
+    ),
 ]
 
 

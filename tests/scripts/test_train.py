@@ -185,6 +185,7 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--output-dir", "{photos}"], "holds files but is not a run"),
     (nothing, ["--preset", "tiny", "--load-in-4bit", "true", "--trainable", "adapter"], "nothing to load in 4 bit"),
     (nothing, ["--preset", "tiny", "--seed", "4294967296"], "seed=4294967296"),
+    (nothing, ["--preset", "tiny", "--trainable", "adapter", "--sharding", "fsdp"], "a single process has nobody to"),
     (nothing, ["--preset", "tiny", "--optim", "sgdd"], "--optim sgdd: not an optimizer of transformers"),
     (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: unknown are paper; use none, all, or"),
     (nothing, ["--preset", "tiny", "--report-to", "clearml"], "--report-to clearml: "),
