@@ -24,6 +24,7 @@ STEPS = 6  # optimizer steps of the trial; the first two may still allocate
 LEAK_GIB = 0.06  # growth over the later steps that is called a leak
 PRETRAINED_LOSS = 0.05, 4.0  # around the documented 0.5 to 2.0: names differ in how hard they are
 HUB_BYTES = 20e9  # of a 7B checkpoint on its way and the photos
+SAMPLED = 500  # photos of a stream that are looked at
 GIB = 2**30
 
 
@@ -151,10 +152,15 @@ def check_disk_and_memory(ready) -> str:
 
 
 def check_data(ready) -> str:
-    from data.dataset import build_datasets
+    from datasets import Dataset
+
+    from data.dataset import ROW, build_datasets
     from utils.image_utils import PhotoError, open_photo
 
     data = build_datasets(ready.config)
+    ready.photos = data.train.photos if ready.config.streaming else len(data.train)
+    if ready.config.streaming:  # its first photos stand for all
+        data = data._replace(train=Dataset.from_list(data.train.head(SAMPLED), features=ROW))
     sizes, broken = [], []
     for index in range(4):
         try:
@@ -165,7 +171,7 @@ def check_data(ready) -> str:
     if not sizes:
         raise UserError(f"none of four photos can be opened: {broken[0]}")
     ready.data = data
-    counts = f"{len(data.train):,} train, {len(data.validation or ()):,} val, {len(data.test):,} test photos"
+    counts = f"{ready.photos:,} train, {len(data.validation or ()):,} val, {len(data.test):,} test photos"
     return f"{data.source}: {counts}; decoded {', '.join(sizes)} (width x height)" + f"; {broken[:1]}" * bool(broken)
 
 
@@ -340,7 +346,7 @@ def check_leak(ready) -> str:
 
 def check_time(ready) -> str:
     seconds = statistics.median(step["seconds"] for step in ready.steps[1:])
-    steps = math.ceil(len(ready.data.train) / ready.config.effective_batch_size)
+    steps = math.ceil(ready.photos / ready.config.effective_batch_size)
     return (
         f"{ready.config.effective_batch_size / seconds:.2f} photos/s, about {seconds * steps / 60:.1f} minutes an "
         f"epoch of {steps:,} steps"

@@ -20,6 +20,8 @@ from config.run_folder import BEST, LOCK_FILE, append_metrics, check_same_run, c
 from config.training_config import ON_CPU, ConfigError, TrainingConfig, load_config, parse_config, save_config
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
+SAMPLED = 500  # photos of a stream whose sizes are looked at
+
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv, __doc__)  # before torch: a typo costs a tenth of a second
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = checkpoint and Path(checkpoint)
         if not processes.is_main:
             logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
-        largest = collator.largest_row(data.train)
+        largest = collator.largest_row(data.train.head(SAMPLED) if config.streaming else data.train)
         if config.sharding == "fsdp":
             trainer.spread_weights(largest)
         else:
@@ -194,7 +196,7 @@ def prove_best(config: TrainingConfig, processor, device, precision: str, collat
 def log_header(config: TrainingConfig, data, trainer, place: str) -> None:
     """What the run is, before it starts."""
     learning, total = trainer.model.num_parameters(only_trainable=True), trainer.model.num_parameters()
-    photos, steps = len(data.train), trainer.planned_steps()
+    photos, steps = data.train.photos if config.streaming else len(data.train), trainer.planned_steps()
     size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
     logger.info(f"run    {config.output_dir}: preset {config.preset}, seed {config.seed}")
     logger.info(

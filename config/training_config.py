@@ -115,6 +115,11 @@ class TrainingConfig:
         "oxford_flowers102", "oxford_flowers102 (hub), synthetic, or a folder: VGG release, parquet, or class folders"
     )
     dataset_revision: str = knob("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
+    streaming: bool = knob(
+        False,
+        "read train photos from parquet files as they come, where the disk has no room for them as Arrow too; needs "
+        "max_steps",
+    )
     train_on_val: bool = knob(False, "learn from train + val; nothing can be chosen or measured on val then")
     sample_fraction: float = knob(1.0, "share of the train and val photos used, class balance kept", above=0, high=1)
     val_fraction: float = knob(0.1, "of an image folder without a val split", above=0, high=0.5)
@@ -258,6 +263,8 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
             "trainable=everything with sharding=fsdp: frozen weights are spread, and nothing is frozen; use --sharding "
             "none or --trainable adapter"
         )
+    if config.streaming:
+        yield from _streaming_problems(config)
     for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
         if getattr(config, name) == value and (config.lora_dropout > 0 or config.trainable == "everything"):
             yield (
@@ -290,6 +297,18 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
         )
     if not _is_tracker_list(config.report_to):
         yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+
+
+def _streaming_problems(config: TrainingConfig) -> Iterator[str]:
+    if config.max_steps <= 0:
+        yield f"streaming=true with max_steps={config.max_steps}: a stream has no end; give a number of steps"
+    if config.dataset in SOURCES:
+        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; name one"
+    if config.sample_fraction < 1 or config.train_on_val:
+        yield (
+            f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
+            f"{_show(config.train_on_val)}: both need all photos at once; use 1 and false, or --streaming false"
+        )
 
 
 def find_range_problems(options) -> Iterator[str]:

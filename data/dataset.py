@@ -19,6 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, c
 
 from config.training_config import TrainingConfig
 from data.labels import CLASS_NAMES, official_counts
+from data.stream import Stream
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from utils.image_utils import SUFFIXES, is_photo_name, photos_below, printable
 from utils.logging_utils import UserError, logger
@@ -41,7 +42,7 @@ class DataError(UserError):
 class PlantData(NamedTuple):
     """The splits of a source, and what its labels are called."""
 
-    train: Dataset
+    train: Dataset | Stream
     validation: Dataset | None  # None once it is learned from: then it measures nothing
     test: Dataset
     class_names: list[str]
@@ -70,10 +71,14 @@ def _load_source(config: TrainingConfig) -> PlantData:
         return load_hub(HUB_REPOSITORY, config.dataset_revision)
     if not folder.is_dir():
         raise DataError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
+    if any(folder.rglob("*.parquet")):
+        return stream_parquet_folder(folder, config.seed) if config.streaming else load_parquet_folder(folder)
+    if config.streaming:
+        raise DataError(
+            f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; leave it out"
+        )
     if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
         return load_vgg_folder(folder, config.allow_missing)
-    if any(folder.rglob("*.parquet")):
-        return load_parquet_folder(folder)
     return load_image_folder(folder, config.val_fraction, config.test_fraction, config.seed)
 
 
@@ -110,6 +115,37 @@ def load_hub(repository: str, revision: str) -> PlantData:
 
 def load_parquet_folder(folder: Path) -> PlantData:
     """A folder of parquet files, columns `image` and `label` (0-based), split by file name: train*, val*, test*."""
+    splits = _read_parquet(folder, _parquet_files(folder))
+    _check_columns(splits, f"parquet folder {folder}")
+    names = getattr(splits["train"].features["label"], "names", None)
+    if names and tuple(names) != CLASS_NAMES:
+        source = f"parquet folder {folder}"
+        return PlantData(**_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
+    if not names:
+        logger.warning("%s: the labels carry no names; they are taken as the 102 of Oxford Flowers", folder)
+    return _official(splits, f"parquet folder {folder}")
+
+
+def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
+    """The same with its train photos streamed, and the others as ever. The labels must carry their names."""
+    files = _parquet_files(folder)
+    train_files = files.pop("train")
+    try:
+        train = Stream(train_files, seed)
+    except Exception as error:
+        raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
+    names = getattr(train.features["label"], "names", None)
+    if not names:
+        raise DataError(
+            f"--streaming true: the labels in {folder} carry no names; write them as a ClassLabel, or leave it out"
+        )
+    splits = _read_parquet(folder, files)
+    _check_columns(splits, f"parquet folder {folder}", files)
+    source = f"stream of {len(train_files):,} parquet files in {folder}"
+    return PlantData(train, **_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
+
+
+def _parquet_files(folder: Path) -> dict[str, list[Path]]:
     files = {split: _files_of_split(folder, split, "*.parquet") for split in SPLITS}
     missing = [split for split in SPLITS if not files[split]]
     if missing:
@@ -117,17 +153,14 @@ def load_parquet_folder(folder: Path) -> PlantData:
             f"{folder}: no parquet file for {' and '.join(missing)}; name files or folders train*, validation* and "
             "test*"
         )
+    return files
+
+
+def _read_parquet(folder: Path, files: dict[str, list[Path]]) -> DatasetDict:
     try:
-        splits = load_dataset("parquet", data_files={split: [str(file) for file in files[split]] for split in SPLITS})
+        return load_dataset("parquet", data_files={split: [str(file) for file in own] for split, own in files.items()})
     except Exception as error:
         raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
-    _check_columns(splits, f"parquet folder {folder}")
-    names = getattr(splits["train"].features["label"], "names", None)
-    if names and tuple(names) != CLASS_NAMES:
-        return _with_ids(splits, [tidy_name(name) for name in names], f"parquet folder {folder}")
-    if not names:
-        logger.warning("%s: the labels carry no names; they are taken as the 102 of Oxford Flowers", folder)
-    return _official(splits, f"parquet folder {folder}")
 
 
 def load_vgg_folder(folder: Path, allow_missing: bool) -> PlantData:
@@ -200,17 +233,20 @@ def load_image_folder(folder: Path, val_fraction: float, test_fraction: float, s
 
 def check_classes(data: PlantData) -> None:
     """Raise DataError for an empty split, fewer than two classes, two classes of one name, or a name without text."""
-    for split in SPLITS:
-        if len(getattr(data, split)) == 0:
+    held = {split: rows for split, rows in zip(SPLITS, data) if not isinstance(rows, Stream)}
+    sizes = {split: len(rows) for split, rows in held.items()}
+    for split, size in (sizes if "train" in held else {"train": data.train.photos} | sizes).items():
+        if size == 0:
             raise DataError(f"{data.source}: split {split} has no photos; add some, or name another --dataset")
-    if len(data.class_names) < 2 or len(set(data.train["label"])) < 2:
+    # The labels of a stream are not known before it was read.
+    if len(data.class_names) < 2 or ("train" in held and len(set(data.train["label"])) < 2):
         raise DataError(
             f"{data.source}: only one class ({data.class_names[0]!r}); there is nothing to tell apart, add a second"
         )
     twice = [name for name, count in Counter(data.class_names).items() if count > 1 or not name]
     if twice:
         raise DataError(f"{data.source}: class name {twice[0]!r} is empty or stands for two classes; rename one")
-    for photo, count in Counter(itertools.chain(*(getattr(data, split)["id"] for split in SPLITS))).items():
+    for photo, count in Counter(itertools.chain(*(rows["id"] for rows in held.values()))).items():
         if count > 1:
             raise DataError(f"{data.source}: photo {photo} stands in two splits, or twice in one; remove all but one")
 
@@ -245,7 +281,10 @@ def hash_ids(data: PlantData) -> str:
     """Of which photos are in train and val, with which labels: photos that change sides would be learned and scored."""
     digest = hashlib.sha256()
     for rows in (data.train, data.validation or ()):
-        pairs = zip(rows["id"], rows["label"]) if len(rows) else ()
+        if isinstance(rows, Stream):
+            pairs = [(file.name, file.stat().st_size) for file in rows.files]
+        else:
+            pairs = zip(rows["id"], rows["label"]) if len(rows) else ()
         digest.update(json.dumps(sorted(pairs)).encode())
     return digest.hexdigest()
 
@@ -304,13 +343,13 @@ def _official(splits: DatasetDict, source: str) -> PlantData:
                 f"{source}: labels run from {lowest} to {highest}; expected are 0 to {len(CLASS_NAMES) - 1}, or "
                 "label names in the files (ClassLabel)"
             )
-    data = _with_ids(splits, CLASS_NAMES, source)
+    data = PlantData(**_with_ids(splits), class_names=list(CLASS_NAMES), source=source)
     check_official_counts(data)
     return data
 
 
-def _check_columns(splits: DatasetDict, source: str) -> None:
-    for split in SPLITS:
+def _check_columns(splits: DatasetDict, source: str, expected: Iterable[str] = SPLITS) -> None:
+    for split in expected:
         if split not in splits:
             raise DataError(
                 f"{source}: split {split} is missing, it has {', '.join(splits)}; expected are train, validation and "
@@ -322,23 +361,22 @@ def _check_columns(splits: DatasetDict, source: str) -> None:
             )
 
 
-def _with_ids(splits: DatasetDict, names: Sequence[str], source: str) -> PlantData:
+def _with_ids(splits: DatasetDict) -> dict[str, Dataset]:
     """Add the id column: the photo's file name where every photo of the source has its own, else split and number."""
     rows = {
-        split: splits[split].select_columns(["image", "label"]).cast_column("image", Image(decode=False))
-        for split in SPLITS
+        split: own.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+        for split, own in splits.items()
     }
     # Of the chunks as they lie: combining them would copy every photo into memory.
     paths = {
-        split: pyarrow.compute.struct_field(rows[split].data.column("image"), "path").to_pylist() for split in SPLITS
+        split: pyarrow.compute.struct_field(own.data.column("image"), "path").to_pylist() for split, own in rows.items()
     }
     stems = [Path(path).stem if path else "" for path in itertools.chain(*paths.values())]
     if all(stems) and len(set(stems)) == len(stems):
-        ids = {split: [Path(path).stem for path in paths[split]] for split in SPLITS}
+        ids = {split: [Path(path).stem for path in paths[split]] for split in rows}
     else:
-        ids = {split: [f"{split}-{index:06d}" for index in range(len(rows[split]))] for split in SPLITS}
-    finished = {split: rows[split].add_column("id", ids[split]) for split in SPLITS}
-    return PlantData(**finished, class_names=list(names), source=source)
+        ids = {split: [f"{split}-{index:06d}" for index in range(len(own))] for split, own in rows.items()}
+    return {split: own.add_column("id", ids[split]) for split, own in rows.items()}
 
 
 def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from accelerate import skip_first_batches
 from accelerate.utils import gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -101,6 +103,9 @@ class PlantTrainer(Trainer):
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         self.spread = []  # parts of the model whose frozen weights all processes hold together
         super().__init__(*args, **kwargs)
+        self.streams = isinstance(self.train_dataset, IterableDataset)
+        if self.streams:
+            self.train_dataset.share(self.args.process_index, self.args.world_size, self.total_batch_size)
         base = unwrap(self.model)
         self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
@@ -452,7 +457,9 @@ class PlantTrainer(Trainer):
         for entry in new if self.is_world_process_zero() else ():
             logger.warning("photo left out (%d of %s so far): %s", len(known), split, entry)
         if new:
-            check_bad_share(known, len(rows), self.max_bad_fraction)
+            check_bad_share(
+                known, rows.photos if rows is self.train_dataset and self.streams else len(rows), self.max_bad_fraction
+            )
 
     # ---- the run
 
@@ -505,6 +512,8 @@ class PlantTrainer(Trainer):
             self.evaluate()
             self.made_up = saved.log_history[known:]
         early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
+        if self.streams:
+            self.train_dataset.begin_at(saved.global_step)
         if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # all was done before the run was stopped; transformers would do one step more
@@ -553,6 +562,22 @@ class PlantTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state; then comes the manifest
+
+    def get_train_dataloader(self):
+        if not self.streams:
+            return super().get_train_dataloader()
+        rows = self.train_dataset
+        workers = min(self.args.dataloader_num_workers, len(rows.own))  # one without a file would have nothing to read
+        # Not prepared by accelerate, which has the main process read for all, or fills up and drops.
+        loader = DataLoader(
+            rows,
+            rows.batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=functools.partial(start_worker, None),
+        )
+        return skip_first_batches(loader, rows.left_over(workers))
 
     def _get_dataloader(self, *args, **kwargs):
         if not kwargs.get("is_training"):
@@ -806,6 +831,7 @@ def build_arguments(
         dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
         dataloader_persistent_workers=False,
+        ignore_data_skip=config.streaming,  # a stream leaves out by itself what was learned from
         remove_unused_columns=False,
         disable_tqdm=True,
         gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone

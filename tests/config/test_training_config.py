@@ -77,6 +77,12 @@ BAD_FLAGS = [
     (["--mixed-precision", "fp8"], "mixed_precision=fp8: not one of auto, bf16, fp16, no"),
     (["--max-steps", "0"], "max_steps=0: nothing would be trained; use -1"),
     (["--save-total-limit", "1"], "save_total_limit=1: must be at least 2"),
+    (["--streaming", "true", "--dataset", "photos"], "streaming=true with max_steps=-1: a stream has no end; give a"),
+    (["--streaming", "true", "--max-steps", "5"], "dataset=oxford_flowers102: only a folder of parquet files is stre"),
+    (
+        ["--streaming", "true", "--max-steps", "5", "--dataset", "photos", "--sample-fraction", "0.5"],
+        "streaming=true with sample_fraction=0.5 and train_on_val=false: both need all photos at once; use 1 and",
+    ),
     (
         ["--trainable", "everything", "--load-in-4bit", "false", "--sharding", "fsdp"],
         "trainable=everything with sharding=fsdp: frozen weights are spread, and nothing is frozen; use --sharding",

@@ -322,6 +322,45 @@ def test_one_that_gives_no_sign_ends_all(here):
     assert status != 0 and "error: process 1 gave no sign for 3 s; look at its machine and the network" in told
 
 
+@pytest.fixture
+def drawn_parquet(here):
+    """150 drawings to learn from in four files, and 20 each of val and test."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    from data.synthetic import SPECIES, draw_split
+
+    folder = here / "parquet"
+    folder.mkdir()
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(SPECIES))})
+    for split, photos, files in (("train", 150, 4), ("validation", 20, 1), ("test", 20, 1)):
+        rows = [{"image": row["image"], "label": row["label"]} for row in draw_split(split)[:photos]]
+        for file in range(files):
+            Dataset.from_list(rows[file::files], features=features).to_parquet(folder / f"{split}-{file}.parquet")
+    return folder
+
+
+def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet):
+    """Two processes with two workers each; 20 steps of 11 are more than a pass."""
+    argv = [*RUN, "--sample-fraction", "1", "--dataset", str(drawn_parquet), "--streaming", "true"]
+    argv += ["--num-workers", "2", "--per-device-train-batch-size", "11"]
+    status, told = end_of(launch(here, [*argv, "--output-dir", "whole"]))
+    assert status == 0 and "data   stream of 4 parquet files" in told and "150 train, 20 val, 20 test photos" in told
+    process = launch(here, [*argv, "--output-dir", "run"])
+    wait_for_step(here / "run", 6)
+    process.send_signal(signal.SIGTERM)
+    status, told = end_of(process)
+    assert status != 0 and "saved  run/checkpoint-" in told, told
+    process = launch(here, [*argv, "--output-dir", "run"])
+    wait_for_step(here / "run", 16)  # in the second pass
+    rank_one(process).kill()
+    assert end_of(process)[0] != 0
+    status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
+    assert status == 0 and "going on from run/checkpoint-1" in told, told
+    assert_as_one(here / "run", here / "whole")
+    status, told = end_of(launch(here, [*argv, "--output-dir", "many"], ("--standalone", "--nproc-per-node", "5")))
+    assert status != 0 and "4 parquet files for 5 processes, and each needs one of its own" in told
+
+
 def a_free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

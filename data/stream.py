@@ -1,0 +1,70 @@
+"""Train photos read from parquet files as they are needed, where a disk has no room for them as Arrow as well."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet
+from datasets import Image, load_dataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from utils.logging_utils import UserError
+
+BUFFER = 1000  # rows, not decoded, out of which the next is drawn; of each loader's worker
+
+
+class Stream(IterableDataset):
+    """Rows like those of data/dataset.py, for ever: pass after pass, each in another order.
+
+    A process has every n-th file to itself, and its loader's workers have every n-th of these. `share` and `begin_at`
+    say which rows; then the same numbers of processes and workers give the same rows in the same order.
+    """
+
+    def __init__(self, files: Sequence[Path], seed: int):
+        self.files = list(files)
+        self.seed = seed
+        self.photos = sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.files)
+        self.share(0, 1, 1)
+        self.features = self._open().features
+
+    def share(self, process: int, processes: int, photos_of_step: int) -> None:
+        """Which of several processes this is, and how many photos all of them take in a step."""
+        if len(self.files) < processes:
+            raise UserError(
+                f"--streaming true: {len(self.files)} parquet files for {processes} processes, and each needs one of "
+                "its own; write the photos to more files, or start fewer processes"
+            )
+        self.own = self.files[process::processes]
+        self.batch_size = photos_of_step // processes + (process < photos_of_step % processes)
+        self.begin_at(0)
+
+    def begin_at(self, step: int) -> None:
+        """Leave out what so many steps took, but for the steps in a last round of the workers: `left_over(workers)`."""
+        self.steps_done = step
+
+    def left_over(self, workers: int) -> int:
+        """Batches that a loader still gives of those before `begin_at`: it begins with its first worker again."""
+        return self.steps_done % max(workers, 1)
+
+    def head(self, count: int) -> list[dict]:
+        """The first rows of the files, in their order."""
+        return [_row(row) for row in itertools.islice(self._open(), count)]
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        batches_done = self.steps_done // workers  # a loader asks its workers in turn
+        rows = self._open()
+        passes = (rows.shuffle(seed=self.seed + number, buffer_size=BUFFER) for number in itertools.count())
+        endless = itertools.chain.from_iterable(passes)  # in a worker `datasets` reads the worker's files alone
+        yield from map(_row, itertools.islice(endless, batches_done * self.batch_size, None))
+
+    def _open(self):
+        rows = load_dataset("parquet", data_files=[str(file) for file in self.own], split="train", streaming=True)
+        return rows.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+
+
+def _row(row: dict) -> dict:
+    """With an id: the photo's path where the file has one, else a hash of its bytes."""
+    return row | {"id": row["image"]["path"] or hashlib.sha256(row["image"]["bytes"] or b"").hexdigest()[:16]}
