@@ -203,6 +203,9 @@ class PlantTrainer(Trainer):
     def gather_weights(self) -> None:
         """Whole again in each process, for what the main one computes alone."""
         gather(self.spread)
+        if self.spread:  # nobody may leave while another still fetches
+            synchronize(self.args.device)
+            self.accelerator.wait_for_everyone()
 
     def _is_worth_compiling(self, row: dict, steps: int) -> bool:
         try:

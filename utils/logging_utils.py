@@ -33,6 +33,8 @@ def set_environment() -> None:
     """
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the photo opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
+    # Of a fused layer under FSDP; nothing is added in place to what a layer returns.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
     if not sys.stderr.isatty():

@@ -174,6 +174,11 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             watcher.join()  # a thread that still talks to the store when Python ends aborts the process
             processes.give_sign(DONE)
         torch.distributed.destroy_process_group()
+        if not processes.is_main:
+            # Nothing is left to do, and weights that are spread hold threads of gloo with which Python's own end aborts
+            # now and then: the launcher would take that for a failure and end the main process too.
+            sys.stdout.flush()
+            os._exit(0)
     except Exception as error:
         told = processes.told_by_another()
         if told is not None:  # that the connection broke is what followed from it
