@@ -103,9 +103,10 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_here()
-        trainer.gather_weights()
-        if processes.is_main:  # the others are done
+        if processes.is_main:
             trainer.load_best()
+        trainer.gather_weights()  # after it: reading or writing a state dict would let them go again
+        if processes.is_main:  # the others are done
             steps = trainer.state.global_step
             few, expected = report_run(config, data, model, collator, precision, prompt)
             del trainer, model  # a card has room for one

@@ -281,6 +281,14 @@ def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantize
     assert max(steps_of(here / "run")) == 2
 
 
+def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(here, quantized):
+    """Without val best/ is the last step's: writing it lets gathered weights go, and the others are no longer there."""
+    argv, _ = quantized
+    argv = [*argv, "--sharding", "fsdp", "--train-on-val", "true", "--eval-steps", "none", "--max-steps", "3"]
+    status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
+    assert status == 0 and "run/best, loaded into a fresh base, scores 4 photos as before" in told, told
+
+
 def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     argv, _ = quantized
     script = with_fault(here, """
