@@ -55,6 +55,7 @@ class Processes:
         self.is_main = rank == 0
         self._store = store
         self._shared = 0
+        self._rounds = 0  # of `watch`
         self._over = threading.Event()
 
     def share(self, value):
@@ -86,7 +87,6 @@ class Processes:
         return "the main process ended"
 
     def give_sign(self, sign: str) -> None:
-        """To the main process, which looks for them."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"sign {self.rank}", sign)
 
@@ -94,9 +94,10 @@ class Processes:
         """In a thread: a process that waits for one that is gone would wait for ever."""
         seen = {}  # of each other process its last sign, and how often that was seen
         while not self._over.wait(POLL_S):
-            self.give_sign(f"{time.monotonic()}")
+            self._rounds += 1
+            self.give_sign(f"{self._rounds}")
             told = self.told_by_another()
-            if told is None and self.is_main:
+            if told is None:
                 told = self._find_silent(seen)
                 if told is not None:
                     logger.error(told)
@@ -105,12 +106,25 @@ class Processes:
                 _to_log_file(told)
                 os._exit(1)
 
+    def watch_the_watch(self) -> None:
+        """In a thread of its own: with the machine that holds the store gone, `watch` waits for an answer for ever."""
+        last, looks = -1, 0
+        while not self._over.wait(POLL_S):
+            last, looks = self._rounds, looks + 1 if self._rounds == last else 0
+            if looks * POLL_S > SILENT_S:
+                logger.error(
+                    f"process {self.rank}: the store through which all talk gave no answer for {SILENT_S} s; look at "
+                    "the first machine and the network, and give the same command again"
+                )
+                os._exit(1)
+
     def _find_silent(self, seen: dict[int, tuple[str, int]]) -> str | None:
         """Who gave no sign for too long, in a sentence. NCCL itself would wait for COLLECTIVE_S.
 
-        Looks are counted, not seconds, which pass for a job that is suspended too.
+        The main process looks at all, the others at the main one. Looks are counted, not seconds, which pass for a
+        job that is suspended too.
         """
-        for rank in range(1, self.count):
+        for rank in range(1, self.count) if self.is_main else (0,):
             with contextlib.suppress(RuntimeError):
                 sign = self._store.get(f"sign {rank}").decode()
                 last, times = seen.get(rank, (sign, 0))
@@ -166,6 +180,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             torch.cuda.synchronize(device)
     watcher = threading.Thread(target=processes.watch, daemon=True)
     watcher.start()
+    threading.Thread(target=processes.watch_the_watch, daemon=True).start()
     try:
         try:
             yield processes
