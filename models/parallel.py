@@ -98,14 +98,16 @@ def sum_bits(model) -> list[int]:
 def gathered(parts: Sequence[FSDPModule]) -> Iterator[None]:
     """All weights whole in each process, which may then compute what the others do not."""
     gather(parts)
-    yield
-    for part in parts:
-        part.set_reshard_after_forward(True)
-        part.reshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not parts[-1], recurse=False)  # the rest stays for the backward
+            part.reshard()
 
 
 def gather(parts: Sequence[FSDPModule]) -> None:
     """Make all weights whole in each process, for good. All processes call it together."""
     for part in parts:
-        part.set_reshard_after_forward(False)
+        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
