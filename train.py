@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             check_disk(config.output_dir, model, config.save_total_limit)
             facts = describe_model(model, processor, precision, device)
             facts |= {"class_names": data.class_names, "photos": hash_ids(data), "processes": processes.count}
+            facts["stream_workers"] = trainer.args.dataloader_num_workers if config.streaming else None
             began = config.output_dir if state == "unfinished" else origin and origin.parent
             for note in check_same_run(facts, began, config.allow_changed) if began else ():
                 logger.warning(note)

@@ -22,7 +22,7 @@ PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18
 # What a run may be evaluated with otherwise than it was trained with; the rest is the run's own.
 FREE_FIELDS = (
     *("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "num_workers"),
-    *("per_device_eval_batch_size", "gpu_memory_fraction", "mixed_precision", "load_in_4bit", "compile"),
+    *("per_device_eval_batch_size", "gpu_memory_fraction", "mixed_precision", "load_in_4bit", "compile", "streaming"),
 )
 
 

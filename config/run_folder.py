@@ -242,8 +242,10 @@ def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False)
         "model_files": "the model's files",
         "precision": "the precision",
         "processes": "the number of processes",
+        "stream_workers": "the number of loader workers, on which a stream depends,",
     }
-    recorded = {"processes": 1, "model_files": facts["model_files"]} | recorded  # runs that began without them
+    later = {"processes": 1, "model_files": facts["model_files"], "stream_workers": facts["stream_workers"]}
+    recorded = later | recorded  # runs that began without them
     changed = [
         told
         if name in ("class_names", "photos", "probe_ids", "model_files")

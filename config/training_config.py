@@ -303,7 +303,7 @@ def _streaming_problems(config: TrainingConfig) -> Iterator[str]:
     if config.max_steps <= 0:
         yield f"streaming=true with max_steps={config.max_steps}: a stream has no end; give a number of steps"
     if config.dataset in SOURCES:
-        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; name one"
+        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false"
     if config.sample_fraction < 1 or config.train_on_val:
         yield (
             f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="

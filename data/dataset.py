@@ -71,14 +71,12 @@ def _load_source(config: TrainingConfig) -> PlantData:
         return load_hub(HUB_REPOSITORY, config.dataset_revision)
     if not folder.is_dir():
         raise DataError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
-    if any(folder.rglob("*.parquet")):
-        return stream_parquet_folder(folder, config.seed) if config.streaming else load_parquet_folder(folder)
     if config.streaming:
-        raise DataError(
-            f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; leave it out"
-        )
+        return stream_parquet_folder(folder, config.seed)
     if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
         return load_vgg_folder(folder, config.allow_missing)
+    if any(folder.rglob("*.parquet")):
+        return load_parquet_folder(folder)
     return load_image_folder(folder, config.val_fraction, config.test_fraction, config.seed)
 
 
@@ -128,6 +126,8 @@ def load_parquet_folder(folder: Path) -> PlantData:
 
 def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
     """The same with its train photos streamed, and the others as ever. The labels must carry their names."""
+    if not any(folder.rglob("*.parquet")):
+        raise DataError(f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; use false")
     files = _parquet_files(folder)
     train_files = files.pop("train")
     try:
@@ -137,10 +137,16 @@ def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
     names = getattr(train.features["label"], "names", None)
     if not names:
         raise DataError(
-            f"--streaming true: the labels in {folder} carry no names; write them as a ClassLabel, or leave it out"
+            f"--streaming true: the labels in {folder} carry no names; write them as a ClassLabel, or use false"
         )
     splits = _read_parquet(folder, files)
     _check_columns(splits, f"parquet folder {folder}", files)
+    for split, rows in splits.items():
+        if getattr(rows.features["label"], "names", None) != names:
+            raise DataError(
+                f"--streaming true: the labels of {split} in {folder} have other names, or another order of them, than "
+                "those of train; write all with the same ClassLabel"
+            )
     source = f"stream of {len(train_files):,} parquet files in {folder}"
     return PlantData(train, **_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
 

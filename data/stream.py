@@ -22,9 +22,10 @@ class Stream(IterableDataset):
     """
 
     def __init__(self, files: Sequence[Path], seed: int):
-        self.files = list(files)
+        rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
+        self.files = [file for file in files if rows[file]] or list(files)  # a reader of empty ones would read for ever
         self.seed = seed
-        self.photos = sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.files)
+        self.photos = sum(rows.values())
         self.share(0, 1, 1)
         self.features = self._open().features
 
@@ -32,8 +33,8 @@ class Stream(IterableDataset):
         """Which of several processes this is, and how many photos all of them take in a step."""
         if len(self.files) < processes:
             raise UserError(
-                f"--streaming true: {len(self.files)} parquet files for {processes} processes, and each needs one of "
-                "its own; write the photos to more files, or start fewer processes"
+                f"--streaming true: {len(self.files)} parquet files with photos for {processes} processes, and each "
+                "needs one of its own; write the photos to more files, or start fewer processes"
             )
         self.own = self.files[process::processes]
         self.batch_size = photos_of_step // processes + (process < photos_of_step % processes)

@@ -168,7 +168,7 @@ class PlantTrainer(Trainer):
             logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
 
     def spread_weights(self, row: dict) -> None:
-        """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo to come.
+        """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo known.
 
         Then each micro-batch is computed by all or by none, so none is planned for or redone by one process alone.
         """
@@ -579,6 +579,7 @@ class PlantTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=functools.partial(start_worker, None),
+            generator=torch.Generator(),  # else its start would draw from the random state that a checkpoint gave back
         )
         return skip_first_batches(loader, rows.left_over(workers))
 

@@ -121,6 +121,10 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
         ),
         ({"model_files": "f00"}, "the model's files changed since the run began"),
         (
+            {"stream_workers": 2},
+            r"the number of loader workers, on which a stream depends, \(None -> 2\) changed since the run began",
+        ),
+        (
             {"processes": 4},
             r"the number of processes \(1 -> 4\) changed since the run began; put back .*--allow-changed",
         ),
@@ -130,7 +134,7 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
 )
 def test_data_or_model_that_changed_stop_a_resume(changed, words):
     facts = {"class_names": ["a", "b"], "photos": "x", "probe_ids": [1], "model_commit": None, "precision": "bf16",
-             "processes": 1, "model_files": None}  # fmt: skip
+             "processes": 1, "model_files": None, "stream_workers": None}  # fmt: skip
     Path("mine").mkdir()
     save_config(parse_config([]), "mine", facts)
     check_same_run(facts, "mine")

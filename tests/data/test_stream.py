@@ -94,8 +94,28 @@ def test_photos_of_a_step_are_shared_out(tmp_path):
         sizes.append(stream.batch_size)
         assert stream.own == [files[process]]
     assert sizes == [6, 5, 5]
-    with pytest.raises(UserError, match="3 parquet files for 4 processes, and each needs one of its own; write the"):
+    with pytest.raises(
+        UserError, match="3 parquet files with photos for 4 processes, and each needs one of its own; write the"
+    ):
         stream.share(0, 4, 16)
+
+
+def test_a_file_without_photos_gives_nobody_nothing_to_read(tmp_path):
+    files = write_parquet(tmp_path / "photos", 3, 2)
+    empty = write_parquet(tmp_path / "empty", 1, 0)
+    stream = Stream([files[0], *empty, *files[1:]], seed=1)
+    assert stream.files == files and stream.photos == 6
+
+
+def test_names_in_another_order_are_not_mixed_up(tmp_path):
+    write_parquet(tmp_path / "photos", 2, 4)
+    write_parquet(tmp_path / "other", 1, 4, names=NAMES[::-1])
+    for name in ("validation-00.parquet", "test-00.parquet"):
+        (tmp_path / "other" / name).rename(tmp_path / "photos" / name)
+    with pytest.raises(
+        DataError, match="the labels of validation in .* have other names, or another order of them, than"
+    ):
+        streamed(tmp_path / "photos")
 
 
 def test_photos_without_a_path_are_known_by_their_bytes(tmp_path):
@@ -126,7 +146,7 @@ def test_the_other_splits_are_as_ever_and_a_changed_file_is_noticed(tmp_path):
 
 
 BAD = [
-    ({"names": None}, "carry no names; write them as a ClassLabel, or leave it out"),
+    ({"names": None}, "carry no names; write them as a ClassLabel, or use false"),
     ({"columns": ("picture", "label")}, "the parquet files cannot be read"),
     ({"rows": 0}, "split train has no photos; add some"),
 ]
@@ -140,7 +160,7 @@ def test_bad_files(how, words, tmp_path):
 
 
 def test_other_folders_are_not_streamed(photo_folder):
-    with pytest.raises(DataError, match="holds no parquet files, and nothing else is streamed; leave it out"):
+    with pytest.raises(DataError, match="holds no parquet files, and nothing else is streamed; use false"):
         streamed(photo_folder({"oak": 3, "ash": 3}))
 
 

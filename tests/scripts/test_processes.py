@@ -42,9 +42,9 @@ RUN = [
 PATIENCE = 240  # seconds after which a run hangs
 
 
-def launch(folder, argv=RUN, flags=("--standalone", "--nproc-per-node", "2"), program=ROOT / "train.py"):
+def launch(folder, argv=RUN, flags=("--standalone", "--nproc-per-node", "2"), program=ROOT / "train.py", **variables):
     """torchrun in `folder`, each process with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"ACCELERATE_MIXED_PRECISION": "bf16"}  # by accelerate launch: the run's own precision holds
     command = [sys.executable, "-m", "torch.distributed.run", *flags, str(program), *argv]
     return subprocess.Popen(
@@ -75,8 +75,8 @@ def with_fault(folder, code: str):
     return script
 
 
-def rank_one(launcher) -> psutil.Process:
-    return next(child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
+def rank_of(launcher, rank: str) -> psutil.Process:
+    return next(child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == rank)
 
 
 def wait_for_step(folder, step: int) -> None:
@@ -229,7 +229,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
     argv = [*RUN, "--output-dir", "run"]
     process = launch(here, argv)
     wait_for_step(here / "run", 6)
-    rank_one(process).kill()
+    rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, argv))
     assert status == 0 and "going on from run/checkpoint-5" in told, told
@@ -257,7 +257,7 @@ def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
     assert "frozen weights are spread over 2 processes" in told and "1 photos at a time, as configured" in told
     process = launch(here, argv)  # whole in each
     wait_for_step(here / "run", 7)
-    rank_one(process).kill()
+    rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
     assert status == 0 and "going on from run/checkpoint-" in told, told
@@ -306,28 +306,40 @@ def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     assert not steps_of(here / "run")
 
 
-def test_one_that_gives_no_sign_ends_all(here):
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        ("1", "error: process 1 gave no sign for 3 s; look at its machine and the network"),
+        ("0", "error: process 1: process 0 gave no sign for 3 s; look at its machine and the network"),
+        ("the launcher", "the store through which all talk gave no answer for 3 s; look at the first machine"),
+    ],
+)
+def test_one_that_gives_no_sign_ends_all(who, words, here):
     """As when its machine or its network is gone: nothing tells the others."""
     script = with_fault(here, """
         import signal
         from utils import process_utils
         process_utils.SILENT_S = 3
         def stands_still(self, *args):
-            if rank == 1 and self.state.global_step == 2:
+            if str(rank) == os.environ["STOPS"] and self.state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return real(self, *args)
         trainer.PlantTrainer._forward_backward = stands_still
     """)  # fmt: skip
-    process = launch(here, [*RUN, "--output-dir", "run"], program=script)
+    process = launch(here, [*RUN, "--max-steps", "2000", "--output-dir", "run"], program=script, STOPS=who)
     wait_for_step(here / "run", 2)
-    stopped = rank_one(process)
+    ranks = {rank: rank_of(process, rank) for rank in "01"}
+    stopped = ranks.get(who, process)
+    if stopped is process:
+        process.send_signal(signal.SIGSTOP)
+    others = [one for one in ranks.values() if one is not stopped]
     until = time.monotonic() + 60
-    while "gave no sign" not in (here / "run" / "train.log").read_text():
+    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in others):
         assert time.monotonic() < until
         time.sleep(0.1)
     stopped.send_signal(signal.SIGCONT)
     status, told = end_of(process)
-    assert status != 0 and "error: process 1 gave no sign for 3 s; look at its machine and the network" in told
+    assert status != 0 and words in told, told
 
 
 @pytest.fixture
@@ -360,7 +372,7 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet):
     assert status != 0 and "saved  run/checkpoint-" in told, told
     process = launch(here, [*argv, "--output-dir", "run"])
     wait_for_step(here / "run", 16)  # in the second pass
-    rank_one(process).kill()
+    rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
     assert status == 0 and "going on from run/checkpoint-1" in told, told
