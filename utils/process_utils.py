@@ -112,11 +112,14 @@ class Processes:
         while not self._over.wait(POLL_S):
             last, looks = self._rounds, looks + 1 if self._rounds == last else 0
             if looks * POLL_S > SILENT_S:
-                logger.error(
-                    f"process {self.rank}: the store through which all talk gave no answer for {SILENT_S} s; look at "
-                    "the first machine and the network, and give the same command again"
-                )
-                os._exit(1)
+                self.end_without_store()
+
+    def end_without_store(self) -> None:
+        logger.error(
+            f"process {self.rank}: the store through which all talk gave no answer for {SILENT_S} s; look at the first "
+            "machine and the network, and give the same command again"
+        )
+        os._exit(1)
 
     def _find_silent(self, seen: dict[int, tuple[str, int]]) -> str | None:
         """Who gave no sign for too long, in a sentence. NCCL itself would wait for COLLECTIVE_S.
@@ -186,7 +189,9 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             yield processes
         finally:
             processes._over.set()
-            watcher.join()  # a thread that still talks to the store when Python ends aborts the process
+            watcher.join(SILENT_S)  # a thread that still talks to the store when Python ends aborts the process
+            if watcher.is_alive():
+                processes.end_without_store()
             processes.give_sign(DONE)
         torch.distributed.destroy_process_group()
         if not processes.is_main:
