@@ -151,13 +151,14 @@ def describe(config: TrainingConfig, device, precision: str, photo, sample) -> l
 
 def train_ours(config, model, processor, collator, rows, precision, device):
     """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
+    from models.fitting import fit_to_card
     from models.trainer import build_trainer
 
     trainer = build_trainer(config, model, processor, collator, rows, None, precision, device)
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
-    trainer.fit_to_card(
-        collator.largest_row(rows),
+    fit_to_card(
+        *(trainer, collator.largest_row(rows)),
         *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
     )
     clock = build_clock(device)

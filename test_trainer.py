@@ -296,6 +296,7 @@ def check_model(ready) -> str:
 
 def check_steps(ready) -> str:
     from config.run_folder import read_metrics
+    from models.fitting import fit_to_card
     from models.trainer import build_trainer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -306,8 +307,8 @@ def check_steps(ready) -> str:
             config, ready.model, ready.processor, ready.collator, ready.data.train, None, ready.precision, ready.device
         )
         trainer.args.save_strategy = "no"
-        trainer.fit_to_card(
-            ready.collator.largest_row(ready.data.train),
+        fit_to_card(
+            *(trainer, ready.collator.largest_row(ready.data.train)),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
         )
         trainer.train()

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         from data.dataset import build_datasets, hash_ids
         from models.builder import build_model, build_processor, check_model, describe_model
         from models.checkpoint import branch_off, check_disk, last_checkpoint, restore
+        from models.fitting import fit_to_card, gather_weights, spread_weights
         from models.trainer import build_trainer
 
         with processes.main_first():
@@ -94,10 +95,10 @@ def main(argv: list[str] | None = None) -> int:
             logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
         largest = collator.largest_row(data.train.head(SAMPLED) if config.streaming else data.train)
         if config.sharding == "fsdp":
-            trainer.spread_weights(largest)
+            spread_weights(trainer, largest)
         else:
-            trainer.fit_to_card(
-                largest,
+            fit_to_card(
+                *(trainer, largest),
                 *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
                 steps_done=step_of(checkpoint),
             )
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.evaluate_here()
         if processes.is_main:
             trainer.load_best()
-        trainer.gather_weights()  # after it: reading or writing a state dict would let them go again
+        gather_weights(trainer)  # after it: reading or writing a state dict would let them go again
         if processes.is_main:  # the others are done
             steps = trainer.state.global_step
             few, expected = report_run(config, data, model, collator, precision, prompt)

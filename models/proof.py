@@ -19,8 +19,8 @@ from models.builder import load_weights, read_not_mapped, unwrap
 from models.evaluation import compare
 from models.fused import fused_layers
 from models.merging import Adapter
+from models.microbatch import cut
 from models.scoring import score_rows
-from models.trainer import cut
 from utils.device_utils import card_room
 from utils.logging_utils import UserError, logger
 

@@ -3,21 +3,18 @@
 Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
 import pickle
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate import skip_first_batches
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -42,19 +39,18 @@ from models.checkpoint import (
     write_manifest,
 )
 from models.evaluation import judge_scores
+from models.fitting import no_room
 from models.fused import fused_layers, keep_activations
-from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
-from models.parallel import gather, gathered, share_batches, spread_frozen, sum_bits, sum_gradients
+from models.memory import is_out_of_memory
+from models.microbatch import cut
+from models.parallel import gathered, share_batches, sum_gradients
 from models.scoring import MicroBatch, build_trees, score_batch
-from utils.device_utils import GIB, card_room, fit_workers, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from utils.device_utils import fit_workers
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
 from utils.process_utils import count_processes
 from utils.signal_utils import Interrupted, StopRequest, start_worker
 from utils.tensor_utils import check_tensor
-
-COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (LOG.md)
-COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (LOG.md)
 
 
 class StepError(UserError):
@@ -67,8 +63,8 @@ class PlantTrainer(Trainer):
     - a batch of the loader is a whole optimizer step: `training_step` cuts it into micro-batches of at most
       `micro_batch_size` photos. Each loss is divided by the tokens of the whole step, so the sum is the exact token
       mean whatever the cut, and the order of photos does not depend on it;
-    - on a CUDA card `fit_to_card` chooses micro-batch and recomputation; out of memory, the same step is redone in
-      halved micro-batches from its own random state;
+    - out of memory, the same step is redone in halved micro-batches from its own random state; how many photos fit is
+      found out before (models/fitting.py);
     - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
       are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
     - `evaluate` scores every class name on every photo: top-1, and the loss as the exact token mean; it draws from no
@@ -125,167 +121,6 @@ class PlantTrainer(Trainer):
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    # ---- before the first step
-
-    def fit_to_card(
-        self,
-        row: dict,
-        gpu_memory_fraction: float,
-        recompute: str = "auto",
-        compile: str = "auto",
-        auto_batch: bool = True,
-        steps_done: int = 0,
-    ) -> None:
-        """Choose micro-batch, layers that keep their activations, and whether kernels are compiled; say so.
-
-        `row` is the largest photo to come. The plan is arithmetic; one micro-batch of such photos, from which nothing
-        is learned, then shows what it takes. `recompute` and `compile` are auto, true or false. Does nothing without a
-        CUDA card or fused layers (dropout, whole models): then it is what the config says.
-        """
-        device = self.args.device
-        room = card_room(device, gpu_memory_fraction)
-        if room is None:
-            return
-        if not self.fused:
-            logger.info(
-                "plan   %d photos at a time, as configured: stock layers are not planned", self.micro_batch_size
-            )
-            return
-        kernels = self.fused[0].kernels
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            began = time.perf_counter()
-            # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
-            may_win = compile == "auto" and (auto_batch or self.micro_batch_size > 1)
-            if may_win and self._is_worth_compiling(row, self.planned_steps() - steps_done):
-                kernels.compile()
-            if auto_batch:
-                self._plan(row, room, recompute)
-            elif kernels.compiled:
-                with contextlib.suppress(torch.OutOfMemoryError):  # the step itself will tell
-                    self._try_micro_batch(row, 1)
-            words = "plain" if compile == "false" else "plain, their compilation would not be won back"
-            words = "compiled" if kernels.compiled else words
-            logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
-
-    def spread_weights(self, row: dict) -> None:
-        """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo known.
-
-        Then each micro-batch is computed by all or by none, so none is planned for or redone by one process alone.
-        """
-        device = self.args.device
-        whole = peak_memory(device)
-        bits = sum_bits(self.model)
-        self.spread = spread_frozen(self.model)
-        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no weights that are spread
-        (self.idle_piece,) = cut(send_to_device(self.data_collator([row]), device), 1)
-        for name in ("labels", "shift_labels"):
-            self.idle_piece[name] = torch.full_like(self.idle_piece[name], -100)  # none is supervised
-        clear_device_cache(garbage_collection=True)
-        held = memory_in_use(device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            try:
-                _, peak = self._try_micro_batch(row, self.micro_batch_size)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise StepError(f"plan: {self._no_room()}") from error
-        with gathered(self.spread):
-            if sum_bits(self.model) != bits:
-                raise StepError(
-                    "plan: 4-bit weights come back altered from the other processes; use --sharding none, and report it"
-                )
-        logger.info(
-            "plan   frozen weights are spread over %d processes: %.2f GiB in each, %.2f at most while they were "
-            "loaded; %d photos at a time, as configured, in a trial %.2f",
-            *(self.args.world_size, held / GIB, whole / GIB, self.micro_batch_size, peak / GIB),
-        )
-
-    def gather_weights(self) -> None:
-        """Whole again in each process, for what the main one computes alone."""
-        gather(self.spread)
-        if self.spread:  # nobody may leave while another still fetches
-            synchronize(self.args.device)
-            self.accelerator.wait_for_everyone()
-
-    def _is_worth_compiling(self, row: dict, steps: int) -> bool:
-        try:
-            seconds, _ = self._try_micro_batch(row, 1)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return True  # compiled kernels take less memory
-        return steps * self.total_batch_size * seconds * COMPILE_SAVES > COMPILE_SECONDS
-
-    def _plan(self, row: dict, room: float, recompute: str) -> None:
-        """Set the plan that fits. Raises StepError where one photo does not fit."""
-        (sample,) = self.data_collator([row])["samples"]
-        photos, layers = math.ceil(self.total_batch_size / self.args.world_size), len(self.fused)
-        text_config = unwrap(self.model).config.text_config
-        learning = self.model.num_parameters(only_trainable=True)
-        cost = step_cost(
-            text_config,
-            sample.length,
-            memory_in_use(self.args.device),
-            learning,
-            self.args.optim,
-            self.data_collator.batch_bytes(photos),
-            self.fused[0].adapter_columns,
-            unwrap(self.model).get_input_embeddings().weight.element_size(),
-            self.fused[0].kernels.compiled,
-        )
-        budget = allowed = room * (1 - FRAGMENTATION)
-        # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
-        host = psutil.virtual_memory().available / (4 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        to_come = optimizer_bytes(self.args.optim, learning)  # is made in the first step, so after the trial
-        smallest = choose_plan(cost, 0, photos, layers, sample.length, recompute)
-        while True:
-            plan = choose_plan(cost, budget, photos, layers, sample.length, recompute, host)
-            self.micro_batch_size = plan.photos
-            keep_activations(self.fused, plan.kept, plan.offload)
-            try:
-                _, peak = self._try_micro_batch(row, plan.photos)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if plan == smallest:
-                    raise StepError(f"plan: {self._no_room()}") from error
-                peak = None
-            clear_device_cache(garbage_collection=True)
-            if peak is not None and (peak + to_come <= budget or plan == smallest):
-                break
-            logger.warning(
-                "plan: %d photos at a time with %d layers that keep their activations do not fit; trying less",
-                *(plan.photos, plan.kept),
-            )
-            budget = cost.fixed + 0.8 * (plan.peak - cost.fixed)
-        if peak + to_come > allowed:
-            logger.warning("plan: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
-        logger.info(
-            "plan   %d photos at a time, %d of %d layers keep their activations%s; predicted peak %.2f GiB of %.2f, "
-            "in a trial %.2f",
-            *(plan.photos, plan.kept, layers, ", the others' inputs wait in the host's memory" * plan.offload),
-            *(plan.peak / GIB, allowed / GIB, (peak + to_come) / GIB),
-        )
-
-    def _try_micro_batch(self, row: dict, photos: int) -> tuple[float, int]:
-        """(seconds a photo, peak bytes) of one micro-batch of `row`, the second of two; no weight moves."""
-        device = self.args.device
-        batch = send_to_device(self.data_collator([row] * photos), device)
-        self.model.train()
-        try:
-            for _ in range(2):  # the first starts libraries and makes the gradients
-                reset_peak_memory(device)
-                synchronize(device)
-                began = time.perf_counter()
-                (piece,) = cut(batch, photos)
-                with self.compute_loss_context_manager():
-                    loss = self.model(**piece).loss
-                loss.backward()
-                synchronize(device)
-            return (time.perf_counter() - began) / photos, peak_memory(device)
-        finally:
-            self.model.zero_grad()
-
     # ---- one optimizer step
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -337,10 +172,10 @@ class PlantTrainer(Trainer):
             raise error
         step = self.state.global_step + 1
         if self.spread:
-            raise StepError(f"step {step}: {self._no_room()}") from error
+            raise StepError(f"step {step}: {no_room(self)}") from error
         if self.micro_batch_size == 1:
             if not any(one.keep or not one.offload for one in self.fused):
-                raise StepError(f"step {step}: {self._no_room()}") from error
+                raise StepError(f"step {step}: {no_room(self)}") from error
             keep_activations(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
         logger.warning(
@@ -349,19 +184,6 @@ class PlantTrainer(Trainer):
             ", activations recomputed and their inputs in the host's memory"
             if any(one.offload for one in self.fused)
             else "",
-        )
-
-    def _no_room(self) -> str:
-        if self.spread:
-            return (
-                f"out of memory with {self.micro_batch_size} photos at a time, and weights that are spread are not "
-                "planned for; lower --per-device-train-batch-size, raise --gradient-accumulation-steps as much, or "
-                "--gradient-checkpointing true"
-            )
-        return (
-            "out of memory with one photo at a time; use --gradient-checkpointing "
-            f"{'offload' if self.fused else 'true'}, --load-in-4bit true, --image-size 336, --optim paged_adamw_8bit, "
-            "or a card with more memory"
         )
 
     def check_batch(self, inputs: dict) -> None:
@@ -666,36 +488,6 @@ class PlantTrainer(Trainer):
         self.keep_if_best(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def cut(batch: dict, size: int) -> list[dict]:
-    """Micro-batches of at most `size` neighbours, trimmed to their own longest sample, tiles and supervised positions.
-
-    Holds what the model takes. image_sizes is a list: the model reads each entry, and from the device each would wait.
-    """
-    samples = batch["samples"]
-    positions = sorted(
-        {position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)}
-    )
-    pieces = []
-    for start in range(0, len(samples), size):
-        rows = slice(start, start + size)
-        mine = samples[rows]
-        first = min(sample.prompt_length for sample in mine) - 1
-        last = max(sample.length for sample in mine) - 1
-        kept = slice(positions.index(first), positions.index(last - 1) + 1)
-        labels = batch["shift_labels"][rows, kept].contiguous()
-        pieces.append(
-            {
-                "input_ids": batch["input_ids"][rows, : last + 1],
-                "pixel_values": batch["pixel_values"][rows, : max(sample.tiles for sample in mine)],
-                "image_sizes": [list(sample.size) for sample in mine],
-                "logits_to_keep": batch["logits_to_keep"][kept],
-                "shift_labels": labels,
-                "labels": labels,
-            }
-        )
-    return pieces
 
 
 class StepState(TrainerCallback):

@@ -10,7 +10,7 @@ from data.synthetic import SPECIES
 from models import builder
 from models.builder import ModelError, build_model, build_processor, check_model, choose_trainables, unwrap
 from models.fused import fused_layers
-from models.trainer import cut
+from models.microbatch import cut
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from data.dataset import ROW
 from data.labels import CLASS_NAMES
 from models.builder import build_processor, choose_trainables, load_base
 from models.fused import fuse_layers
+from models.microbatch import cut
 from models.scoring import MicroBatch, ScoringError, build_trees, score_batch, score_rows
-from models.trainer import cut
 from tests.conftest import FLOWERS
 from tests.data.test_collator import SIZES, rows_of
 from utils.logging_utils import setup_logging

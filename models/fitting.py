@@ -1,0 +1,200 @@
+"""Before the first step: what this card can hold, tried with the largest photo; or weights spread over all cards."""
+
+import contextlib
+import math
+import os
+import time
+
+import psutil
+import torch
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
+from transformers import Trainer
+
+from models.builder import unwrap
+from models.fused import keep_activations
+from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
+from models.microbatch import cut
+from models.parallel import gather, gathered, spread_frozen, sum_bits
+from utils.device_utils import GIB, card_room, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from utils.logging_utils import UserError, logger
+
+COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (LOG.md)
+COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (LOG.md)
+
+
+def fit_to_card(
+    trainer: Trainer,
+    row: dict,
+    gpu_memory_fraction: float,
+    recompute: str = "auto",
+    compile: str = "auto",
+    auto_batch: bool = True,
+    steps_done: int = 0,
+) -> None:
+    """Choose micro-batch, layers that keep their activations, and whether kernels are compiled; say so.
+
+    `row` is the largest photo to come. The plan is arithmetic; one micro-batch of such photos, from which nothing
+    is learned, then shows what it takes. `recompute` and `compile` are auto, true or false. Does nothing without a
+    CUDA card or fused layers (dropout, whole models): then it is what the config says.
+    """
+    device = trainer.args.device
+    room = card_room(device, gpu_memory_fraction)
+    if room is None:
+        return
+    if not trainer.fused:
+        logger.info("plan   %d photos at a time, as configured: stock layers are not planned", trainer.micro_batch_size)
+        return
+    kernels = trainer.fused[0].kernels
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        began = time.perf_counter()
+        # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
+        may_win = compile == "auto" and (auto_batch or trainer.micro_batch_size > 1)
+        if may_win and _is_worth_compiling(trainer, row, trainer.planned_steps() - steps_done):
+            kernels.compile()
+        if auto_batch:
+            _plan(trainer, row, room, recompute)
+        elif kernels.compiled:
+            with contextlib.suppress(torch.OutOfMemoryError):  # the step itself will tell
+                _try_micro_batch(trainer, row, 1)
+        words = "plain" if compile == "false" else "plain, their compilation would not be won back"
+        words = "compiled" if kernels.compiled else words
+        logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
+
+
+def spread_weights(trainer: Trainer, row: dict) -> None:
+    """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo known.
+
+    Then each micro-batch is computed by all or by none, so none is planned for or redone by one process alone.
+    """
+    device = trainer.args.device
+    whole = peak_memory(device)
+    bits = sum_bits(trainer.model)
+    trainer.spread = spread_frozen(trainer.model)
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no weights that are spread
+    (trainer.idle_piece,) = cut(send_to_device(trainer.data_collator([row]), device), 1)
+    for name in ("labels", "shift_labels"):
+        trainer.idle_piece[name] = torch.full_like(trainer.idle_piece[name], -100)  # none is supervised
+    clear_device_cache(garbage_collection=True)
+    held = memory_in_use(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            _, peak = _try_micro_batch(trainer, row, trainer.micro_batch_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(f"plan: {no_room(trainer)}") from error
+    with gathered(trainer.spread):
+        if sum_bits(trainer.model) != bits:
+            raise UserError(
+                "plan: 4-bit weights come back altered from the other processes; use --sharding none, and report it"
+            )
+    logger.info(
+        "plan   frozen weights are spread over %d processes: %.2f GiB in each, %.2f at most while they were "
+        "loaded; %d photos at a time, as configured, in a trial %.2f",
+        *(trainer.args.world_size, held / GIB, whole / GIB, trainer.micro_batch_size, peak / GIB),
+    )
+
+
+def gather_weights(trainer: Trainer) -> None:
+    """Whole again in each process, for what the main one computes alone."""
+    gather(trainer.spread)
+    if trainer.spread:  # nobody may leave while another still fetches
+        synchronize(trainer.args.device)
+        trainer.accelerator.wait_for_everyone()
+
+
+def _is_worth_compiling(trainer: Trainer, row: dict, steps: int) -> bool:
+    try:
+        seconds, _ = _try_micro_batch(trainer, row, 1)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return True  # compiled kernels take less memory
+    return steps * trainer.total_batch_size * seconds * COMPILE_SAVES > COMPILE_SECONDS
+
+
+def _plan(trainer: Trainer, row: dict, room: float, recompute: str) -> None:
+    """Set the plan that fits. Raises UserError where one photo does not fit."""
+    (sample,) = trainer.data_collator([row])["samples"]
+    photos, layers = math.ceil(trainer.total_batch_size / trainer.args.world_size), len(trainer.fused)
+    text_config = unwrap(trainer.model).config.text_config
+    learning = trainer.model.num_parameters(only_trainable=True)
+    cost = step_cost(
+        text_config,
+        sample.length,
+        memory_in_use(trainer.args.device),
+        learning,
+        trainer.args.optim,
+        trainer.data_collator.batch_bytes(photos),
+        trainer.fused[0].adapter_columns,
+        unwrap(trainer.model).get_input_embeddings().weight.element_size(),
+        trainer.fused[0].kernels.compiled,
+    )
+    budget = allowed = room * (1 - FRAGMENTATION)
+    # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
+    host = psutil.virtual_memory().available / (4 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    to_come = optimizer_bytes(trainer.args.optim, learning)  # is made in the first step, so after the trial
+    smallest = choose_plan(cost, 0, photos, layers, sample.length, recompute)
+    while True:
+        plan = choose_plan(cost, budget, photos, layers, sample.length, recompute, host)
+        trainer.micro_batch_size = plan.photos
+        keep_activations(trainer.fused, plan.kept, plan.offload)
+        try:
+            _, peak = _try_micro_batch(trainer, row, plan.photos)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if plan == smallest:
+                raise UserError(f"plan: {no_room(trainer)}") from error
+            peak = None
+        clear_device_cache(garbage_collection=True)
+        if peak is not None and (peak + to_come <= budget or plan == smallest):
+            break
+        logger.warning(
+            "plan: %d photos at a time with %d layers that keep their activations do not fit; trying less",
+            *(plan.photos, plan.kept),
+        )
+        budget = cost.fixed + 0.8 * (plan.peak - cost.fixed)
+    if peak + to_come > allowed:
+        logger.warning("plan: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
+    logger.info(
+        "plan   %d photos at a time, %d of %d layers keep their activations%s; predicted peak %.2f GiB of %.2f, "
+        "in a trial %.2f",
+        *(plan.photos, plan.kept, layers, ", the others' inputs wait in the host's memory" * plan.offload),
+        *(plan.peak / GIB, allowed / GIB, (peak + to_come) / GIB),
+    )
+
+
+def _try_micro_batch(trainer: Trainer, row: dict, photos: int) -> tuple[float, int]:
+    """(seconds a photo, peak bytes) of one micro-batch of `row`, the second of two; no weight moves."""
+    device = trainer.args.device
+    batch = send_to_device(trainer.data_collator([row] * photos), device)
+    trainer.model.train()
+    try:
+        for _ in range(2):  # the first starts libraries and makes the gradients
+            reset_peak_memory(device)
+            synchronize(device)
+            began = time.perf_counter()
+            (piece,) = cut(batch, photos)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.model(**piece).loss
+            loss.backward()
+            synchronize(device)
+        return (time.perf_counter() - began) / photos, peak_memory(device)
+    finally:
+        trainer.model.zero_grad()
+
+
+def no_room(trainer: Trainer) -> str:
+    if trainer.spread:
+        return (
+            f"out of memory with {trainer.micro_batch_size} photos at a time, and weights that are spread are not "
+            "planned for; lower --per-device-train-batch-size, raise --gradient-accumulation-steps as much, or "
+            "--gradient-checkpointing true"
+        )
+    return (
+        "out of memory with one photo at a time; use --gradient-checkpointing "
+        f"{'offload' if trainer.fused else 'true'}, --load-in-4bit true, --image-size 336, --optim paged_adamw_8bit, "
+        "or a card with more memory"
+    )

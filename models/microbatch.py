@@ -1,0 +1,31 @@
+"""An optimizer step cut into what is computed at a time."""
+
+
+def cut(batch: dict, size: int) -> list[dict]:
+    """Micro-batches of at most `size` neighbours, trimmed to their own longest sample, tiles and supervised positions.
+
+    Holds what the model takes. image_sizes is a list: the model reads each entry, and from the device each would wait.
+    """
+    samples = batch["samples"]
+    positions = sorted(
+        {position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)}
+    )
+    pieces = []
+    for start in range(0, len(samples), size):
+        rows = slice(start, start + size)
+        mine = samples[rows]
+        first = min(sample.prompt_length for sample in mine) - 1
+        last = max(sample.length for sample in mine) - 1
+        kept = slice(positions.index(first), positions.index(last - 1) + 1)
+        labels = batch["shift_labels"][rows, kept].contiguous()
+        pieces.append(
+            {
+                "input_ids": batch["input_ids"][rows, : last + 1],
+                "pixel_values": batch["pixel_values"][rows, : max(sample.tiles for sample in mine)],
+                "image_sizes": [list(sample.size) for sample in mine],
+                "logits_to_keep": batch["logits_to_keep"][kept],
+                "shift_labels": labels,
+                "labels": labels,
+            }
+        )
+    return pieces
