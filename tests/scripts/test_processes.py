@@ -359,10 +359,11 @@ def drawn_parquet(here):
     return folder
 
 
-def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet):
-    """Two processes with two workers each; 20 steps of 11 are more than a pass."""
+def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, capsys):
+    """Two processes with two workers each; 20 steps of 11 are more than a pass. Dropout draws as it would have."""
     argv = [*RUN, "--sample-fraction", "1", "--dataset", str(drawn_parquet), "--streaming", "true"]
     argv += ["--num-workers", "2", "--per-device-train-batch-size", "11"]
+    argv += ["--trainable", "adapter", "--lora-r", "4", "--lora-dropout", "0.2", "--learning-rate", "0.01"]
     status, told = end_of(launch(here, [*argv, "--output-dir", "whole"]))
     assert status == 0 and "data   stream of 4 parquet files" in told and "150 train, 20 val, 20 test photos" in told
     process = launch(here, [*argv, "--output-dir", "run"])
@@ -377,6 +378,11 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet):
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
     assert status == 0 and "going on from run/checkpoint-1" in told, told
     assert_as_one(here / "run", here / "whole")
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--dataset", "synthetic"])
+    assert "only a folder of parquet files is streamed; use false" in capsys.readouterr().err
+    assert evaluate.main(["run", "--dataset", "synthetic", "--streaming", "false"]) == 0
+    assert json.loads((here / "run" / "eval_val.json").read_text())["dataset"] == "synthetic"
 
 
 def a_free_port() -> str:
