@@ -246,17 +246,26 @@ def quantized(tmp_path_factory, checkpoint):
 
 
 def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
-    """Through a stop, a resume with them whole, a kill of one process, and to the report and the reload at the end."""
+    """Through a stop in an evaluation, a resume with them whole, a kill of one, to the report and reload at the end."""
     argv, one = quantized
     argv = [*argv, "--output-dir", "run", "--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "7"]
-    process = launch(here, [*argv, "--sharding", "fsdp"])
-    wait_for_step(here / "run", 3)
-    process.send_signal(signal.SIGTERM)
-    status, told = end_of(process)
-    assert status != 0 and "saved  run/checkpoint-" in told, told
+    script = with_fault(here, """
+        import signal, time
+        score = trainer.score_batch
+        def stopped(*args):
+            if rank == 0:
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(1)
+            return score(*args)
+        trainer.score_batch = stopped
+    """)  # fmt: skip
+    status, told = end_of(
+        launch(here, [*argv, "--sharding", "fsdp", "--per-device-eval-batch-size", "2"], program=script)
+    )
+    assert status != 0 and "saved  run/checkpoint-10" in told, told
     assert "frozen weights are spread over 2 processes" in told and "1 photos at a time, as configured" in told
     process = launch(here, argv)  # whole in each
-    wait_for_step(here / "run", 7)
+    wait_for_step(here / "run", 13)
     rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
@@ -292,14 +301,15 @@ def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(
 def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     argv, _ = quantized
     script = with_fault(here, """
-        spread = trainer.spread_frozen
+        from models import fitting
+        spread = fitting.spread_frozen
         def altered(model):
             parts = spread(model)
             if rank == 1:
-                weight = trainer.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
+                weight = fitting.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
                 weight.to_local().view(torch.int32)[7] += 1
             return parts
-        trainer.spread_frozen = altered
+        fitting.spread_frozen = altered
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
     assert status != 0 and "plan: 4-bit weights come back altered from the other processes; use --sharding none" in told
