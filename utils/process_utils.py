@@ -25,6 +25,7 @@ START_S = 60  # seconds in which all must have found each other
 COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set to be read, a checkpoint to be written
 POLL_S = 0.5  # seconds between two looks at whether another one failed
 SILENT_S = 120  # seconds after which one that gives no sign is taken for gone, as with its machine
+GONE = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
 FAILED = "failed"
 DONE = "done"
 
@@ -204,10 +205,23 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
         if told is not None:  # that the connection broke is what followed from it
             _to_log_file(told)
             sys.exit(1)
+        sentence = _lost_sentence(rank, error)
+        trace = "" if sentence or isinstance(error, UserError) else f"\n{traceback.format_exc()}"
         with contextlib.suppress(RuntimeError):
-            trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
-            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}{trace}")
+            processes._store.set(FAILED, sentence or f"process {rank}: {type(error).__name__}: {error}{trace}")
+        if sentence:
+            raise UserError(sentence) from error
         raise
+
+
+def _lost_sentence(rank: int, error: Exception) -> str | None:
+    """Of a process that is gone, in gloo's words or NCCL's."""
+    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in GONE):
+        return None
+    return (
+        f"process {rank}: another process is gone: killed, most often by the system for want of memory, or with its "
+        "machine; give the same command again"
+    )
 
 
 def _meet(rank: int, count: int):
