@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--sharding fsdp: a single process has nobody to spread weights over; start several with torchrun, or "
                 "use --sharding none"
             )
+        check_alike(config, processes)
         config, state, origin = open_run_folder(config, processes, held)
         if state == "finished":
             return 0
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
         largest = collator.largest_row(data.train.head(SAMPLED) if config.streaming else data.train)
         if config.sharding == "fsdp":
-            spread_weights(trainer, largest)
+            spread_weights(trainer, largest, config.compile, step_of(checkpoint))
         else:
             fit_to_card(
                 *(trainer, largest),
@@ -119,6 +120,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def place_of(device, processes: int) -> str:
     return f"{device}" if processes == 1 else f"{processes} x {device.type}"
+
+
+def check_alike(config: TrainingConfig, processes) -> None:
+    """Raise UserError where this process was started with other settings than the main one."""
+    mine = dataclasses.asdict(config)
+    theirs = processes.share(mine)
+    other = [f"{name}={value} and not {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
+    if other:
+        raise UserError(
+            f"other settings than those of process 0: {', '.join(other)}; give all machines the same command and the "
+            "same config/training_config.py"
+        )
 
 
 def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStack) -> tuple:

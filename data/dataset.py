@@ -4,10 +4,12 @@ Sources: the hub data set, a folder in the official VGG release layout, a folder
 (your own plants), drawn flowers. Decoding happens in the collator, one photo at a time.
 """
 
+import glob
 import hashlib
 import itertools
 import json
 import random
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,11 +74,11 @@ def _load_source(config: TrainingConfig) -> PlantData:
     if not folder.is_dir():
         raise DataError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
     if config.streaming:
-        return stream_parquet_folder(folder, config.seed)
+        return stream_parquet_folder(folder, config.seed, config.allow_missing)
     if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
         return load_vgg_folder(folder, config.allow_missing)
     if any(folder.rglob("*.parquet")):
-        return load_parquet_folder(folder)
+        return load_parquet_folder(folder, config.allow_missing)
     return load_image_folder(folder, config.val_fraction, config.test_fraction, config.seed)
 
 
@@ -111,25 +113,33 @@ def load_hub(repository: str, revision: str) -> PlantData:
     return data
 
 
-def load_parquet_folder(folder: Path) -> PlantData:
+def load_parquet_folder(folder: Path, allow_missing: bool) -> PlantData:
     """A folder of parquet files, columns `image` and `label` (0-based), split by file name: train*, val*, test*."""
-    splits = _read_parquet(folder, _parquet_files(folder))
+    splits = _read_parquet(folder, _parquet_files(folder, allow_missing))
     _check_columns(splits, f"parquet folder {folder}")
     names = getattr(splits["train"].features["label"], "names", None)
     if names and tuple(names) != CLASS_NAMES:
         source = f"parquet folder {folder}"
         return PlantData(**_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
+    data = _official(splits, f"parquet folder {folder}")
     if not names:
+        if max(data.train["label"]) < len(CLASS_NAMES) - 1:
+            raise DataError(
+                f"{folder}: labels of train run to {max(data.train['label'])} and carry no names, and Oxford "
+                f"Flowers' run to {len(CLASS_NAMES) - 1}; write them as a ClassLabel"
+            )
         logger.warning("%s: the labels carry no names; they are taken as the 102 of Oxford Flowers", folder)
-    return _official(splits, f"parquet folder {folder}")
+    return data
 
 
-def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
+def stream_parquet_folder(folder: Path, seed: int, allow_missing: bool) -> PlantData:
     """The same with its train photos streamed, and the others as ever. The labels must carry their names."""
     if not any(folder.rglob("*.parquet")):
         raise DataError(f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; use false")
-    files = _parquet_files(folder)
+    files = _parquet_files(folder, allow_missing)
     train_files = files.pop("train")
+    splits = _read_parquet(folder, files)
+    _check_columns(splits, f"parquet folder {folder}", files)
     try:
         train = Stream(train_files, seed)
     except Exception as error:
@@ -139,8 +149,6 @@ def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
         raise DataError(
             f"--streaming true: the labels in {folder} carry no names; write them as a ClassLabel, or use false"
         )
-    splits = _read_parquet(folder, files)
-    _check_columns(splits, f"parquet folder {folder}", files)
     for split, rows in splits.items():
         if getattr(rows.features["label"], "names", None) != names:
             raise DataError(
@@ -151,7 +159,7 @@ def stream_parquet_folder(folder: Path, seed: int) -> PlantData:
     return PlantData(train, **_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
 
 
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
+def _parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
     files = {split: _files_of_split(folder, split, "*.parquet") for split in SPLITS}
     missing = [split for split in SPLITS if not files[split]]
     if missing:
@@ -159,12 +167,23 @@ def _parquet_files(folder: Path) -> dict[str, list[Path]]:
             f"{folder}: no parquet file for {' and '.join(missing)}; name files or folders train*, validation* and "
             "test*"
         )
+    series = Counter()  # files are written as train-00000-of-00004.parquet, so one that is gone can be told
+    for file in itertools.chain(*files.values()):
+        if found := re.fullmatch(r"(.+)-\d+-of-(\d+)(-\w+)?", file.stem):
+            series[file.parent / found[1], int(found[2])] += 1
+    for (name, expected), count in series.items():
+        if count < expected:
+            told = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
+            if not allow_missing:
+                raise DataError(f"{told}; add the others, or go on without them: --allow-missing true")
+            logger.warning("%s; going on without the others", told)
     return files
 
 
 def _read_parquet(folder: Path, files: dict[str, list[Path]]) -> DatasetDict:
+    patterns = {split: [glob.escape(str(file)) for file in own] for split, own in files.items()}
     try:
-        return load_dataset("parquet", data_files={split: [str(file) for file in own] for split, own in files.items()})
+        return load_dataset("parquet", data_files=patterns)
     except Exception as error:
         raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
 
@@ -363,7 +382,8 @@ def _check_columns(splits: DatasetDict, source: str, expected: Iterable[str] = S
             )
         if not {"image", "label"} <= set(splits[split].column_names):
             raise DataError(
-                f"{source}: has the columns {', '.join(splits[split].column_names)}; expected are image and label"
+                f"{source}: has the columns {', '.join(splits[split].column_names)}; expected are image and label, "
+                "rename them"
             )
 
 

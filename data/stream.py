@@ -1,5 +1,6 @@
 """Train photos read from parquet files as they are needed, where a disk has no room for them as Arrow as well."""
 
+import glob
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,9 @@ class Stream(IterableDataset):
         yield from map(_row, itertools.islice(endless, batches_done * self.batch_size, None))
 
     def _open(self):
-        rows = load_dataset("parquet", data_files=[str(file) for file in self.own], split="train", streaming=True)
+        rows = load_dataset(
+            "parquet", data_files=[glob.escape(str(file)) for file in self.own], split="train", streaming=True
+        )
         return rows.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
 
 

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer
 
@@ -35,8 +35,10 @@ def fit_to_card(
     """Choose micro-batch, layers that keep their activations, and whether kernels are compiled; say so.
 
     `row` is the largest photo to come. The plan is arithmetic; one micro-batch of such photos, from which nothing
-    is learned, then shows what it takes. `recompute` and `compile` are auto, true or false. Does nothing without a
-    CUDA card or fused layers (dropout, whole models): then it is what the config says.
+    is learned, then shows what it takes. `gpu_memory_fraction` is a share of the card, `steps_done` counts optimizer
+    steps of the run; `recompute` is auto, true, false or offload, `compile` auto, true or false. Does nothing without
+    a CUDA card or fused layers (dropout, whole models): then it is what the config says. Raises UserError where one
+    photo does not fit.
     """
     device = trainer.args.device
     room = card_room(device, gpu_memory_fraction)
@@ -50,22 +52,27 @@ def fit_to_card(
         began = time.perf_counter()
         # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
         may_win = compile == "auto" and (auto_batch or trainer.micro_batch_size > 1)
-        if may_win and _is_worth_compiling(trainer, row, trainer.planned_steps() - steps_done):
+        if may_win and _is_worth_compiling(trainer, row, steps_done):
             kernels.compile()
         if auto_batch:
             _plan(trainer, row, room, recompute)
         elif kernels.compiled:
             with contextlib.suppress(torch.OutOfMemoryError):  # the step itself will tell
                 _try_micro_batch(trainer, row, 1)
-        words = "plain" if compile == "false" else "plain, their compilation would not be won back"
-        words = "compiled" if kernels.compiled else words
-        logger.info("plan   kernels are %s; tried in %.0f s", words, time.perf_counter() - began)
+        _tell_kernels(kernels.compiled, compile, time.perf_counter() - began)
 
 
-def spread_weights(trainer: Trainer, row: dict) -> None:
+def _tell_kernels(compiled: bool, compile: str, seconds: float) -> None:
+    words = "plain" if compile == "false" else "plain, their compilation would not be won back"
+    logger.info("plan   kernels are %s; tried in %.0f s", "compiled" if compiled else words, seconds)
+
+
+def spread_weights(trainer: Trainer, row: dict, compile: str = "auto", steps_done: int = 0) -> None:
     """Spread the frozen weights over all processes, and try a micro-batch of `row`, the largest photo known.
 
     Then each micro-batch is computed by all or by none, so none is planned for or redone by one process alone.
+    Whether kernels are compiled is chosen as by `fit_to_card`. Raises UserError where the micro-batch does not fit, and
+    where 4-bit weights do not come back as they were.
     """
     device = trainer.args.device
     whole = peak_memory(device)
@@ -79,7 +86,15 @@ def spread_weights(trainer: Trainer, row: dict) -> None:
     held = memory_in_use(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            _, peak = _try_micro_batch(trainer, row, trainer.micro_batch_size)
+            began = time.perf_counter()
+            seconds, peak = _try_micro_batch(trainer, row, trainer.micro_batch_size)
+            if trainer.fused and device.type == "cuda":
+                kernels = trainer.fused[0].kernels
+                may_win = compile == "auto" and trainer.micro_batch_size > 1
+                if may_win and _is_won_back(trainer, seconds, steps_done):
+                    kernels.compile()
+                    _, peak = _try_micro_batch(trainer, row, trainer.micro_batch_size)
+                _tell_kernels(kernels.compiled, compile, time.perf_counter() - began)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -104,14 +119,20 @@ def gather_weights(trainer: Trainer) -> None:
         trainer.accelerator.wait_for_everyone()
 
 
-def _is_worth_compiling(trainer: Trainer, row: dict, steps: int) -> bool:
+def _is_worth_compiling(trainer: Trainer, row: dict, steps_done: int) -> bool:
     try:
         seconds, _ = _try_micro_batch(trainer, row, 1)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return True  # compiled kernels take less memory
-    return steps * trainer.total_batch_size * seconds * COMPILE_SAVES > COMPILE_SECONDS
+        seconds = math.inf  # compiled kernels take less memory
+    return _is_won_back(trainer, seconds, steps_done)
+
+
+def _is_won_back(trainer: Trainer, seconds: float, steps_done: int) -> bool:
+    """Whether the rest of the run saves the time that compiling takes, at so many seconds a photo; of all alike."""
+    photos = (trainer.planned_steps() - steps_done) * trainer.total_batch_size / trainer.args.world_size
+    return any(gather_object([photos > 0 and photos * seconds * COMPILE_SAVES > COMPILE_SECONDS]))
 
 
 def _plan(trainer: Trainer, row: dict, room: float, recompute: str) -> None:
@@ -187,11 +208,13 @@ def _try_micro_batch(trainer: Trainer, row: dict, photos: int) -> tuple[float, i
 
 
 def no_room(trainer: Trainer) -> str:
+    """What to do about a micro-batch that does not fit and will not be made smaller."""
     if trainer.spread:
+        fewer = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or use "
         return (
             f"out of memory with {trainer.micro_batch_size} photos at a time, and weights that are spread are not "
-            "planned for; lower --per-device-train-batch-size, raise --gradient-accumulation-steps as much, or "
-            "--gradient-checkpointing true"
+            f"planned for; {fewer if trainer.micro_batch_size > 1 else 'use '}--gradient-checkpointing "
+            f"{'offload' if trainer.fused else 'true'}, --image-size 336, --optim paged_adamw_8bit"
         )
     return (
         "out of memory with one photo at a time; use --gradient-checkpointing "

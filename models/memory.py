@@ -2,8 +2,8 @@
 
 Shapes: T tokens of the longest sample, D width of the language model, L its layers.
 
-Holds for layers of models/fused.py. models/trainer.py tries a plan once before the run begins, and steps down if a
-step runs out of memory all the same.
+Holds for layers of models/fused.py. models/fitting.py tries a plan once before the run begins, and models/trainer.py
+steps down if a step runs out of memory all the same.
 """
 
 import math

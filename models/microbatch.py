@@ -1,10 +1,15 @@
-"""An optimizer step cut into what is computed at a time."""
+"""An optimizer step cut into what is computed at a time.
+
+Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
+"""
 
 
 def cut(batch: dict, size: int) -> list[dict]:
     """Micro-batches of at most `size` neighbours, trimmed to their own longest sample, tiles and supervised positions.
 
-    Holds what the model takes. image_sizes is a list: the model reads each entry, and from the device each would wait.
+    Of a batch of data/collator.py: `input_ids` (B, T), `pixel_values` (B, P, 3, H, W), `shift_labels` (B, K),
+    `logits_to_keep` (K,). Holds what the model takes. image_sizes is a list: the model reads each entry, and from the
+    device each would wait.
     """
     samples = batch["samples"]
     positions = sorted(

@@ -98,10 +98,13 @@ class PlantTrainer(Trainer):
         self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
         self.spread = []  # parts of the model whose frozen weights all processes hold together
+        self.idle_piece: dict = {}  # then, a micro-batch from which nothing is learned, for who has none of its own
         super().__init__(*args, **kwargs)
         self.streams = isinstance(self.train_dataset, IterableDataset)
         if self.streams:
             self.train_dataset.share(self.args.process_index, self.args.world_size, self.total_batch_size)
+            # On which photos come after which depends: what fits into one machine's shared memory holds for all.
+            self.args.dataloader_num_workers = min(gather_object([self.args.dataloader_num_workers]))
         base = unwrap(self.model)
         self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size

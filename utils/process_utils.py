@@ -26,6 +26,10 @@ COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set
 POLL_S = 0.5  # seconds between two looks at whether another one failed
 SILENT_S = 120  # seconds after which one that gives no sign is taken for gone, as with its machine
 GONE = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
+NO_STORE = (
+    "the store through which all talk is gone, with the launcher or the machine that held it; look there, and give the "
+    "same command again"
+)
 FAILED = "failed"
 DONE = "done"
 
@@ -82,10 +86,10 @@ class Processes:
             self.share(True)
 
     def told_by_another(self) -> str | None:
-        """What another one said when it failed."""
-        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+        """What another one said when it failed, or NO_STORE."""
+        with contextlib.suppress(RuntimeError):
             return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
-        return "the main process ended"
+        return NO_STORE
 
     def give_sign(self, sign: str) -> None:
         with contextlib.suppress(RuntimeError):
@@ -104,7 +108,7 @@ class Processes:
                     logger.error(told)
                     self._store.set(FAILED, told)
             if told is not None and not self._over.is_set():
-                _to_log_file(told)
+                _pass_on(told)
                 os._exit(1)
 
     def watch_the_watch(self) -> None:
@@ -117,8 +121,8 @@ class Processes:
 
     def end_without_store(self) -> None:
         logger.error(
-            f"process {self.rank}: the store through which all talk gave no answer for {SILENT_S} s; look at the first "
-            "machine and the network, and give the same command again"
+            f"the store through which all talk gave no answer for {SILENT_S} s; look at the first machine and the "
+            "network, and give the same command again"
         )
         os._exit(1)
 
@@ -187,7 +191,8 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     threading.Thread(target=processes.watch_the_watch, daemon=True).start()
     try:
         try:
-            yield processes
+            with _losses_told():
+                yield processes
         finally:
             processes._over.set()
             watcher.join(SILENT_S)  # a thread that still talks to the store when Python ends aborts the process
@@ -203,25 +208,26 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     except Exception as error:
         told = processes.told_by_another()
         if told is not None:  # that the connection broke is what followed from it
-            _to_log_file(told)
+            _pass_on(told)
             sys.exit(1)
-        sentence = _lost_sentence(rank, error)
-        trace = "" if sentence or isinstance(error, UserError) else f"\n{traceback.format_exc()}"
         with contextlib.suppress(RuntimeError):
-            processes._store.set(FAILED, sentence or f"process {rank}: {type(error).__name__}: {error}{trace}")
-        if sentence:
-            raise UserError(sentence) from error
+            trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
+            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}{trace}")
         raise
 
 
-def _lost_sentence(rank: int, error: Exception) -> str | None:
-    """Of a process that is gone, in gloo's words or NCCL's."""
-    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in GONE):
-        return None
-    return (
-        f"process {rank}: another process is gone: killed, most often by the system for want of memory, or with its "
-        "machine; give the same command again"
-    )
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """Another process that is gone, in gloo's words or NCCL's, becomes a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in GONE):
+            raise
+        raise UserError(
+            "another process is gone: killed, most often by the system for want of memory, or with its machine; give "
+            "the same command again"
+        ) from error
 
 
 def _meet(rank: int, count: int):
@@ -235,7 +241,7 @@ def _meet(rank: int, count: int):
         store.wait(here, wait)
     except (RuntimeError, ValueError, OSError) as error:  # torch's own are kinds of RuntimeError
         raise UserError(
-            f"process {rank} of {count}: not all met at {place} within {START_S} s "
+            f"not all {count} processes met at {place} within {START_S} s "
             f"({str(error).splitlines()[0][:160]}); start the missing ones, or check MASTER_ADDR, MASTER_PORT and RANK"
         ) from error
     return store
@@ -247,8 +253,8 @@ def _starting(rank: int, count: int) -> Iterator[None]:
 
     def end() -> None:
         logger.error(
-            f"process {rank} of {count}: the first message to the others did not arrive within {START_S} s; check the "
-            "network between the machines (NCCL_SOCKET_IFNAME), and try NCCL_P2P_DISABLE=1"
+            f"the first message between {count} processes did not arrive within {START_S} s; check the network between "
+            "the machines (NCCL_SOCKET_IFNAME), and try NCCL_P2P_DISABLE=1"
         )
         os._exit(1)
 
@@ -261,8 +267,11 @@ def _starting(rank: int, count: int) -> Iterator[None]:
         timer.cancel()
 
 
-def _to_log_file(told: str) -> None:
-    """The one that failed has said it on the screen."""
+def _pass_on(told: str) -> None:
+    """Into the log file: the one that failed has said it on the screen. Of a store that is gone nobody has."""
+    if told == NO_STORE:
+        logger.error(told)
+        return
     record = logger.makeRecord(logger.name, logging.ERROR, "", 0, told, (), None)
     for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):

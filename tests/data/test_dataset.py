@@ -74,16 +74,28 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label"),
+        ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label, rename them"),
         ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
         ({"splits": ("train", "test")}, "no parquet file for validation"),
         ({"labels": range(1, 103)}, "labels run from 1 to 102; expected are 0 to 101"),
-        ({"labels": [3, 3]}, "only one class"),
+        ({"labels": [1, 1], "names": ["a", "b"]}, "only one class"),
+        ({"labels": [0, 1, 3]}, "labels of train run to 3 and carry no names.*write them as a ClassLabel"),
     ],
 )
 def test_parquet_folder_that_differs_is_told_with_what_was_expected(change, words, parquet_folder):
     with pytest.raises(DataError, match=words):
         build("--dataset", parquet_folder(**change))
+
+
+@pytest.mark.parametrize("stream", [(), ("--streaming", "true", "--max-steps", "5")])
+def test_a_parquet_file_that_is_gone_is_told_by_the_names_of_the_others(stream, parquet_folder, tmp_path, capsys):
+    setup_logging()
+    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
+    with pytest.raises(DataError, match=r"train-\*-of-00004: 1 of 4 files are there; add the others, or go on without"):
+        build("--dataset", folder, *stream)
+    assert build("--dataset", folder, "--allow-missing", "true", *stream).class_names == ["a", "b"]
+    assert "train-*-of-00004: 1 of 4 files are there; going on without the others" in capsys.readouterr().out
 
 
 def test_parquet_photos_of_one_name_in_two_splits_are_told_apart(parquet_folder, tmp_path):

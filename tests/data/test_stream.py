@@ -129,8 +129,9 @@ def streamed(folder, *flags):
 
 
 def test_the_other_splits_are_as_ever_and_a_changed_file_is_noticed(tmp_path):
-    folder = tmp_path / "photos"
+    folder = tmp_path / "photos [1]*"  # no pattern
     write_parquet(folder, 4, 5)
+    assert len(build_datasets(parse_config(["--dataset", str(folder)])).train) == 20
     data = streamed(folder)
     assert (data.train.photos, len(data.validation), len(data.test)) == (20, 5, 5) and data.class_names == NAMES
     assert data.source == f"stream of 4 parquet files in {folder}"
@@ -147,7 +148,7 @@ def test_the_other_splits_are_as_ever_and_a_changed_file_is_noticed(tmp_path):
 
 BAD = [
     ({"names": None}, "carry no names; write them as a ClassLabel, or use false"),
-    ({"columns": ("picture", "label")}, "the parquet files cannot be read"),
+    ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label, rename them"),
     ({"rows": 0}, "split train has no photos; add some"),
 ]
 

@@ -231,9 +231,14 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
     wait_for_step(here / "run", 6)
     rank_of(process, "1").kill()
     status, told = end_of(process)
-    assert status != 0 and "error: process 0: another process is gone" in told and "critical" not in told, told
+    assert status != 0 and "error: another process is gone: killed" in told and "critical" not in told, told
+    process = launch(here, argv)
+    wait_for_step(here / "run", 12)
+    rank_of(process, "0").kill()
+    status, told = end_of(process)
+    assert status != 0 and "error: process 1: another process is gone: killed" in told, told
     status, told = end_of(launch(here, argv))
-    assert status == 0 and "going on from run/checkpoint-5" in told, told
+    assert status == 0 and "going on from run/checkpoint-10" in told, told
     assert_as_one(here / "run", one)
 
 
@@ -396,10 +401,38 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, c
     assert json.loads((here / "run" / "eval_val.json").read_text())["dataset"] == "synthetic"
 
 
+def test_loader_workers_of_a_stream_are_as_many_in_all(here, drawn_parquet):
+    """On them depends which photos come after which, and a machine may have room for fewer."""
+    script = with_fault(here, "trainer.fit_workers = lambda wanted, needed: wanted - rank")
+    argv = ["--preset", "tiny", "--dataset", str(drawn_parquet), "--streaming", "true", "--max-steps", "1"]
+    argv += ["--num-workers", "2", "--eval-steps", "none", "--output-dir", "run"]
+    status, told = end_of(launch(here, argv, program=script))
+    assert status == 0, told
+    assert json.loads((here / "run" / "training_config.json").read_text())["recorded"]["stream_workers"] == 1
+
+
 def a_free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def two_places() -> list[tuple[str, ...]]:
+    """Flags of torchrun on the first of two machines, and on the second."""
+    place = ("--master-addr", "127.0.0.1", "--master-port", a_free_port(), "--nnodes", "2", "--nproc-per-node", "1")
+    return [(*place, "--rdzv-conf", "timeout=60", "--node-rank", rank) for rank in "01"]
+
+
+def test_machines_with_other_settings_are_told(here):
+    first, second = two_places()
+    processes = [launch(here, [*RUN, "--output-dir", "run"], first), launch(here, [*RUN, "--seed", "7"], second)]
+    (status, _), (other, told) = [end_of(process) for process in processes]
+    assert status != 0 and other != 0
+    assert (
+        "error: process 1: other settings than those of process 0: output_dir=None and not run, seed=7 and not 42"
+        in told
+    )
+    assert not (here / "run" / "metrics.jsonl").exists()
 
 
 def test_two_nodes_over_loopback(here, one):
@@ -407,18 +440,20 @@ def test_two_nodes_over_loopback(here, one):
     argv = [*RUN, "--output-dir", "run"]
 
     def nodes():
-        place = ("--master-addr", "127.0.0.1", "--master-port", a_free_port(), "--nnodes", "2", "--nproc-per-node", "1")
-        return [launch(here, argv, (*place, "--node-rank", str(rank))) for rank in range(2)]
+        return [launch(here, argv, flags) for flags in two_places()]
 
-    first, second = nodes()
-    wait_for_step(here / "run", 6)
-    for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
-        process.kill()
-    second.communicate()
-    assert end_of(first)[0] != 0
+    for gone, step, words in ((1, 6, "another process is gone"), (0, 12, "the store through which all talk is gone")):
+        started = nodes()
+        wait_for_step(here / "run", step)
+        node = psutil.Process(started[gone].pid)
+        for process in [node, *node.children(recursive=True)]:
+            process.kill()
+        started[gone].communicate()
+        status, told = end_of(started[1 - gone])
+        assert status != 0 and words in told and "critical" not in told, told
     ends = [end_of(node) for node in nodes()]
     assert [status for status, _ in ends] == [0, 0], ends
-    assert "going on from run/checkpoint-5" in ends[0][1]
+    assert "going on from run/checkpoint-10" in ends[0][1]
     assert_as_one(here / "run", one)
 
 
@@ -447,7 +482,7 @@ BAD_STARTS = [
     ),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT missing from the environ"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number; start with torchrun, or unset it"),
-    (HERE, "process 0 of 2: not all met at 127.0.0.1:{port} within 2 s ("),
+    (HERE, "not all 2 processes met at 127.0.0.1:{port} within 2 s ("),
     (
         HERE | {"ACCELERATE_USE_FSDP": "true"},
         "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP, which is not set up",

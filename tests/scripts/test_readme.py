@@ -29,7 +29,7 @@ def test_the_readme_shows_both_ways():
 
 
 def test_launchers_of_the_readme_start_train_with_flags_that_parse():
-    lines = re.findall(r"^    (?:torchrun|accelerate|srun) .*(?:\\\n.*)?$", README, re.MULTILINE)
+    lines = re.findall(r"^    (?:torchrun|accelerate|srun) (?:.*\\\n)*.*$", README, re.MULTILINE)
     assert len(lines) == 6
     for line in lines:
         program, _, flags = line.partition(" train.py")
