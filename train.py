@@ -123,9 +123,16 @@ def place_of(device, processes: int) -> str:
 
 
 def check_alike(config: TrainingConfig, processes) -> None:
-    """Raise UserError where this process was started with other settings than the main one."""
+    """Raise UserError where this process was started with other settings than the main one.
+
+    Folders may lie elsewhere on another machine; they are told apart by their own names.
+    """
     mine = dataclasses.asdict(config)
     theirs = processes.share(mine)
+    for name in ("model", "dataset"):
+        paths = Path(mine[name]), Path(theirs[name])
+        if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
+            mine[name] = theirs[name]
     other = [f"{name}={value} and not {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
     if other:
         raise UserError(

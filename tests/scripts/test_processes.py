@@ -1,5 +1,6 @@
 """Several processes, started by torchrun on this machine: they compute what one does, and end together."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,9 +21,11 @@ from torch.utils.data import BatchSampler, SequentialSampler
 import evaluate
 import train
 from config.run_folder import read_metrics
+from config.training_config import TrainingConfig
 from models.parallel import Share
 from tests.conftest import ROOT
 from utils import process_utils
+from utils.logging_utils import UserError
 
 # 50 photos in steps of 7: of the last one of every pass a single photo is left, and one process has none.
 RUN = [
@@ -433,6 +437,17 @@ def test_machines_with_other_settings_are_told(here):
         in told
     )
     assert not (here / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "is_same"),
+    [("/disk/photos", True), ("photos", True), ("/here/others", False), ("oxford_flowers102", False)],
+)
+def test_folders_may_lie_elsewhere_on_another_machine(there, is_same):
+    config = TrainingConfig(dataset="/here/photos")
+    others = SimpleNamespace(share=lambda mine: mine | {"dataset": there})
+    with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/photos and not"):
+        train.check_alike(config, others)
 
 
 def test_two_nodes_over_loopback(here, one):
