@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -396,17 +396,18 @@ class PlantTrainer(Trainer):
             return super().get_train_dataloader()
         rows = self.train_dataset
         workers = min(self.args.dataloader_num_workers, len(rows.own))  # one without a file would have nothing to read
-        # Not prepared by accelerate, which has the main process read for all, or fills up and drops.
-        loader = DataLoader(
+        # As accelerate prepares one, but that it would have the main process read for all, or fill up and drop.
+        return DataLoaderShard(
             rows,
-            rows.batch_size,
+            device=self.args.device,
+            skip_batches=rows.left_over(workers),
+            batch_size=rows.batch_size,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=functools.partial(start_worker, None),
             generator=torch.Generator(),  # else its start would draw from the random state that a checkpoint gave back
         )
-        return skip_first_batches(loader, rows.left_over(workers))
 
     def _get_dataloader(self, *args, **kwargs):
         if not kwargs.get("is_training"):

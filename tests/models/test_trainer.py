@@ -17,6 +17,7 @@ from config.run_folder import read_metrics
 from config.training_config import PRESETS, TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
+from data.stream import Stream
 from models.builder import choose_trainables
 from models.callbacks import RunLog
 from models.checkpoint import last_checkpoint, read_best
@@ -147,6 +148,16 @@ def test_more_processes_than_photos_of_a_step(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "17")
     with pytest.raises(UserError, match="16 photos per optimizer step leave some of 17 processes without any"):
         build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU, 0)
+
+
+def test_photos_of_a_stream_reach_the_device(tiny, tmp_path):
+    """As those of other sources, which accelerate takes there. The device meta stands for a card."""
+    file = tmp_path / "train.parquet"
+    rows(tiny).to_parquet(file)
+    trainer = make_trainer(tiny, tmp_path / "run", train_set=Stream([file], seed=1), streaming=True)
+    trainer.args.__dict__["_setup_devices"] = torch.device("meta")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"meta"}
 
 
 # ---- what stops a step
