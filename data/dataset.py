@@ -123,10 +123,11 @@ def load_parquet_folder(folder: Path, allow_missing: bool) -> PlantData:
         return PlantData(**_with_ids(splits), class_names=[tidy_name(name) for name in names], source=source)
     data = _official(splits, f"parquet folder {folder}")
     if not names:
-        if max(data.train["label"]) < len(CLASS_NAMES) - 1:
+        highest = pyarrow.compute.max(splits["train"].data.column("label")).as_py()
+        if highest < len(CLASS_NAMES) - 1:
             raise DataError(
-                f"{folder}: labels of train run to {max(data.train['label'])} and carry no names, and Oxford "
-                f"Flowers' run to {len(CLASS_NAMES) - 1}; write them as a ClassLabel"
+                f"{folder}: labels of train run to {highest} and carry no names, and Oxford Flowers' run to "
+                f"{len(CLASS_NAMES) - 1}; write them as a ClassLabel"
             )
         logger.warning("%s: the labels carry no names; they are taken as the 102 of Oxford Flowers", folder)
     return data
