@@ -104,7 +104,10 @@ class PlantTrainer(Trainer):
         if self.streams:
             self.train_dataset.share(self.args.process_index, self.args.world_size, self.total_batch_size)
             # On which photos come after which depends: what fits into one machine's shared memory holds for all.
-            self.args.dataloader_num_workers = min(gather_object([self.args.dataloader_num_workers]))
+            fewest = min(gather_object([self.args.dataloader_num_workers]))
+            if fewest < self.args.dataloader_num_workers:
+                logger.warning("another machine has room for %d loader workers; all take as many", fewest)
+            self.args.dataloader_num_workers = fewest
         base = unwrap(self.model)
         self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
