@@ -57,10 +57,20 @@ class Stream(IterableDataset):
         info = get_worker_info()
         workers = info.num_workers if info else 1
         batches_done = self.steps_done // workers  # a loader asks its workers in turn
+        yield from map(_row, itertools.islice(self._endless(), batches_done * self.batch_size, None))
+
+    def _endless(self) -> Iterator[dict]:
         rows = self._open()
-        passes = (rows.shuffle(seed=self.seed + number, buffer_size=BUFFER) for number in itertools.count())
-        endless = itertools.chain.from_iterable(passes)  # in a worker `datasets` reads the worker's files alone
-        yield from map(_row, itertools.islice(endless, batches_done * self.batch_size, None))
+        for number in itertools.count():
+            row = None
+            for row in rows.shuffle(seed=self.seed + number, buffer_size=BUFFER):  # in a worker, of its files alone
+                yield row
+            if row is None:
+                raise UserError(
+                    f"--streaming true: a reader found no photos in its share of {len(self.own)} files, the first of "
+                    f"them {self.own[0]}: they were emptied since the start; put the photos back, and run the same "
+                    "command"
+                )
 
     def _open(self):
         rows = load_dataset(

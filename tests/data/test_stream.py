@@ -107,6 +107,15 @@ def test_a_file_without_photos_gives_nobody_nothing_to_read(tmp_path):
     assert stream.files == files and stream.photos == 6
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_emptied_since_the_start_are_told_not_read_for_ever(workers, tmp_path):
+    stream = Stream(write_parquet(tmp_path / "photos", 2, 3), seed=1)
+    stream.share(0, 1, 3)
+    write_parquet(tmp_path / "photos", 2, 0)
+    with pytest.raises(UserError, match="no photos in its share of 2 files.*train-00.parquet: they were emptied"):
+        ids_of(stream, workers, 1)
+
+
 def test_names_in_another_order_are_not_mixed_up(tmp_path):
     write_parquet(tmp_path / "photos", 2, 4)
     write_parquet(tmp_path / "other", 1, 4, names=NAMES[::-1])
