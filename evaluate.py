@@ -3,6 +3,7 @@
     python evaluate.py runs/default --split test           every name's exact log-probability on each photo
     python evaluate.py --model ID_OR_FOLDER --split test   the untouched base, with the published question
     python evaluate.py runs/default --protocol both        free replies too, as the published figures were made
+    torchrun --nproc-per-node 2 evaluate.py runs/default   shared out over two cards
     python evaluate.py runs/base-x runs/default            compare two that were scored, photo by photo (McNemar)
 
 Writes eval_<split>.json, .md, .png and _photos.png into the run folder (of the base: runs/base-<name>). Temperature and
@@ -10,6 +11,8 @@ Writes eval_<split>.json, .md, .png and _photos.png into the run folder (of the 
 """
 
 import contextlib
+import dataclasses
+import logging
 import sys
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     is_base = not folders or bool(recorded.get("base"))
     folder = folders[0] if folders else base_folder(config)
-    with errors_told(ConfigError):
+    with errors_told(ConfigError), contextlib.ExitStack() as held:
         setup_logging(None if len(folders) == 2 else folder, "evaluate.log")
         if len(folders) == 2:
             compare_runs(*folders, options.split)
@@ -35,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         from peft import PeftModel
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets, name_twins, take
+        from data.dataset import build_datasets, hash_ids, name_twins, take
         from data.labels import parse_reply
         from models.assessor import build_assessor
         from models.builder import (
@@ -49,21 +52,27 @@ def main(argv: list[str] | None = None) -> int:
         from models.card import build_card
         from models.checkpoint import CARD, describe_best
         from utils.device_utils import choose_device, choose_precision
+        from utils.process_utils import check_alike, join_processes
 
-        adapter = None if is_base else describe_best(folder / BEST)
-        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
-        data = build_datasets(config)
-        if not is_base:
-            check_data(data, recorded, config, folder)
-        processor, prompt = build_processor(config, data.class_names)
+        processes = held.enter_context(join_processes(device))
+        check_alike({"run": f"{folder}"} | dataclasses.asdict(config) | dataclasses.asdict(options), processes)
+        with processes.main_first():
+            adapter = None if is_base else describe_best(folder / BEST)
+            data = build_datasets(config)
+            processor, prompt = build_processor(config, data.class_names)
+            if not is_base:
+                check_data(data, recorded, config, folder)
+        check_alike({"photos": hash_ids(data)}, processes)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         strangers = strangers_of(options.strangers)
         if is_base:
             model = build_model(config, processor, device, precision)
             check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
             facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
-            save_config(config, folder, facts | {"base": True})
+            if processes.is_main:
+                save_config(config, folder, facts | {"base": True})
         else:
             model = build_trained(config, recorded, folder, processor, prompt, device, precision)
         validation = None if data.validation is None else take(data.validation, options.limit)
@@ -74,11 +83,14 @@ def main(argv: list[str] | None = None) -> int:
             f"run    {folder}: {'the untouched ' if is_base else ''}{config.model}{f', {adapter}' if adapter else ''}"
         )
         logger.info(f"data   {data.source}: {len(rows):,} photos of {options.split}, {len(data.class_names)} classes")
-        if config.compile == "auto" and device.type == "cuda" and len(rows) >= WORTH_COMPILING:
+        if not processes.is_main:
+            logger.setLevel(logging.WARNING)  # what it meets from here on is its own, such as bad photos
+        worth = len(rows) / processes.count >= WORTH_COMPILING
+        if config.compile == "auto" and device.type == "cuda" and worth:
             compile_layers(model)
         with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
             assessor = build_assessor(
-                *(config, model, collator, precision, folder, adapter),
+                *(config, model, collator, precision, folder, adapter, processes),
                 per_token=options.per_token,
                 prior_calibration=options.prior_calibration,
                 limit=options.limit,
@@ -95,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
                     strangers=strangers,
                     twins=name_twins(rows["id"]),
                 )
-                if not is_base:
+                if not is_base and processes.is_main:
                     card = build_card(*open_run(folder), folder, prompt)
                     (folder / BEST / CARD).write_text(card, encoding="utf-8")
     return 0

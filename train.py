@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     with errors_told(ConfigError), contextlib.ExitStack() as held:
         from utils.device_utils import choose_device, choose_precision
-        from utils.process_utils import join_processes
+        from utils.process_utils import check_alike, join_processes
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--sharding fsdp: a single process has nobody to spread weights over; start several with torchrun, or "
                 "use --sharding none"
             )
-        check_alike(config, processes)
+        check_alike(dataclasses.asdict(config), processes)
         config, state, origin = open_run_folder(config, processes, held)
         if state == "finished":
             return 0
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from data.collator import PlantCollator
         from data.dataset import build_datasets, hash_ids
-        from models.builder import build_model, build_processor, check_model, describe_model
+        from models.builder import build_model, build_processor, check_model, describe_model, load_weights
         from models.checkpoint import branch_off, check_disk, last_checkpoint, restore
         from models.fitting import fit_to_card, gather_weights, spread_weights
         from models.trainer import build_trainer
@@ -106,12 +106,15 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_here()
-        if processes.is_main:
-            trainer.load_best()
+        best_step = processes.share(trainer.load_best() if processes.is_main else None)
+        if not processes.is_main and best_step != trainer.state.global_step:
+            load_weights(trainer.model, trainer.best_folder)
         gather_weights(trainer)  # after it: reading or writing a state dict would let them go again
+        if data.validation is not None:
+            report_val(config, data.validation, model, collator, precision, processes)
         if processes.is_main:  # the others are done
             steps = trainer.state.global_step
-            few, expected = report_run(config, data, model, collator, precision, prompt)
+            few, expected = describe_run(config, data, model, collator, precision, prompt)
             del trainer, model  # a card has room for one
             prove_best(config, processor, device, precision, collator, few, expected)
             append_metrics(config.output_dir, {"step": steps, "finished": True})
@@ -120,25 +123,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def place_of(device, processes: int) -> str:
     return f"{device}" if processes == 1 else f"{processes} x {device.type}"
-
-
-def check_alike(config: TrainingConfig, processes) -> None:
-    """Raise UserError where this process was started with other settings than the main one.
-
-    Folders may lie elsewhere on another machine; they are told apart by their own names.
-    """
-    mine = dataclasses.asdict(config)
-    theirs = processes.share(mine)
-    for name in ("model", "dataset"):
-        paths = Path(mine[name]), Path(theirs[name])
-        if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
-            mine[name] = theirs[name]
-    other = [f"{name}={value} and not {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
-    if other:
-        raise UserError(
-            f"other settings than those of process 0: {', '.join(other)}; give all machines the same command and the "
-            "same config/training_config.py"
-        )
 
 
 def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStack) -> tuple:
@@ -176,25 +160,28 @@ def wait_for(path: Path, seconds: float = 10) -> bool:
     return path.exists()
 
 
-def report_run(config: TrainingConfig, data, model, collator, precision: str, prompt) -> tuple:
-    """Score val with the best weights, write reports and card; (a few rows, their scores) for prove_best."""
+def report_val(config: TrainingConfig, rows, model, collator, precision: str, processes) -> None:
+    """Score val with the best weights, shared out over the processes, and write the reports."""
     from data.dataset import name_twins
     from data.synthetic import draw_strangers
     from models.assessor import build_assessor
+    from models.checkpoint import describe_best
+
+    adapter = describe_best(Path(config.output_dir) / BEST)
+    assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter, processes)
+    calibration = assessor.calibrate(rows)
+    assessor.report(rows, "val", calibration, strangers=draw_strangers(), twins=name_twins(rows["id"]))
+
+
+def describe_run(config: TrainingConfig, data, model, collator, precision: str, prompt) -> tuple:
+    """Write the card of best/; (a few rows, their scores) for prove_best."""
     from models.builder import DTYPES
     from models.card import build_card
-    from models.checkpoint import CARD, describe_best
+    from models.checkpoint import CARD
     from models.proof import FEW, first_that_open, scores_of
 
-    best = Path(config.output_dir) / BEST
-    if data.validation is not None:
-        assessor = build_assessor(config, model, collator, precision, config.output_dir, describe_best(best))
-        calibration = assessor.calibrate(data.validation)
-        assessor.report(
-            data.validation, "val", calibration, strangers=draw_strangers(), twins=name_twins(data.validation["id"])
-        )
     card = build_card(config, load_config(config.output_dir)[1], config.output_dir, prompt)
-    (best / CARD).write_text(card, encoding="utf-8")
+    (Path(config.output_dir) / BEST / CARD).write_text(card, encoding="utf-8")
     few = first_that_open(collator, data.train if data.validation is None else data.validation, FEW)
     return few, scores_of(model, collator, few, DTYPES[precision])
 

@@ -24,7 +24,7 @@ class Stream(IterableDataset):
 
     def __init__(self, files: Sequence[Path], seed: int):
         rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
-        self.files = [file for file in files if rows[file]] or list(files)  # a reader of empty ones would read for ever
+        self.files = [file for file in files if rows[file]] or list(files)  # who has only empty ones finds nothing
         self.seed = seed
         self.photos = sum(rows.values())
         self.share(0, 1, 1)
@@ -67,9 +67,8 @@ class Stream(IterableDataset):
                 yield row
             if row is None:
                 raise UserError(
-                    f"--streaming true: a reader found no photos in its share of {len(self.own)} files, the first of "
-                    f"them {self.own[0]}: they were emptied since the start; put the photos back, and run the same "
-                    "command"
+                    f"--streaming true: no photos for one reader of the {len(self.own)} files from {self.own[0]} on: "
+                    "emptied since the start; put them back, and give the same command again"
                 )
 
     def _open(self):

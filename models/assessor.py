@@ -1,7 +1,10 @@
 """Scores splits with one model, photo by photo on disk, so that a half-done evaluation goes on where it was."""
 
+import collections
+import functools
 import hashlib
 import io
+import itertools
 import json
 import time
 import zlib
@@ -11,19 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from config.training_config import TrainingConfig
 from models.builder import DTYPES, unwrap
 from models.checkpoint import BEST, describe_best
 from models.evaluation import adjust_scores, measure_replies
-from models.generation import generate_replies
+from models.generation import generate_batches
 from models.report import Calibration, Scored, calibrate, figures_of, not_sure, result_lines, write_report
-from models.scoring import score_rows
+from models.scoring import score_batches
 from utils.device_utils import fit_workers
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
+from utils.process_utils import Processes, check_alike, local_count
 
 CALIBRATION_FILE = "calibration.json"
+ROUND = 16  # photos of each of several processes between two exchanges, which a kill loses
 DIGITS = 4  # of a stored log-probability, in nats: far below what 16-bit weights resolve
 
 
@@ -35,13 +41,19 @@ def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
 
 
 def keep_by_photo(
-    rows, compute: Callable, path: Path, header: dict, max_bad_fraction: float = 1.0
+    rows, compute: Callable, path: Path, header: dict, max_bad_fraction: float = 1.0, processes: Processes | None = None
 ) -> tuple[list[dict], float | None]:
     """(entry of each photo, photos/s): those that the file of the same header holds are not computed again.
 
     `compute(rows)` yields an entry with the "id" for each of these rows whose photo opens. A photo that was replaced is
-    computed again, and a label is always that of the row.
+    computed again, and a label is always that of the row. Of several `processes` each computes a part; the main one
+    keeps and returns all entries, and the others return ([], None).
     """
+    processes = processes or Processes()
+    if not processes.is_main:
+        left = processes.gather([])
+        collections.deque(compute(rows.select(left)) if left else (), maxlen=0)
+        return [], None
     found, entries = read_entries(path)
     marks = {row["id"]: _mark(row["image"]) for row in rows}
     known = [entry for entry in entries if found == header and entry["photo"] == marks.get(entry["id"], entry["photo"])]
@@ -53,6 +65,7 @@ def keep_by_photo(
     left = [index for index, photo in enumerate(rows["id"]) if photo not in by_id]
     if len(left) < len(rows):
         logger.info("%s photos were done before (%s)", f"{len(rows) - len(left):,}", path)
+    processes.gather(left)
     began, count = time.perf_counter(), 0
     with open(path, "a", encoding="utf-8") as file:
         for computed in compute(rows.select(left)) if left else ():
@@ -112,7 +125,14 @@ def read_hits(folder: Path, split: str) -> tuple[dict, dict[str, bool]]:
 
 
 def build_assessor(
-    config: TrainingConfig, model, collator, precision: str, folder: str | Path, adapter: str | None, **options
+    config: TrainingConfig,
+    model,
+    collator,
+    precision: str,
+    folder: str | Path,
+    adapter: str | None,
+    processes: Processes,
+    **options,
 ) -> "Assessor":
     """An Assessor whose facts are all that its scores depend on but the photos themselves."""
     local = Path(config.model)  # of a hub model there is no such folder, and its commit stands for its files
@@ -130,9 +150,11 @@ def build_assessor(
         "names": hashlib.sha256(names.encode()).hexdigest()[:12],
         "seed": config.seed,
     }
-    workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
+    check_alike({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, processes)
+    batch_bytes = collator.batch_bytes(config.per_device_eval_batch_size) * local_count()
+    workers = fit_workers(config.num_workers, batch_bytes)
     batches = config.per_device_eval_batch_size, workers, DTYPES[precision], config.max_bad_fraction
-    return Assessor(model, collator, folder, facts, *batches, **options)
+    return Assessor(model, collator, folder, facts, *batches, processes=processes, **options)
 
 
 class Assessor:
@@ -141,6 +163,7 @@ class Assessor:
     `facts` say what is scored (model, adapter, question, ...): they stand in each report, and scores kept on disk are
     used again only if they are the same. `per_token` divides scores by each name's tokens; `prior_calibration`
     subtracts those under a photo of plain grey; `limit`, the number of photos that the caller took, is only recorded.
+    Of several `processes` all make the same calls; the main one writes, and the others get nothing back.
     """
 
     def __init__(
@@ -157,6 +180,7 @@ class Assessor:
         prior_calibration: bool = False,
         limit: int | None = None,
         target_precision: float = 0.95,
+        processes: Processes | None = None,
     ):
         self.model = model
         self.collator = collator
@@ -169,37 +193,59 @@ class Assessor:
         self.prior = None
         self.max_bad_fraction = max_bad_fraction
         self.target_precision = target_precision
+        self.processes = processes or Processes()
         self.how = {"per_token": per_token, "prior_calibration": prior_calibration, "limit": limit}
         self._scored: dict[str, tuple[Scored, float | None]] = {}
         if prior_calibration:
             (neutral,) = self._raw_scores([neutral_row()])
             self.prior = neutral["scores"]
 
+    def _by_all(self, compute: Callable, rows) -> Iterator[dict]:
+        """What compute(rows) yields, done in equal parts by all processes, which all get it, but for bad photos."""
+        count = self.processes.count
+        own = compute(Subset(rows, range(self.processes.rank, len(rows), count)))
+        while some := self.processes.gather(list(itertools.islice(own, ROUND if count > 1 else 1))):
+            for one in some:
+                if "bad" not in one:
+                    yield one
+                elif self.processes.is_main:
+                    logger.warning("photo left out: %s", one["bad"])
+
     def _raw_scores(self, rows) -> Iterator[dict]:
-        options = self.batch_size, self.num_workers, self.dtype
-        for one in score_rows(self.model, self.collator, rows, self.collator.name_ids, *options):
-            yield {"id": one.id, "label": one.label, "scores": [round(value, DIGITS) for value in one.values]}
+        return self._by_all(self._own_scores, rows)
 
-    def _replies(self, rows, longest: int) -> Iterator[dict]:
+    def _own_scores(self, rows) -> Iterator[dict]:
+        options = self.collator.name_ids, self.batch_size, self.num_workers, self.dtype
+        for scores, bad in score_batches(self.model, self.collator, rows, *options):
+            yield from ({"bad": one} for one in bad)
+            for one in scores:
+                yield {"id": one.id, "label": one.label, "scores": [round(value, DIGITS) for value in one.values]}
+
+    def _own_replies(self, rows, longest: int) -> Iterator[dict]:
         options = self.batch_size, self.num_workers, self.dtype, longest
-        for one in generate_replies(self.model, self.collator, rows, *options):
-            yield one._asdict()
+        for replies, bad in generate_batches(self.model, self.collator, rows, *options):
+            yield from ({"bad": one} for one in bad)
+            yield from (one._asdict() for one in replies)
 
-    def score(self, rows, split: str) -> tuple[Scored, float | None]:
+    def score(self, rows, split: str) -> tuple[Scored | None, float | None]:
         """Scores of a split, computed once, and photos/s where any were computed now."""
         if split not in self._scored:
             path = self.folder / f"eval_{split}.scores.jsonl"
-            entries, rate = keep_by_photo(rows, self._raw_scores, path, self.facts, self.max_bad_fraction)
-            self._scored[split] = self._adjust(entries), rate
+            how = self.facts, self.max_bad_fraction, self.processes
+            entries, rate = keep_by_photo(rows, self._raw_scores, path, *how)
+            self._scored[split] = self._adjust(entries) if self.processes.is_main else None, rate
         return self._scored[split]
 
     def _adjust(self, entries: Sequence[dict]) -> Scored:
         scores = adjust_scores(np.array([entry["scores"] for entry in entries]), self.lengths, self.prior)
         return Scored([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
-    def calibrate(self, validation) -> Calibration:
+    def calibrate(self, validation) -> Calibration | None:
         """Temperature and "not sure" threshold from val; of plain scores of all of val also to calibration.json."""
-        calibration = calibrate(self.score(validation, "val")[0], self.target_precision)
+        scored, _ = self.score(validation, "val")
+        if scored is None:
+            return None
+        calibration = calibrate(scored, self.target_precision)
         if not any(self.how.values()):
             text = json.dumps(calibration._asdict() | {"scored": self.facts}, indent=2)
             (self.folder / CALIBRATION_FILE).write_text(text + "\n", encoding="utf-8")
@@ -216,23 +262,28 @@ class Assessor:
     ) -> dict:
         """eval_<split>.json (returned), .md and .png, a picture of some photos, and a result line."""
         scored, rate = self.score(rows, split)
+        strange = {} if why_not_calibrated else {kind: self._adjusted(some) for kind, some in (strangers or {}).items()}
+        if scored is None:
+            return {}
         names = self.collator.class_names
-        report = {"split": split, **self.facts, **self.how, "photos_per_s": rate}
+        report = {"split": split, **self.facts, **self.how, "photos_per_s": rate, "processes": self.processes.count}
         report |= {"bad_photos": len(rows) - len(scored.ids), "exact_match": None, "substring_match": None}
         report |= self._replies_of(rows, split)
         report |= figures_of(scored, calibration, names) | {"not_calibrated": why_not_calibrated, "twins": list(twins)}
         if calibration is not None:
-            report["strangers"] = {kind: self._not_sure(some, calibration) for kind, some in (strangers or {}).items()}
+            report["strangers"] = {
+                kind: {"n": len(scores), "not_sure": not_sure(scores, calibration)} for kind, scores in strange.items()
+            }
         write_report(report, scored, calibration, rows, names, self.folder)
         for line in result_lines(report):
             logger.info("result %s: %s", split, line)
         return report
 
-    def _not_sure(self, rows: Sequence[dict], calibration: Calibration) -> dict:
-        entries = list(self._raw_scores(rows))
+    def _adjusted(self, strangers: Sequence[dict]) -> np.ndarray:
+        entries = list(self._raw_scores(strangers))
         if not entries:
             raise UserError("--strangers: none of its photos can be opened; the lines above say why")
-        return {"n": len(entries), "not_sure": not_sure(self._adjust(entries).scores, calibration)}
+        return self._adjust(entries).scores
 
     def measure_replies(
         self, rows, split: str, parse: Callable[[str, Sequence[str]], int | None], longest: int
@@ -243,9 +294,15 @@ class Assessor:
         """
         path = self.folder / f"eval_{split}.replies.jsonl"
         entries, rate = keep_by_photo(
-            *(rows, lambda left: self._replies(left, longest), path, self.facts | {"longest": longest}),
+            rows,
+            functools.partial(self._by_all, functools.partial(self._own_replies, longest=longest)),
+            path,
+            self.facts | {"longest": longest},
             self.max_bad_fraction,
+            self.processes,
         )
+        if not self.processes.is_main:
+            return {}
         names, texts = self.collator.class_names, [entry["text"] for entry in entries]
         labels = [entry["label"] for entry in entries]
         figures = dict(measure_replies(texts, [parse(text, names) for text in texts], names, labels))

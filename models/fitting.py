@@ -112,7 +112,7 @@ def spread_weights(trainer: Trainer, row: dict, compile: str = "auto", steps_don
 
 
 def gather_weights(trainer: Trainer) -> None:
-    """Whole again in each process, for what the main one computes alone."""
+    """Whole again in each process, for what each computes alone: its part of the report."""
     gather(trainer.spread)
     if trainer.spread:  # nobody may leave while another still fetches
         synchronize(trainer.args.device)

@@ -1,6 +1,5 @@
 """Free replies to photos: greedy, left-padded batches. One of the two protocols of the published figures."""
 
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.logging_utils import logger
+from utils.logging_utils import is_watched
 
 
 class Reply(NamedTuple):
@@ -18,10 +17,10 @@ class Reply(NamedTuple):
 
 
 @torch.inference_mode()
-def generate_replies(
+def generate_batches(
     model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype, longest: int
-) -> Iterator[Reply]:
-    """A reply, special tokens left out, for each row whose photo opens; each photo that does not is told in the log.
+) -> Iterator[tuple[list[Reply], list[str]]]:
+    """For each batch of rows: replies, special tokens left out, and "id: reason" of the photos that do not open.
 
     `collator` is a data.collator.PlantCollator. Replies end at the end token, or at `longest` tokens.
     """
@@ -29,10 +28,9 @@ def generate_replies(
     device = next(model.parameters()).device
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator.prompts, num_workers=num_workers)
-    for batch in tqdm(loader, desc="naming photos", disable=not sys.stderr.isatty(), leave=False):
-        for bad in batch["bad"]:
-            logger.warning("photo left out: %s", bad)
+    for batch in tqdm(loader, desc="naming photos", disable=not is_watched(), leave=False):
         if not batch["ids"]:
+            yield [], batch["bad"]
             continue
         inputs = {
             name: batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
@@ -42,4 +40,4 @@ def generate_replies(
                 **inputs, max_new_tokens=longest, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield from map(Reply, batch["ids"], batch["labels"], texts)
+        yield [Reply(*one) for one in zip(batch["ids"], batch["labels"], texts, strict=True)], batch["bad"]

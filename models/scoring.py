@@ -6,7 +6,6 @@ The names form a tree of tokens. One prefill of photo and question fills a cache
 nodes, each of which sees the prompt and its own ancestors, gives what may follow every beginning of a name.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from transformers import DynamicCache
 
 from models.builder import unwrap
 from models.memory import is_out_of_memory
-from utils.logging_utils import UserError, logger
+from utils.logging_utils import UserError, is_watched, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several trees
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
@@ -228,7 +227,7 @@ def score_batches(
     micro_batch = MicroBatch(batch_size)
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
-    for batch in tqdm(loader, desc="scoring photos", disable=not sys.stderr.isatty(), leave=False):
+    for batch in tqdm(loader, desc="scoring photos", disable=not is_watched(), leave=False):
         scores = []
         if batch["samples"]:
             moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}

@@ -443,8 +443,8 @@ class PlantTrainer(Trainer):
         if self.is_world_process_zero() and is_better(metrics, read_best(self.best_folder)):
             self.save_best(metrics)
 
-    def load_best(self) -> None:
-        """The weights of best/ into the model, unless it has them; without val they are the last ones."""
+    def load_best(self) -> int:
+        """The weights of best/, of the step returned, into the model, unless it has them; without val the last ones."""
         best = read_best(self.best_folder)
         if best is None or self.eval_dataset is None:
             self.save_best({})
@@ -452,6 +452,7 @@ class PlantTrainer(Trainer):
         elif best["step"] != self.state.global_step:
             load_weights(self.model, self.best_folder)
         logger.info("result %s holds the weights of step %d", self.best_folder, best["step"])
+        return best["step"]
 
     # ---- evaluation
 

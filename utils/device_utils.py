@@ -29,7 +29,9 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
     """
     count = count_processes()
     if count > 1 and not several:
-        raise DeviceError(f"WORLD_SIZE={count}: this program is one process, only train.py is several; start it alone")
+        raise DeviceError(
+            f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
+        )
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise DeviceError(
             f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"

@@ -47,8 +47,8 @@ def set_environment() -> None:
 def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
     """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks.
 
-    `stream` is the screen, none: stdout. Of several processes the main one says what is to say, and the others their
-    errors alone.
+    `stream` is the screen, none: stdout. Of several processes the main one says what is to say and writes the log, and
+    the others say their errors alone.
     """
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
@@ -60,11 +60,16 @@ def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream
     screen = logging.StreamHandler(stream or sys.stdout)
     screen.setFormatter(_ScreenFormatter("%(message)s" if rank == "0" else f"process {rank}: %(message)s"))
     logger.addHandler(screen)
-    if folder is not None:
+    if folder is not None and rank == "0":
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(Path(folder) / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+def is_watched() -> bool:
+    """Whether this process's progress is for someone at a terminal: of several processes, the main one's alone."""
+    return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
 
 
 class _ScreenFormatter(logging.Formatter):

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they find each other, and how the fault of one ends all.
+"""Several processes that train or score one model: how they find each other, and how the fault of one ends all.
 
 A launcher (torchrun, accelerate launch, Slurm) starts them and says in environment variables which is which.
 """
@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -44,6 +45,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def local_count() -> int:
+    """How many processes this machine has."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
@@ -52,7 +58,7 @@ def _number(name: str, default: int) -> int:
 
 
 class Processes:
-    """Those that train one model; the main one, of rank 0, writes the run folder."""
+    """Those that work on one model; the main one, of rank 0, writes the run folder."""
 
     def __init__(self, rank: int = 0, count: int = 1, store=None):
         self.rank = rank
@@ -75,6 +81,14 @@ class Processes:
         while not self._store.check([key]):  # a wait for it would keep `watch` from the store
             time.sleep(0.05)
         return json.loads(self._store.get(key))
+
+    def gather(self, own: list) -> list:
+        """What all give here, one process after the other. All call it together."""
+        if self.count == 1:
+            return own
+        given = [None] * self.count
+        torch.distributed.all_gather_object(given, own)
+        return [one for some in given for one in some]
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -198,13 +212,18 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             watcher.join(SILENT_S)  # a thread that still talks to the store when Python ends aborts the process
             if watcher.is_alive():
                 processes.end_without_store()
-            processes.give_sign(DONE)
+        processes.give_sign(DONE)  # not after a fault: then the others shall miss it
         torch.distributed.destroy_process_group()
         if not processes.is_main:
             # Nothing is left to do, and weights that are spread hold threads of gloo with which Python's own end aborts
             # now and then: the launcher would take that for a failure and end the main process too.
             sys.stdout.flush()
             os._exit(0)
+    except KeyboardInterrupt as stop:
+        if type(stop) is KeyboardInterrupt:  # an Interrupted is known to all, and this to none
+            with contextlib.suppress(RuntimeError):
+                processes._store.set(FAILED, f"process {rank}: interrupted")
+        raise
     except Exception as error:
         told = processes.told_by_another()
         if told is not None:  # that the connection broke is what followed from it
@@ -214,6 +233,24 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
             processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}{trace}")
         raise
+
+
+def check_alike(mine: dict, processes: Processes) -> None:
+    """Raise UserError where this process has other settings or weights, name by name, than the main one.
+
+    Folders may lie elsewhere on another machine; they are told apart by their own names.
+    """
+    theirs = processes.share(mine)
+    for name in {"model", "dataset", "run"} & mine.keys():
+        paths = Path(mine[name]), Path(theirs[name])
+        if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
+            mine = mine | {name: theirs[name]}
+    other = [f"{name}={value} and not {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
+    if other:
+        raise UserError(
+            f"other settings than those of process 0: {', '.join(other)}; give all machines the same command, "
+            "files and config/training_config.py"
+        )
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def test_files_emptied_since_the_start_are_told_not_read_for_ever(workers, tmp_p
     stream = Stream(write_parquet(tmp_path / "photos", 2, 3), seed=1)
     stream.share(0, 1, 3)
     write_parquet(tmp_path / "photos", 2, 0)
-    with pytest.raises(UserError, match="no photos in its share of 2 files.*train-00.parquet: they were emptied"):
+    with pytest.raises(UserError, match="no photos for one reader of the 2 files from .*train-00.parquet on: emptied"):
         ids_of(stream, workers, 1)
 
 

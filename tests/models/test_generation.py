@@ -2,7 +2,7 @@ import torch
 from datasets import Dataset
 
 from data.dataset import ROW
-from models.generation import generate_replies
+from models.generation import generate_batches
 
 
 def rows(tiny, count):
@@ -10,7 +10,8 @@ def rows(tiny, count):
 
 
 def replies(tiny, model, some, batch_size):
-    return list(generate_replies(model, tiny.collator, some, batch_size, 0, torch.float32, 6))
+    batches = generate_batches(model, tiny.collator, some, batch_size, 0, torch.float32, 6)
+    return [reply for batch, _ in batches for reply in batch]
 
 
 def test_replies_do_not_depend_on_the_batch(tiny):

@@ -1,10 +1,12 @@
 """Several processes, started by torchrun on this machine: they compute what one does, and end together."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,9 +21,12 @@ import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import evaluate
+import export
 import train
 from config.run_folder import read_metrics
-from config.training_config import TrainingConfig
+from config.training_config import TrainingConfig, load_config
+from data.dataset import build_datasets, take
+from models.assessor import read_entries
 from models.parallel import Share
 from tests.conftest import ROOT
 from utils import process_utils
@@ -137,6 +142,109 @@ def test_two_compute_what_one_does_through_a_stop_and_a_resume(here, one):
         [sys.executable, str(ROOT / "train.py"), *argv, "--max-steps", "25"], cwd=here, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
     assert status == 1 and "cannot go on, the number of processes (2 -> 1) changed" in told
+
+
+def test_two_score_what_one_does_through_a_fault(here, one):
+    """Of 19 photos one, of the other process, does not open."""
+    shutil.copytree(one, here / "run")
+    ids = take(build_datasets(load_config(one)[0]).test, 19)["id"]
+    script = here / "faulty.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys
+        import evaluate
+        from models import assessor
+        assessor.ROUND = 2
+        real = assessor.Assessor._own_scores
+        def own_scores(self, rows):
+            for photo in real(self, rows):
+                if photo["id"] == os.environ["FAULT"]:
+                    raise OSError("no such photo")
+                yield {"bad": f"{photo['id']}: torn"} if photo["id"] == os.environ["BAD"] else photo
+        assessor.Assessor._own_scores = own_scores
+        sys.exit(evaluate.main())
+        """)
+    )
+    argv = ["run", "--split", "test", "--limit", "19", "--max-bad-fraction", "0.1"]
+    status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=ids[13]))
+    assert status != 0 and told.count("critical: process 1: OSError: no such photo") == 1, told
+    scores = here / "run" / "eval_test.scores.jsonl"
+    before = read_entries(scores)[1]
+    assert sorted(entry["id"] for entry in before) == sorted(
+        ids[photo] for photo in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
+    )
+    status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=""))
+    assert status == 0 and "11 photos were done before" in told and told.count("result test: top-1") == 1, told
+    report = json.loads((here / "run" / "eval_test.json").read_text())
+    assert (report["n"], report["bad_photos"], report["processes"]) == (18, 1, 2)
+    assert (here / "run" / "evaluate.log").read_text().count(f"photo left out: {ids[3]}: torn") == 2
+    found = {entry["id"]: entry for entry in read_entries(scores)[1]}
+    scores.unlink()
+    status, told = end_of(launch(here, argv, (), script, BAD=ids[3], FAULT=""))
+    assert status == 0, told
+    expected = {entry["id"]: entry for entry in read_entries(scores)[1]}
+    assert found.keys() == expected.keys()
+    for photo, entry in expected.items():
+        assert found[photo]["scores"] == pytest.approx(entry["scores"], abs=2e-4)
+    for name in ("top1", "top5", "ece", "answered", "per_class", "look_alikes", "strangers"):
+        assert json.loads((here / "run" / "eval_test.json").read_text())[name] == report[name]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("run", "--split", "test", "--limit", "5", "--protocol", "both", "--prior-calibration", "true"),
+        ("run", "--split", "test", "--limit", "1", "--protocol", "generation"),
+        ("--preset", "tiny", "--limit", "1", "--output-dir", "base"),
+    ],
+    ids=["both", "replies", "base"],
+)
+def test_every_way_of_scoring_is_shared_out(argv, here, one):
+    """Also where a process has no photo, and where nothing is left to do."""
+    shutil.copytree(one, here / "run")
+    for _ in range(2):
+        status, told = end_of(launch(here, argv, program=ROOT / "evaluate.py"))
+        assert status == 0 and told.count("result ") >= 1 and "process 1" not in told, told
+    assert "photos were done before" in told
+
+
+def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one):
+    shutil.copytree(one, here / "run")
+    script = here / "faulty.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys
+        import evaluate
+        from models import assessor
+        def own_scores(self, rows):
+            if os.environ["RANK"] == "1":
+                raise KeyboardInterrupt
+            yield from real(self, rows)
+        real, assessor.Assessor._own_scores = assessor.Assessor._own_scores, own_scores
+        sys.exit(evaluate.main())
+        """)
+    )
+    nodes = [launch(here, ["run", "--split", "test"], place, script) for place in two_places()]
+    ends = [end_of(node) for node in nodes]
+    assert all(status != 0 for status, _ in ends) and "warning: process 1: interrupted" in ends[1][1], ends
+    assert "process 1: interrupted" in (here / "run" / "evaluate.log").read_text()
+
+
+def test_a_machine_with_other_weights_is_told(here, one):
+    shutil.copytree(one, here / "run")
+    script = here / "faulty.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys
+        import evaluate
+        from models import checkpoint
+        if os.environ["RANK"] == "1":
+            checkpoint.describe_best = lambda folder: "step 7, manifest 0"
+        sys.exit(evaluate.main())
+        """)
+    )
+    status, told = end_of(launch(here, ["run"], program=script))
+    assert status != 0 and "other settings than those of process 0: adapter=step 7, manifest 0 and not step 20" in told
 
 
 def test_out_of_memory_of_one_is_its_own_affair(here, one):
@@ -301,11 +409,13 @@ def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantize
 
 
 def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(here, quantized):
-    """Without val best/ is the last step's: writing it lets gathered weights go, and the others are no longer there."""
+    """Without val best/ is the last step's, and writing it lets gathered weights go."""
     argv, _ = quantized
     argv = [*argv, "--sharding", "fsdp", "--train-on-val", "true", "--eval-steps", "none", "--max-steps", "3"]
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
     assert status == 0 and "run/best, loaded into a fresh base, scores 4 photos as before" in told, told
+    status, told = end_of(launch(here, ["run", "--split", "test", "--limit", "5"], program=ROOT / "evaluate.py"))
+    assert status == 0 and "result test: top-1" in told, told
 
 
 def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
@@ -447,7 +557,7 @@ def test_folders_may_lie_elsewhere_on_another_machine(there, is_same):
     config = TrainingConfig(dataset="/here/photos")
     others = SimpleNamespace(share=lambda mine: mine | {"dataset": there})
     with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/photos and not"):
-        train.check_alike(config, others)
+        process_utils.check_alike(dataclasses.asdict(config), others)
 
 
 def test_two_nodes_over_loopback(here, one):
@@ -535,5 +645,5 @@ def test_a_card_too_many_is_told(monkeypatch):
 def test_other_programs_are_one_process(trained, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        evaluate.main(["one"])
-    assert "error: WORLD_SIZE=2: this program is one process, only train.py is several" in capsys.readouterr().out
+        export.main(["one", "out"])
+    assert "error: WORLD_SIZE=2: this program is one process; several are train.py and evalu" in capsys.readouterr().out
