@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def check_can_export(use: Use, out: Path) -> None:
     """What can be known before any weight is read. Raises UserError."""
     from models.checkpoint import describe_best
+    from utils.device_utils import refuse_several
 
+    refuse_several()  # before they meet over the same draft
     built, is_whole = use.config.model in BUILT, use.config.trainable == "everything"
     if use.recorded.get("base"):
         raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.compute
+import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 
 from config.training_config import TrainingConfig
@@ -178,6 +179,11 @@ def _parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
             if not allow_missing:
                 raise DataError(f"{told}; add the others, or go on without them: --allow-missing true")
             logger.warning("%s; going on without the others", told)
+    for file in itertools.chain(*files.values()):
+        try:
+            pyarrow.parquet.read_metadata(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{file}: is no parquet file ({_first_line(error)}); write it again") from error
     return files
 
 

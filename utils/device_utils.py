@@ -27,11 +27,8 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
     Raises DeviceError for a model that needs a card where torch sees none, for a process too many, and for several
     processes unless the caller can do with them.
     """
-    count = count_processes()
-    if count > 1 and not several:
-        raise DeviceError(
-            f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
-        )
+    if not several:
+        refuse_several()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise DeviceError(
             f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
@@ -50,7 +47,7 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     if is_built:
-        return torch.device("mps" if torch.backends.mps.is_available() and count == 1 else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and count_processes() == 1 else "cpu")
     if (
         Path(model).is_dir()
         and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
@@ -61,6 +58,15 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
         "program on the "
         "CPU with --preset tiny"
     )
+
+
+def refuse_several() -> None:
+    """Raise DeviceError in one of several processes."""
+    count = count_processes()
+    if count > 1:
+        raise DeviceError(
+            f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
+        )
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

@@ -115,10 +115,10 @@ def _worker_sentence(error: Exception) -> str | None:
     told = str(error)
     if not isinstance(error, RuntimeError) or not told.startswith("DataLoader worker"):
         return None
-    move = "run with fewer --num-workers, or 0"
+    move = "give the same command again with fewer --num-workers, or 0"
     if "shared memory" in told or "Bus error" in told:
         move = f"give it more shared memory (docker run --shm-size=1g), or {move}"
-    return f"{told.split('. ')[0].strip(' .')}, most often by the system for want of memory; {move}: the run goes on"
+    return f"{told.split('. ')[0].strip(' .')}, most often by the system for want of memory; {move}"
 
 
 def _disk_sentence(error: BaseException) -> str | None:

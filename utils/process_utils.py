@@ -31,6 +31,7 @@ NO_STORE = (
     "the store through which all talk is gone, with the launcher or the machine that held it; look there, and give the "
     "same command again"
 )
+INTERRUPTED = "interrupted; the same command goes on from what was saved"
 FAILED = "failed"
 DONE = "done"
 
@@ -222,7 +223,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     except KeyboardInterrupt as stop:
         if type(stop) is KeyboardInterrupt:  # an Interrupted is known to all, and this to none
             with contextlib.suppress(RuntimeError):
-                processes._store.set(FAILED, f"process {rank}: interrupted")
+                processes._store.set(FAILED, f"process {rank}: {INTERRUPTED}")
         raise
     except Exception as error:
         told = processes.told_by_another()
@@ -305,8 +306,8 @@ def _starting(rank: int, count: int) -> Iterator[None]:
 
 
 def _pass_on(told: str) -> None:
-    """Into the log file: the one that failed has said it on the screen. Of a store that is gone nobody has."""
-    if told == NO_STORE:
+    """Into the log file; on the screen too, unless the one that failed has said it on the same one."""
+    if told == NO_STORE or told.endswith(INTERRUPTED) or local_count() < count_processes():
         logger.error(told)
         return
     record = logger.makeRecord(logger.name, logging.ERROR, "", 0, told, (), None)

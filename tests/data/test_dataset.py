@@ -121,6 +121,13 @@ def test_parquet_photos_are_not_copied_into_memory(parquet_folder, tmp_path):
 def test_parquet_file_that_is_none(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(DataError, match=r"train.parquet: is no parquet file \(.*\); write it again"):
+        build("--dataset", str(tmp_path))
+
+
+def test_parquet_files_that_do_not_go_together(tmp_path):
+    for name, column in (("train-0", "label"), ("train-1", "name"), ("val-0", "label"), ("test-0", "label")):
+        Dataset.from_dict({"image": ["a"], column: [1]}).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(DataError, match="the parquet files cannot be read"):
         build("--dataset", str(tmp_path))
 

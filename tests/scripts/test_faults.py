@@ -50,7 +50,7 @@ def test_a_second_interrupt_ends_at_once(expected, tmp_path):
 
 def test_a_killed_worker_is_told_and_the_run_goes_on(expected, tmp_path):
     outcome = faults.worker_killed(tmp_path, expected[0])
-    assert re.search(r"error: DataLoader worker \(pid.*most often by the system for want of memory; run", outcome.told)
+    assert re.search(r"error: DataLoader worker \(pid.*most often by the system for want of memory; give", outcome.told)
     assert "Traceback" not in outcome.told and outcome.same
 
 

@@ -227,6 +227,7 @@ def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one
     nodes = [launch(here, ["run", "--split", "test"], place, script) for place in two_places()]
     ends = [end_of(node) for node in nodes]
     assert all(status != 0 for status, _ in ends) and "warning: process 1: interrupted" in ends[1][1], ends
+    assert "error: process 1: interrupted; the same command goes on" in ends[0][1]
     assert "process 1: interrupted" in (here / "run" / "evaluate.log").read_text()
 
 
@@ -540,8 +541,8 @@ def two_places() -> list[tuple[str, ...]]:
 def test_machines_with_other_settings_are_told(here):
     first, second = two_places()
     processes = [launch(here, [*RUN, "--output-dir", "run"], first), launch(here, [*RUN, "--seed", "7"], second)]
-    (status, _), (other, told) = [end_of(process) for process in processes]
-    assert status != 0 and other != 0
+    (status, there), (other, told) = [end_of(process) for process in processes]
+    assert status != 0 and other != 0 and "process 1: UserError: other settings than" in there
     assert (
         "error: process 1: other settings than those of process 0: output_dir=None and not run, seed=7 and not 42"
         in told
