@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -178,8 +179,9 @@ def adapted(here, few_drawings, checkpoint, capsys, kept):
 
 
 @pytest.fixture(autouse=True)
-def no_handler_is_left():
+def no_handler_is_left(monkeypatch):
     """A handler keeps the stream it was made with, and pytest closes that after each test."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     yield
     from utils.logging_utils import logger
 

@@ -31,6 +31,7 @@ def set_environment() -> None:
 
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
+    sys.unraisablehook = _tell_unraisable
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the photo opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
     # Of a fused layer under FSDP; nothing is added in place to what a layer returns.
@@ -42,6 +43,16 @@ def set_environment() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("HUGGINGFACE_TOKEN"):
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
+
+
+def _tell_unraisable(error) -> None:
+    """What Python cannot let pass, a line on the screen: the traceback is for the log, as with all else.
+
+    torch raises that a loader's worker was killed wherever the run is just then; the loader itself tells it again.
+    """
+    trace = (error.exc_type, error.exc_value, error.exc_traceback)
+    words = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
+    logger.warning(words, exc_info=trace, extra={"one_sentence": True})
 
 
 def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:

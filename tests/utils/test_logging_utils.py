@@ -31,6 +31,20 @@ def test_a_critical_error_has_its_traceback_in_both(tmp_path, capsys):
     assert "CRITICAL ZeroDivisionError: boom" in log and "Traceback" in log
 
 
+def test_an_error_that_python_must_ignore_is_a_line_on_the_screen_and_a_traceback_in_the_log(tmp_path, capsys):
+    class Falling:
+        def __del__(self):
+            raise RuntimeError("DataLoader worker (pid 7) is killed")
+
+    set_environment()
+    setup_logging(tmp_path)
+    del [Falling()][0]
+    screen = capsys.readouterr()
+    assert screen.out.startswith("warning: RuntimeError: DataLoader worker (pid 7) is killed; ")
+    assert screen.out.count("\n") == 1 and not screen.err
+    assert "Traceback" in (tmp_path / "train.log").read_text()
+
+
 def test_a_full_disk_is_a_sentence(tmp_path, capsys):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/checkpoint-5")
     status, screen, _ = told(capsys, tmp_path, error)
