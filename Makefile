@@ -24,10 +24,10 @@ test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest -m browser
 
 faults: $(VENV)/installed-dev
-	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -s -m slow tests/scripts/test_faults.py
+	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -s -m slow tests/faults/test_faults.py
 
 fuzz: $(VENV)/installed-dev
-	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/faults/test_fuzz.py
 
 setup: $(VENV)/installed
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from config.run_folder import BEST
 from config.training_config import ConfigError
 from config.use_options import COMPUTING, PageOptions, parse_use
+from runtime.run_dir import BEST
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 UPLOAD = "20mb"
@@ -79,10 +79,10 @@ def find_port(host: str, port: int) -> int:
 def build_page(namer, folder: Path, recorded: dict, dataset: str):
     import gradio as gr
 
-    from models.card import read_reports
-    from models.checkpoint import describe_best
-    from models.page import START, as_footer
-    from models.report import EXAMPLES_FOLDER
+    from evaluation.model_card import read_reports
+    from evaluation.page import START, as_footer
+    from evaluation.report import EXAMPLES_FOLDER
+    from runtime.checkpoint import describe_best
 
     # gradio would decode photos by itself, without the limits and the sentences of open_photo. Said to the class: for a
     # subclass it writes a .pyi file beside this one, and of one object it makes others on the way.
@@ -120,7 +120,7 @@ def serve(page, options: PageOptions) -> None:
     """Until Ctrl-C or SIGTERM."""
     import gradio as gr
 
-    from models.page import CSS, HEAD
+    from evaluation.page import CSS, HEAD
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # gradio asks itself whether it runs, and would send that through a proxy
@@ -149,7 +149,7 @@ def serve(page, options: PageOptions) -> None:
 
 def answer_to(namer, upload: tuple[str, str | None] | None) -> str:
     """HTML for an upload, (path, its own name); none if the photo was taken away."""
-    from models.page import START, as_answer, as_refusal
+    from evaluation.page import START, as_answer, as_refusal
     from utils.image_utils import printable
 
     if upload is None:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         from data.labels import CLASS_NAMES
         from models.builder import build_model, build_processor
         from models.memory import is_out_of_memory
-        from utils.device_utils import GIB, choose_device, choose_precision, peak_memory
+        from runtime.device import GIB, choose_device, choose_precision, peak_memory
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
@@ -256,7 +256,7 @@ def build_clock(device):
     """A callback that times steps and their phases; it waits for the device at the ends of each."""
     from transformers import TrainerCallback
 
-    from utils.device_utils import synchronize
+    from runtime.device import synchronize
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -287,7 +287,7 @@ def memory_of(device):
     """[peak allocated, peak reserved] bytes of what runs inside; of the process where there is no CUDA card."""
     import torch
 
-    from utils.device_utils import peak_memory, reset_peak_memory
+    from runtime.device import peak_memory, reset_peak_memory
 
     found = []
     reset_peak_memory(device)
@@ -336,7 +336,7 @@ def matrix_rate(device, precision: str) -> float:
     import torch
 
     from models.builder import DTYPES
-    from utils.device_utils import synchronize
+    from runtime.device import synchronize
 
     side = 8192 if device.type == "cuda" else 1024
     one, other = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))

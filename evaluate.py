@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
-from config.run_folder import BEST, open_run
 from config.training_config import ON_CPU, ConfigError, load_config, save_config
+from runtime.run_dir import BEST, open_run
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
-WORTH_COMPILING = 2000  # photos of a split from which compiled kernels win back their compilation (LOG.md)
+WORTH_COMPILING = 2000  # photos of a split from which compiled kernels win back their compilation (docs/LOG.md)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         from data.collator import PlantCollator
         from data.dataset import build_datasets, hash_ids, name_twins, take
         from data.labels import parse_reply
-        from models.assessor import build_assessor
+        from evaluation.evaluator import build_assessor
+        from evaluation.model_card import build_card
         from models.builder import (
             build_model,
             build_processor,
@@ -49,10 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             compile_layers,
             describe_model,
         )
-        from models.card import build_card
-        from models.checkpoint import CARD, describe_best
-        from utils.device_utils import choose_device, choose_precision
-        from utils.process_utils import check_alike, join_processes
+        from runtime.checkpoint import CARD, describe_best
+        from runtime.device import choose_device, choose_precision
+        from runtime.distributed import check_alike, join_processes
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
@@ -142,8 +142,8 @@ def strangers_of(folder: str | None) -> dict[str, list[dict]]:
 
 def compare_runs(first: Path, second: Path, split: str) -> None:
     """McNemar's exact test on the photos that both were scored on."""
-    from models.assessor import read_hits
-    from models.evaluation import compare
+    from evaluation.evaluator import read_hits
+    from evaluation.metrics import compare
 
     (one, hits_of_one), (other, hits_of_other) = (read_hits(folder, split) for folder in (first, second))
     if (one["dataset"], one["question"]) != (other["dataset"], other["question"]):

@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.run_folder import BEST, is_finished, open_run
 from config.training_config import BUILT, ON_CPU, ConfigError
 from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
+from runtime.run_dir import BEST, is_finished, open_run
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_can_export(use: Use, out: Path) -> None:
     """What can be known before any weight is read. Raises UserError."""
-    from models.checkpoint import describe_best
-    from utils.device_utils import refuse_several
+    from runtime.checkpoint import describe_best
+    from runtime.device import refuse_several
 
     refuse_several()  # before they meet over the same draft
     built, is_whole = use.config.model in BUILT, use.config.trainable == "everything"
@@ -122,11 +122,8 @@ def export_whole(use: Use, draft: Path) -> None:
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from models.builder import build_processor, check_same_base, fingerprint
-    from models.card import CODE_OF_A_WHOLE_MODEL, build_card
-    from models.checkpoint import CARD
-    from models.merging import merge_into, read_adapter, save_settings, weights_bytes
-    from models.proof import (
+    from evaluation.model_card import CODE_OF_A_WHOLE_MODEL, build_card
+    from evaluation.verify import (
         LOGIT_PHOTOS,
         compare_hits,
         first_that_open,
@@ -136,7 +133,10 @@ def export_whole(use: Use, draft: Path) -> None:
         logits_with,
         relative_difference,
     )
-    from utils.device_utils import choose_device, collect_memory, fit_workers
+    from models.builder import build_processor, check_same_base, fingerprint
+    from models.merging import merge_into, read_adapter, save_settings, weights_bytes
+    from runtime.checkpoint import CARD
+    from runtime.device import choose_device, collect_memory, fit_workers
     from utils.tokenizer_utils import probe_ids
 
     folder, _, config, recorded, options = use
@@ -184,13 +184,13 @@ def export_adapter(use: Use, draft: Path) -> None:
     from peft import PeftModel
 
     from data.collator import PlantCollator
+    from evaluation.model_card import base_name, build_card
+    from evaluation.verify import LOGIT_PHOTOS, first_that_open, judge, logits_of, relative_difference
     from models.builder import DTYPES as DTYPE_OF
     from models.builder import build_base, build_processor, build_trained
-    from models.card import base_name, build_card
-    from models.checkpoint import CARD
     from models.merging import save_processor
-    from models.proof import LOGIT_PHOTOS, first_that_open, judge, logits_of, relative_difference
-    from utils.device_utils import choose_device, choose_precision, collect_memory
+    from runtime.checkpoint import CARD
+    from runtime.device import choose_device, choose_precision, collect_memory
 
     folder, _, config, recorded, _ = use
     device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
@@ -225,7 +225,7 @@ def held_out(use: Use) -> tuple:
     """(rows of val, {photo: was it named right when validated}); of a run that learned from val: train rows, None."""
     from data.dataset import build_datasets, take
     from evaluate import check_data
-    from models.assessor import read_hits
+    from evaluation.evaluator import read_hits
 
     data = build_datasets(use.config)
     check_data(data, use.recorded, use.config, use.folder)
@@ -261,8 +261,8 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
 
 def save_classes(use: Use, prompt, draft: Path) -> None:
     """class_names.json: all that is needed to name photos as this project does."""
-    from models.assessor import read_calibration
-    from models.checkpoint import describe_best
+    from evaluation.evaluator import read_calibration
+    from runtime.checkpoint import describe_best
 
     facts = {"class_names": use.recorded["class_names"], "question": use.config.question, "prompt": prompt.prompt}
     facts |= {"joiner": prompt.joiner, "end": prompt.end, "image_size": use.config.image_size}

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.run_folder import BEST
 from config.training_config import ON_CPU, ConfigError
 from config.use_options import COMPUTING, PredictionOptions, Use, parse_use
+from runtime.run_dir import BEST
 from utils.logging_utils import errors_told, logger, set_environment, setup_logging
 
 
@@ -45,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_namer(use: Use):
-    """The models.naming.Namer of a run."""
+    """The evaluation.predictor.Namer of a run."""
     from data.collator import PlantCollator
+    from evaluation.predictor import build_namer
     from models.builder import build_processor, build_trained
-    from models.checkpoint import describe_best
-    from models.naming import build_namer
-    from utils.device_utils import choose_device, choose_precision
+    from runtime.checkpoint import describe_best
+    from runtime.device import choose_device, choose_precision
 
     folder, _, config, recorded, _ = use
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
@@ -85,7 +85,7 @@ def find_photos(words: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def as_line(photo: str, found, top: int) -> str:
     """photo: name 93 % (other 4 %, ...), or the reason why there is none, which begins with the photo."""
-    from models.naming import percent
+    from evaluation.predictor import percent
     from utils.image_utils import printable
 
     if isinstance(found, str):

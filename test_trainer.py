@@ -116,7 +116,7 @@ def check_driver(ready) -> str:
 def check_device(ready) -> str:
     import torch
 
-    from utils.device_utils import choose_device, choose_precision
+    from runtime.device import choose_device, choose_precision
 
     device = choose_device(ready.config.model, ready.config.model in ON_CPU, ready.config.gpu_memory_fraction)
     ready.precision = choose_precision(ready.config.mixed_precision, device)
@@ -295,9 +295,9 @@ def check_model(ready) -> str:
 
 
 def check_steps(ready) -> str:
-    from config.run_folder import read_metrics
     from models.fitting import fit_to_card
     from models.trainer import build_trainer
+    from runtime.run_dir import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(

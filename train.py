@@ -16,8 +16,8 @@ import time
 import uuid
 from pathlib import Path
 
-from config.run_folder import BEST, LOCK_FILE, append_metrics, check_same_run, choose_run_folder, step_of
 from config.training_config import ON_CPU, ConfigError, TrainingConfig, load_config, parse_config, save_config
+from runtime.run_dir import BEST, LOCK_FILE, append_metrics, check_same_run, choose_run_folder, step_of
 from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
 
 SAMPLED = 500  # photos of a stream whose sizes are looked at
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with errors_told(ConfigError), contextlib.ExitStack() as held:
-        from utils.device_utils import choose_device, choose_precision
-        from utils.process_utils import check_alike, join_processes
+        from runtime.device import choose_device, choose_precision
+        from runtime.distributed import check_alike, join_processes
 
         device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         from data.collator import PlantCollator
         from data.dataset import build_datasets, hash_ids
         from models.builder import build_model, build_processor, check_model, describe_model, load_weights
-        from models.checkpoint import branch_off, check_disk, last_checkpoint, restore
         from models.fitting import fit_to_card, gather_weights, spread_weights
         from models.trainer import build_trainer
+        from runtime.checkpoint import branch_off, check_disk, last_checkpoint, restore
 
         with processes.main_first():
             data = build_datasets(config)
@@ -130,7 +130,7 @@ def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStac
 
     The main process decides, locks the folder and writes the log.
     """
-    from models.checkpoint import check_whole, lock_folder
+    from runtime.checkpoint import check_whole, lock_folder
 
     chosen = None
     if processes.is_main:
@@ -164,8 +164,8 @@ def report_val(config: TrainingConfig, rows, model, collator, precision: str, pr
     """Score val with the best weights, shared out over the processes, and write the reports."""
     from data.dataset import name_twins
     from data.synthetic import draw_strangers
-    from models.assessor import build_assessor
-    from models.checkpoint import describe_best
+    from evaluation.evaluator import build_assessor
+    from runtime.checkpoint import describe_best
 
     adapter = describe_best(Path(config.output_dir) / BEST)
     assessor = build_assessor(config, model, collator, precision, config.output_dir, adapter, processes)
@@ -175,10 +175,10 @@ def report_val(config: TrainingConfig, rows, model, collator, precision: str, pr
 
 def describe_run(config: TrainingConfig, data, model, collator, precision: str, prompt) -> tuple:
     """Write the card of best/; (a few rows, their scores) for prove_best."""
+    from evaluation.model_card import build_card
+    from evaluation.verify import FEW, first_that_open, scores_of
     from models.builder import DTYPES
-    from models.card import build_card
-    from models.checkpoint import CARD
-    from models.proof import FEW, first_that_open, scores_of
+    from runtime.checkpoint import CARD
 
     card = build_card(config, load_config(config.output_dir)[1], config.output_dir, prompt)
     (Path(config.output_dir) / BEST / CARD).write_text(card, encoding="utf-8")
@@ -190,9 +190,9 @@ def prove_best(config: TrainingConfig, processor, device, precision: str, collat
     """Load best/ into a fresh base, which must score `few` as `expected`."""
     from transformers import set_seed
 
+    from evaluation.verify import prove_reload
     from models.builder import DTYPES, build_model
-    from models.proof import prove_reload
-    from utils.device_utils import collect_memory
+    from runtime.device import collect_memory
 
     collect_memory(device)
 

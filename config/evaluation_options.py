@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config.run_folder import changed_fields, open_run, runs_here
 from config.training_config import (
     CONFIG_FILE,
     ConfigError,
@@ -17,6 +16,7 @@ from config.training_config import (
     load_config,
     read_flags,
 )
+from runtime.run_dir import changed_fields, open_run, runs_here
 
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415; the untouched base is asked it
 # What a run may be evaluated with otherwise than it was trained with; the rest is the run's own.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config.run_folder import open_run, runs_here
 from config.training_config import (
     ConfigError,
     TrainingConfig,
@@ -15,6 +14,7 @@ from config.training_config import (
     knob,
     read_flags,
 )
+from runtime.run_dir import open_run, runs_here
 
 # Settings of the run that may be others here: where and how fast it computes.
 COMPUTING = ("mixed_precision", "load_in_4bit", "gpu_memory_fraction", "num_workers", "per_device_eval_batch_size")

@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, c
 
 from config.training_config import TrainingConfig
 from data.labels import CLASS_NAMES, official_counts
-from data.stream import Stream
+from data.streaming import Stream
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from utils.image_utils import SUFFIXES, is_photo_name, photos_below, printable
 from utils.logging_utils import UserError, logger

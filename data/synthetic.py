@@ -2,7 +2,7 @@
 
 Two species differ in at least two of petal count, petal shape, colour and centre; the star- and moonworts of one colour
 differ in petal shape alone. Ground, size, place, rotation and hue vary, so that a drawing's mean colour gives away
-little (measured in LOG.md).
+little (measured in docs/LOG.md).
 """
 
 import colorsys

@@ -27,10 +27,10 @@ from transformers import (
     modeling_utils,
 )
 
-from config.run_folder import BEST
 from config.training_config import BUILT, TrainingConfig
-from models.fused import can_fuse, fuse_layers, fused_layers, keep_activations
+from models.fused_layers import can_fuse, fuse_layers, get_fused_layers, keep_activations
 from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
+from runtime.run_dir import BEST
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt, build_prompt, probe_ids
 
@@ -354,7 +354,7 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
 
 def compile_layers(model: PreTrainedModel | PeftModel) -> None:
     """One kernel for what stands between two products of a fused layer, each compiled when it is first needed."""
-    for one in fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
+    for one in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
         one.kernels.compile()
 
 

@@ -1,6 +1,7 @@
 """What watches a run: metrics.jsonl, step lines, loss.png, the progress bar. None of it changes the model."""
 
 import gc
+import math
 import statistics
 import sys
 import time
@@ -11,9 +12,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from config.run_folder import append_metrics, cut_metrics, read_metrics
-from models.evaluation import resolvable_gain
-from utils.device_utils import GIB, collect_memory, memory_in_use, peak_memory
+from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
+from runtime.run_dir import append_metrics, cut_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
@@ -192,3 +192,8 @@ class ProgressBar(ProgressCallback):
         pass
 
     on_prediction_step = on_evaluate = on_predict = on_log
+
+
+def resolvable_gain(top1: float, photos: int) -> float:
+    """The least gain in top-1 that this many photos can tell from chance: its standard error, at least one photo."""
+    return max(math.sqrt(top1 * (1 - top1) / photos), 1 / photos)

@@ -12,15 +12,15 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer
 
 from models.builder import unwrap
-from models.fused import keep_activations
+from models.fused_layers import keep_activations
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
 from models.microbatch import cut
 from models.parallel import gather, gathered, spread_frozen, sum_bits
-from utils.device_utils import GIB, card_room, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from runtime.device import GIB, card_room, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.logging_utils import UserError, logger
 
-COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (LOG.md)
-COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (LOG.md)
+COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (docs/LOG.md)
+COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (docs/LOG.md)
 
 
 def fit_to_card(
@@ -50,7 +50,7 @@ def fit_to_card(
     kernels = trainer.fused[0].kernels
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         began = time.perf_counter()
-        # With one photo at a time the processor is what a step waits for, and nothing is won (LOG.md).
+        # With one photo at a time the processor is what a step waits for, and nothing is won (docs/LOG.md).
         may_win = compile == "auto" and (auto_batch or trainer.micro_batch_size > 1)
         if may_win and _is_worth_compiling(trainer, row, steps_done):
             kernels.compile()

@@ -2,7 +2,7 @@
 
 Shapes: T tokens of the longest sample, D width of the language model, L its layers.
 
-Holds for layers of models/fused.py. models/fitting.py tries a plan once before the run begins, and models/trainer.py
+Holds for fused_layers.py. models/fitting.py tries a plan once before the run begins, and models/trainer.py
 steps down if a step runs out of memory all the same.
 """
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-FRAGMENTATION = 0.05  # share of a card's memory that the allocator holds but cannot hand out (LOG.md: 3 to 4 %)
-WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (LOG.md)
-# Unpacking 4-bit weights and starting kernels costs a micro-batch as much time as a forward of so many tokens (LOG.md).
+FRAGMENTATION = 0.05  # share of a card's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
+WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (docs/LOG.md)
+# Unpacking 4-bit weights and starting kernels costs a micro-batch as much time as a forward of so many tokens (docs/LOG.md).
 MICRO_BATCH_TOKENS = 800
 RECOMPUTED = 0.8  # of a layer's forward: the recomputation leaves out its last product
 BACKWARD = 1.1  # of a forward: the weights are frozen, so only the gradient of the rows and the adapters' are computed

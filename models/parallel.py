@@ -73,7 +73,7 @@ def spread_frozen(model) -> list[FSDPModule]:
     base = unwrap(model)
     for module in _packed(base):
         module.quant_state = module.weight.quant_state  # weights that were gathered are plain tensors
-        # FSDP wants numbers that could learn. Those of 16 bit would not all come back as they were (LOG.md).
+        # FSDP wants numbers that could learn. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
     tower = base.model.vision_tower

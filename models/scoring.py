@@ -9,6 +9,7 @@ nodes, each of which sees the prompt and its own ancestors, gives what may follo
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
@@ -235,3 +236,9 @@ def score_batches(
                 values = score_batch(model, moved, trees, micro_batch).tolist()
             scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch["samples"], values)]
         yield scores, batch["bad"]
+
+
+def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each photo: is its likeliest name the true one; how many names rank before that; its log-probability."""
+    own = scores[np.arange(len(labels)), labels]
+    return scores.argmax(axis=1) == labels, (scores > own[:, None]).sum(axis=1), own

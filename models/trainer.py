@@ -23,11 +23,16 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from config.run_folder import BEST, PREFIX, cut_metrics
 from config.training_config import TrainingConfig
 from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
-from models.checkpoint import (
+from models.fitting import no_room
+from models.fused_layers import get_fused_layers, keep_activations
+from models.memory import is_out_of_memory
+from models.microbatch import cut
+from models.parallel import gathered, share_batches, sum_gradients
+from models.scoring import MicroBatch, build_trees, judge_scores, score_batch
+from runtime.checkpoint import (
     CARD,
     METRICS_OF_BEST,
     CheckpointKeeper,
@@ -38,18 +43,12 @@ from models.checkpoint import (
     replacing,
     write_manifest,
 )
-from models.evaluation import judge_scores
-from models.fitting import no_room
-from models.fused import fused_layers, keep_activations
-from models.memory import is_out_of_memory
-from models.microbatch import cut
-from models.parallel import gathered, share_batches, sum_gradients
-from models.scoring import MicroBatch, build_trees, score_batch
-from utils.device_utils import fit_workers
+from runtime.device import fit_workers
+from runtime.distributed import count_processes
+from runtime.interrupt import Interrupted, StopRequest, start_worker
+from runtime.run_dir import BEST, PREFIX, cut_metrics
 from utils.image_utils import check_bad_share
 from utils.logging_utils import UserError, logger
-from utils.process_utils import count_processes
-from utils.signal_utils import Interrupted, StopRequest, start_worker
 from utils.tensor_utils import check_tensor
 
 
@@ -111,7 +110,7 @@ class PlantTrainer(Trainer):
         base = unwrap(self.model)
         self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
-        self.fused = fused_layers(base.model.language_model.layers)
+        self.fused = get_fused_layers(base.model.language_model.layers)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -631,7 +630,7 @@ def build_arguments(
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=None,  # models/checkpoint.py rotates: the library would delete before the manifest stands
+        save_total_limit=None,  # runtime/checkpoint.py rotates: the library would delete before the manifest stands
         dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
         dataloader_persistent_workers=False,

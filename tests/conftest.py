@@ -120,10 +120,10 @@ def few_drawings(monkeypatch):
 @pytest.fixture
 def on_a_card(monkeypatch):
     """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
-    from utils.device_utils import memory_in_use
+    from runtime.device import memory_in_use
 
     monkeypatch.setattr("models.fitting.card_room", lambda device, fraction: memory_in_use(device) + 4e9)
-    monkeypatch.setattr("models.fused.SMALL", 1)
+    monkeypatch.setattr("models.fused_layers.SMALL", 1)
     return monkeypatch
 
 

@@ -1,0 +1,148 @@
+"""Where a run computes and how precisely. Imports torch and psutil alone, so that a missing card is told in seconds."""
+
+import gc
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from runtime.distributed import count_processes, local_rank
+from utils.logging_utils import UserError, logger
+
+GIB = 2**30
+CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
+BF16_CAPABILITY = (8, 0)  # Ampere; older cards only emulate it, and torch counts that as support
+
+
+class DeviceError(UserError):
+    """A device or precision that this machine does not have."""
+
+
+def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, several: bool = False) -> torch.device:
+    """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for a model built here.
+
+    Raises DeviceError for a model that needs a card where torch sees none, for a process too many, and for several
+    processes unless the caller can do with them.
+    """
+    if not several:
+        refuse_several()
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise DeviceError(
+            f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
+        )
+    if torch.cuda.is_available():
+        cards, index = torch.cuda.device_count(), local_rank()
+        if index >= cards:
+            raise DeviceError(
+                f"LOCAL_RANK={index}: torch sees {cards} cards on this machine; start at most so many processes "
+                f"(torchrun --nproc-per-node {cards}), or see CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
+        # Of torch 2.11's kernels on an H100 cuDNN's gave the stock layers gradients 1,300 times too large (docs/LOG.md).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return device
+    if is_built:
+        return torch.device("mps" if torch.backends.mps.is_available() and count_processes() == 1 else "cpu")
+    if (
+        Path(model).is_dir()
+        and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
+    ):
+        return torch.device("cpu")
+    raise DeviceError(
+        f"--model {model}: needs a CUDA card and torch sees none; check nvidia-smi and the driver, or try this "
+        "program on the "
+        "CPU with --preset tiny"
+    )
+
+
+def refuse_several() -> None:
+    """Raise DeviceError in one of several processes."""
+    count = count_processes()
+    if count > 1:
+        raise DeviceError(
+            f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
+        )
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """bf16, fp16 or no. Raises DeviceError for fp16 without CUDA, where nothing would scale the loss."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if requested == "fp16" and capability is None:
+        raise DeviceError(
+            "--mixed-precision fp16: needs a CUDA card, elsewhere nothing scales the loss; use no or auto"
+        )
+    return precision_for(requested, capability)
+
+
+def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
+    """bf16, fp16 or no, for a card of this CUDA compute capability (None: no CUDA card)."""
+    if requested != "auto":
+        return requested
+    if capability is None:
+        return "no"
+    return "bf16" if capability >= BF16_CAPABILITY else "fp16"
+
+
+def fit_workers(wanted: int, batch_bytes: int, shared_memory: str = "/dev/shm") -> int:
+    """Loader workers whose finished batches fit into shared memory, else 0 and a warning: they would wait for ever.
+
+    Two batches a worker are on their way, and one is in use. Docker gives a container 64 MiB.
+    """
+    if wanted == 0 or not Path(shared_memory).is_dir():
+        return wanted
+    free, needed = shutil.disk_usage(shared_memory).free, (2 * wanted + 1) * batch_bytes
+    if free >= needed:
+        return wanted
+    logger.warning(
+        "%s has %.0f MB free and %d workers need %.0f MB; photos are decoded by the training process instead "
+        "(docker run --shm-size=1g, or fewer --num-workers)",
+        *(shared_memory, free / 1e6, wanted, needed / 1e6),
+    )
+    return 0
+
+
+# ---- memory
+
+
+def collect_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that torch has allocated on a CUDA card now, else the process's resident size."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most that torch had allocated on a CUDA card, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From now on peak_memory counts anew; it cannot for the resident size of a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def card_room(device: torch.device, gpu_memory_fraction: float) -> float | None:
+    """Bytes that this process may have on a CUDA card, what it has included; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(gpu_memory_fraction * total, free + torch.cuda.memory_reserved(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA card has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

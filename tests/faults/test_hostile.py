@@ -1,0 +1,50 @@
+"""Hostile photos through whole scripts: every one is learned from or named, none ends a run."""
+
+import json
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+import evaluate
+import train
+from tests.faults.corpus import OPENS, write_corpus
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """(folder with train/, val/ and test/ of two classes, what opening each photo of one class must come to)"""
+    folder = tmp_path_factory.mktemp("hostile") / "photos"
+    for split in SPLITS:
+        expected = write_corpus(folder / split / "hostile")
+        (folder / split / "kind").mkdir()
+        for number in range(8):
+            Image.new("RGB", (60, 40 + number), (9 * number, 80, 160)).save(folder / split / "kind" / f"{number}.png")
+    return folder, expected
+
+
+def left_out(told: str) -> list[str]:
+    """Names of photos that were told to be left out, each once."""
+    return re.findall(r"warning: photo left out[^:]*: '?(?:\w+/)hostile/(.+?)'?: ", told)
+
+
+def test_hostile_photos_through_training_and_evaluation(photos, tmp_path, monkeypatch, capsys):
+    folder, expected = photos
+    del expected["folder.jpg"]  # is not taken for a photo
+    refused = sorted(name for name, words in expected.items() if words != OPENS)
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-bad-fraction", "1", "--output-dir", "run"]
+    assert train.main([*tiny, "--max-steps", "10", "--eval-steps", "5", "--num-workers", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "6 files or folders inside the class folders are not read" in told  # that, and a name not in UTF-8
+    for split in ("train", "val"):
+        lines = [line for line in told.splitlines() if f" of {split} so far): " in line]
+        assert sorted(left_out("\n".join(lines))) == refused
+    assert evaluate.main(["run", "--split", "test", "--num-workers", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "eval_test.json").read_text())["n"] == 8 + len(expected) - len(refused)
+    assert set(left_out(capsys.readouterr().out)) >= set(refused)
+    assert not list(folder.rglob("planted"))
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,531 @@
+import base64
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+import export
+from data.synthetic import draw_split
+from evaluation import verify
+from models import merging
+
+FAST = ["--num-workers", "0"]
+# What anyone runs who has the folder alone; appended to the code in its README.md.
+STRANGER = """
+import sys
+together = ids[:, inputs["input_ids"].shape[1] :].tolist()
+assert "models" not in sys.modules and "data" not in sys.modules
+alone = []
+for photo in photos:
+    one = processor(images=[photo], text=prompts[:1], return_tensors="pt", padding=True)
+    lengths = one["input_ids"].shape[1]
+    alone.append(model.generate(**one.to(model.device, model.dtype), max_new_tokens=20, do_sample=False)[0, lengths:])
+for reply, own in zip(together, alone):
+    assert reply[: len(own)] == own.tolist(), (reply, own)
+print(len(together), sorted({len(row) for row in inputs["attention_mask"].tolist()}), inputs["attention_mask"].sum(1))
+"""
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+    capsys.readouterr()
+    try:
+        status = export.main(list(argv))
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def drawings(folder, sizes) -> list[str]:
+    from io import BytesIO
+
+    from PIL import Image
+
+    files = []
+    for number, (row, size) in enumerate(zip(draw_split("test"), sizes)):
+        files.append(str(folder / f"{number}.png"))
+        Image.open(BytesIO(row["image"]["bytes"])).resize(size).save(files[-1])
+    return files
+
+
+def as_a_stranger(out, files) -> subprocess.CompletedProcess:
+    """The README's code and STRANGER, in a process that can import nothing of ours."""
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    code = code.replace('files = ["photo.jpg"]', f"files = {files!r}").replace("max_new_tokens=20", "max_new_tokens=6")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    text = code + STRANGER.replace("max_new_tokens=20", "max_new_tokens=6")
+    argv = [sys.executable, "-c", text]
+    return subprocess.run(argv, cwd=out, env=environment, capture_output=True, text=True)
+
+
+def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
+    assert run(capsys, "one", "tiny", *FAST)[0] == 0  # beside the program, under the name of what is built
+    status, told = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and "result proven: its logits are 0.00% off those of the run's weights; top-1 0." in told
+    files = {path.name for path in (here / "out").iterdir()}
+    assert files == {
+        "README.md", "class_names.json", "config.json", "generation_config.json", "model.safetensors",
+        "chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (here / "out").iterdir()} == {0o644}
+    assert not (here / "out.draft").exists()
+    classes = json.loads((here / "out" / "class_names.json").read_text())
+    assert len(classes["class_names"]) == 10 and classes["image_size"] == 70 and "temperature" in classes
+    ours, theirs = load_file(trained / "best" / "model.safetensors"), load_file(here / "out" / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and len(ours) == len(theirs)
+    found = as_a_stranger(here / "out", drawings(here, [(84, 84), (40, 90), (84, 84)]))
+    assert found.returncode == 0 and found.stdout.splitlines()[-1].startswith("3 "), found.stderr
+
+
+def test_photos_of_unlike_lengths_are_padded_on_the_left(here, photo_folder, checkpoint, capsys):
+    """At their own size photos have unlike numbers of image tokens; right padding would garble the shorter ones."""
+    import train
+    from tests.conftest import TINY
+
+    root = photo_folder({"oak": 10, "ash": 10})
+    wide = shutil.copytree(checkpoint(), here / "base")
+    for name in ("config.json", "processor_config.json"):
+        text = (wide / name).read_text()
+        (wide / name).write_text(re.sub(r"(\"image_grid_pinpoints\": \[)", r"\1[70, 140], [140, 70], ", text))
+    argv = [*TINY, "--dataset", str(root), "--model", str(wide), "--image-size", "none", "--trainable", "adapter"]
+    assert train.main([*argv, "--output-dir", "own"]) == 0
+    assert run(capsys, "own", "out", "--dtype", "fp32", *FAST)[0] == 0
+    assert "own size" in (here / "out" / "README.md").read_text()
+    found = as_a_stranger(here / "out", drawings(here, [(84, 84), (60, 130), (130, 60)]))
+    assert found.returncode == 0, found.stderr
+    lengths = re.findall(r"\d+", found.stdout.splitlines()[-1].partition("tensor")[2])
+    assert len(set(lengths)) > 1
+
+
+def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, capsys):
+    """Compared with PEFT itself, which the export does not use to prove it."""
+    status, told = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and re.search(r"its logits are 0.00% off .* without the adapter: \d", told)
+    base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
+    beside = PeftModel.from_pretrained(base, adapted / "best").eval()
+    merged = LlavaNextForConditionalGeneration.from_pretrained(here / "out").eval()
+    processor = AutoProcessor.from_pretrained(here / "out")
+    from PIL import Image
+
+    photo = Image.new("RGB", (70, 70), (200, 30, 60))
+    text = json.loads((here / "out" / "class_names.json").read_text())["prompt"]
+    inputs = processor(images=[photo], text=[text], return_tensors="pt")
+    with torch.no_grad():
+        expected, found = beside(**inputs).logits, merged(**inputs).logits
+        with beside.disable_adapter():
+            untouched = beside(**inputs).logits
+    assert (found - expected).abs().max() < 1e-4 < 0.1 < (untouched - expected).abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_sixteen_bit_is_the_default_and_the_proof_names_it(dtype, kind, adapted, here, capsys):
+    status, told = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
+    assert status == 0 and "merge  two/best into " in told and f", {dtype}\n" in told
+    assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
+    card = (here / "out" / "README.md").read_text()
+    assert f"Merged in {dtype} and loaded afresh: its logits are" in card and "was validated" in card
+
+
+def test_the_adapter_alone(adapted, here, checkpoint, capsys):
+    status, told = run(capsys, "two", "out", "--adapter-only", *FAST)
+    assert status == 0 and "result proven" in told
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "class_names.json", "tokenizer.json"} <= {
+        path.name for path in (here / "out").iterdir()
+    }
+    settings = json.loads((here / "out" / "adapter_config.json").read_text())
+    assert "/" not in settings["base_model_name_or_path"]  # where the folder lay is nobody's business
+    base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, here / "out"))
+    saved = load_file(adapted / "best" / "adapter_model.safetensors")
+    assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    files = drawings(here, [(84, 84), (40, 90)])
+    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the card says it is
+    found = as_a_stranger(here / "out", files)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_drawings, capsys):
+    import train
+    from tests.conftest import TINY
+
+    assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "run"]) == 0
+    status, told = run(capsys, "run", "out", *FAST)
+    assert status == 0 and "its accuracy is not known, since the run learned from val" in told
+    assert "It was not measured." in (here / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trainable", ["adapter", "projector"])
+def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint, capsys):
+    """With a photo of val that does not open among the first, and a base that would draw names by lot."""
+    import train
+    from tests.conftest import TINY
+
+    base = shutil.copytree(checkpoint(), here / "base")
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.9, "top_p": 0.6}))
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    photos = here / "photos"
+    for split, count in (("train", 8), ("val", 6), ("test", 2)):
+        for name in ("ash", "oak"):
+            (photos / split / name).mkdir(parents=True)
+            drawings(photos / split / name, [(60, 60)] * count)
+    (photos / "val" / "ash" / "0.png").write_bytes(b"broken")
+    argv = [
+        *TINY,
+        "--model",
+        str(base),
+        "--trainable",
+        trainable,
+        "--dataset",
+        str(photos),
+        "--max-bad-fraction",
+        "0.5",
+    ]
+    assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
+    assert "scores 4 photos as before" in capsys.readouterr().out
+    status, told = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and "its logits are 0.00% off" in told
+    assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
+    assert "its licence could not be read" in (here / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapter-only"]])
+def test_a_base_whose_files_changed_is_not_merged_into(flags, adapted, here, checkpoint, capsys):
+    config = adapted / "training_config.json"
+    other = shutil.copytree(checkpoint(), here / "base")
+    config.write_text(config.read_text().replace(checkpoint(), str(other)))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.3 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    status, told = run(capsys, "two", "out", *flags, *FAST)
+    assert status == 1 and "is not what two was trained on (model_files differ)" in told and not (here / "out").exists()
+
+
+def test_a_calibration_of_other_weights_is_not_handed_on(trained, here, capsys):
+    path = trained / "calibration.json"
+    path.write_text(path.read_text().replace("step 6", "step 5"))
+    assert run(capsys, "one", "out", *FAST)[0] == 0
+    assert "temperature" not in json.loads((here / "out" / "class_names.json").read_text())
+
+
+def test_the_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
+    assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
+    assert "base in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
+
+
+# ---- what must not be exported
+
+
+def wrong_scale(monkeypatch):
+    real = merging.read_adapter
+
+    def read(folder):
+        adapter = real(folder)
+        return adapter._replace(scale=0.0)
+
+    beside = verify.adapter_beside  # which still has the right one
+    monkeypatch.setattr(merging, "read_adapter", read)
+    monkeypatch.setattr(
+        verify, "adapter_beside", lambda base, own, device: beside(base, own._replace(scale=8.0), device)
+    )
+
+
+def one_weight_lost(monkeypatch):
+    real = merging.save_file
+
+    def save(weights, *args, **kwargs):
+        name = next(name for name in weights if "down_proj" in name)
+        real(weights | {name: torch.zeros_like(weights[name])}, *args, **kwargs)
+
+    monkeypatch.setattr(merging, "save_file", save)
+
+
+def names_worse(monkeypatch):
+    figures = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
+    monkeypatch.setattr(verify, "compare_hits", lambda *args: figures)
+
+
+def disk_full(monkeypatch):
+    def save(*args, **kwargs):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(merging, "save_file", save)
+
+
+def interrupted(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "judge", stop)
+
+
+FAULTS = [
+    (wrong_scale, "error: what was saved is not what was trained: its logits are"),
+    (one_weight_lost, "error: what was saved is not what was trained: its logits are"),
+    (names_worse, "error: the merged model names worse than what was validated: "),
+    (disk_full, "error: model.safetensors: No space left on device; make room"),
+    (interrupted, "warning: interrupted; nothing was exported"),
+]
+
+
+@pytest.mark.parametrize(("fault", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_nothing_is_left_of_an_export_that_failed(fault, words, adapted, here, monkeypatch, capsys):
+    fault(monkeypatch)
+    status, told = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
+    assert status != 0 and words in told and not (here / "out").exists() and not (here / "out.draft").exists()
+
+
+def test_an_export_that_was_killed_is_made_anew(trained, here, capsys):
+    (here / "out.draft").mkdir()
+    (here / "out.draft" / "half.safetensors").write_bytes(b"half")
+    (here / "out.draft" / export.MARK).touch()
+    (here / "out").mkdir()  # empty is as good as none
+    assert run(capsys, "one", "out", *FAST)[0] == 0
+    assert "half.safetensors" not in os.listdir(here / "out") and not (here / "out.draft").exists()
+
+
+def nothing(folder):
+    pass
+
+
+def no_scores(folder):
+    (folder / "eval_val.scores.jsonl").unlink()
+
+
+def unfinished(folder):
+    shutil.rmtree(folder / "best")
+
+
+def as_base(folder):
+    path = folder / "training_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"recorded": saved["recorded"] | {"base": True}}))
+
+
+def as_full(folder):
+    path = folder / "training_config.json"
+    path.write_text(path.read_text().replace('"model": "tiny"', '"model": "full"').replace('"everything"', '"adapter"'))
+
+
+def taken(folder):
+    (folder.parent / "out").mkdir()
+    (folder.parent / "out" / "mine.txt").write_text("mine")
+
+
+def other_draft(folder):
+    (folder.parent / "out.draft" / "thesis").mkdir(parents=True)
+
+
+def link(folder):
+    (folder.parent / "out").symlink_to("elsewhere")
+
+
+def other_photos(folder):
+    path = folder / "training_config.json"
+    path.write_text(path.read_text().replace('"photos": "', '"photos": "0'))
+
+
+BAD_INPUT = [
+    (nothing, [], "error: name a run (no runs here yet) and OUT"),
+    (nothing, ["one"], "error: one: name OUT behind it"),
+    (nothing, ["one", "out", "more"], "error: more: one too many; usage: RUN OUT"),
+    (nothing, ["none", "out"], "error: none: not a run, training_config.json is missing"),
+    (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
+    (nothing, ["one", "out", "--adapter-only"], "error: one: all weights learned, there is no adapter"),
+    (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
+    (nothing, ["one", "out", "--dataset", "{photos}"], "its 2 classes are not the 10 that one learned"),
+    (taken, ["one", "out"], "error: out: is there already; name a new folder"),
+    (other_draft, ["one", "out"], "error: out.draft: is in the way, and no draft of an export; move it"),
+    (link, ["one", "out"], "error: out: is a link, a disk or the folder itself"),
+    (nothing, ["one", "."], "error: .: is a link, a disk or the folder itself"),
+    (unfinished, ["one", "out"], "error: one/best: holds no finished weights"),
+    (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
+    (as_base, ["one", "out"], "error: one: is the untouched base, nothing was learned"),
+    (as_full, ["one", "out"], "error: one: its base has random weights that existed on a card alone"),
+    (other_photos, ["one", "out"], "its photos changed since one was trained"),
+]
+
+
+@pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
+def test_bad_input(damage, argv, words, trained, here, photo_folder, capsys):
+    damage(trained)
+    photos = str(photo_folder({"oak": 10, "ash": 10}))
+    status, told = run(capsys, *[word.format(photos=photos) for word in argv], *FAST)
+    assert status != 0 and words in told and "Traceback" not in told
+    assert not (here / "out").exists() or os.listdir(here / "out") == ["mine.txt"]
+    assert not (here / "out.draft").exists() or os.listdir(here / "out.draft") == ["thesis"]
+
+
+def test_a_full_disk_is_foreseen(trained, here, monkeypatch, capsys):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    status, told = run(capsys, "one", "out", *FAST)
+    assert status == 1 and "0.0 GB free on its disk, the merged weights need 0.0 GB; make room" in told
+
+
+# ---- merging
+
+
+def merge(tmp_path, base: dict, adapter=None, dtype=torch.float32) -> dict:
+    (tmp_path / "base").mkdir(exist_ok=True)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    merging.merge_into(tmp_path / "base", adapter, tmp_path / "out", dtype)
+    found = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+NAME = "language_model.model.layers.0.self_attn.q_proj"
+PAIR = torch.full((2, 3), 2.0), torch.full((4, 2), 3.0)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_weights_are_found_under_old_and_new_names(prefix, tmp_path):
+    name = prefix + "layers.0.self_attn.q_proj.weight"
+    adapter = merging.Adapter({"model.language_model.layers.0.self_attn.q_proj": PAIR}, {}, scale=0.5)
+    found = merge(tmp_path, {name: torch.ones(4, 3), "image_newline": torch.ones(4)}, adapter)
+    assert torch.equal(found[name], torch.full((4, 3), 7.0)) and torch.equal(found["image_newline"], torch.ones(4))
+
+
+def test_many_files_have_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_BYTES", 100)
+    weights = {f"language_model.model.layers.{layer}.w": torch.full((4, 4), float(layer)) for layer in range(5)}
+    found = merge(tmp_path, weights | {"position_ids": torch.arange(4)}, dtype=torch.bfloat16)
+    assert {name: weight.dtype for name, weight in found.items()} == {
+        name: torch.bfloat16 if "layers" in name else torch.int64 for name in found
+    }
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(weights) | {"position_ids"} and len(set(index.values())) == 2
+    assert merging.weights_bytes(tmp_path / "out", torch.float32) == 4 * (5 * 16 + 4)
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    adapter = merging.Adapter({"model.language_model.layers.0.self_attn.q_proj": PAIR}, {}, scale=1.0)
+    with pytest.raises(merging.ModelError, match="is not in 16 bit .* merging into 4 bit would change"):
+        merge(tmp_path, {f"{NAME}.weight": torch.ones(4, 3, dtype=torch.uint8)}, adapter)
+    with pytest.raises(merging.ModelError, match="1 weights of the adapter have no place in it"):
+        merge(tmp_path, {"image_newline": torch.ones(4)}, adapter)
+    with pytest.raises(merging.ModelError, match="image_newline: is too large for torch.float16; use --dtype bf16"):
+        merge(tmp_path, {"image_newline": torch.full((4,), 1e6)}, dtype=torch.float16)
+
+
+# ---- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload asks for; keeps what was committed."""
+
+    files, private, refuses = None, None, None
+
+    def do_GET(self):
+        if Hub.refuses == "create":
+            self.send_response(404)
+            self.end_headers()
+        else:
+            self._answer({"id": "me/plants", "sha": "0" * 40, "siblings": []})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if Hub.refuses and Hub.refuses in self.path:
+            self.send_response(401)
+            self.end_headers()
+            return
+        if self.path.endswith("/repos/create"):
+            Hub.private = (
+                json.loads(body)["private"] if "private" in json.loads(body) else json.loads(body)["visibility"]
+            )
+            self._answer({"url": f"http://{self.headers['Host']}/me/plants", "name": "me/plants"})
+        elif "preupload" in self.path:
+            own = json.loads(body)["files"]
+            self._answer(
+                {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in own]}
+            )
+        elif "commit" in self.path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    Hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._answer(
+                {
+                    "success": True,
+                    "commitOid": "1" * 40,
+                    "commitUrl": f"http://{self.headers['Host']}/me/plants/commit/1",
+                }
+            )
+        else:
+            self._answer({})
+
+    def _answer(self, found: dict):
+        body = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    Hub.files, Hub.refuses = {}, None
+    yield Hub
+    server.shutdown()
+
+
+def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
+    status, told = run(capsys, "two", "out", "--adapter-only", "--push-to-hub", "me/plants", *FAST)
+    assert status == 0 and "result on the hub: http" in told, told
+    assert hub.private
+    assert {name: len(content) for name, content in hub.files.items()} == {
+        path.name: path.stat().st_size for path in (here / "out").iterdir()
+    }
+    assert not [name for name, content in hub.files.items() if b"hf_secret" in content]
+
+
+@pytest.mark.parametrize("step", ["create", "commit"])
+def test_a_hub_that_refuses_is_told_and_the_export_stays(step, trained, here, hub, capsys):
+    hub.refuses = step
+    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in told and "Traceback" not in told
+    is_complete = "out is complete, and goes there with: hf upload me/plants out" in told
+    assert is_complete == (here / "out").exists() == (step == "commit")
+
+
+def test_no_network_is_told_before_any_work(trained, here, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in told and "merge" not in told
+
+
+def test_two_exports_do_not_write_to_one_draft(trained, here, capsys):
+    import filelock
+
+    (here / "out.draft").mkdir()
+    with filelock.FileLock(here / "out.draft" / export.MARK):
+        status, told = run(capsys, "one", "out", *FAST)
+    assert status == 1 and "error: out.draft: another export writes there" in told and (here / "out.draft").exists()

@@ -1,0 +1,245 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import predict
+import train
+from data.synthetic import draw_split
+from runtime.checkpoint import write_manifest
+from tests.conftest import ROOT, TINY
+from tests.faults.corpus import OPENS, write_corpus
+
+FAST = ["--num-workers", "0"]
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr)"""
+    capsys.readouterr()
+    try:
+        status = predict.main(list(argv))
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def photos(here):
+    """Twelve drawings in two folders."""
+    for number, row in enumerate(draw_split("test")[:12]):
+        folder = here / "photos" / ("deep" if number > 8 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.png").write_bytes(row["image"]["bytes"])
+    return here / "photos"
+
+
+def test_files_folders_and_patterns_in_their_order(trained, photos, capsys):
+    status, out, err = run(capsys, "one", "photos/08.png", "photos/deep", "photos/*[0-3].png", "**/09.png", *FAST)
+    names = [line.partition(": ")[0] for line in out.splitlines()]
+    assert status == 0 and "naming 9 photos with one" in err
+    deep = [f"photos/deep/{number}.png" for number in ("09", "10", "11")]
+    assert names == ["photos/08.png", *deep, *[f"photos/0{number}.png" for number in range(4)], "photos/deep/09.png"]
+
+
+def test_scores_are_those_of_the_evaluation(trained, photos, capsys):
+    """Confidence is what the report's scores give at the run's temperature, whatever stands beside the photo."""
+    import numpy as np
+    from scipy.special import softmax
+
+    from data.synthetic import SPECIES
+    from evaluation.evaluator import read_entries
+
+    entry = read_entries(trained / "eval_val.scores.jsonl")[1][7]
+    calibration = json.loads((trained / "calibration.json").read_text())
+    row = next(row for row in draw_split("validation") if row["id"] == entry["id"])
+    (photos / "00.png").write_bytes(row["image"]["bytes"])
+    expected = softmax(np.array(entry["scores"]) / calibration["temperature"])
+    for batch in ("1", "5"):
+        status, out, _ = run(
+            capsys, "one", "photos", "--json", "--top", "10", "--per-device-eval-batch-size", batch, *FAST
+        )
+        found = json.loads(out.splitlines()[0])
+        assert status == 0 and found["photo"] == "photos/00.png"
+        for one in found["likeliest"]:
+            assert one["confidence"] == pytest.approx(expected[list(SPECIES).index(one["name"])], abs=1e-3)
+        is_sure = calibration["threshold"] is not None and found["confidence"] >= calibration["threshold"]
+        assert found["name"] == (found["likeliest"][0]["name"] if is_sure else None)
+
+
+def set_threshold(folder, threshold):
+    saved = json.loads((folder / "calibration.json").read_text())
+    (folder / "calibration.json").write_text(json.dumps(saved | {"threshold": threshold}))
+
+
+def test_sure_and_not_sure(trained, photos, capsys):
+    set_threshold(trained, 0.0)
+    line = run(capsys, "one", "photos/00.png", "--top", "3", *FAST)[1]
+    assert line.count("%") == 3 and "not sure" not in line
+    set_threshold(trained, 1.1)
+    assert run(capsys, "one", "photos/00.png", "--top", "1", *FAST)[1].startswith("photos/00.png: not sure (")
+    set_threshold(trained, None)
+    path = trained / "calibration.json"
+    assert (
+        '"not sure" was fitted on 20 photos of val alone; do not rely on it' in run(capsys, "one", "photos", *FAST)[2]
+    )
+    path.write_text(path.read_text().replace('"photos": 20', '"photos": 300'))
+    _, out, err = run(capsys, "one", "photos/00.png", *FAST)
+    assert (
+        ": not sure (" in out and 'no confidence reached a precision of 0.95 on val, so that every photo is "not' in err
+    )
+
+
+def no_calibration(path):
+    path.unlink()
+
+
+def calibration_of_others(path):
+    path.write_text(path.read_text().replace("step 6", "step 5"))
+
+
+@pytest.mark.parametrize("damage", [no_calibration, calibration_of_others])
+def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained, photos, capsys):
+    damage(trained / "calibration.json")
+    status, out, err = run(capsys, "one", "photos/00.png", *FAST)
+    assert status == 0 and "not sure" not in out and "has no calibration for its weights" in err
+
+
+def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, photos, capsys):
+    (photos / "03.png").write_bytes(b"")
+    (photos.parent / "empty").mkdir()
+    words = ["photos", "gone.png", "none/*.jpg", "empty", "a" * 300]
+    (photos / "notes.heic").write_bytes(b"x")
+    (photos / ".hidden").mkdir()
+    (photos / ".hidden" / "a.png").write_bytes(b"x")
+    status, out, err = run(capsys, "one", *words, "--per-device-eval-batch-size", "5", *FAST)
+    lines = out.splitlines()
+    assert status == 1 and len(lines) == 16 and "5 of 16 could not be named" in err
+    assert lines[3] == "photos/03.png: is empty (0 bytes)"
+    assert lines[12:] == [
+        "gone.png: cannot be read (No such file or directory)",
+        "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
+        "empty: holds no photos; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
+        f"{'a' * 300}: cannot be read (File name too long)",
+    ]
+    assert "warning: photos: 1 files are not read (photos/notes.heic, ...)" in err
+    _, out, _ = run(capsys, "one", "--json", "gone.png", "photos/00.png", *FAST)
+    assert json.loads(out.splitlines()[0]) == {"photo": "gone.png", "error": lines[12]}
+    assert set(json.loads(out.splitlines()[1])) == {"photo", "name", "confidence", "likeliest"}
+
+
+def test_wide_photos_and_hostile_ones(trained, capsys, here):
+    """Each of the corpus is named or refused in its own words, in one line."""
+    Image.new("RGB", (10_000, 300), (200, 30, 90)).save(here / "wide.png")
+    expected = write_corpus(here / "corpus")
+    names = sorted(expected)
+    status, out, _ = run(
+        capsys, "one", "wide.png", *[f"corpus/{name}" for name in names if name != "folder.jpg"], *FAST
+    )
+    lines = dict(zip(["wide.png", *[name for name in names if name != "folder.jpg"]], out.splitlines(), strict=True))
+    assert status == 1 and "%" in lines.pop("wide.png")
+    for name, line in lines.items():
+        assert ("%" in line) if expected[name] == OPENS else (expected[name] in line and "%" not in line), line
+
+
+def test_lines_come_while_it_works_and_head_is_content(trained, photos, here):
+    """In a process of its own, with workers, into a pipe that is closed after two lines."""
+    command = f"{sys.executable} {ROOT / 'predict.py'} one photos --per-device-eval-batch-size 2 --num-workers 1"
+    piped = subprocess.run(f"{command} | head -2", shell=True, capture_output=True, text=True, check=True)
+    assert len(piped.stdout.splitlines()) == 2 and "Traceback" not in piped.stderr and "Exception" not in piped.stderr
+
+
+def test_an_untouched_base_names_too(here, few_drawings, photos, checkpoint, capsys):
+    import evaluate
+
+    argv = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base", "--limit", "4", *FAST]
+    assert evaluate.main(argv) == 0
+    status, out, _ = run(capsys, "base", "photos/00.png", *FAST)
+    assert status == 0 and "%" in out
+
+
+def nothing(folder):
+    pass
+
+
+def gone(folder):
+    shutil.rmtree(folder)
+
+
+def unfinished(folder):
+    shutil.rmtree(folder / "best")
+
+
+def torn_calibration(folder):
+    (folder / "calibration.json").write_text("{")
+
+
+BAD_INPUT = [
+    (nothing, [], "error: name a run (no runs here yet) and PHOTO ..."),
+    (nothing, ["one"], "error: one: name PHOTO ... behind it"),
+    (nothing, ["photos/00.png", "x.png"], "error: photos/00.png: not a run, training_config.json is missing"),
+    (gone, ["one", "x.png"], "error: one: not a run, training_config.json is missing"),
+    (nothing, ["one", "x.png", "--top", "0"], "error: top=0: must be at least 1"),
+    (nothing, ["one", "x.png", "--topp", "3"], "error: --topp: unknown flag; did you mean --top?"),
+    (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
+    (nothing, ["one", "x.png", "--question", "What?"], "error: --question: unknown flag"),
+    (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
+    (unfinished, ["one", "photos"], "error: one/best: holds no finished weights (manifest.json is missing"),
+    (torn_calibration, ["one", "photos"], "error: one/calibration.json: cannot be read (JSONDecodeError"),
+]
+
+
+@pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
+def test_bad_input(damage, argv, words, trained, photos, capsys):
+    damage(trained)
+    status, out, err = run(capsys, *argv, *FAST)
+    assert status != 0 and words in err and out == "" and "Traceback" not in err
+
+
+def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, photos, capsys):
+    """PEFT would load it without a word."""
+    path = adapted / "best" / "adapter_model.safetensors"
+    save_file({name.replace("q_proj", "r_proj"): weight for name, weight in load_file(path).items()}, path)
+    write_manifest(adapted / "best")
+    status, out, err = run(capsys, "two", "photos/00.png", *FAST)
+    assert status == 1 and out == "" and "error: two/best: the adapter does not fit the model: " in err
+
+
+def test_a_base_whose_files_changed_is_refused(adapted, photos, checkpoint, capsys):
+    config = adapted / "training_config.json"
+    other = shutil.copytree(checkpoint(), adapted.parent / "base")
+    config.write_text(config.read_text().replace(checkpoint(), str(other)))
+    assert run(capsys, "two", "photos/00.png", *FAST)[0] == 0
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.01 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    status, out, err = run(capsys, "two", "photos/00.png", *FAST)
+    assert (
+        status == 1 and out == "" and "is not what two was trained on (model_files differ); put back that check" in err
+    )
+
+
+def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
+    here, few_drawings, photos, checkpoint, monkeypatch, capsys
+):
+    """A cache as the hub's library keeps it: main moves to other weights, then the old ones go."""
+    old, new = "a" * 40, "b" * 40
+    cache = here / "cache" / "models--me--plants"
+    shutil.copytree(checkpoint(), cache / "snapshots" / old)
+    shutil.copytree(checkpoint("vicuna"), cache / "snapshots" / new)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(old)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.setattr("runtime.device.choose_device", lambda *_, **__: torch.device("cpu"))  # its size is not known
+    argv = [*TINY, "--model", "me/plants", "--trainable", "adapter", "--output-dir", "run"]
+    assert train.main(argv) == 0
+    first = run(capsys, "run", "photos", *FAST)[1]
+    (cache / "refs" / "main").write_text(new)
+    assert run(capsys, "run", "photos", *FAST)[1] == first
+    shutil.rmtree(cache / "snapshots" / old)
+    status, out, err = run(capsys, "run", "photos", *FAST)
+    assert status == 1 and out == "" and "error: --model me/plants: its config cannot be loaded" in err

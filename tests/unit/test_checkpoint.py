@@ -1,0 +1,253 @@
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from runtime import checkpoint
+from runtime.checkpoint import (
+    MANIFEST,
+    branch_off,
+    check_disk,
+    check_whole,
+    claim,
+    describe_best,
+    find_damage,
+    last_checkpoint,
+    read_best,
+    replacing,
+    restore,
+    rotate,
+    write_manifest,
+)
+from runtime.run_dir import append_metrics, read_metrics
+from utils.logging_utils import UserError, setup_logging
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with files and their manifest."""
+    made = tmp_path / "checkpoint-10"
+    (made / "sub").mkdir(parents=True)
+    (made / "model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (made / "sub" / "optimizer.pt").write_bytes(b"moments")
+    write_manifest(made)
+    return made
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(folder):
+    path = folder / "model.safetensors"
+    contents = bytearray(path.read_bytes())
+    contents[5000] ^= 1
+    path.write_bytes(contents)
+
+
+def zero(folder):
+    (folder / "model.safetensors").write_bytes(bytes(10240))
+
+
+def remove(folder):
+    (folder / "sub" / "optimizer.pt").unlink()
+
+
+def no_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def torn_manifest(folder):
+    path = folder / MANIFEST
+    path.write_text(path.read_text()[:-20])
+
+
+def link_out(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/etc/hostname")
+
+
+def path_out(folder):
+    entries = json.loads((folder / MANIFEST).read_text())
+    entries["../checkpoint-5/x"] = {"bytes": 0, "sha256": ""}
+    (folder / MANIFEST).write_text(json.dumps(entries))
+
+
+def not_a_mapping(folder):
+    (folder / MANIFEST).write_text("[1, 2]")
+
+
+DAMAGES = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_out, path_out, not_a_mapping]
+
+
+def test_an_untouched_folder_holds(folder):
+    assert find_damage(folder) is None and not (folder / f"{MANIFEST}.draft").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_the_one_before_is_resumed(damage, folder, tmp_path, capsys):
+    setup_logging()
+    older = tmp_path / "checkpoint-9"
+    older.mkdir()
+    (older / "x").write_text("fine")
+    write_manifest(older)
+    assert last_checkpoint(tmp_path) == folder
+    damage(folder)
+    assert find_damage(folder)
+    assert last_checkpoint(tmp_path) == older
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-9", "damaged-checkpoint-10"]
+    assert "renamed to damaged-checkpoint-10" in capsys.readouterr().out
+
+
+def test_damaged_ones_never_overwrite_each_other(folder, tmp_path):
+    for _ in range(3):
+        folder.mkdir(exist_ok=True)
+        no_manifest(folder) if (folder / MANIFEST).exists() else None
+        assert last_checkpoint(tmp_path) is None
+    assert sorted(os.listdir(tmp_path)) == [f"damaged-checkpoint-10{end}" for end in ("", "-2", "-3")]
+
+
+def test_newest_is_by_number_and_other_folders_are_left_alone(folder, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-last", "best"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name)
+    assert last_checkpoint(tmp_path) == folder
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, tiny):
+    check_disk(tmp_path, tiny.model(), 2)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e6))
+    with pytest.raises(UserError, match="0.0 GB free on its disk, the checkpoints need 0.2 GB; make room"):
+        check_disk(tmp_path, tiny.model(), 2)
+
+
+def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=212e6))
+    with pytest.raises(UserError, match="the checkpoints need 0.3 GB"):
+        check_disk(tmp_path, tiny.model(), 4)
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "x").write_bytes(bytes(45_000_000))
+    check_disk(tmp_path, tiny.model(), 4)
+
+
+def test_best_is_replaced_whole_or_not_at_all(tmp_path):
+    best = tmp_path / "best"
+
+    def fill(text: str, fault: bool = False):
+        with replacing(best) as draft:
+            (draft / "best.json").write_text(text)
+            write_manifest(draft)
+            if fault:
+                raise OSError("killed")
+
+    fill('{"step": 1}')
+    with pytest.raises(OSError, match="killed"):
+        fill('{"step": 2}', fault=True)
+    assert read_best(best) == {"step": 1}
+    fill('{"step": 3}')
+    assert read_best(best) == {"step": 3} and describe_best(best).startswith("step 3, manifest ")
+    assert os.listdir(tmp_path) == ["best"]
+    (best / "best.json").write_text('{"step": 4}')
+    assert read_best(best) is None
+    with pytest.raises(UserError, match="best.json differs from its manifest"):
+        describe_best(best)
+
+
+@pytest.mark.parametrize("moment", ["before the first rename", "between the two", "after both"])
+def test_a_kill_while_best_is_replaced_leaves_the_old_or_the_new_one(moment, tmp_path):
+    best, draft, old = tmp_path / "best", tmp_path / "best.draft", tmp_path / "best.old"
+    for folder, step in ((best, 1), (draft, 2)):
+        folder.mkdir()
+        (folder / "best.json").write_text(json.dumps({"step": step}))
+        write_manifest(folder)
+    if moment != "before the first rename":
+        best.rename(old)
+    if moment == "after both":
+        draft.rename(best)
+    restore(best)
+    assert read_best(best)["step"] == (1 if moment == "before the first rename" else 2)
+    with replacing(best) as folder:
+        (folder / "best.json").write_text('{"step": 3}')
+        write_manifest(folder)
+    assert read_best(best)["step"] == 3 and os.listdir(tmp_path) == ["best"]
+
+
+def test_a_kill_between_the_renames_with_a_torn_draft_brings_the_old_one_back(tmp_path):
+    for name in ("best.draft", "best.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "best.old" / "best.json").write_text('{"step": 1}')
+    write_manifest(tmp_path / "best.old")
+    restore(tmp_path / "best")
+    assert read_best(tmp_path / "best") == {"step": 1}
+
+
+# ---- whose it is
+
+
+def make(run, step, run_id, finished=True):
+    folder = run / f"checkpoint-{step}"
+    claim(folder, run_id)
+    (folder / "x").write_text("x")
+    if finished:
+        write_manifest(folder)
+    return folder
+
+
+def test_rotation_keeps_the_newest_finished_ones_and_what_others_wrote(tmp_path):
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step, "mine", finished=step != 20)
+    make(tmp_path, 5, "other")
+    (tmp_path / "checkpoint-7").mkdir()
+    make(tmp_path, 8, "mine").rename(tmp_path / "checkpoint-8.deleted")  # a kill while it was deleted
+    make(tmp_path, 9, "other").rename(tmp_path / "checkpoint-9.deleted")
+    rotate(tmp_path, "mine", 2)
+    left = [f"checkpoint-{rest}" for rest in ("30", "40", "5", "7", "9.deleted")]
+    assert sorted(os.listdir(tmp_path)) == left
+
+
+def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step, "mine", finished=step != 30)
+    rotate(tmp_path, "mine", 2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-20", "checkpoint-30"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(finished, tmp_path):
+    make(tmp_path, 5, "other")
+    mine = make(tmp_path, 10, "mine")
+    assert last_checkpoint(tmp_path, "mine") == mine
+    make(tmp_path, 90, "other", finished)
+    for look in (lambda: last_checkpoint(tmp_path, "mine"), lambda: claim(tmp_path / "checkpoint-90", "mine")):
+        with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the sam"):
+            look()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-5", "checkpoint-90"]
+
+
+@pytest.mark.parametrize("damage", [lambda mark: mark.unlink(), lambda mark: mark.write_text("min")])
+def test_a_checkpoint_whose_mark_is_damaged_is_still_the_runs_own(damage, tmp_path):
+    damage(make(tmp_path, 20, "mine") / "run_id")
+    assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["damaged-checkpoint-20"]
+
+
+@pytest.mark.parametrize(("best_step", "taken"), [(10, True), (30, False)])
+def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    checkpoint = make(old, 20, "old")
+    for step in (10, 20, 30):
+        append_metrics(old, {"step": step})
+    with replacing(old / "best") as folder:
+        (folder / "best.json").write_text(json.dumps({"step": best_step}))
+        write_manifest(folder)
+    copy = branch_off(checkpoint, new, "new")
+    assert last_checkpoint(new, "new") == copy and last_checkpoint(old, "old") == checkpoint
+    assert [line["step"] for line in read_metrics(new)] == [10, 20] and (new / "best").exists() == taken
+    assert len(read_metrics(old)) == 3 and read_best(old / "best")["step"] == best_step
+    (checkpoint / "x").write_text("y")
+    with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; name another checkpoint of"):
+        check_whole(checkpoint)

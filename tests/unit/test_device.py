@@ -1,0 +1,81 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from runtime.device import DeviceError, card_room, choose_device, choose_precision, fit_workers, precision_for
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), (None, "no")]
+)
+def test_auto_precision_is_what_the_card_computes_natively(capability, precision):
+    assert precision_for("auto", capability) == precision
+
+
+def test_an_explicit_precision_is_kept():
+    assert [precision_for(asked, (7, 5)) for asked in ("bf16", "fp16", "no")] == ["bf16", "fp16", "no"]
+
+
+def test_fp16_without_a_card_is_refused():
+    with pytest.raises(DeviceError, match="--mixed-precision fp16: needs a CUDA card"):
+        choose_precision("fp16", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
+    assert choose_device("tiny", True, 0.9).type in ("cpu", "mps")
+    (tmp_path / "model.safetensors").write_bytes(b"small")
+    assert choose_device(str(tmp_path), False, 0.9).type == "cpu"
+    monkeypatch.setattr("runtime.device.CPU_LIMIT_BYTES", 3)
+    with pytest.raises(DeviceError, match="needs a CUDA card and torch sees none; .*--preset tiny"):
+        choose_device(str(tmp_path), False, 0.9)
+    with pytest.raises(DeviceError, match="--model ./gone: no such folder"):
+        choose_device("./gone", False, 0.9)
+    with pytest.raises(DeviceError, match="--model llava-hf/some: needs a CUDA card"):
+        choose_device("llava-hf/some", False, 0.9)
+
+
+def test_the_share_of_the_card_is_enforced(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    assert choose_device("tiny", True, 0.7) == torch.device("cuda", 0)
+    assert asked == [(0.7, torch.device("cuda", 0))]
+
+
+def test_attention_is_never_cudnns(monkeypatch):
+    """Its backward of grouped heads is wrong in torch 2.11 (docs/LOG.md)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: None)
+    choose_device("tiny", True, 0.7)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
+    free = 10e9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9)
+    assert card_room(torch.device("cuda", 0), 0.9) == 15e9
+    free = 79e9
+    assert card_room(torch.device("cuda", 0), 0.9) == 72e9
+    assert card_room(torch.device("cpu"), 0.9) is None
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="this program is one process"):
+        choose_device("tiny", True, 0.9)
+
+
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("runtime.device.shutil.disk_usage", lambda path: SimpleNamespace(free=64e6))
+    monkeypatch.setattr("runtime.device.logger.propagate", True)
+    assert fit_workers(2, int(12e6), str(tmp_path)) == 2 and not caplog.records
+    assert fit_workers(2, int(62e6), str(tmp_path)) == 0
+    assert "has 64 MB free and 2 workers need 310 MB" in caplog.text
+    assert fit_workers(0, int(62e6), str(tmp_path)) == 0

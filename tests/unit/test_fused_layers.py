@@ -1,0 +1,292 @@
+"""The fused layer against the stock one: output, gradients, what it keeps, and when it steps aside."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel, BitsAndBytesConfig, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config
+from transformers.integrations import replace_with_bnb_linear
+
+from models import fused_layers
+from models.fused_layers import FusedLayer, can_fuse, fuse_layers, get_fused_layers, keep_activations
+from tests.conftest import ROOT
+from utils.logging_utils import setup_logging
+
+TARGETS = r".*(q|k|v|o|gate|up|down)_proj"
+KINDS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+@pytest.fixture(autouse=True)
+def few_rows_too(monkeypatch):
+    monkeypatch.setattr(fused_layers, "SMALL", 1)
+
+
+def language_model(kind="mistral", load_in_4bit=False, targets=TARGETS, **lora):
+    """A small language model with grouped heads and adapters that already do something; the same one every time."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = KINDS[kind](
+        vocab_size=50, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    model = AutoModel.from_config(config, attn_implementation="sdpa")
+    if load_in_4bit:
+        weights = {name: module.weight.data for name, module in model.named_modules() if hasattr(module, "in_features")}
+        biases = {name: part.data for name, part in model.named_parameters() if name.endswith("_proj.bias")}
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        how.bnb_4bit_compute_dtype = torch.float32
+        model = replace_with_bnb_linear(model, [], how)
+        for name, weight in weights.items():
+            module = model.get_submodule(name)
+            module.weight = type(module.weight)(weight, quant_type="nf4", compress_statistics=True, module=module).to(
+                "cpu"
+            )
+            module.support_avx512bf16_for_cpu = False
+        for name, bias in biases.items():
+            model.get_submodule(name.removesuffix(".bias")).bias = torch.nn.Parameter(bias)
+        model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    if targets is None:
+        return model
+    model = get_peft_model(model, LoraConfig(target_modules=targets, **{"r": 4, "lora_alpha": 8} | lora))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+        if name.endswith("_proj.base_layer.bias"):
+            parameter.data.normal_()
+    return model
+
+
+def with_attention_dropout(model):
+    for layer in layers_of(model):
+        layer.self_attn.attention_dropout = 0.1
+    return model
+
+
+def layers_of(model):
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).layers
+
+
+def run(model, needs_rows=True, photos=3, tokens=37):
+    """(output, gradient of the inputs, {name: gradient of a parameter})."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(photos, tokens, 256, generator=generator).requires_grad_(needs_rows)
+    output = model(inputs_embeds=rows, use_cache=False).last_hidden_state
+    (output * torch.randn(output.shape, generator=generator)).sum().backward()
+    return output, rows.grad, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
+    if one[1] is not None:
+        torch.testing.assert_close(one[1], other[1], atol=1e-4, rtol=1e-4)
+    for name, gradient in one[2].items():
+        scale = gradient.abs().max()
+        torch.testing.assert_close(other[2][name] / scale, gradient / scale, atol=2e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("needs_rows", [True, False])
+@pytest.mark.parametrize("how", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("kind, load_in_4bit", [("mistral", True), ("llama", False), ("qwen2", True)])
+def test_output_and_gradients_are_those_of_the_stock_layers(kind, load_in_4bit, how, needs_rows):
+    stock = run(language_model(kind, load_in_4bit).train(), needs_rows)
+    model = language_model(kind, load_in_4bit).train()
+    layers = fuse_layers(layers_of(model))
+    keep_activations(layers, 3 if how == "keep" else 0, offload=how == "offload")
+    assert_same(stock, run(model, needs_rows))
+
+
+@pytest.mark.slow
+def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
+    from torch._dynamo.utils import counters
+
+    stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
+    layers = fuse_layers(layers_of(model))
+    keep_activations(layers, 1)
+    layers[0].kernels.compile()
+    counters.clear()
+    for photos, tokens in ((3, 37), (2, 50), (1, 41)):
+        assert_same(run(stock, True, photos, tokens), run(model, True, photos, tokens))
+        stock.zero_grad(), model.zero_grad()
+    assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]
+    compiled = layers[0].kernels.pieces
+    layers[0].kernels.be_plain()
+    assert not layers[0].kernels.compiled and layers[0].kernels.pieces == fused_layers.Kernels().pieces != compiled
+
+
+def test_without_adapters_and_with_frozen_ones():
+    plain = language_model(targets=None).train()
+    stock = run(plain)
+    fuse_layers(layers_of(plain))
+    assert_same(stock, run(plain))
+    frozen = [language_model().train() for _ in range(2)]
+    for model in frozen:
+        model.requires_grad_(False)
+    fuse_layers(layers_of(frozen[1]))
+    one, other = run(frozen[0]), run(frozen[1])
+    assert_same(one, other)
+    assert one[1].abs().max() > 0 and not one[2]
+
+
+def test_a_layer_that_recomputes_keeps_its_input_alone():
+    """Bytes that stay between forward and backward, by what memory.py counts on."""
+    from models.memory import layer_bytes
+
+    config = language_model().config
+    found = {}
+    for keep in (0, 3):
+        model = language_model().train()
+        layers = fuse_layers(layers_of(model))
+        keep_activations(layers, keep)
+        rows = torch.randn(2, 40, 256, requires_grad=True)
+        positions = model.get_base_model().rotary_emb(rows, torch.arange(40)[None])
+        node = layers_of(model)[0](rows, position_embeddings=positions).grad_fn.next_functions[0][0]
+        kept = node.kept or []
+        tensors = [one for part in kept for one in (part if isinstance(part, list) else [part])]
+        found[keep] = sum(one.numel() * one.element_size() for one in tensors)
+    expected, _ = layer_bytes(config, 64, 4, compiled=True)
+    assert found[0] == 0
+    assert found[3] == pytest.approx(80 * (expected - 4 * 8), rel=0.01)  # the log-sum is attention's own
+
+
+def test_a_cache_and_a_mask_are_for_scoring():
+    """Prefill with a cache, then rows with a mask of their own: as models/scoring.py does."""
+    outputs = []
+    for is_fused in (False, True):
+        model = language_model("llama").eval()
+        if is_fused:
+            fuse_layers(layers_of(model))
+        generator = torch.Generator().manual_seed(3)
+        cache = DynamicCache()
+        with torch.no_grad():
+            rows = torch.randn(2, 9, 256, generator=generator)
+            first = model(inputs_embeds=rows, past_key_values=cache, use_cache=True)
+            mask = torch.zeros(2, 1, 4, 13).masked_fill_(torch.rand(2, 1, 4, 13, generator=generator) < 0.3, -1e9)
+            then = model(
+                inputs_embeds=torch.randn(2, 4, 256, generator=generator),
+                position_ids=torch.tensor([[9, 10, 10, 11]] * 2),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        outputs.append((first.last_hidden_state, then.last_hidden_state, cache.get_seq_length()))
+    torch.testing.assert_close(outputs[0][0], outputs[1][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs[0][1], outputs[1][1], atol=1e-5, rtol=1e-5)
+    assert outputs[0][2] == outputs[1][2] == 13
+
+
+def test_when_the_stock_layer_does_it(monkeypatch):
+    model = language_model().train()
+    layers = fuse_layers(layers_of(model))
+    asked = []
+    for one in layers:
+        stock = one.stock
+        told = lambda *args, stock=stock, **kwargs: asked.append(1) or stock(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(one, "stock", told)
+    rows = torch.randn(2, 8, 256, requires_grad=True)
+    model(inputs_embeds=rows, use_cache=False)
+    assert not asked
+    model(inputs_embeds=rows, use_cache=False, attention_mask=torch.tensor([[1] * 8, [0] * 3 + [1] * 5]))
+    assert len(asked) == 3
+    with model.disable_adapter():
+        model(inputs_embeds=rows, use_cache=False)
+    assert len(asked) == 6
+    model.merge_adapter()
+    model(inputs_embeds=rows, use_cache=False)
+    model.unmerge_adapter()
+    assert len(asked) == 9
+    monkeypatch.setattr(fused_layers, "SMALL", 17)
+    model(inputs_embeds=rows, use_cache=False)
+    assert len(asked) == 12
+
+
+@pytest.mark.parametrize(
+    "why, build",
+    [
+        ("dropout", lambda: language_model(lora_dropout=0.1)),
+        ("dropout of attention", lambda: with_attention_dropout(language_model())),
+        ("some linears without an adapter", lambda: language_model(targets=["q_proj"])),
+        ("a variant", lambda: language_model(use_dora=True)),
+        ("whole weights that learn", lambda: language_model(targets=None).requires_grad_(True)),
+        ("another kind of layer", lambda: torch.nn.ModuleList([torch.nn.Linear(2, 2)])),
+    ],
+)
+def test_what_is_not_fused(why, build):
+    model = build()
+    assert not can_fuse(model if isinstance(model, torch.nn.ModuleList) else layers_of(model)), why
+
+
+def test_modules_names_and_weights_stay():
+    model = language_model()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    assert can_fuse(layers_of(model)) and not get_fused_layers(layers_of(model))
+    made = fuse_layers(layers_of(model))
+    assert get_fused_layers(layers_of(model)) == made and all(isinstance(one, FusedLayer) for one in made)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+UNPACK = """
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from models.kernels import unpack
+for dtype in (torch.float32, torch.float16):
+    packed, state = quantize_4bit(torch.randn(32, 2048, dtype=dtype), quant_type="nf4", compress_statistics=True)
+    up = torch.randn(32, 16)
+    out = torch.full((32, 2048 + 64), 7.0, dtype=dtype)
+    unpack(packed.view(-1).view(torch.float32), state, up, 16, out)  # as models/parallel.py has it
+    assert torch.equal(out[:, :2048], dequantize_4bit(packed, state))
+    assert torch.equal(out[:, 2064:2080], up.to(dtype)) and not out[:, 2048:2064].any() and not out[:, 2080:].any()
+    out = torch.full((32, 2048), 7.0, dtype=dtype)
+    unpack(packed, state, None, 0, out)
+    assert torch.equal(out, dequantize_4bit(packed, state))
+"""
+
+
+def test_weights_are_unpacked_as_bitsandbytes_does():
+    """In Triton's interpreter, which must be asked for before Triton is imported; no card is needed."""
+    pytest.importorskip("triton", reason="Triton comes with torch for CUDA; its kernel ran on an H100 (docs/LOG.md)")
+    there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
+    done = subprocess.run([sys.executable, "-c", UNPACK], **there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- machines that cannot build kernels
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsys):
+    setup_logging()
+    stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
+    layers = fuse_layers(layers_of(model))
+    monkeypatch.setattr(fused_layers._Compiled, "fails", False)
+    monkeypatch.setattr(torch, "compile", lambda piece: refuse)
+    monkeypatch.setattr(fused_layers, "can_unpack", lambda weight, state: True)
+    monkeypatch.setattr(fused_layers, "unpack", refuse, raising=False)
+    layers[0].kernels.has_triton = True
+    layers[0].kernels.compile()
+    assert_same(run(stock), run(model))
+    told = capsys.readouterr().out
+    assert told.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
+    assert not layers[0].kernels.compiled
+    assert "kernels stay plain, slower and larger" in told and "4-bit weights are unpacked by bitsandbytes" in told
+
+
+def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
+    def full(*args):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    model = language_model().train()
+    layers = fuse_layers(layers_of(model))
+    monkeypatch.setattr(torch, "compile", lambda piece: full)
+    layers[0].kernels.compile()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model)
+    assert not fused_layers._Compiled.fails

@@ -1,0 +1,70 @@
+import ast
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Who may import whom; config and utils say so again where they forbid third parties.
+ALLOWED = {
+    "evaluation": {"config", "data", "evaluation", "models", "runtime", "utils"},
+    "models": {"config", "data", "models", "runtime", "utils"},
+    "data": {"config", "data", "utils"},
+    "runtime": {"config", "runtime", "utils"},
+    "utils": {"utils"},
+    "config": {"config", "runtime"},
+}
+SCRIPT_NAMES = {"train", "test_trainer", "evaluate", "benchmark", "predict", "export", "app"}
+OURS = {*ALLOWED, "tests"} | SCRIPT_NAMES
+MODULES = sorted(path for folder in ALLOWED for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """First names of everything imported anywhere below."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_one_way(path):
+    assert imports(ast.parse(path.read_text())) & OURS <= ALLOWED[path.parent.name]
+
+
+def test_config_needs_the_standard_library_alone():
+    for path in (ROOT / "config").glob("*.py"):
+        assert imports(ast.parse(path.read_text())) <= set(sys.stdlib_module_names) | {"config", "runtime"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_builders_see_the_config(path):
+    if path.parent.name == "config" or path.name == "run_dir.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            takes = {ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation}
+            assert "TrainingConfig" not in takes or node.name.lstrip("_").startswith(("build_", "load_source")), (
+                node.name
+            )
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_before_they_import_anything_heavy(path):
+    """At the top of a root script stand only the standard library, config, utils.logging_utils and runtime.run_dir."""
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in top:
+        name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        assert name.split(".")[0] in {"config", *sys.stdlib_module_names} or name in (
+            "utils.logging_utils",
+            "runtime.run_dir",
+        )
+
+
+@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_module_says_what_it_is_for(path):
+    assert path.name == "__init__.py" or ast.get_docstring(ast.parse(path.read_text()))

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+
+from evaluation.metrics import (
+    adjust_scores,
+    calibration_bins,
+    choose_threshold,
+    compare,
+    confidence,
+    expected_calibration_error,
+    fit_temperature,
+    look_alikes,
+    measure_answers,
+    measure_replies,
+    measure_scores,
+    per_class,
+)
+from models.callbacks import resolvable_gain
+
+LABELS = np.array([0, 0, 0, 1, 2])
+SCORES = np.log(np.array([[6, 3, 1], [5, 4, 1], [2, 7, 1], [6, 3, 1], [1, 1, 8]]) / 10)  # right: 0, 1 and 4
+HITS = np.array([True, True, False, False, True])
+
+
+def test_figures_of_a_hand_made_case():
+    found = dict(measure_scores(SCORES, LABELS))
+    assert (found["n"], found["top1"], found["top5"]) == (5, 0.6, 1.0)
+    assert found["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert found["top1_interval"] == pytest.approx([0.2307, 0.8824], abs=1e-4)  # Wilson, 3 of 5
+    assert per_class(SCORES, LABELS, "abc") == {
+        "a": {"n": 3, "top1": pytest.approx(2 / 3)},
+        "b": {"n": 1, "top1": 0.0},
+        "c": {"n": 1, "top1": 1.0},
+    }
+
+
+def test_top5_counts_what_stands_before_the_truth():
+    scores = np.arange(7.0)[None].repeat(7, axis=0)
+    assert dict(measure_scores(scores, np.arange(7)))["top5"] == pytest.approx(5 / 7)
+
+
+def test_look_alikes_add_up_both_ways():
+    assert look_alikes(SCORES, LABELS, 5) == [(0, 1, 2)]
+    assert look_alikes(SCORES, LABELS, 0) == []
+
+
+def test_replies_are_matched_exactly_and_as_substring():
+    texts = ["Rose.", "a rose, or mallow", "tulip", ""]
+    found = dict(measure_replies(texts, [0, None, None, None], ["rose", "mallow"], [0, 0, 1, 1]))
+    assert found == {"replies": 4, "exact_match": 0.25, "substring_match": 0.5, "unparsed": 3}
+    with pytest.raises(ValueError, match="longer|shorter"):
+        dict(measure_replies(["a"], [0], ["rose"], [0, 1]))
+
+
+def test_adjusted_scores():
+    scores = np.array([[-4.0, -6.0]])
+    assert adjust_scores(scores, lengths=[2, 6]).tolist() == [[-2.0, -1.0]]
+    assert adjust_scores(scores, prior=[-1.0, -5.0]).tolist() == [[-3.0, -1.0]]
+    assert adjust_scores(scores, [3, 1], [-1.0, -5.0]).tolist() == [[-1.0, -1.0]]
+
+
+def test_the_temperature_undoes_what_made_scores_too_sure():
+    rng = np.random.default_rng(0)
+    honest = rng.normal(size=(4000, 10))
+    chances = np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)
+    labels = np.array([rng.choice(10, p=row) for row in chances])
+    assert fit_temperature(5 * honest, labels) == pytest.approx(5, rel=0.1)
+    hits = honest.argmax(axis=1) == labels
+    before, after = (expected_calibration_error(confidence(5 * honest, t), hits) for t in (1, 5))
+    assert before > 0.3 and after < 0.03
+
+
+def test_a_model_that_is_always_right_is_not_sure_without_limit():
+    scores = np.log(np.tile([0.9, 0.05, 0.05], (50, 1)))
+    assert 0.05 < fit_temperature(scores, np.zeros(50, int)) < 1
+
+
+@pytest.mark.parametrize("photos", [30, 102])
+def test_a_calibrated_model_stays_calibrated_on_a_small_val(photos):
+    """102 names whose log-probabilities lie around -40 nats, labels drawn from the model's own probabilities."""
+    rng = np.random.default_rng(1)
+    fitted = []
+    for _ in range(20):
+        scores = rng.normal(-40, 3, (photos, 102))
+        chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+        labels = np.array([rng.choice(102, p=row / row.sum()) for row in chances])
+        fitted.append(fit_temperature(scores, labels))
+    assert np.median(fitted) == pytest.approx(1, abs=0.15)
+
+
+def test_calibration_error_of_a_hand_made_case():
+    sure, right = np.array([0.9, 0.9, 0.9, 0.9, 0.3, 1.0]), np.array([1, 1, 1, 0, 0, 1], bool)
+    assert expected_calibration_error(sure, right) == pytest.approx((4 * 0.15 + 0.3 + 0) / 6)
+    assert [count for *_, count in calibration_bins(sure, right)] == [1, 4, 1]
+
+
+def test_the_threshold_answers_as_many_as_the_precision_allows():
+    sure, right = np.array([0.9, 0.8, 0.7, 0.7, 0.5]), np.array([1, 1, 0, 1, 1], bool)
+    assert choose_threshold(sure, right, 0.8) == 0.5
+    assert choose_threshold(sure, right, 0.9) == 0.8
+    assert choose_threshold(sure, ~right, 0.9) is None
+    assert dict(measure_answers(sure, right, 0.7)) == {"answered": 0.8, "answered_precision": 0.75}
+    assert dict(measure_answers(sure, right, None)) == {"answered": 0.0, "answered_precision": None}
+
+
+def test_mcnemar_on_photos_that_differ():
+    found = dict(compare([True] * 6 + [False] * 4, [True] * 2 + [False] * 4 + [True] * 4))
+    assert (found["only_first"], found["only_second"], found["p"]) == (4, 4, 1.0)
+    assert dict(compare([True] * 10, [False] * 10))["p"] == pytest.approx(2 / 2**10)
+    assert dict(compare([True, False], [True, False]))["p"] == 1.0
+
+
+def test_a_gain_is_at_least_one_photo():
+    assert resolvable_gain(0.5, 100) == pytest.approx(0.05)
+    assert resolvable_gain(1.0, 100) == 0.01
