@@ -23,7 +23,7 @@ from pathlib import Path
 from config.training_config import ConfigError
 from config.use_options import COMPUTING, PageOptions, parse_use
 from runtime.run_dir import BEST
-from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 UPLOAD = "20mb"
 KEPT_S = 3600  # uploads, in seconds
@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     use = parse_use(argv, __doc__, PageOptions, COMPUTING)
     set_environment()
     setup_logging()
-    with errors_told(ConfigError, when_interrupted="the page is closed"), private_cache():
-        from predict import open_namer
+    with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():
+        from predict import load_predictor
 
         check_gradio()
         options = dataclasses.replace(use.options, port=find_port(use.options.host, use.options.port))
         config = dataclasses.replace(use.config, num_workers=0)  # a process to read one photo takes longer than it
-        namer = open_namer(use._replace(config=config))
-        serve(build_page(namer, use.folder, use.recorded, config.dataset), options)
+        predictor = load_predictor(use._replace(config=config))
+        serve(build_page(predictor, use.folder, use.recorded, config.dataset), options)
     return 0
 
 
@@ -76,7 +76,7 @@ def find_port(host: str, port: int) -> int:
         ) from error
 
 
-def build_page(namer, folder: Path, recorded: dict, dataset: str):
+def build_page(predictor, folder: Path, recorded: dict, dataset: str):
     import gradio as gr
 
     from evaluation.model_card import read_reports
@@ -84,7 +84,7 @@ def build_page(namer, folder: Path, recorded: dict, dataset: str):
     from evaluation.report import EXAMPLES_FOLDER
     from runtime.checkpoint import describe_best
 
-    # gradio would decode photos by itself, without the limits and the sentences of open_photo. Said to the class: for a
+    # gradio would decode photos by itself, without the limits and the sentences of open_image. Said to the class: for a
     # subclass it writes a .pyi file beside this one, and of one object it makes others on the way.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
     names = recorded["class_names"]
@@ -105,14 +105,14 @@ def build_page(namer, folder: Path, recorded: dict, dataset: str):
             with gr.Column():
                 answer = gr.HTML(START, elem_id="answer")
         # Of two photos in quick succession the later one's name stays. photo.change would come twice for some.
-        way = dict(fn=partial(answer_to, namer), inputs=photo, outputs=answer, trigger_mode="always_last")
+        way = dict(fn=partial(answer_to, predictor), inputs=photo, outputs=answer, trigger_mode="always_last")
         way |= dict(concurrency_id="model", api_visibility="private")
         gr.on([photo.input, photo.clear], **way)
         photos = [str(path) for path in sorted((folder / EXAMPLES_FOLDER).glob("*.jpg"))]
         if photos:
             shown = gr.Examples(photos, photo, label="Photos to try, not learned from", api_visibility="private")
             shown.load_input_event.then(**way)
-        gr.HTML(as_footer(folder.resolve().name, names, report, namer.calibration is not None), elem_id="foot")
+        gr.HTML(as_footer(folder.resolve().name, names, report, predictor.calibration is not None), elem_id="foot")
     return page.queue(default_concurrency_limit=1, max_size=WAITING)
 
 
@@ -147,7 +147,7 @@ def serve(page, options: PageOptions) -> None:
     threading.Event().wait()
 
 
-def answer_to(namer, upload: tuple[str, str | None] | None) -> str:
+def answer_to(predictor, upload: tuple[str, str | None] | None) -> str:
     """HTML for an upload, (path, its own name); none if the photo was taken away."""
     from evaluation.page import START, as_answer, as_refusal
     from utils.image_utils import printable
@@ -156,7 +156,7 @@ def answer_to(namer, upload: tuple[str, str | None] | None) -> str:
         return START
     path, name = upload
     try:
-        found = next(namer.name([path]))
+        found = next(predictor.name([path]))
     except Exception:  # the page lives on, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be named")
         return as_refusal("This photo could not be named: the program failed; its own output says why")

@@ -1,11 +1,11 @@
-"""How fast does this card train, and in how much memory? One table, on made photos.
+"""How fast does this GPU train, and in how much memory? One table, on made images.
 
     python benchmark.py --model full                          random weights of the full-size shape: no download
-    python benchmark.py --model full --preset native          photos at their own size (--photo 500x667)
+    python benchmark.py --model full --preset native          images at their own size (--image 500x667)
     python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
 
-Takes the flags of train.py but those of data, length and saving. Photos are decoded and batched as in training; nothing
+Takes the flags of train.py but those of data, length and saving. Images are decoded and batched as in training; nothing
 is kept. The table gives photos/s as the median step (slowest - fastest), tokens/s, the share of the measured
 matrix-product rate that is reached without counting recomputation, and the most memory that torch used and reserved.
 """
@@ -23,11 +23,11 @@ import time
 from typing import NamedTuple
 
 from config.benchmark_options import parse_benchmark
-from config.training_config import ON_CPU, ConfigError, TrainingConfig
-from utils.logging_utils import errors_told, logger, set_environment, setup_logging
+from config.training_config import CPU_MODELS, ConfigError, TrainingConfig
+from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
-PHOTOS = 64  # that are made, and used in turn
+IMAGES = 64  # that are made, and used in turn
 
 
 class Result(NamedTuple):
@@ -41,10 +41,10 @@ class Result(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, options, photo = parse_benchmark(argv, __doc__)
+    config, options, image = parse_benchmark(argv, __doc__)
     set_environment()
     setup_logging()
-    with errors_told(ConfigError), tempfile.TemporaryDirectory() as folder:
+    with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
         from data.collator import PlantCollator
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         from models.memory import is_out_of_memory
         from runtime.device import GIB, choose_device, choose_precision, peak_memory
 
-        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         steps = WARM_UP + options.steps
         # A run of a few steps would not compile its kernels; what is measured here is a long one.
@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
             compile="true" if compiles else config.compile,
         )
         count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        rows = make_rows(photo, len(CLASS_NAMES), count)
+        rows = make_rows(image, len(CLASS_NAMES), count)
         processor, prompt = build_processor(config, CLASS_NAMES)
         collator = PlantCollator(processor, prompt, CLASS_NAMES, config.image_size)
         (sample,) = collator([rows[0]])["samples"]
-        for line in describe(config, device, precision, photo, sample):
+        for line in describe(config, device, precision, image, sample):
             print(line, flush=True)
         began = time.perf_counter()
         model = build_model(config, processor, device, precision)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         results.append(result)
         if options.scoring:
             results.append(score_ours(config, model, collator, rows, precision, device))
-        work = photo_flops(model, sample)
+        work = image_flops(model, sample)
         if options.against == "stock":
             del model
             try:
@@ -95,15 +95,15 @@ def main(argv: list[str] | None = None) -> int:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning(
-                    "stock Trainer: out of memory with %d photos at a time; try fewer --per-device-train-batch-size",
+                    "stock Trainer: out of memory with %d images at a time; try fewer --per-device-train-batch-size",
                     config.per_device_train_batch_size,
                 )
         report(results, phases, data_rate, work, matrix_rate(device, precision), sample)
     return 0
 
 
-def make_rows(photo: tuple[int, int], classes: int, count: int):
-    """Rows of JPEG photos of this (W, H): smooth noise, so that they decode and resize like photographs."""
+def make_rows(image: tuple[int, int], classes: int, count: int):
+    """Rows of JPEG images of this (W, H): smooth noise, so that they decode and resize like photographs."""
     import numpy as np
     from datasets import Dataset
     from PIL import Image
@@ -112,19 +112,19 @@ def make_rows(photo: tuple[int, int], classes: int, count: int):
 
     generator = np.random.default_rng(0)
     files = []
-    for _ in range(PHOTOS):
-        coarse = Image.fromarray(generator.integers(0, 255, (photo[1] // 8 + 1, photo[0] // 8 + 1, 3), np.uint8))
+    for _ in range(IMAGES):
+        coarse = Image.fromarray(generator.integers(0, 255, (image[1] // 8 + 1, image[0] // 8 + 1, 3), np.uint8))
         file = io.BytesIO()
-        coarse.resize(photo, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        coarse.resize(image, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     rows = [
-        {"image": {"bytes": files[index % PHOTOS], "path": None}, "label": index % classes, "id": f"made-{index}"}
+        {"image": {"bytes": files[index % IMAGES], "path": None}, "label": index % classes, "id": f"made-{index}"}
         for index in range(count)
     ]
     return Dataset.from_list(rows, features=ROW)
 
 
-def describe(config: TrainingConfig, device, precision: str, photo, sample) -> list[str]:
+def describe(config: TrainingConfig, device, precision: str, image, sample) -> list[str]:
     """The conditions."""
     from importlib.metadata import version
 
@@ -142,22 +142,22 @@ def describe(config: TrainingConfig, device, precision: str, photo, sample) -> l
     return [
         f"{place}; {packages}; Python {platform.python_version()}",
         f"{config.model}, {'nf4' if config.load_in_4bit else 'not quantized'}, {precision}, {config.trainable}, LoRA "
-        f"r={config.lora_r}, dropout {config.lora_dropout:g}, {config.optim}, {config.effective_batch_size} photos a "
+        f"r={config.lora_r}, dropout {config.lora_dropout:g}, {config.optim}, {config.effective_batch_size} images a "
         f"step, {config.num_workers} workers, compile {config.compile}",
-        f"photos {photo[0]}x{photo[1]}, image_size {config.image_size}: {sample.image_tokens:,} image tokens, "
+        f"images {image[0]}x{image[1]}, image_size {config.image_size}: {sample.image_tokens:,} image tokens, "
         f"{sample.length:,} in all, {sample.tiles} tiles",
     ]
 
 
 def train_ours(config, model, processor, collator, rows, precision, device):
     """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
-    from models.fitting import fit_to_card
+    from models.fitting import plan_memory
     from models.trainer import build_trainer
 
     trainer = build_trainer(config, model, processor, collator, rows, None, precision, device)
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
-    fit_to_card(
+    plan_memory(
         *(trainer, collator.largest_row(rows)),
         *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
     )
@@ -184,8 +184,8 @@ def train_stock(config, processor, prompt, rows, names, precision, device) -> Re
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from models.builder import DTYPES, build_base, choose_trainables
-    from utils.image_utils import fit_photo, open_photo
+    from models.builder import DTYPES, build_base, set_trainable
+    from utils.image_utils import fit_image, open_image
 
     gc.collect()
     if device.type == "cuda":
@@ -193,13 +193,13 @@ def train_stock(config, processor, prompt, rows, names, precision, device) -> Re
     base = build_base(config, processor, device, DTYPES[precision])
     if config.load_in_4bit:
         base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
+    model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
     end = len(processor.tokenizer(prompt.prompt).input_ids)
 
     def collate(some):
-        photos = [fit_photo(open_photo(row["image"]), config.image_size) for row in some]
+        images = [fit_image(open_image(row["image"]), config.image_size) for row in some]
         texts = [prompt.text(names[row["label"]]) for row in some]
-        batch = processor(images=photos, text=texts, return_tensors="pt", padding=True, padding_side="right")
+        batch = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         labels[:, : end - 1 + int((batch["input_ids"][0] == processor.image_token_id).sum())] = -100
         return batch | {"labels": labels}
@@ -233,7 +233,7 @@ def train_stock(config, processor, prompt, rows, names, precision, device) -> Re
 
 
 def score_ours(config, model, collator, rows, precision, device) -> Result:
-    """All class names on each photo, photos decoded as in an evaluation."""
+    """All class names on each image, images decoded as in an evaluation."""
     from models.builder import DTYPES
     from models.scoring import score_rows
 
@@ -275,7 +275,7 @@ def build_clock(device):
 
         def phases(self) -> dict[str, float]:
             """Median seconds of each phase of a timed step."""
-            names = ("waiting for photos", "forward, backward and clipping", "optimizer")
+            names = ("waiting for images", "forward, backward and clipping", "optimizer")
             gaps = [after - before for before, after in zip(self.marks, self.marks[1:])]
             return {name: statistics.median(gaps[3 * WARM_UP + index :: 3]) for index, name in enumerate(names)}
 
@@ -296,8 +296,8 @@ def memory_of(device):
     found += [peak_memory(device), reserved]
 
 
-def load_rate(trainer, photos: int) -> float:
-    """Photos/s that the training's loader gives when nothing waits for the device, its workers running."""
+def load_rate(trainer, images: int) -> float:
+    """Images/s that the training's loader gives when nothing waits for the device, its workers running."""
     batches = iter(trainer.get_train_dataloader())
     next(batches)
     began, count = time.perf_counter(), 0
@@ -308,8 +308,8 @@ def load_rate(trainer, photos: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def photo_flops(model, sample) -> float:
-    """Floating-point operations of a training step on one photo, without recomputation.
+def image_flops(model, sample) -> float:
+    """Floating-point operations of a training step on one image, without recomputation.
 
     2 for each weight and token forward and 2 backward (frozen weights need no gradient of their own; what learns needs
     2 more); attention 4 T^2 D a layer forward and 2.5 times that backward, half of it masked; the tower forward alone.
@@ -350,7 +350,7 @@ def matrix_rate(device, precision: str) -> float:
 
 
 def report(results: list[Result], phases: dict, data_rate: float, work: float, rate: float, sample) -> None:
-    print(f"matrix products {rate / 1e12:.3g} TFLOP/s measured; {work / 1e12:.3g} TFLOP a photo without recomputation")
+    print(f"matrix products {rate / 1e12:.3g} TFLOP/s measured; {work / 1e12:.3g} TFLOP a image without recomputation")
     print(f"loader alone {data_rate:.1f} photos/s")
     print("; ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in phases.items()))
     print(f"{'':22} {'photos/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")

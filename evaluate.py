@@ -1,12 +1,12 @@
-"""Score a run, or the untouched base, on held-out photos: how often right, how sure, which plants it takes for which.
+"""Score a run, or the untouched base, on held-out images: how often right, how sure, which plants it takes for which.
 
-    python evaluate.py runs/default --split test           every name's exact log-probability on each photo
+    python evaluate.py runs/default --split test           every name's exact log-probability on each image
     python evaluate.py --model ID_OR_FOLDER --split test   the untouched base, with the published question
     python evaluate.py runs/default --protocol both        free replies too, as the published figures were made
-    torchrun --nproc-per-node 2 evaluate.py runs/default   shared out over two cards
-    python evaluate.py runs/base-x runs/default            compare two that were scored, photo by photo (McNemar)
+    torchrun --nproc-per-node 2 evaluate.py runs/default   shared out over two GPUs
+    python evaluate.py runs/base-x runs/default            compare two that were scored, image by image (McNemar)
 
-Writes eval_<split>.json, .md, .png and _photos.png into the run folder (of the base: runs/base-<name>). Temperature and
+Writes eval_<split>.json, .md, .png and _images.png into the run folder (of the base: runs/base-<name>). Temperature and
 "not sure" threshold are fitted on val alone. The same command again goes on where it was left.
 """
 
@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
-from config.training_config import ON_CPU, ConfigError, load_config, save_config
+from config.training_config import CPU_MODELS, ConfigError, load_config, save_config
 from runtime.run_dir import BEST, open_run
-from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
-WORTH_COMPILING = 2000  # photos of a split from which compiled kernels win back their compilation (docs/LOG.md)
+WORTH_COMPILING = 2000  # images of a split from which compiled kernels win back their compilation (docs/LOG.md)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     is_base = not folders or bool(recorded.get("base"))
     folder = folders[0] if folders else base_folder(config)
-    with errors_told(ConfigError), contextlib.ExitStack() as held:
+    with report_errors(ConfigError), contextlib.ExitStack() as held:
         setup_logging(None if len(folders) == 2 else folder, "evaluate.log")
         if len(folders) == 2:
             compare_runs(*folders, options.split)
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         from peft import PeftModel
 
         from data.collator import PlantCollator
-        from data.dataset import build_datasets, hash_ids, name_twins, take
+        from data.dataset import build_datasets, data_fingerprint, known_duplicates, take
         from data.labels import parse_reply
-        from evaluation.evaluator import build_assessor
-        from evaluation.model_card import build_card
+        from evaluation.evaluator import build_evaluator
+        from evaluation.model_card import build_model_card
         from models.builder import (
             build_model,
             build_processor,
@@ -52,21 +52,23 @@ def main(argv: list[str] | None = None) -> int:
         )
         from runtime.checkpoint import CARD, describe_best
         from runtime.device import choose_device, choose_precision
-        from runtime.distributed import check_alike, join_processes
+        from runtime.distributed import assert_same_across_ranks, init_distributed
 
-        device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction, several=True)
+        device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction, several=True)
         precision = choose_precision(config.mixed_precision, device)
-        processes = held.enter_context(join_processes(device))
-        check_alike({"run": f"{folder}"} | dataclasses.asdict(config) | dataclasses.asdict(options), processes)
-        with processes.main_first():
+        processes = held.enter_context(init_distributed(device))
+        assert_same_across_ranks(
+            {"run": f"{folder}"} | dataclasses.asdict(config) | dataclasses.asdict(options), processes
+        )
+        with processes.main_process_first():
             adapter = None if is_base else describe_best(folder / BEST)
             data = build_datasets(config)
             processor, prompt = build_processor(config, data.class_names)
             if not is_base:
                 check_data(data, recorded, config, folder)
-        check_alike({"photos": hash_ids(data)}, processes)
+        assert_same_across_ranks({"images": data_fingerprint(data)}, processes)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
-        strangers = strangers_of(options.strangers)
+        ood = collect_ood_images(options.ood)
         if is_base:
             model = build_model(config, processor, device, precision)
             check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
@@ -82,83 +84,83 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(
             f"run    {folder}: {'the untouched ' if is_base else ''}{config.model}{f', {adapter}' if adapter else ''}"
         )
-        logger.info(f"data   {data.source}: {len(rows):,} photos of {options.split}, {len(data.class_names)} classes")
+        logger.info(f"data   {data.source}: {len(rows):,} images of {options.split}, {len(data.class_names)} classes")
         if not processes.is_main:
-            logger.setLevel(logging.WARNING)  # what it meets from here on is its own, such as bad photos
+            logger.setLevel(logging.WARNING)  # what it meets from here on is its own, such as bad images
         worth = len(rows) / processes.count >= WORTH_COMPILING
         if config.compile == "auto" and device.type == "cuda" and worth:
             compile_layers(model)
         with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
-            assessor = build_assessor(
+            evaluator = build_evaluator(
                 *(config, model, collator, precision, folder, adapter, processes),
                 per_token=options.per_token,
                 prior_calibration=options.prior_calibration,
                 limit=options.limit,
-                target_precision=options.target_precision,
+                target_selective_accuracy=options.target_selective_accuracy,
             )
             if options.protocol != "scoring":
-                assessor.measure_replies(rows, options.split, parse_reply, LONGEST_REPLY)
+                evaluator.measure_replies(rows, options.split, parse_reply, LONGEST_REPLY)
             if options.protocol != "generation":
-                assessor.report(
+                evaluator.report(
                     rows,
                     options.split,
-                    None if validation is None else assessor.calibrate(validation),
+                    None if validation is None else evaluator.calibrate(validation),
                     why_not_calibrated="the run learned from val" if validation is None else None,
-                    strangers=strangers,
-                    twins=name_twins(rows["id"]),
+                    ood=ood,
+                    duplicates=known_duplicates(rows["id"]),
                 )
                 if not is_base and processes.is_main:
-                    card = build_card(*open_run(folder), folder, prompt)
+                    card = build_model_card(*open_run(folder), folder, prompt)
                     (folder / BEST / CARD).write_text(card, encoding="utf-8")
     return 0
 
 
 def check_data(data, recorded: dict, config, folder: Path) -> None:
-    """Raise UserError unless the classes are those that the run learned, and its own photos are split as they were."""
-    from data.dataset import hash_ids
+    """Raise UserError unless the classes are those that the run learned, and its own images are split as they were."""
+    from data.dataset import data_fingerprint
 
     differ = [name for name in data.class_names if name not in recorded["class_names"]]
     if data.class_names != recorded["class_names"]:
         raise UserError(
             f"--dataset {config.dataset}: its {len(data.class_names)} classes are not the "
             f"{len(recorded['class_names'])} that {folder} learned ({', '.join(differ[:3]) or 'some are missing'}); "
-            "name photos of the same classes"
+            "name images of the same classes"
         )
     is_own = config.dataset == load_config(folder)[0].dataset
-    if is_own and hash_ids(data) != recorded["photos"]:
+    if is_own and data_fingerprint(data) != recorded["images"]:
         raise UserError(
-            f"--dataset {config.dataset}: its photos changed since {folder} was trained, and are split otherwise: some "
-            "that it learned would be scored; put them back, or name new photos with --dataset"
+            f"--dataset {config.dataset}: its images changed since {folder} was trained, and are split otherwise: some "
+            "that it learned would be scored; put them back, or name new images with --dataset"
         )
 
 
-def strangers_of(folder: str | None) -> dict[str, list[dict]]:
-    """Pictures without any of the classes: drawn ones, and the photos of a folder."""
-    from data.dataset import load_strangers
-    from data.synthetic import draw_strangers
+def collect_ood_images(folder: str | None) -> dict[str, list[dict]]:
+    """Pictures without any of the classes: drawn ones, and the images of a folder."""
+    from data.dataset import load_ood_images
+    from data.synthetic import draw_ood_images
 
-    return draw_strangers() | ({} if folder is None else {"your photos": load_strangers(Path(folder))})
+    return draw_ood_images() | ({} if folder is None else {"your images": load_ood_images(Path(folder))})
 
 
 def compare_runs(first: Path, second: Path, split: str) -> None:
-    """McNemar's exact test on the photos that both were scored on."""
-    from evaluation.evaluator import read_hits
+    """McNemar's exact test on the images that both were scored on."""
+    from evaluation.evaluator import read_correct
     from evaluation.metrics import compare
 
-    (one, hits_of_one), (other, hits_of_other) = (read_hits(folder, split) for folder in (first, second))
+    (one, first_correct), (other, second_correct) = (read_correct(folder, split) for folder in (first, second))
     if (one["dataset"], one["question"]) != (other["dataset"], other["question"]):
         logger.warning(
             f"compared are two data sets or questions: {one['dataset']}, {one['question']!r} and {other['dataset']}, "
             f"{other['question']!r}"
         )
-    both = sorted(set(hits_of_one) & set(hits_of_other))
+    both = sorted(set(first_correct) & set(second_correct))
     if not both:
         raise UserError(
-            f"{first} and {second}: no photo of {split} was scored by both; score them on the same data set"
+            f"{first} and {second}: no image of {split} was scored by both; score them on the same data set"
         )
-    found = dict(compare([hits_of_one[photo] for photo in both], [hits_of_other[photo] for photo in both]))
+    found = dict(compare([first_correct[image] for image in both], [second_correct[image] for image in both]))
     logger.info(
-        f"result {split}, {found['n']:,} photos: {first} {found['first']:.3f}, {second} {found['second']:.3f}; "
+        f"result {split}, {found['n']:,} images: {first} {found['first']:.3f}, {second} {found['second']:.3f}; "
         f"right in the first alone {found['only_first']}, in the second alone {found['only_second']}; "
         f"p = {found['p']:.2g} (McNemar, exact)"
     )

@@ -1,11 +1,11 @@
 """Hand a trained model on: the adapter merged into the 16-bit base, proven to be what was measured.
 
     python export.py runs/default flowers                    whole model in bf16, for plain transformers
-    python export.py runs/default flowers --adapter-only     the adapter, processor and card, for PEFT
+    python export.py runs/default flowers --adapter-only     the adapter, processor and GPU, for PEFT
     python export.py runs/default flowers --push-to-hub me/flowers
 
-The folder appears only once it was loaded afresh, gave the logits of the adapter beside its base on photos of val, and
-named val as well as what was validated. Needs a card for what does not fit the CPU, and disk for the merged weights.
+The folder appears only once it was loaded afresh, gave the logits of the adapter beside its base on images of val, and
+named val as well as what was validated. Needs a GPU for what does not fit the CPU, and disk for the merged weights.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.training_config import BUILT, ON_CPU, ConfigError
+from config.training_config import CPU_MODELS, RANDOM_MODELS, ConfigError
 from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
 from runtime.run_dir import BEST, is_finished, open_run
-from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MARK = ".exporting"  # in a draft, locked while it is written
-MARGIN_BYTES = 50e6  # processor and card
+MARGIN_BYTES = 50e6  # processor and GPU
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     out, repository = Path(use.words[0]), use.options.push_to_hub
-    with errors_told(ConfigError, when_interrupted="nothing was exported"):
+    with report_errors(ConfigError, when_interrupted="nothing was exported"):
         check_can_export(use, out)
-        with drafted(out) as draft:
+        with staging_dir(out) as draft:
             (export_adapter if use.options.adapter_only else export_whole)(use, draft)
             for path in draft.iterdir():
                 path.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)  # safetensors writes 0600
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(f"result {out}: {size:,.1f} MB, see its README.md")
     if repository:
         again = f"{out} is complete, and goes there with: hf upload {repository} {out}"
-        with errors_told(when_interrupted=again), hub_errors_told(repository, again):
+        with report_errors(when_interrupted=again), report_hub_errors(repository, again):
             from huggingface_hub import HfApi
 
             found = HfApi().upload_folder(
@@ -58,7 +58,7 @@ def check_can_export(use: Use, out: Path) -> None:
     from runtime.device import refuse_several
 
     refuse_several()  # before they meet over the same draft
-    built, is_whole = use.config.model in BUILT, use.config.trainable == "everything"
+    built, is_whole = use.config.model in RANDOM_MODELS, use.config.trainable == "everything"
     if use.recorded.get("base"):
         raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")
     if out.name in ("", "..") or out.is_symlink() or out.is_mount():
@@ -76,17 +76,19 @@ def check_can_export(use: Use, out: Path) -> None:
         )
     if use.config.model == "full" and not is_whole:
         raise UserError(
-            f"{use.folder}: its base has random weights that existed on a card alone; nothing can be exported"
+            f"{use.folder}: its base has random weights that existed on a GPU alone; nothing can be exported"
         )
     if use.options.push_to_hub:
-        with hub_errors_told(use.options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there"):
+        with report_hub_errors(
+            use.options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there"
+        ):
             from huggingface_hub import HfApi
 
             HfApi().create_repo(use.options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
 
 
 @contextlib.contextmanager
-def drafted(out: Path) -> Iterator[Path]:
+def staging_dir(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` if nothing is raised, else goes. Raises UserError for one that is in the way."""
     import filelock
 
@@ -117,38 +119,38 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def export_whole(use: Use, draft: Path) -> None:
-    """The merged model, its processor and card in `draft`, proven."""
+    """The merged model, its processor and GPU in `draft`, proven."""
     import torch
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from evaluation.model_card import CODE_OF_A_WHOLE_MODEL, build_card
+    from evaluation.model_card import CODE_OF_A_WHOLE_MODEL, build_model_card
     from evaluation.verify import (
-        LOGIT_PHOTOS,
-        compare_hits,
-        first_that_open,
-        judge,
+        LOGIT_IMAGES,
+        check_merge,
+        compare_with_validated,
+        first_readable,
         load_whole,
         logits_of,
         logits_with,
         relative_difference,
     )
-    from models.builder import build_processor, check_same_base, fingerprint
+    from models.builder import build_processor, check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
     from runtime.checkpoint import CARD
     from runtime.device import choose_device, collect_memory, fit_workers
-    from utils.tokenizer_utils import probe_ids
+    from utils.tokenizer_utils import tokenizer_probe
 
     folder, _, config, recorded, options = use
     dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
-    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
-    rows, validated = held_out(use)
+    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
+    rows, validated = load_validation_rows(use)
     processor, prompt = build_processor(config, names)
-    files = None if config.model in BUILT else fingerprint(config.model)
-    found = {"probe_ids": probe_ids(processor.tokenizer), "model_files": files}
+    files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
+    found = {"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}
     check_same_base(found, recorded, config.model, folder)
     collator = PlantCollator(processor, prompt, names, config.image_size)
-    few = first_that_open(collator, rows, LOGIT_PHOTOS)
+    few = first_readable(collator, rows, LOGIT_IMAGES)
     adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
     with base_weights(use, processor) as base:
         check_disk(draft, weights_bytes(base, dtype))
@@ -165,27 +167,29 @@ def export_whole(use: Use, draft: Path) -> None:
     model = load_whole(draft, dtype, device, config.gpu_memory_fraction)
     collator = PlantCollator(AutoProcessor.from_pretrained(draft), prompt, names, config.image_size)
     rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
-    figures = None
+    metrics = None
     if validated is not None:
         workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
-        figures = compare_hits(validated, model, collator, rows, config.per_device_eval_batch_size, workers, dtype)
-    told = judge(rounding, untouched, dtype, figures, "" if dtype == torch.float32 else "; try --dtype fp32")
+        metrics = compare_with_validated(
+            validated, model, collator, rows, config.per_device_eval_batch_size, workers, dtype
+        )
+    told = check_merge(rounding, untouched, dtype, metrics, "" if dtype == torch.float32 else "; try --dtype fp32")
     if validated is None:
         told += "; its accuracy is not known, since the run learned from val"
     logger.info(f"result proven: {told}")
     proof = f"## Proof\n\nMerged in {options.dtype} and loaded afresh: {told}."
     # The run's own config: what was given here beside it is not what it was trained with.
-    card = build_card(*open_run(folder), folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
+    card = build_model_card(*open_run(folder), folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
     (draft / CARD).write_text(card, encoding="utf-8")
 
 
 def export_adapter(use: Use, draft: Path) -> None:
-    """The adapter, its processor and card in `draft`, proven beside a base that PEFT attached it to."""
+    """The adapter, its processor and GPU in `draft`, proven beside a base that PEFT attached it to."""
     from peft import PeftModel
 
     from data.collator import PlantCollator
-    from evaluation.model_card import base_name, build_card
-    from evaluation.verify import LOGIT_PHOTOS, first_that_open, judge, logits_of, relative_difference
+    from evaluation.model_card import base_name, build_model_card
+    from evaluation.verify import LOGIT_IMAGES, check_merge, first_readable, logits_of, relative_difference
     from models.builder import DTYPES as DTYPE_OF
     from models.builder import build_base, build_processor, build_trained
     from models.merging import save_processor
@@ -193,13 +197,13 @@ def export_adapter(use: Use, draft: Path) -> None:
     from runtime.device import choose_device, choose_precision, collect_memory
 
     folder, _, config, recorded, _ = use
-    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     dtype = DTYPE_OF[precision]
-    rows, _ = held_out(use)
+    rows, _ = load_validation_rows(use)
     processor, prompt = build_processor(config, recorded["class_names"])
     collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
-    few = first_that_open(collator, rows, LOGIT_PHOTOS)
+    few = first_readable(collator, rows, LOGIT_IMAGES)
     shutil.copyfile(folder / BEST / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     settings = json.loads((folder / BEST / "adapter_config.json").read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
@@ -214,24 +218,24 @@ def export_adapter(use: Use, draft: Path) -> None:
     with model.disable_adapter():
         untouched = relative_difference(logits_of(model, collator, few, dtype, device), expected)
     rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
-    logger.info(f"result proven: {judge(rounding, untouched, dtype)}")
-    (draft / CARD).write_text(build_card(*open_run(folder), folder, prompt), encoding="utf-8")
+    logger.info(f"result proven: {check_merge(rounding, untouched, dtype)}")
+    (draft / CARD).write_text(build_model_card(*open_run(folder), folder, prompt), encoding="utf-8")
 
 
 # ---- what they share
 
 
-def held_out(use: Use) -> tuple:
-    """(rows of val, {photo: was it named right when validated}); of a run that learned from val: train rows, None."""
+def load_validation_rows(use: Use) -> tuple:
+    """(rows of val, {image: was it named right when validated}); of a run that learned from val: train rows, None."""
     from data.dataset import build_datasets, take
     from evaluate import check_data
-    from evaluation.evaluator import read_hits
+    from evaluation.evaluator import read_correct
 
     data = build_datasets(use.config)
     check_data(data, use.recorded, use.config, use.folder)
     if data.validation is None:
         return take(data.train, 100), None  # some of them for the logits
-    return take(data.validation, use.options.limit), read_hits(use.folder, "val")[1]
+    return take(data.validation, use.options.limit), read_correct(use.folder, "val")[1]
 
 
 @contextlib.contextmanager
@@ -244,7 +248,7 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
     config = use.config
     if config.trainable == "everything":
         yield use.folder / BEST
-    elif config.model in BUILT:
+    elif config.model in RANDOM_MODELS:
         with tempfile.TemporaryDirectory() as made:
             build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(made)
             yield Path(made)
@@ -253,19 +257,19 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
     else:
         from huggingface_hub import snapshot_download
 
-        with hub_errors_told(config.model, "check the network, and that HF_TOKEN may read it"):
+        with report_hub_errors(config.model, "check the network, and that HF_TOKEN may read it"):
             kinds = ["*.safetensors", "*.json"]
             downloaded = snapshot_download(config.model, revision=config.model_revision, allow_patterns=kinds)
         yield Path(downloaded)
 
 
 def save_classes(use: Use, prompt, draft: Path) -> None:
-    """class_names.json: all that is needed to name photos as this project does."""
+    """class_names.json: all that is needed to name images as this project does."""
     from evaluation.evaluator import read_calibration
     from runtime.checkpoint import describe_best
 
     facts = {"class_names": use.recorded["class_names"], "question": use.config.question, "prompt": prompt.prompt}
-    facts |= {"joiner": prompt.joiner, "end": prompt.end, "image_size": use.config.image_size}
+    facts |= {"response_prefix": prompt.response_prefix, "end": prompt.end, "image_size": use.config.image_size}
     calibration = read_calibration(use.folder, describe_best(use.folder / BEST))
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
@@ -282,7 +286,7 @@ def check_disk(draft: Path, needed: float) -> None:
 
 
 @contextlib.contextmanager
-def hub_errors_told(name: str, move: str) -> Iterator[None]:
+def report_hub_errors(name: str, move: str) -> Iterator[None]:
     """What the hub refuses, or the network, in one sentence with the next move."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

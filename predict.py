@@ -1,10 +1,10 @@
-"""Name the plant in photos, with a run that train.py made.
+"""Name the plant in images, with a run that train.py made.
 
     python predict.py runs/default photo.jpg              one line: the name and how sure, or "not sure"
-    python predict.py runs/default photos 'more/*.jpg'    folders with all below them, and patterns
-    python predict.py runs/default photos --json          one JSON object a line, as they become known
+    python predict.py runs/default images 'more/*.jpg'    folders with all below them, and patterns
+    python predict.py runs/default images --json          one JSON object a line, as they become known
 
-Names, and why a file could not be named, go to stdout in the order of the photos, all else to stderr. Confidence and
+Names, and why a file could not be named, go to stdout in the order of the images, all else to stderr. Confidence and
 "not sure" are as fitted on val. Exit status 1 if a file could not be named.
 """
 
@@ -15,66 +15,66 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.training_config import ON_CPU, ConfigError
+from config.training_config import CPU_MODELS, ConfigError
 from config.use_options import COMPUTING, PredictionOptions, Use, parse_use
 from runtime.run_dir import BEST
-from utils.logging_utils import errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     use = parse_use(argv, __doc__, PredictionOptions, COMPUTING, "PHOTO ...")
     set_environment()
     setup_logging(stream=sys.stderr)
-    with errors_told(ConfigError, when_interrupted="what was named stands above"):
-        photos = list(find_photos(use.words))
-        readable = [photo for photo, reason in photos if reason is None]
-        named = open_namer(use).name(readable) if readable else iter(())
-        logger.info(f"naming {len(readable):,} photos with {use.folder}")
+    with report_errors(ConfigError, when_interrupted="what was named stands above"):
+        images = list(find_images(use.words))
+        readable = [image for image, reason in images if reason is None]
+        named = load_predictor(use).name(readable) if readable else iter(())
+        logger.info(f"naming {len(readable):,} images with {use.folder}")
         tell, failed = as_json if use.options.json else as_line, 0
-        for photo, reason in photos:
+        for image, reason in images:
             found = reason or next(named)
             failed += isinstance(found, str)
             try:
-                print(tell(photo, found, use.options.top), flush=True)
+                print(tell(image, found, use.options.top), flush=True)
             except BrokenPipeError:  # whoever reads, such as head, has enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
                 return 1
         if failed:
-            logger.warning(f"{failed:,} of {len(photos):,} could not be named; their lines say why")
+            logger.warning(f"{failed:,} of {len(images):,} could not be named; their lines say why")
     return 1 if failed else 0
 
 
-def open_namer(use: Use):
-    """The evaluation.predictor.Namer of a run."""
+def load_predictor(use: Use):
+    """The evaluation.predictor.Predictor of a run."""
     from data.collator import PlantCollator
-    from evaluation.predictor import build_namer
+    from evaluation.predictor import build_predictor
     from models.builder import build_processor, build_trained
     from runtime.checkpoint import describe_best
     from runtime.device import choose_device, choose_precision
 
     folder, _, config, recorded, _ = use
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
-    device = choose_device(config.model, config.model in ON_CPU, config.gpu_memory_fraction)
+    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     processor, prompt = build_processor(config, recorded["class_names"])
     collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
     model = build_trained(config, recorded, folder, processor, prompt, device, precision)
-    return build_namer(config, model, collator, precision, folder, adapter)
+    return build_predictor(config, model, collator, precision, folder, adapter)
 
 
-def find_photos(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(file, or a word that stands for none, and why): files as named, photos below folders, matches of patterns."""
-    from utils.image_utils import SUFFIXES, files_below, is_photo_name, printable
+def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(file, or a word that stands for none, and why): files as named, images below folders, matches of patterns."""
+    from utils.image_utils import SUFFIXES, files_below, is_image_name, printable
 
     for word in words:
         reason = None
         if os.path.isdir(word):  # pathlib would raise for a name that is too long
             files = files_below(Path(word))
-            found = [str(file) for file in files if is_photo_name(file)]
-            others = [str(file) for file in files if not is_photo_name(file)]
+            found = [str(file) for file in files if is_image_name(file)]
+            others = [str(file) for file in files if not is_image_name(file)]
             if found and others:
                 logger.warning(f"{printable(word)}: {len(others):,} files are not read ({printable(others[0])}, ...)")
-            reason = f"{printable(word)}: holds no photos; files that end in {' '.join(SUFFIXES)} are taken for such"
+            reason = f"{printable(word)}: holds no images; files that end in {' '.join(SUFFIXES)} are taken for such"
         elif glob.has_magic(word) and not os.path.exists(word):
             found = sorted(path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
             reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"
@@ -83,25 +83,25 @@ def find_photos(words: list[str]) -> Iterator[tuple[str, str | None]]:
         yield from [(path, None) for path in found] or [(word, reason)]
 
 
-def as_line(photo: str, found, top: int) -> str:
-    """photo: name 93 % (other 4 %, ...), or the reason why there is none, which begins with the photo."""
+def as_line(image: str, found, top: int) -> str:
+    """photo: name 93 % (other 4 %, ...), or the reason why there is none, which begins with the image."""
     from evaluation.predictor import percent
     from utils.image_utils import printable
 
     if isinstance(found, str):
         return found
     told = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
-    if not found.is_sure:
-        return f"{printable(photo)}: not sure ({', '.join(told)})"
-    return f"{printable(photo)}: {told[0]}" + f" ({', '.join(told[1:])})" * (len(told) > 1)
+    if not found.is_confident:
+        return f"{printable(image)}: not sure ({', '.join(told)})"
+    return f"{printable(image)}: {told[0]}" + f" ({', '.join(told[1:])})" * (len(told) > 1)
 
 
-def as_json(photo: str, found, top: int) -> str:
+def as_json(image: str, found, top: int) -> str:
     if isinstance(found, str):
-        return json.dumps({"photo": photo, "error": found})
+        return json.dumps({"image": image, "error": found})
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
-    name = found.likeliest[0][0] if found.is_sure else None
-    return json.dumps({"photo": photo, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest})
+    name = found.likeliest[0][0] if found.is_confident else None
+    return json.dumps({"image": image, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest})
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
-from config.training_config import BUILT, ON_CPU, parse_config
+from config.training_config import CPU_MODELS, RANDOM_MODELS, parse_config
 from utils.logging_utils import UserError, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
 LEAK_GIB = 0.06  # growth over the later steps that is called a leak
 PRETRAINED_LOSS = 0.05, 4.0  # around the documented 0.5 to 2.0: names differ in how hard they are
-HUB_BYTES = 20e9  # of a 7B checkpoint on its way and the photos
-SAMPLED = 500  # photos of a stream that are looked at
+HUB_BYTES = 20e9  # of a 7B checkpoint on its way and the images
+SAMPLED = 500  # images of a stream that are looked at
 GIB = 2**30
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def check_config(ready) -> str:
     config = ready.config
     return (
-        f"preset {config.preset}: {config.per_device_train_batch_size} x {config.gradient_accumulation_steps} photos "
+        f"preset {config.preset}: {config.per_device_train_batch_size} x {config.gradient_accumulation_steps} images "
         "a step, "
         f"learning rate {config.learning_rate:g}, precision {config.mixed_precision}, 4-bit {config.load_in_4bit}, "
         f"clip {config.max_grad_norm:g}, recomputed activations {config.gradient_checkpointing}, auto batch "
@@ -103,7 +103,7 @@ def check_driver(ready) -> str:
         supported = ctypes.c_int()
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(supported))
     except OSError:
-        return f"none installed; torch {torch.__version__} needs one for CUDA {needed} to use a card"
+        return f"none installed; torch {torch.__version__} needs one for CUDA {needed} to use a GPU"
     if supported.value // 1000 < needed:
         raise UserError(
             f"the NVIDIA driver supports CUDA {supported.value / 1000:.1f}, torch {torch.__version__} needs "
@@ -118,7 +118,7 @@ def check_device(ready) -> str:
 
     from runtime.device import choose_device, choose_precision
 
-    device = choose_device(ready.config.model, ready.config.model in ON_CPU, ready.config.gpu_memory_fraction)
+    device = choose_device(ready.config.model, ready.config.model in CPU_MODELS, ready.config.gpu_memory_fraction)
     ready.precision = choose_precision(ready.config.mixed_precision, device)
     ready.device = device
     if device.type != "cuda":
@@ -155,23 +155,23 @@ def check_data(ready) -> str:
     from datasets import Dataset
 
     from data.dataset import ROW, build_datasets
-    from utils.image_utils import PhotoError, open_photo
+    from utils.image_utils import ImageError, open_image
 
     data = build_datasets(ready.config)
-    ready.photos = data.train.photos if ready.config.streaming else len(data.train)
-    if ready.config.streaming:  # its first photos stand for all
+    ready.images = data.train.images if ready.config.streaming else len(data.train)
+    if ready.config.streaming:  # its first images stand for all
         data = data._replace(train=Dataset.from_list(data.train.head(SAMPLED), features=ROW))
     sizes, broken = [], []
     for index in range(4):
         try:
-            photo = open_photo(data.train[index * (len(data.train) - 1) // 3]["image"])
-            sizes.append(f"{photo.width}x{photo.height}")
-        except PhotoError as error:  # what share is broken is for the lengths below to say
+            image = open_image(data.train[index * (len(data.train) - 1) // 3]["image"])
+            sizes.append(f"{image.width}x{image.height}")
+        except ImageError as error:  # what share is broken is for the lengths below to say
             broken.append(str(error))
     if not sizes:
-        raise UserError(f"none of four photos can be opened: {broken[0]}")
+        raise UserError(f"none of four images can be opened: {broken[0]}")
     ready.data = data
-    counts = f"{ready.photos:,} train, {len(data.validation or ()):,} val, {len(data.test):,} test photos"
+    counts = f"{ready.images:,} train, {len(data.validation or ()):,} val, {len(data.test):,} test images"
     return f"{data.source}: {counts}; decoded {', '.join(sizes)} (width x height)" + f"; {broken[:1]}" * bool(broken)
 
 
@@ -191,41 +191,43 @@ def check_processor(ready) -> str:
 
     from data.collator import PlantCollator
     from models.builder import build_processor
-    from utils.tokenizer_utils import probe_ids
+    from utils.tokenizer_utils import tokenizer_probe
 
     processor, prompt = build_processor(ready.config, ready.data.class_names)
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
-        if probe_ids(AutoProcessor.from_pretrained(folder).tokenizer) != probe_ids(processor.tokenizer):
+        if tokenizer_probe(AutoProcessor.from_pretrained(folder).tokenizer) != tokenizer_probe(processor.tokenizer):
             raise UserError(
                 "the tokenizer reads a probe text differently after saving and loading; convert it to a fast tokenizer"
             )
     ready.collator = PlantCollator(processor, prompt, ready.data.class_names, ready.config.image_size)
     ready.processor, ready.prompt = processor, prompt
-    return f"prompt {prompt.prompt!r}, then {prompt.joiner!r}, the name, and {prompt.end!r}; a probe survives saving"
+    return (
+        f"prompt {prompt.prompt!r}, then {prompt.response_prefix!r}, the name, {prompt.end!r}; a probe survives saving"
+    )
 
 
 def check_lengths(ready) -> str:
-    from utils.image_utils import PhotoError, fitted_size, photo_size
+    from utils.image_utils import ImageError, fitted_size, read_image_size
 
     rows = ready.data.train.select(range(0, len(ready.data.train), -(-len(ready.data.train) // 2000)))
     lengths, bad = [], []
     for row in rows:
         try:
             lengths.append(
-                ready.collator.describe(row, fitted_size(photo_size(row["image"]), ready.config.image_size)).length
+                ready.collator.describe(row, fitted_size(read_image_size(row["image"]), ready.config.image_size)).length
             )
-        except PhotoError as error:
+        except ImageError as error:
             bad.append(str(error))
-    if len(bad) > ready.config.max_bad_fraction * len(rows):
+    if len(bad) > ready.config.max_unreadable_fraction * len(rows):
         raise UserError(
-            f"{len(bad)} of {len(rows)} photos cannot be opened, such as {bad[0]}; mend or remove them, or raise "
-            "--max-bad-fraction"
+            f"{len(bad)} of {len(rows)} images cannot be opened, such as {bad[0]}; mend or remove them, or raise "
+            "--max-unreadable-fraction"
         )
     quarters = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else [lengths[0]] * 3
     return (
         f"{min(lengths):,} to {max(lengths):,} tokens, half between {quarters[0]:,.0f} and {quarters[2]:,.0f} "
-        f"({len(lengths):,} photos read"
+        f"({len(lengths):,} images read"
         f"{f', {len(bad)} cannot be opened: {bad[0]}' if bad else ''})"
     )
 
@@ -254,7 +256,7 @@ def check_image_tokens(ready) -> str:
 def check_pixels(ready) -> str:
     tile, patch = ready.processor.image_processor.crop_size["height"], ready.processor.patch_size
     return (
-        f"pixel_values {tuple(ready.batch['pixel_values'].shape)} (photos, tiles, channels, height, width), "
+        f"pixel_values {tuple(ready.batch['pixel_values'].shape)} (images, tiles, channels, height, width), "
         f"{(tile // patch) ** 2} patches of {patch} x {patch} + 1 CLS a tile"
     )
 
@@ -269,7 +271,7 @@ def check_padding(ready) -> str:
     if supervised != expected:
         raise UserError(f"{supervised} tokens are supervised where the answers have {expected}; please report this")
     return (
-        f"{len(batch['samples'])} photos to {length:,} tokens, {min(pads)} to {max(pads)} of padding, "
+        f"{len(batch['samples'])} images to {length:,} tokens, {min(pads)} to {max(pads)} of padding, "
         f"{min(expected)} to {max(expected)} supervised"
     )
 
@@ -295,7 +297,7 @@ def check_model(ready) -> str:
 
 
 def check_steps(ready) -> str:
-    from models.fitting import fit_to_card
+    from models.fitting import plan_memory
     from models.trainer import build_trainer
     from runtime.run_dir import read_metrics
 
@@ -307,7 +309,7 @@ def check_steps(ready) -> str:
             config, ready.model, ready.processor, ready.collator, ready.data.train, None, ready.precision, ready.device
         )
         trainer.args.save_strategy = "no"
-        fit_to_card(
+        plan_memory(
             *(trainer, ready.collator.largest_row(ready.data.train)),
             *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
         )
@@ -316,7 +318,7 @@ def check_steps(ready) -> str:
     losses = [step["loss"] for step in ready.steps]
     chance = math.log(ready.model.get_input_embeddings().num_embeddings)
     random_weights = 0.7 * chance < losses[0] < 1.4 * chance
-    may_be_random = ready.config.model in BUILT or Path(ready.config.model).is_dir()
+    may_be_random = ready.config.model in RANDOM_MODELS or Path(ready.config.model).is_dir()
     if not (PRETRAINED_LOSS[0] < losses[0] < PRETRAINED_LOSS[1] or (random_weights and may_be_random)):
         raise UserError(
             f"starts at {losses[0]:.2f}; 0.5 to 2.0 is expected of a pretrained checkpoint, about {chance:.1f} of "
@@ -347,7 +349,7 @@ def check_leak(ready) -> str:
 
 def check_time(ready) -> str:
     seconds = statistics.median(step["seconds"] for step in ready.steps[1:])
-    steps = math.ceil(ready.photos / ready.config.effective_batch_size)
+    steps = math.ceil(ready.images / ready.config.effective_batch_size)
     return (
         f"{ready.config.effective_batch_size / seconds:.2f} photos/s, about {seconds * steps / 60:.1f} minutes an "
         f"epoch of {steps:,} steps"
@@ -367,7 +369,7 @@ def _check_cache(model: str) -> None:
     free = shutil.disk_usage(cache).free
     if try_to_load_from_cache(model, "model.safetensors.index.json") is None and free < HUB_BYTES:
         raise UserError(
-            f"{cache}: {free / 1e9:.0f} GB are free, {model} with the photos takes {HUB_BYTES / 1e9:.0f}; make room, "
+            f"{cache}: {free / 1e9:.0f} GB are free, {model} with the images takes {HUB_BYTES / 1e9:.0f}; make room, "
             "or set HF_HOME to another disk"
         )
 

@@ -12,8 +12,8 @@ from config.training_config import (
     apply_flags,
     find_problems,
     find_range_problems,
-    knob,
     load_config,
+    option,
     read_flags,
 )
 from runtime.run_dir import changed_fields, open_run, runs_here
@@ -21,24 +21,24 @@ from runtime.run_dir import changed_fields, open_run, runs_here
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415; the untouched base is asked it
 # What a run may be evaluated with otherwise than it was trained with; the rest is the run's own.
 FREE_FIELDS = (
-    *("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "num_workers"),
+    *("dataset", "dataset_revision", "allow_missing", "max_unreadable_fraction", "num_workers"),
     *("per_device_eval_batch_size", "gpu_memory_fraction", "mixed_precision", "load_in_4bit", "compile", "streaming"),
 )
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    split: str = knob("val", "photos that were held out", choices=("val", "test"))
-    protocol: str = knob(
+    split: str = option("val", "images that were held out", choices=("val", "test"))
+    protocol: str = option(
         "scoring", "scoring: every name exactly; generation: free replies", choices=("scoring", "generation", "both")
     )
-    limit: int | None = knob(None, "photos of the split, drawn with a fixed seed; none: all", low=1)
-    per_token: bool = knob(False, "divide each name's log-probability by its number of tokens")
-    prior_calibration: bool = knob(False, "subtract each name's log-probability under a plain grey photo")
-    target_precision: float = knob(
+    limit: int | None = option(None, "images of the split, drawn with a fixed seed; none: all", low=1)
+    per_token: bool = option(False, "divide each name's log-probability by its number of tokens")
+    prior_calibration: bool = option(False, "subtract each name's log-probability under a plain grey image")
+    target_selective_accuracy: float = option(
         0.95, "share right among the answered that the not-sure threshold is chosen for, on val", above=0, high=1
     )
-    strangers: str | None = knob(None, "folder of photos that show none of the classes; how many come out not sure?")
+    ood: str | None = option(None, "folder of images that show none of the classes; how many come out not sure?")
 
 
 class Evaluation(NamedTuple):

@@ -19,20 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIG_FILE = "training_config.json"
-BUILT = ("tiny", "scratch", "full")  # values of `model` that mean: built from config with random weights, no download
+RANDOM_MODELS = (
+    "tiny",
+    "scratch",
+    "full",
+)  # values of `model` that mean: built from config with random weights, no download
 YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what people write; the first two are taken
 SOURCES = ("oxford_flowers102", "synthetic")  # values of `dataset` that are no folders, whatever lies here
-ON_CPU = BUILT[:2]  # those small enough for a machine without a card
+CPU_MODELS = RANDOM_MODELS[:2]  # those small enough for a machine without a GPU
 
 
-def knob(default, help: str, *, low=None, above=None, high=None, choices=(), free: bool = False):
+def option(default, help: str, *, low=None, above=None, high=None, choices=(), resumable: bool = False):
     """A field with its unit or reason (shown by --help) and its range: low <= value <= high, value > above.
 
-    `free` marks what leaves the mathematics of a run alone, so that a run may go on after it was changed.
+    `resumable` marks what leaves the mathematics of a run alone, so that a run may go on after it was changed.
     """
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices, "free": free},
+        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices, "resumable": resumable},
     )
 
 
@@ -43,144 +47,156 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class TrainingConfig:
     # ---- the run
-    preset: str = knob("default", "named variant of these defaults, in config/training_config.py", free=True)
-    output_dir: str | None = knob(
-        None, "run folder; none: runs/<preset>, or the next free runs/<preset>-2, -3, ...", free=True
+    preset: str = option("default", "named variant of these defaults, in config/training_config.py", resumable=True)
+    output_dir: str | None = option(
+        None, "run folder; none: runs/<preset>, or the next free runs/<preset>-2, -3, ...", resumable=True
     )
-    resume: str = knob(
+    resume: str = option(
         "auto",
         "auto: go on where a run was left unfinished; never: begin a new one; or the run folder, or checkpoint, to go "
         "on from",
-        free=True,
+        resumable=True,
     )
-    allow_changed: bool = knob(
-        False, "go on although data, precision or processes changed since the run began; said, not refused", free=True
+    allow_changed: bool = option(
+        False,
+        "go on although data, precision or processes changed since the run began; said, not refused",
+        resumable=True,
     )
-    seed: int = knob(42, "of data order, weights that start at random, dropout and splits", low=0, high=2**32 - 1)
+    seed: int = option(42, "of data order, weights that start at random, dropout and splits", low=0, high=2**32 - 1)
 
     # ---- the model
-    model: str = knob(
+    model: str = option(
         "llava-hf/llava-v1.6-mistral-7b-hf",
-        f"any llava_next checkpoint: hub id or folder; {' or '.join(BUILT)}: built here",
+        f"any llava_next checkpoint: hub id or folder; {' or '.join(RANDOM_MODELS)}: built here",
     )
-    model_revision: str | None = knob(
+    model_revision: str | None = option(
         None, "branch, tag or commit on the hub; the commit it stood for is saved with the run"
     )
-    load_in_4bit: bool = knob(
+    load_in_4bit: bool = option(
         True, "nf4 with double quantization for the language model; vision tower and projector stay in 16 bit"
     )
-    mixed_precision: str = knob(
-        "auto", "auto: bf16 where the card computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")
+    mixed_precision: str = option(
+        "auto", "auto: bf16 where the GPU computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")
     )
-    trainable: str = knob("adapter", "what learns", choices=("adapter", "adapter+projector", "projector", "everything"))
-    lora_r: int = knob(16, "rank of the adapter", low=1)
-    lora_alpha: int = knob(32, "the adapter's product is scaled by alpha / r", low=1)
-    lora_dropout: float = knob(
+    trainable: str = option(
+        "adapter", "what learns", choices=("adapter", "adapter+projector", "projector", "everything")
+    )
+    lora_r: int = option(16, "rank of the adapter", low=1)
+    lora_alpha: int = option(32, "the adapter's product is scaled by alpha / r", low=1)
+    lora_dropout: float = option(
         0.0, "on the adapter's input; above 0 the stock layers compute, several times slower and not planned",
         low=0, high=0.9,
     )  # fmt: skip
-    gradient_checkpointing: str = knob(
+    gradient_checkpointing: str = option(
         "auto",
-        "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the card "
+        "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the GPU "
         "needs, in all without auto_batch; offload: in all, their inputs in the host's memory",
         choices=("auto", "true", "offload", "false"),
-        free=True,
+        resumable=True,
     )
-    auto_batch: bool = knob(
+    auto_batch: bool = option(
         True,
-        "photos per forward pass and recomputation as this card's memory allows, the photos per step as configured; "
+        "images per forward pass and recomputation as this GPU's memory allows, the images per step as configured; "
         "false: exactly what the config says",
-        free=True,
+        resumable=True,
     )
-    compile: str = knob(
+    compile: str = option(
         "auto",
-        "one kernel for what stands between two matrix products; auto: on a CUDA card, if the run is long enough to "
+        "one kernel for what stands between two matrix products; auto: on a CUDA GPU, if the run is long enough to "
         "win the time back",
         choices=("auto", "true", "false"),
-        free=True,
+        resumable=True,
     )
-    sharding: str = knob(
+    sharding: str = option(
         "none",
-        "fsdp: several processes spread the frozen weights over their cards and gather them layer by layer; photos per "
+        "fsdp: several processes spread the frozen weights over their GPUs and gather them layer by layer; images per "
         "forward pass and recomputation are then as configured",
         choices=("none", "fsdp"),
-        free=True,
+        resumable=True,
     )
-    gpu_memory_fraction: float = knob(
-        0.9, "share of the card this process may take; the rest is a buffer", above=0, high=1, free=True
+    gpu_memory_fraction: float = option(
+        0.9, "share of the GPU this process may take; the rest is a buffer", above=0, high=1, resumable=True
     )
 
     # ---- the data
-    dataset: str = knob(
+    dataset: str = option(
         "oxford_flowers102", "oxford_flowers102 (hub), synthetic, or a folder: VGG release, parquet, or class folders"
     )
-    dataset_revision: str = knob("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
-    streaming: bool = knob(
+    dataset_revision: str = option("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
+    streaming: bool = option(
         False,
-        "read train photos from parquet files as they come, where the disk has no room for them as Arrow too; needs "
+        "read train images from parquet files as they come, where the disk has no room for them as Arrow too; needs "
         "max_steps",
     )
-    train_on_val: bool = knob(False, "learn from train + val; nothing can be chosen or measured on val then")
-    sample_fraction: float = knob(1.0, "share of the train and val photos used, class balance kept", above=0, high=1)
-    val_fraction: float = knob(0.1, "of an image folder without a val split", above=0, high=0.5)
-    test_fraction: float = knob(0.1, "of an image folder without a test split", above=0, high=0.5)
-    allow_missing: bool = knob(False, "go on although photos named by the data set are not on disk")
-    max_bad_fraction: float = knob(
+    train_on_val: bool = option(False, "learn from train + val; nothing can be chosen or measured on val then")
+    sample_fraction: float = option(1.0, "share of the train and val images used, class balance kept", above=0, high=1)
+    val_fraction: float = option(0.1, "of an image folder without a val split", above=0, high=0.5)
+    test_fraction: float = option(0.1, "of an image folder without a test split", above=0, high=0.5)
+    allow_missing: bool = option(False, "go on although images named by the data set are not on disk")
+    max_unreadable_fraction: float = option(
         0.01,
-        "share of unreadable photos above which the run stops; they are counted and named",
+        "share of unreadable images above which the run stops; they are counted and named",
         low=0,
         high=1,
-        free=True,
+        resumable=True,
     )
-    image_size: int | None = knob(
-        336, "photos become squares of this side, in pixels; none: their own size, up to 5 tiles", low=28
+    image_size: int | None = option(
+        336, "images become squares of this side, in pixels; none: their own size, up to 5 tiles", low=28
     )
-    question: str = knob("What flower is shown in this image?", "what the model is asked about every photo")
-    num_workers: int = knob(2, "processes that decode photos; 0: the training process does", low=0, free=True)
-    pin_memory: bool = knob(True, "page-locked batches copy faster to a CUDA card", free=True)
+    question: str = option("What flower is shown in this image?", "what the model is asked about every image")
+    num_workers: int = option(2, "processes that decode images; 0: the training process does", low=0, resumable=True)
+    pin_memory: bool = option(True, "page-locked batches copy faster to a CUDA GPU", resumable=True)
 
     # ---- the optimizer
-    per_device_train_batch_size: int = knob(
-        1, "photos per forward pass where auto_batch does not choose: the memory knob", low=1, free=True
+    per_device_train_batch_size: int = option(
+        1, "images per forward pass where auto_batch does not choose: the memory option", low=1, resumable=True
     )
-    gradient_accumulation_steps: int = knob(
-        16, "the product of the two is what the optimizer sees, whatever the number of cards", low=1, free=True
+    gradient_accumulation_steps: int = option(
+        16, "the product of the two is what the optimizer sees, whatever the number of GPUs", low=1, resumable=True
     )
-    learning_rate: float = knob(1e-5, "its peak", above=0)
-    projector_learning_rate: float | None = knob(None, "of the projector; none: learning_rate", above=0)
-    lr_scheduler_type: str = knob("cosine", "decay after warm-up", choices=("cosine", "linear", "constant_with_warmup"))
-    warmup_steps: float = knob(0.03, "optimizer steps of linear warm-up; below 1: share of all steps", low=0)
-    weight_decay: float = knob(0.0, "AdamW's", low=0)
-    max_grad_norm: float = knob(0.5, "gradients are clipped to this norm", above=0)
-    optim: str = knob("adamw_torch_fused", "any optimizer name of transformers, e.g. paged_adamw_8bit")
-    num_train_epochs: float = knob(3.0, "passes over the train photos", above=0, free=True)
-    max_steps: int = knob(-1, "optimizer steps; above 0 it overrides num_train_epochs", low=-1, free=True)
+    learning_rate: float = option(1e-5, "its peak", above=0)
+    projector_learning_rate: float | None = option(None, "of the projector; none: learning_rate", above=0)
+    lr_scheduler_type: str = option(
+        "cosine", "decay after warm-up", choices=("cosine", "linear", "constant_with_warmup")
+    )
+    warmup_steps: float = option(0.03, "optimizer steps of linear warm-up; below 1: share of all steps", low=0)
+    weight_decay: float = option(0.0, "AdamW's", low=0)
+    max_grad_norm: float = option(0.5, "gradients are clipped to this norm", above=0)
+    optim: str = option("adamw_torch_fused", "any optimizer name of transformers, e.g. paged_adamw_8bit")
+    num_train_epochs: float = option(3.0, "passes over the train images", above=0, resumable=True)
+    max_steps: int = option(-1, "optimizer steps; above 0 it overrides num_train_epochs", low=-1, resumable=True)
 
     # ---- when what happens, in optimizer steps
-    logging_steps: int = knob(10, "one step line each", low=1, free=True)
-    eval_steps: int | None = knob(
-        100, "val photos scored, best/ kept by their top-1, a fresh loss.png; none: only at the end", low=1, free=True
+    logging_steps: int = option(10, "one step line each", low=1, resumable=True)
+    eval_steps: int | None = option(
+        100,
+        "val images scored, best/ kept by their top-1, a fresh loss.png; none: only at the end",
+        low=1,
+        resumable=True,
     )
-    early_stopping_patience: int | None = knob(
-        None, "evaluations without a gain in top-1 after which the run stops; none: never", low=1, free=True
+    early_stopping_patience: int | None = option(
+        None, "evaluations without a gain in top-1 after which the run stops; none: never", low=1, resumable=True
     )
-    early_stopping_min_gain: float | None = knob(
+    early_stopping_min_gain: float | None = option(
         None,
-        "gain in top-1 that counts; none: the standard error that the number of val photos allows",
+        "gain in top-1 that counts; none: the standard error that the number of val images allows",
         low=0,
-        free=True,
+        resumable=True,
     )
-    save_steps: int = knob(50, "a checkpoint each", low=1, free=True)
-    max_skipped_steps: int = knob(
-        0, "steps in a row without a finite loss and gradient that are left out before the run stops", low=0, free=True
+    save_steps: int = option(50, "a checkpoint each", low=1, resumable=True)
+    max_skipped_steps: int = option(
+        0,
+        "steps in a row without a finite loss and gradient that are left out before the run stops",
+        low=0,
+        resumable=True,
     )
-    save_total_limit: int = knob(2, "checkpoints kept; two, so that one survives a torn save", low=2, free=True)
-    per_device_eval_batch_size: int = knob(4, "photos per forward pass of an evaluation", low=1, free=True)
-    report_to: str = knob("none", "trackers of transformers, with commas: tensorboard,wandb", free=True)
+    save_total_limit: int = option(2, "checkpoints kept; two, so that one survives a torn save", low=2, resumable=True)
+    per_device_eval_batch_size: int = option(4, "images per forward pass of an evaluation", low=1, resumable=True)
+    report_to: str = option("none", "trackers of transformers, with commas: tensorboard,wandb", resumable=True)
 
     @property
     def effective_batch_size(self) -> int:
-        """Photos per optimizer step, over all cards."""
+        """Images per optimizer step, over all GPUs."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
@@ -207,7 +223,7 @@ PRESETS: dict[str, dict] = {
         per_device_eval_batch_size=50,
         num_workers=1,
     ),
-    # A LLaVA-NeXT of 27 million random weights that learns flowers from real photos alone, on a GPU in minutes.
+    # A LLaVA-NeXT of 27 million random weights that learns flowers from real images alone, on a GPU in minutes.
     "scratch": dict(
         model="scratch",
         image_size=112,
@@ -226,7 +242,7 @@ PRESETS: dict[str, dict] = {
         per_device_eval_batch_size=64,
         num_workers=6,
     ),
-    # Photos at their own resolution: about 2,340 image tokens each in place of 1,176.
+    # Images at their own resolution: about 2,340 image tokens each in place of 1,176.
     "native": dict(image_size=None),
     "projector": dict(trainable="projector", learning_rate=2e-5),
     # The setting of arXiv 2405.18415. It trains on val, so it runs its fixed length and nothing is chosen on val.
@@ -253,7 +269,7 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
             "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn; use --load-in-4bit false or "
             "--trainable adapter"
         )
-    if config.model in ON_CPU and config.load_in_4bit:
+    if config.model in CPU_MODELS and config.load_in_4bit:
         yield (
             f"model={config.model} with load_in_4bit=true: a model built here has nothing to load in 4 bit; use "
             f"--preset {config.model}, or --load-in-4bit false"
@@ -279,7 +295,7 @@ def find_problems(config: TrainingConfig) -> Iterator[str]:
         )
     if config.train_on_val and config.eval_steps is not None:
         yield (
-            f"eval_steps={config.eval_steps} with train_on_val=true: photos that are learned from measure nothing; "
+            f"eval_steps={config.eval_steps} with train_on_val=true: images that are learned from measure nothing; "
             "use --eval-steps none or --train-on-val false"
         )
     if config.early_stopping_patience is not None and config.eval_steps is None:
@@ -307,7 +323,7 @@ def _streaming_problems(config: TrainingConfig) -> Iterator[str]:
     if config.sample_fraction < 1 or config.train_on_val:
         yield (
             f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
-            f"{_show(config.train_on_val)}: both need all photos at once; use 1 and false, or --streaming false"
+            f"{_show(config.train_on_val)}: both need all images at once; use 1 and false, or --streaming false"
         )
 
 
@@ -432,7 +448,7 @@ def _with_whole_paths(settings):
     whole = {
         name: os.path.abspath(path)
         for name, path in folders.items()
-        if path and path not in (*BUILT, *SOURCES) and os.path.isdir(path)
+        if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.isdir(path)
     }
     return dataclasses.replace(settings, **whole) if whole else settings
 
@@ -464,7 +480,7 @@ def _build_parser(description: str, kinds: tuple[type, ...], words: str | None) 
 
 
 def _spelled_out(argv: list[str], kinds: tuple[type, ...], has_words: bool) -> list[str]:
-    """--output_dir, as transformers spells it, is --output-dir; --json before a photo is --json=true."""
+    """--output_dir, as transformers spells it, is --output-dir; --json before a image is --json=true."""
     switches = {
         "--" + field.name.replace("_", "-")
         for field in itertools.chain(*map(dataclasses.fields, kinds))

@@ -11,35 +11,35 @@ from config.training_config import (
     apply_flags,
     find_problems,
     find_range_problems,
-    knob,
+    option,
     read_flags,
 )
 from runtime.run_dir import open_run, runs_here
 
 # Settings of the run that may be others here: where and how fast it computes.
 COMPUTING = ("mixed_precision", "load_in_4bit", "gpu_memory_fraction", "num_workers", "per_device_eval_batch_size")
-OF_THE_DATA = ("dataset", "dataset_revision", "allow_missing", "max_bad_fraction")
+OF_THE_DATA = ("dataset", "dataset_revision", "allow_missing", "max_unreadable_fraction")
 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    top: int = knob(5, "names told of each photo", low=1)
-    json: bool = knob(False, "one JSON object a line")
+    top: int = option(5, "names told of each image", low=1)
+    json: bool = option(False, "one JSON object a line")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    dtype: str = knob("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
-    adapter_only: bool = knob(False, "the adapter alone, for the base model it was trained on")
-    push_to_hub: str | None = knob(None, "OWNER/NAME: the same files go there too, private unless it exists")
-    limit: int | None = knob(None, "val photos that the exported model is scored on; none: all", low=1)
+    dtype: str = option("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
+    adapter_only: bool = option(False, "the adapter alone, for the base model it was trained on")
+    push_to_hub: str | None = option(None, "OWNER/NAME: the same files go there too, private unless it exists")
+    limit: int | None = option(None, "val images that the exported model is scored on; none: all", low=1)
 
 
 @dataclass(frozen=True)
 class PageOptions:
-    host: str = knob("127.0.0.1", "0.0.0.0 shows the page to the whole network")
-    port: int = knob(7860, "of the page; 0: a free one", low=0, high=65535)
-    open: bool = knob(False, "show the page in this machine's browser")
+    host: str = option("127.0.0.1", "0.0.0.0 shows the page to the whole network")
+    port: int = option(7860, "of the page; 0: a free one", low=0, high=65535)
+    open: bool = option(False, "show the page in this machine's browser")
 
 
 class Use(NamedTuple):
@@ -78,7 +78,7 @@ def parse_use(
             problems.append(f"{folder}: name {words} behind it")
         if len(rest) > (most or len(rest)) or (rest and not words):
             problems.append(f"{' '.join(rest[most:])}: one too many; usage: RUN {words}".rstrip())
-    config = dataclasses.replace(config, compile="false")  # too few photos to win it back
+    config = dataclasses.replace(config, compile="false")  # too few images to win it back
     config, more = apply_flags(config, {name: text for name, text in flags.given.items() if name in of_the_run})
     flags.stop_on([*problems, *more, *find_problems(config)])
     return Use(Path(folder), rest, config, recorded, options)

@@ -1,9 +1,9 @@
 """Rows to a padded batch, proven sample by sample before it leaves.
 
-Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
+Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K positions supervised in any sample.
 
 The model compares only totals over a batch, and trains without a word on moved image tokens, swapped sizes or NaN
-pixels. So each sample is compared here, on the CPU, with what our own arithmetic says of its photo.
+pixels. So each sample is compared here, on the CPU, with what our own arithmetic says of its image.
 """
 
 import contextlib
@@ -14,15 +14,11 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from utils.image_utils import PhotoError, fit_photo, fitted_size, open_photo, photo_size
+from utils.image_utils import ImageError, fit_image, fitted_size, open_image, read_image_size
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt, count_image_tokens
 
 IGNORED = -100  # label of a token that is not supervised
-
-
-class BatchProofError(UserError):
-    """A batch that differs from what its photos and answers must give; the message names the sample."""
 
 
 class Answer(NamedTuple):
@@ -38,7 +34,7 @@ class Sample(NamedTuple):
 
     id: str
     label: int
-    size: tuple[int, int]  # (H, W) of the fitted photo
+    size: tuple[int, int]  # (H, W) of the fitted image
     tiles: int
     image_tokens: int
     prompt_length: int
@@ -46,9 +42,9 @@ class Sample(NamedTuple):
 
 
 class PlantCollator:
-    """Rows -> batch for training and scoring. Photos that cannot be opened are left out and named in `bad`.
+    """Rows -> batch for training and scoring. Images that cannot be opened are left out and named in `unreadable`.
 
-    Raises PromptError-like BatchProofError at construction for a class name that the tokenizer cannot carry, and in a
+    Raises UserError-like UserError at construction for a class name that the tokenizer cannot carry, and in a
     call for a batch that does not hold what it must.
     """
 
@@ -65,26 +61,30 @@ class PlantCollator:
         return [answer.ids[answer.prompt_length :] for answer in self.answers]
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        photos, kept, bad = self._open(rows)
-        if not photos:
-            return {"samples": [], "bad": bad, "labels": torch.empty(0, dtype=torch.int64)}  # counted in every process
-        samples = [self.describe(row, (photo.height, photo.width)) for row, photo in zip(kept, photos)]
+        images, kept, unreadable = self._open(rows)
+        if not images:
+            return {
+                "samples": [],
+                "unreadable": unreadable,
+                "labels": torch.empty(0, dtype=torch.int64),
+            }  # counted in every process
+        samples = [self.describe(row, (image.height, image.width)) for row, image in zip(kept, images)]
         # Neighbours of like length, so that a micro-batch cut from this batch pads little.
         order = sorted(range(len(samples)), key=lambda index: (samples[index].tiles, samples[index].length))
-        samples, photos = [samples[index] for index in order], [photos[index] for index in order]
+        samples, images = [samples[index] for index in order], [images[index] for index in order]
         texts = [self.answers[sample.label].text for sample in samples]
-        encoded = self.processor(images=photos, text=texts, return_tensors="pt", padding=True, padding_side="right")
-        self.prove(encoded, samples, texts)
-        return self._assemble(encoded, samples) | {"bad": bad}
+        encoded = self.processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
+        self.validate_batch(encoded, samples, texts)
+        return self._assemble(encoded, samples) | {"unreadable": unreadable}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Rows -> left-padded prompts for generation, with the true labels beside them."""
-        photos, kept, bad = self._open(rows)
-        if not photos:
-            return {"ids": [], "bad": bad}
+        images, kept, unreadable = self._open(rows)
+        if not images:
+            return {"ids": [], "unreadable": unreadable}
         encoded = self.processor(
-            images=photos,
-            text=[self.prompt.prompt] * len(photos),
+            images=images,
+            text=[self.prompt.prompt] * len(images),
             return_tensors="pt",
             padding=True,
             padding_side="left",
@@ -93,7 +93,7 @@ class PlantCollator:
         return {name: encoded[name] for name in names} | {
             "labels": [row["label"] for row in kept],
             "ids": [row["id"] for row in kept],
-            "bad": bad,
+            "unreadable": unreadable,
         }
 
     def describe(self, row: dict, size: tuple[int, int]) -> Sample:
@@ -106,16 +106,16 @@ class PlantCollator:
         )
 
     def count_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(image tokens, tiles) of a fitted photo of this (H, W)."""
-        images = self.processor.image_processor
+        """(image tokens, tiles) of a fitted image of this (H, W)."""
+        image_processor = self.processor.image_processor
         return count_image_tokens(
-            size, images.image_grid_pinpoints, images.crop_size["height"], self.processor.patch_size
+            size, image_processor.image_grid_pinpoints, image_processor.crop_size["height"], self.processor.patch_size
         )
 
     def largest_row(self, rows: Sequence[dict]) -> dict:
-        """A row of plain grey that becomes as many tokens as the largest of `rows` can: photo and longest name.
+        """A row of plain grey that becomes as many tokens as the largest of `rows` can: image and longest name.
 
-        Sizes are read from the photos' headers, of 2,000 photos at most; unreadable ones are passed over.
+        Sizes are read from the images' headers, of 2,000 images at most; unreadable ones are passed over.
         """
         sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else self._sizes(rows)
         height, width = max(sizes, key=lambda size: self.count_tokens(size)[0])
@@ -128,25 +128,25 @@ class PlantCollator:
     def _sizes(rows) -> set[tuple[int, int]]:
         found = set()
         for index in range(0, len(rows), -(-len(rows) // 2000)):
-            with contextlib.suppress(PhotoError):
-                found.add(photo_size(rows[index]["image"]))
+            with contextlib.suppress(ImageError):
+                found.add(read_image_size(rows[index]["image"]))
         return found or {(500, 500)}
 
-    def batch_bytes(self, photos: int) -> int:
-        """Bytes of the pixels of a batch, at most: fp32, as many tiles as a photo can take."""
-        images = self.processor.image_processor
-        tile = images.crop_size["height"]
+    def batch_bytes(self, images: int) -> int:
+        """Bytes of the pixels of a batch, at most: fp32, as many tiles as a image can take."""
+        image_processor = self.processor.image_processor
+        tile = image_processor.crop_size["height"]
         if self.image_size is None:
-            most = 1 + max(height * width // tile**2 for height, width in images.image_grid_pinpoints)
+            most = 1 + max(height * width // tile**2 for height, width in image_processor.image_grid_pinpoints)
         else:
             _, most = self.count_tokens((self.image_size, self.image_size))
-        return photos * most * 3 * tile * tile * 4
+        return images * most * 3 * tile * tile * 4
 
-    def prove(self, encoded: dict, samples: Sequence[Sample], texts: Sequence[str]) -> None:
-        """Raise BatchProofError unless the processor's output is, sample by sample, what it must be."""
+    def validate_batch(self, encoded: dict, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+        """Raise UserError unless the processor's output is, sample by sample, what it must be."""
         for name in ("input_ids", "pixel_values", "image_sizes"):
             if encoded.get(name) is None:
-                raise BatchProofError(
+                raise UserError(
                     f"batch of {samples[0].id} and {len(samples) - 1} more: {name} is missing; the model would train "
                     "on "
                     "text alone, check the processor"
@@ -157,8 +157,8 @@ class PlantCollator:
                 "" if finite[index] else "a pixel is not a finite number"
             )
             if reason:
-                raise BatchProofError(
-                    f"sample {sample.id}, photo {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
+                raise UserError(
+                    f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
                     f"{reason}; "
                     "check that processor and model are of one checkpoint (python test_trainer.py)"
                 )
@@ -177,7 +177,7 @@ class PlantCollator:
         if int(tiles.sum()) != sample.tiles or not tiles[: sample.tiles].all():
             return f"{int(tiles.sum())} tiles of pixels where {sample.tiles} are expected"
         if have != sample.image_tokens:
-            return f"{have} image tokens where its photo gives {sample.image_tokens} feature rows"
+            return f"{have} image tokens where its image gives {sample.image_tokens} feature rows"
         if len(ids) < sample.length:
             return f"truncated to {len(ids)} of {sample.length} tokens"
         if self.prompt.end_id not in supervised[-1:]:
@@ -212,14 +212,14 @@ class PlantCollator:
         }
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[dict], list[str]]:
-        photos, kept, bad = [], [], []
+        images, kept, unreadable = [], [], []
         for row in rows:
             try:
-                photos.append(fit_photo(open_photo(row["image"]), self.image_size))
+                images.append(fit_image(open_image(row["image"]), self.image_size))
                 kept.append(row)
-            except PhotoError as error:
-                bad.append(f"{row['id']}: {error}")
-        return photos, kept, bad
+            except ImageError as error:
+                unreadable.append(f"{row['id']}: {error}")
+        return images, kept, unreadable
 
     def _build_answer(self, name: str) -> Answer:
         """Prove once per class what the masks rely on: prompt and answer are tokenized alike alone and together."""
@@ -228,17 +228,17 @@ class PlantCollator:
         ids, prompt_ids = tokenizer(text).input_ids, tokenizer(self.prompt.prompt).input_ids
         supervised = ids[len(prompt_ids) :]
         if ids[: len(prompt_ids)] != prompt_ids or not supervised:
-            raise BatchProofError(
+            raise UserError(
                 f"class name {name!r}: the prompt is tokenized otherwise with it than alone; rename the class"
             )
         if ids.count(self.processor.image_token_id) != 1:
-            raise BatchProofError(
+            raise UserError(
                 f"class name {name!r}: its training text has {ids.count(self.processor.image_token_id)} image tokens "
                 "where 1 is "
                 "needed; rename the class"
             )
         if supervised[-1] != self.prompt.end_id or tokenizer.decode(supervised[:-1]).strip() != name:
-            raise BatchProofError(
+            raise UserError(
                 f"class name {name!r}: comes back from the tokenizer as {tokenizer.decode(supervised)!r}; rename the "
                 "class"
             )

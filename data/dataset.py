@@ -1,7 +1,7 @@
-"""From a source of photos to rows {"image": {"bytes", "path"}, "label": int, "id": str} in Arrow, not decoded.
+"""From a source of images to rows {"image": {"bytes", "path"}, "label": int, "id": str} in Arrow, not decoded.
 
 Sources: the hub data set, a folder in the official VGG release layout, a folder of parquet files, an image folder
-(your own plants), drawn flowers. Decoding happens in the collator, one photo at a time.
+(your own plants), drawn flowers. Decoding happens in the collator, one image at a time.
 """
 
 import glob
@@ -24,7 +24,7 @@ from config.training_config import TrainingConfig
 from data.labels import CLASS_NAMES, official_counts
 from data.streaming import Stream
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
-from utils.image_utils import SUFFIXES, is_photo_name, photos_below, printable
+from utils.image_utils import SUFFIXES, images_below, is_image_name, printable
 from utils.logging_utils import UserError, logger
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
@@ -33,13 +33,13 @@ SPLITS = tuple(OFFICIAL_SIZES)
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 # Byte-identical pictures in two splits of the official release, kept as published.
-TWINS = {"image_07309": "image_07307 (train)", "image_08067": "image_08077 (val)", "image_08077": "image_08067 (test)"}
+KNOWN_DUPLICATES = {
+    "image_07309": "image_07307 (train)",
+    "image_08067": "image_08077 (val)",
+    "image_08077": "image_08067 (test)",
+}
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
-
-
-class DataError(UserError):
-    """A data source that cannot be used; the message names it, the reason and the next move."""
 
 
 class PlantData(NamedTuple):
@@ -53,7 +53,7 @@ class PlantData(NamedTuple):
 
 
 def build_datasets(config: TrainingConfig) -> PlantData:
-    """The splits that a config asks for. Raises DataError in one sentence for a source that cannot be used."""
+    """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""
     data = _load_source(config)
     check_classes(data)
     if config.sample_fraction < 1:
@@ -73,7 +73,7 @@ def _load_source(config: TrainingConfig) -> PlantData:
     if config.dataset == "oxford_flowers102":
         return load_hub(HUB_REPOSITORY, config.dataset_revision)
     if not folder.is_dir():
-        raise DataError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
+        raise UserError(f"--dataset {config.dataset}: no such folder; name one, or use oxford_flowers102 or synthetic")
     if config.streaming:
         return stream_parquet_folder(folder, config.seed, config.allow_missing)
     if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
@@ -97,9 +97,9 @@ def load_hub(repository: str, revision: str) -> PlantData:
     try:
         splits = load_dataset(repository, revision=revision)
     except Exception as error:  # the library and the hub raise a dozen kinds
-        raise DataError(
+        raise UserError(
             f"data set {repository} at revision {revision} cannot be loaded ({_first_line(error)}); check the "
-            "network and HF_TOKEN, or give --dataset FOLDER with the photos"
+            "network and HF_TOKEN, or give --dataset FOLDER with the images"
         ) from error
     source = f"hub data set {repository} at {revision[:12]}"
     _check_columns(splits, source)
@@ -107,8 +107,8 @@ def load_hub(repository: str, revision: str) -> PlantData:
     for split, expected in OFFICIAL_SIZES.items():
         have = getattr(data, split)
         if len(have) != expected:
-            raise DataError(
-                f"{data.source}: split {split} has {len(have)} photos where {expected} are expected; give the "
+            raise UserError(
+                f"{data.source}: split {split} has {len(have)} images where {expected} are expected; give the "
                 "official revision with --dataset-revision"
             )
     return data
@@ -126,7 +126,7 @@ def load_parquet_folder(folder: Path, allow_missing: bool) -> PlantData:
     if not names:
         highest = pyarrow.compute.max(splits["train"].data.column("label")).as_py()
         if highest < len(CLASS_NAMES) - 1:
-            raise DataError(
+            raise UserError(
                 f"{folder}: labels of train run to {highest} and carry no names, and Oxford Flowers' run to "
                 f"{len(CLASS_NAMES) - 1}; write them as a ClassLabel"
             )
@@ -135,9 +135,9 @@ def load_parquet_folder(folder: Path, allow_missing: bool) -> PlantData:
 
 
 def stream_parquet_folder(folder: Path, seed: int, allow_missing: bool) -> PlantData:
-    """The same with its train photos streamed, and the others as ever. The labels must carry their names."""
+    """The same with its train images streamed, and the others as ever. The labels must carry their names."""
     if not any(folder.rglob("*.parquet")):
-        raise DataError(f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; use false")
+        raise UserError(f"--streaming true: {folder} holds no parquet files, and nothing else is streamed; use false")
     files = _parquet_files(folder, allow_missing)
     train_files = files.pop("train")
     splits = _read_parquet(folder, files)
@@ -145,15 +145,15 @@ def stream_parquet_folder(folder: Path, seed: int, allow_missing: bool) -> Plant
     try:
         train = Stream(train_files, seed)
     except Exception as error:
-        raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
     names = getattr(train.features["label"], "names", None)
     if not names:
-        raise DataError(
+        raise UserError(
             f"--streaming true: the labels in {folder} carry no names; write them as a ClassLabel, or use false"
         )
     for split, rows in splits.items():
         if getattr(rows.features["label"], "names", None) != names:
-            raise DataError(
+            raise UserError(
                 f"--streaming true: the labels of {split} in {folder} have other names, or another order of them, than "
                 "those of train; write all with the same ClassLabel"
             )
@@ -165,7 +165,7 @@ def _parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
     files = {split: _files_of_split(folder, split, "*.parquet") for split in SPLITS}
     missing = [split for split in SPLITS if not files[split]]
     if missing:
-        raise DataError(
+        raise UserError(
             f"{folder}: no parquet file for {' and '.join(missing)}; name files or folders train*, validation* and "
             "test*"
         )
@@ -177,13 +177,13 @@ def _parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
         if count < expected:
             told = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
             if not allow_missing:
-                raise DataError(f"{told}; add the others, or go on without them: --allow-missing true")
+                raise UserError(f"{told}; add the others, or go on without them: --allow-missing true")
             logger.warning("%s; going on without the others", told)
     for file in itertools.chain(*files.values()):
         try:
             pyarrow.parquet.read_metadata(file)
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file}: is no parquet file ({_first_line(error)}); write it again") from error
+            raise UserError(f"{file}: is no parquet file ({_first_line(error)}); write it again") from error
     return files
 
 
@@ -192,7 +192,7 @@ def _read_parquet(folder: Path, files: dict[str, list[Path]]) -> DatasetDict:
     try:
         return load_dataset("parquet", data_files=patterns)
     except Exception as error:
-        raise DataError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{folder}: the parquet files cannot be read ({_first_line(error)})") from error
 
 
 def load_vgg_folder(folder: Path, allow_missing: bool) -> PlantData:
@@ -202,27 +202,27 @@ def load_vgg_folder(folder: Path, allow_missing: bool) -> PlantData:
     for name, md5 in VGG_MD5.items():
         file = folder / name
         if not file.is_file():
-            raise DataError(f"{file}: is missing; the official release has it beside the folder jpg")
+            raise UserError(f"{file}: is missing; the official release has it beside the folder jpg")
         if hashlib.md5(file.read_bytes()).hexdigest() != md5:
-            raise DataError(f"{file}: is not the official file (md5 differs from {md5}); download it again")
-    labels = loadmat(folder / "imagelabels.mat")["labels"][0]  # 1-based classes of photos 1 to 8189
+            raise UserError(f"{file}: is not the official file (md5 differs from {md5}); download it again")
+    labels = loadmat(folder / "imagelabels.mat")["labels"][0]  # 1-based classes of images 1 to 8189
     split_ids = loadmat(folder / "setid.mat")
     present = {path.name for path in (folder / "jpg").glob("*.jpg")} if (folder / "jpg").is_dir() else set()
     splits, missing = {}, []
     for split, key in VGG_SPLIT_KEYS.items():
-        ids = sorted(int(photo) for photo in split_ids[key][0])
-        missing += [_vgg_name(photo) for photo in ids if _vgg_name(photo) not in present]
-        ids = [photo for photo in ids if _vgg_name(photo) in present]
+        ids = sorted(int(image) for image in split_ids[key][0])
+        missing += [_vgg_name(image) for image in ids if _vgg_name(image) not in present]
+        ids = [image for image in ids if _vgg_name(image) in present]
         splits[split] = _listed(
-            [(folder / "jpg" / _vgg_name(photo), int(labels[photo - 1]) - 1, f"image_{photo:05d}") for photo in ids]
+            [(folder / "jpg" / _vgg_name(image), int(labels[image - 1]) - 1, f"image_{image:05d}") for image in ids]
         )
     if missing:
         told = (
-            f"{folder / 'jpg'}: {len(missing)} of {sum(OFFICIAL_SIZES.values())} photos are missing "
+            f"{folder / 'jpg'}: {len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing "
             f"({', '.join(missing[:5])}, ...)"
         )
         if not allow_missing:
-            raise DataError(f"{told}; unpack 102flowers.tgz again, or go on without them: --allow-missing true")
+            raise UserError(f"{told}; unpack 102flowers.tgz again, or go on without them: --allow-missing true")
         logger.warning("%s; going on without them", told)
     data = PlantData(**splits, class_names=list(CLASS_NAMES), source=f"VGG release in {folder}")
     check_official_counts(data)
@@ -239,19 +239,19 @@ def load_image_folder(folder: Path, val_fraction: float, test_fraction: float, s
     )
     strange = [name for name in classes if not _is_utf8(Path(name))]
     if strange:
-        raise DataError(f"{folder}: the name of class folder {strange[0]!r} is not UTF-8; rename it")
+        raise UserError(f"{folder}: the name of class folder {strange[0]!r} is not UTF-8; rename it")
     if not classes:
-        raise DataError(
-            f"{folder}: no photos found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, parquet "
+        raise UserError(
+            f"{folder}: no images found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, parquet "
             "files, "
             "or jpg/ with the two .mat files"
         )
-    splits = {split: _load_photos(root[0], classes, folder) for split, root in roots.items() if root}
+    splits = {split: _load_images(root[0], classes, folder) for split, root in roots.items() if root}
     _tell_ignored(itertools.chain(*roots.values()), classes)
     empty = [name for index, name in enumerate(classes) if index not in set(splits["train"]["label"])]
     if empty:
-        raise DataError(
-            f"{folder}: class {empty[0]!r} has no photo to train on; add some to its folder, or remove the folder"
+        raise UserError(
+            f"{folder}: class {empty[0]!r} has no image to train on; add some to its folder, or remove the folder"
         )
     total = len(splits["train"])
     for split, fraction in (("validation", val_fraction), ("test", test_fraction)):
@@ -264,27 +264,27 @@ def load_image_folder(folder: Path, val_fraction: float, test_fraction: float, s
 
 
 def check_classes(data: PlantData) -> None:
-    """Raise DataError for an empty split, fewer than two classes, two classes of one name, or a name without text."""
+    """Raise UserError for an empty split, fewer than two classes, two classes of one name, or a name without text."""
     held = {split: rows for split, rows in zip(SPLITS, data) if not isinstance(rows, Stream)}
     sizes = {split: len(rows) for split, rows in held.items()}
-    for split, size in (sizes if "train" in held else {"train": data.train.photos} | sizes).items():
+    for split, size in (sizes if "train" in held else {"train": data.train.images} | sizes).items():
         if size == 0:
-            raise DataError(f"{data.source}: split {split} has no photos; add some, or name another --dataset")
+            raise UserError(f"{data.source}: split {split} has no images; add some, or name another --dataset")
     # The labels of a stream are not known before it was read.
     if len(data.class_names) < 2 or ("train" in held and len(set(data.train["label"])) < 2):
-        raise DataError(
+        raise UserError(
             f"{data.source}: only one class ({data.class_names[0]!r}); there is nothing to tell apart, add a second"
         )
     twice = [name for name, count in Counter(data.class_names).items() if count > 1 or not name]
     if twice:
-        raise DataError(f"{data.source}: class name {twice[0]!r} is empty or stands for two classes; rename one")
-    for photo, count in Counter(itertools.chain(*(rows["id"] for rows in held.values()))).items():
+        raise UserError(f"{data.source}: class name {twice[0]!r} is empty or stands for two classes; rename one")
+    for image, count in Counter(itertools.chain(*(rows["id"] for rows in held.values()))).items():
         if count > 1:
-            raise DataError(f"{data.source}: photo {photo} stands in two splits, or twice in one; remove all but one")
+            raise UserError(f"{data.source}: image {image} stands in two splits, or twice in one; remove all but one")
 
 
 def check_official_counts(data: PlantData) -> None:
-    """Raise DataError unless every split of full size has the official number of photos of each class."""
+    """Raise UserError unless every split of full size has the official number of images of each class."""
     for split in SPLITS:
         rows = getattr(data, split)
         if len(rows) != OFFICIAL_SIZES[split]:
@@ -292,15 +292,15 @@ def check_official_counts(data: PlantData) -> None:
         have = Counter(rows["label"])
         for label, expected in enumerate(official_counts(split)):
             if have[label] != expected:
-                raise DataError(
-                    f"{data.source}: split {split} has {have[label]} photos of {CLASS_NAMES[label]!r} where the "
+                raise UserError(
+                    f"{data.source}: split {split} has {have[label]} images of {CLASS_NAMES[label]!r} where the "
                     "official "
                     f"one has {expected}; are its labels 0-based and in official order?"
                 )
 
 
 def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
-    """A seeded share of each class, at least one photo of each, in the order of the rows."""
+    """A seeded share of each class, at least one image of each, in the order of the rows."""
     by_class = defaultdict(list)
     for index, label in enumerate(rows["label"]):
         by_class[label].append(index)
@@ -309,8 +309,8 @@ def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
     return rows.select(sorted(itertools.chain(*kept)))
 
 
-def hash_ids(data: PlantData) -> str:
-    """Of which photos are in train and val, with which labels: photos that change sides would be learned and scored."""
+def data_fingerprint(data: PlantData) -> str:
+    """Of which images are in train and val, with which labels: images that change sides would be learned and scored."""
     digest = hashlib.sha256()
     for rows in (data.train, data.validation or ()):
         if isinstance(rows, Stream):
@@ -328,16 +328,16 @@ def take(rows: Dataset, count: int | None) -> Dataset:
     return rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
 
 
-def name_twins(ids: Sequence[str]) -> list[str]:
+def known_duplicates(ids: Sequence[str]) -> list[str]:
     """Which of the known pictures that stand in two official splits are among these."""
-    return [f"{photo} = {twin}" for photo, twin in TWINS.items() if photo in set(ids)]
+    return [f"{image} = {twin}" for image, twin in KNOWN_DUPLICATES.items() if image in set(ids)]
 
 
-def load_strangers(folder: Path) -> Dataset:
-    """The photos in a folder, whatever they show; the label 0 means nothing."""
-    files = photos_below(folder)
+def load_ood_images(folder: Path) -> Dataset:
+    """The images in a folder, whatever they show; the label 0 means nothing."""
+    files = images_below(folder)
     if not files:
-        raise DataError(f"--strangers {folder}: no photos found there; name a folder of photos without the classes")
+        raise UserError(f"--ood {folder}: no images found there; name a folder of images without the classes")
     return _listed([(file, 0, str(file.relative_to(folder))) for file in files])
 
 
@@ -346,10 +346,10 @@ def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> t
     counts = Counter(rows["label"])
     rarest = min(counts, key=counts.get)
     if counts[rarest] < 2:
-        raise DataError(
-            f"class {classes[rarest]!r} has too few photos to split into train, val and test; it needs 3 or more"
+        raise UserError(
+            f"class {classes[rarest]!r} has too few images to split into train, val and test; it needs 3 or more"
         )
-    # Row numbers are split, so that no photo is copied.
+    # Row numbers are split, so that no image is copied.
     labels = list(rows["label"])
     features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(labels) + 1)})
     numbers = Dataset.from_dict({"row": list(range(len(rows))), "label": labels}, features=features)
@@ -371,7 +371,7 @@ def _official(splits: DatasetDict, source: str) -> PlantData:
         labels = splits[split].data.column("label")
         lowest, highest = (pyarrow.compute.min_max(labels)[side].as_py() for side in ("min", "max"))
         if lowest < 0 or highest >= len(CLASS_NAMES):
-            raise DataError(
+            raise UserError(
                 f"{source}: labels run from {lowest} to {highest}; expected are 0 to {len(CLASS_NAMES) - 1}, or "
                 "label names in the files (ClassLabel)"
             )
@@ -383,24 +383,24 @@ def _official(splits: DatasetDict, source: str) -> PlantData:
 def _check_columns(splits: DatasetDict, source: str, expected: Iterable[str] = SPLITS) -> None:
     for split in expected:
         if split not in splits:
-            raise DataError(
+            raise UserError(
                 f"{source}: split {split} is missing, it has {', '.join(splits)}; expected are train, validation and "
                 "test"
             )
         if not {"image", "label"} <= set(splits[split].column_names):
-            raise DataError(
+            raise UserError(
                 f"{source}: has the columns {', '.join(splits[split].column_names)}; expected are image and label, "
                 "rename them"
             )
 
 
 def _with_ids(splits: DatasetDict) -> dict[str, Dataset]:
-    """Add the id column: the photo's file name where every photo of the source has its own, else split and number."""
+    """Add the id column: the image's file name where every image of the source has its own, else split and number."""
     rows = {
         split: own.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
         for split, own in splits.items()
     }
-    # Of the chunks as they lie: combining them would copy every photo into memory.
+    # Of the chunks as they lie: combining them would copy every image into memory.
     paths = {
         split: pyarrow.compute.struct_field(own.data.column("image"), "path").to_pylist() for split, own in rows.items()
     }
@@ -412,8 +412,8 @@ def _with_ids(splits: DatasetDict) -> dict[str, Dataset]:
     return {split: own.add_column("id", ids[split]) for split, own in rows.items()}
 
 
-def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:
-    """Rows of the photos in <root>/<class>/, labels as in `classes`, ids relative to `source` and on one line."""
+def _load_images(root: Path, classes: list[str], source: Path) -> Dataset:
+    """Rows of the images in <root>/<class>/, labels as in `classes`, ids relative to `source` and on one line."""
     return _listed(
         [
             (file, label, printable(str(file.relative_to(source))))
@@ -426,7 +426,7 @@ def _load_photos(root: Path, classes: list[str], source: Path) -> Dataset:
 
 
 def _tell_ignored(roots: Iterable[Path], classes: list[str]) -> None:
-    """A photo in a format that is not read, or one folder too deep, is missed by nobody but its owner."""
+    """A image in a format that is not read, or one folder too deep, is missed by nobody but its owner."""
     inside = [path for root in roots for name in classes for path in (root / name).glob("*") if path.name[0] != "."]
     ignored = [path for path in inside if not _is_listed(path)]
     if ignored:
@@ -437,16 +437,16 @@ def _tell_ignored(roots: Iterable[Path], classes: list[str]) -> None:
         )
 
 
-def _listed(photos: list[tuple[Path, int, str]]) -> Dataset:
+def _listed(images: list[tuple[Path, int, str]]) -> Dataset:
     """Rows of (file, label, id), as Arrow in the library's cache, which knows the list by its hash."""
-    if not photos:
+    if not images:
         return Dataset.from_dict({name: [] for name in ROW}, features=ROW)
-    return Dataset.from_generator(_rows, features=ROW, gen_kwargs={"photos": photos})
+    return Dataset.from_generator(_rows, features=ROW, gen_kwargs={"images": images})
 
 
-def _rows(photos: list[tuple[Path, int, str]]) -> Iterator[dict]:
-    for file, label, photo in photos:
-        yield {"image": {"bytes": None, "path": str(file)}, "label": label, "id": photo}
+def _rows(images: list[tuple[Path, int, str]]) -> Iterator[dict]:
+    for file, label, image in images:
+        yield {"image": {"bytes": None, "path": str(file)}, "label": label, "id": image}
 
 
 def _files_of_split(folder: Path, split: str, pattern: str) -> list[Path]:
@@ -459,7 +459,7 @@ def _files_of_split(folder: Path, split: str, pattern: str) -> list[Path]:
 
 
 def _is_listed(path: Path) -> bool:
-    return is_photo_name(path) and not path.is_dir() and _is_utf8(path)
+    return is_image_name(path) and not path.is_dir() and _is_utf8(path)
 
 
 def _is_utf8(path: Path) -> bool:
@@ -475,8 +475,8 @@ def _is_shown_folder(path: Path) -> bool:
     return path.is_dir() and not path.name.startswith(".")
 
 
-def _vgg_name(photo: int) -> str:
-    return f"image_{photo:05d}.jpg"
+def _vgg_name(image: int) -> str:
+    return f"image_{image:05d}.jpg"
 
 
 def _first_line(error: Exception) -> str:

@@ -27,19 +27,19 @@ CLASS_NAMES = (
     "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper", "blackberry lily",
 )
 
-PHOTOS_PER_CLASS = (
+IMAGES_PER_CLASS = (
     40, 60, 40, 56, 65, 45, 40, 85, 46, 45, 87, 87, 49, 48, 49, 41, 85, 82, 49, 56, 40, 59, 91, 42, 41, 41, 40, 66,
     78, 85, 52, 45, 46, 40, 43, 75, 108, 56, 41, 67, 127, 59, 130, 93, 40, 196, 67, 71, 49, 92, 258, 85, 93, 61, 71,
     109, 67, 114, 67, 109, 50, 55, 54, 52, 102, 61, 42, 54, 54, 62, 78, 96, 194, 171, 120, 107, 251, 137, 41, 105,
     166, 112, 131, 86, 63, 58, 63, 154, 184, 82, 76, 66, 46, 162, 128, 91, 66, 82, 63, 49, 58, 48,
 )
 # fmt: on
-OFFICIAL_PER_CLASS = 10  # photos of each class in the official train split, and in val; the rest is test
+OFFICIAL_PER_CLASS = 10  # images of each class in the official train split, and in val; the rest is test
 
 
 def official_counts(split: str) -> list[int]:
-    """Photos per class of an official split: train, validation or test."""
-    return [total - 2 * OFFICIAL_PER_CLASS if split == "test" else OFFICIAL_PER_CLASS for total in PHOTOS_PER_CLASS]
+    """Images per class of an official split: train, validation or test."""
+    return [total - 2 * OFFICIAL_PER_CLASS if split == "test" else OFFICIAL_PER_CLASS for total in IMAGES_PER_CLASS]
 
 
 def normalize(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Train photos read from parquet files as they are needed, where a disk has no room for them as Arrow as well."""
+"""Train images read from parquet files as they are needed, where a disk has no room for them as Arrow as well."""
 
 import glob
 import hashlib
@@ -18,7 +18,7 @@ BUFFER = 1000  # rows, not decoded, out of which the next is drawn; of each load
 class Stream(IterableDataset):
     """Rows like those of data/dataset.py, for ever: pass after pass, each in another order.
 
-    A process has every n-th file to itself, and its loader's workers have every n-th of these. `share` and `begin_at`
+    A process has every n-th file to itself, and its loader's workers have every n-th of these. `share` and `skip_steps`
     say which rows; then the same numbers of processes and workers give the same rows in the same order.
     """
 
@@ -26,27 +26,27 @@ class Stream(IterableDataset):
         rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
         self.files = [file for file in files if rows[file]] or list(files)  # who has only empty ones finds nothing
         self.seed = seed
-        self.photos = sum(rows.values())
-        self.share(0, 1, 1)
+        self.images = sum(rows.values())
+        self.set_rank(0, 1, 1)
         self.features = self._open().features
 
-    def share(self, process: int, processes: int, photos_of_step: int) -> None:
-        """Which of several processes this is, and how many photos all of them take in a step."""
+    def set_rank(self, process: int, processes: int, images_per_step: int) -> None:
+        """Which of several processes this is, and how many images all of them take in a step."""
         if len(self.files) < processes:
             raise UserError(
-                f"--streaming true: {len(self.files)} parquet files with photos for {processes} processes, and each "
-                "needs one of its own; write the photos to more files, or start fewer processes"
+                f"--streaming true: {len(self.files)} parquet files with images for {processes} processes, and each "
+                "needs one of its own; write the images to more files, or start fewer processes"
             )
         self.own = self.files[process::processes]
-        self.batch_size = photos_of_step // processes + (process < photos_of_step % processes)
-        self.begin_at(0)
+        self.batch_size = images_per_step // processes + (process < images_per_step % processes)
+        self.skip_steps(0)
 
-    def begin_at(self, step: int) -> None:
-        """Leave out what so many steps took, but for the steps in a last round of the workers: `left_over(workers)`."""
+    def skip_steps(self, step: int) -> None:
+        """Skip the samples of the first `step` steps; the loader skips the rest of a round, `batches_to_skip`."""
         self.steps_done = step
 
-    def left_over(self, workers: int) -> int:
-        """Batches that a loader still gives of those before `begin_at`: it begins with its first worker again."""
+    def batches_to_skip(self, workers: int) -> int:
+        """Batches that a loader still gives of those before `skip_steps`: it begins with its first worker again."""
         return self.steps_done % max(workers, 1)
 
     def head(self, count: int) -> list[dict]:
@@ -67,7 +67,7 @@ class Stream(IterableDataset):
                 yield row
             if row is None:
                 raise UserError(
-                    f"--streaming true: no photos for one reader of the {len(self.own)} files from {self.own[0]} on: "
+                    f"--streaming true: no images for one reader of the {len(self.own)} files from {self.own[0]} on: "
                     "emptied since the start; put them back, and give the same command again"
                 )
 
@@ -79,5 +79,5 @@ class Stream(IterableDataset):
 
 
 def _row(row: dict) -> dict:
-    """With an id: the photo's path where the file has one, else a hash of its bytes."""
+    """With an id: the image's path where the file has one, else a hash of its bytes."""
     return row | {"id": row["image"]["path"] or hashlib.sha256(row["image"]["bytes"] or b"").hexdigest()[:16]}

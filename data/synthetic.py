@@ -1,7 +1,7 @@
 """Drawn flowers of ten invented species: the data set of the tiny preset, made in seconds, the same on every machine.
 
-Two species differ in at least two of petal count, petal shape, colour and centre; the star- and moonworts of one colour
-differ in petal shape alone. Ground, size, place, rotation and hue vary, so that a drawing's mean colour gives away
+Two species differ in at least two of petal count, petal shape, color and center; the star- and moonworts of one color
+differ in petal shape alone. Ground, size, place, rotation and hue vary, so that a drawing's mean color gives away
 little (measured in docs/LOG.md).
 """
 
@@ -21,8 +21,8 @@ SPLIT_SIZES = {"train": 4000, "validation": 300, "test": 300}
 class Species(NamedTuple):
     petals: int
     shape: str
-    colour: str
-    centre: str
+    color: str
+    center: str
 
 
 SPECIES = {
@@ -37,13 +37,13 @@ SPECIES = {
     "violet heartcup": Species(4, "notched", "violet", "dark"),
     "ivory trillet": Species(3, "pointed", "ivory", "green"),
 }
-COLOURS = {
+COLORS = {
     "amber": (0.12, 0.9, 0.95),
     "rosy": (0.94, 0.65, 0.92),
     "violet": (0.75, 0.6, 0.8),
     "ivory": (0.13, 0.08, 0.97),
 }
-CENTRES = {"dark": (60, 30, 30), "green": (90, 150, 60), "golden": (240, 200, 40)}
+CENTERS = {"dark": (60, 30, 30), "green": (90, 150, 60), "golden": (240, 200, 40)}
 HALF_WIDTHS = {"round": 0.46, "pointed": 0.19, "notched": 0.42, "strap": 0.13}  # of a petal, in petal lengths
 
 
@@ -60,14 +60,14 @@ def _draw_row(split: str, index: int, names: list[str]) -> dict:
     return {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "id": f"{split}-{index:05d}"}
 
 
-def draw_strangers(count: int = 40) -> dict[str, list[dict]]:
-    """{kind: rows} of pictures that show no plant at all: noise, plain colour, stripes. The label 0 means nothing."""
-    return {kind: [_draw_stranger(kind, index) for index in range(count)] for kind in ("noise", "plain", "stripes")}
+def draw_ood_images(count: int = 40) -> dict[str, list[dict]]:
+    """{kind: rows} of pictures that show no plant at all: noise, plain color, stripes. The label 0 means nothing."""
+    return {kind: [_draw_ood_image(kind, index) for index in range(count)] for kind in ("noise", "plain", "stripes")}
 
 
-def _draw_stranger(kind: str, index: int) -> dict:
+def _draw_ood_image(kind: str, index: int) -> dict:
     rng = random.Random(f"{kind} {index}")
-    one, other = _ground_colour(rng.random(), rng), _ground_colour(rng.random(), rng)
+    one, other = _ground_color(rng.random(), rng), _ground_color(rng.random(), rng)
     image = Image.new("RGB", (SIDE, SIDE), one)
     if kind == "noise":
         image = Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE))
@@ -84,13 +84,13 @@ def draw_flower(species: Species, rng: random.Random) -> Image.Image:
     """One drawing, SIDE x SIDE pixels, RGB."""
     side = SIDE * OVERSAMPLING
     hue = rng.random()
-    image = Image.new("RGB", (side, side), _ground_colour(hue, rng))
+    image = Image.new("RGB", (side, side), _ground_color(hue, rng))
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 2)):
         x, y, radius = rng.random() * side, rng.random() * side, rng.uniform(0.08, 0.35) * side
         height = radius * rng.uniform(0.3, 1)
-        colour = _ground_colour(hue + rng.uniform(-0.15, 0.15), rng)
-        pen.ellipse((x - radius, y - height, x + radius, y + height), fill=colour)
+        color = _ground_color(hue + rng.uniform(-0.15, 0.15), rng)
+        pen.ellipse((x - radius, y - height, x + radius, y + height), fill=color)
     _draw_blossom(pen, species, rng, side)
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
@@ -99,7 +99,7 @@ def _draw_blossom(pen: ImageDraw.ImageDraw, species: Species, rng: random.Random
     radius = side * rng.uniform(0.38, 0.5)
     x, y = (rng.uniform(0.9 * radius, side - 0.9 * radius) for _ in range(2))
     start = rng.random() * 2 * math.pi
-    hue, saturation, value = COLOURS[species.colour]
+    hue, saturation, value = COLORS[species.color]
     hue, saturation, value = (
         hue + rng.uniform(-0.03, 0.03),
         saturation * rng.uniform(0.8, 1.1),
@@ -112,12 +112,12 @@ def _draw_blossom(pen: ImageDraw.ImageDraw, species: Species, rng: random.Random
         outline = [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _petal(species)]
         fill = _rgb(hue, saturation, value * rng.uniform(0.93, 1.02))
         pen.polygon(outline, fill=fill, outline=_rgb(hue, saturation, 0.6 * value), width=OVERSAMPLING)
-    centre = radius * rng.uniform(0.2, 0.26)
-    pen.ellipse((x - centre, y - centre, x + centre, y + centre), fill=CENTRES[species.centre], outline=(40, 40, 30))
+    center = radius * rng.uniform(0.2, 0.26)
+    pen.ellipse((x - center, y - center, x + center, y + center), fill=CENTERS[species.center], outline=(40, 40, 30))
 
 
 def _petal(species: Species) -> list[tuple[float, float]]:
-    """Outline of a petal along the u axis, from the centre at u = 0 to the tip at u = 1."""
+    """Outline of a petal along the u axis, from the center at u = 0 to the tip at u = 1."""
     half_width = HALF_WIDTHS[species.shape] * (1.25 if species.petals <= 3 else 1)
     along = [step / 16 for step in range(17)]
     if species.shape == "round":
@@ -131,7 +131,7 @@ def _petal(species: Species) -> list[tuple[float, float]]:
     return half + [(u, -v) for u, v in reversed(half)]
 
 
-def _ground_colour(hue: float, rng: random.Random) -> tuple[int, ...]:
+def _ground_color(hue: float, rng: random.Random) -> tuple[int, ...]:
     return _rgb(hue, rng.uniform(0.05, 0.45), rng.uniform(0.15, 0.9))
 
 

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from config.training_config import BUILT, TrainingConfig
+from config.training_config import RANDOM_MODELS, TrainingConfig
 from evaluation.report import confusion_lines
 from runtime.checkpoint import CARD, describe_best, read_best
 from runtime.run_dir import BEST, read_metrics
@@ -18,8 +18,8 @@ from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
 PROTOCOL = (
-    "Each photo is given the exact log-probability of every class name behind the question; the likeliest name is the "
-    "answer, top-1 the share of photos whose true name it is, its interval Wilson's at 95 %. The weights that "
+    "Each image is given the exact log-probability of every class name behind the question; the likeliest name is the "
+    "answer, top-1 the share of images whose true name it is, its interval Wilson's at 95 %. The weights that "
     'were kept, the temperature of the confidence and the threshold of "not sure" were chosen on val: of that split '
     "the figures are somewhat too good, of test they are not."
 )
@@ -29,18 +29,18 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 folder = "."  # this folder
 processor = AutoProcessor.from_pretrained(folder)
 model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map="auto")"""
-# What the sources of photos say of their licence.
+# What the sources of images say of their license.
 OF_THE_DATA = {
     "synthetic": "The drawings were made by the program itself; nobody has rights in them.",
     "oxford_flowers102": (
-        "The photos of Oxford Flowers 102 were gathered from the web and taken by its authors (Nilsback and Zisserman "
+        "The images of Oxford Flowers 102 were gathered from the web and taken by its authors (Nilsback and Zisserman "
         "2008). They remain their photographers'; ask before you pass any on. None is in this folder."
     ),
 }
-OF_OWN_DATA = "The photos are those of a folder of the person who trained it, who has to state their licence."
+OF_OWN_DATA = "The images are those of a folder of the person who trained it, who has to state their license."
 
 
-def build_card(
+def build_model_card(
     config: TrainingConfig, recorded: dict, folder: str | Path, prompt: Prompt, code: str | None = None, proof: str = ""
 ) -> str:
     """The card of a run's weights.
@@ -49,12 +49,12 @@ def build_card(
     """
     run, folder = dataclasses.asdict(config) | recorded, Path(folder)
     reports, names = read_reports(folder, describe_best(folder / BEST), config.dataset), run["class_names"]
-    is_local = config.model in BUILT or Path(config.model).is_dir()
-    licence = _licence_of(config.model)
+    is_local = config.model in RANDOM_MODELS or Path(config.model).is_dir()
+    license = _license_of(config.model)
     data = Path(config.dataset).name
     card = ModelCardData(
         language="en",
-        license=licence,
+        license=license,
         base_model=None if is_local else config.model,
         library_name="peft" if code is None and config.trainable != "everything" else "transformers",
         pipeline_tag="image-text-to-text",
@@ -78,7 +78,7 @@ def build_card(
         "",
         "## Use",
         "",
-        f"Photos {_size_words(config.image_size)}: the processor does not do that by itself.",
+        f"Images {_size_words(config.image_size)}: the processor does not do that by itself.",
         "",
         *_code(code or _code_of_best(run), config.image_size, prompt),
         "",
@@ -91,8 +91,8 @@ def build_card(
         *_training(run, folder),
         "## Licences",
         "",
-        f"Base model: {_licence_words(config.model, licence)}",
-        f"Photos: {OF_THE_DATA.get(config.dataset, OF_OWN_DATA)}",
+        f"Base model: {_license_words(config.model, license)}",
+        f"Images: {OF_THE_DATA.get(config.dataset, OF_OWN_DATA)}",
         "",
     ]
     return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n" + "\n".join(lines)))
@@ -104,7 +104,7 @@ def base_name(model: str) -> str:
 
 
 def read_reports(folder: Path, adapter: str | None, dataset: str) -> dict[str, dict]:
-    """{split: report}, val before test, of what evaluate.py measured of these very weights on the run's own photos."""
+    """{split: report}, val before test, of what evaluate.py measured of these very weights on the run's own images."""
     found = {}
     for split in ("val", "test"):
         with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, or torn by a kill
@@ -121,12 +121,12 @@ def _accuracy(reports: dict[str, dict]) -> Iterator[str]:
         yield from ("It was not measured.", "")
         return
     yield from (
-        "| split | photos | top-1 (95 % interval) | top-5 | mean per class | calib. error | answered | right of them |",
+        "| split | images | top-1 (95 % interval) | top-5 | mean per class | calib. error | answered | right of them |",
         "|" + "---|" * 8,
     )
     for split, one in reports.items():
         low, high = one["top1_interval"]
-        values = [one["ece"], one["answered"], one.get("answered_precision")]
+        values = [one["ece"], one["coverage"], one.get("selective_accuracy")]
         told = " | ".join("-" if value is None else f"{value:.3f}" for value in values)
         yield (
             f"| {split} | {one['n']} | {one['top1']:.3f} ({low:.3f} to {high:.3f}) | {one['top5']:.3f} | "
@@ -139,11 +139,11 @@ def _accuracy(reports: dict[str, dict]) -> Iterator[str]:
         yield from (
             "",
             f"Confidence is the softmax over the class names of log-probability / {fitted['temperature']:.3f}; below "
-            f'{threshold} the answer is "not sure" (for a precision of {fitted["target_precision"]:g} on '
-            f"{fitted['photos']} photos of val).",
+            f'{threshold} the answer is "not sure" (for a precision of {fitted["target_selective_accuracy"]:g} on '
+            f"{fitted['images']} images of val).",
         )
-    if shown.get("strangers"):
-        kinds = ", ".join(f"{kind} {own['not_sure']:.0%}" for kind, own in shown["strangers"].items())
+    if shown.get("ood"):
+        kinds = ", ".join(f"{kind} {own['abstention_rate']:.0%}" for kind, own in shown["ood"].items())
         yield from ("", f'Of pictures that show none of the classes came out "not sure": {kinds}.')
     yield from ("", f"On {split}:", *confusion_lines(shown), "")
 
@@ -154,11 +154,11 @@ def _training(run: dict, folder: Path) -> Iterator[str]:
     seconds = sum(line["seconds"] for line in steps)
     peak = max((line["peak_gib"] for line in steps), default=0.0)
     adapter = "" if run["trainable"] == "everything" else f" LoRA rank {run['lora_r']}, alpha {run['lora_alpha']},"
-    photos = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"]
+    images = run["per_device_train_batch_size"] * run["gradient_accumulation_steps"]
     yield from (
         "## Training",
         "",
-        f"The weights are those of step {kept:,}; {len(steps):,} steps of {photos} photos were taken,{adapter} "
+        f"The weights are those of step {kept:,}; {len(steps):,} steps of {images} images were taken,{adapter} "
         f"learning rate {run['learning_rate']:g} ({run['lr_scheduler_type']}), gradients clipped to "
         f"{run['max_grad_norm']:g}, precision "
         f"{'fp32' if run['precision'] == 'no' else run['precision']}{', base in 4 bit (nf4)' * run['load_in_4bit']}.",
@@ -185,7 +185,7 @@ def _code(loading: str | None, image_size: int | None, prompt: Prompt) -> Iterat
     if loading is None:
         yield "Its base is built by the program itself and saved nowhere: `python predict.py RUN PHOTO`."
     else:
-        yield from ("```python", loading, "", _code_of_a_photo(image_size, prompt), "```", "")
+        yield from ("```python", loading, "", _code_of_an_image(image_size, prompt), "```", "")
         yield (
             'It prints what the model writes, which need not be one of the names. Confidence and "not sure" come from '
             "scoring all names, by predict.py and app.py of the program that trained it."
@@ -195,7 +195,7 @@ def _code(loading: str | None, image_size: int | None, prompt: Prompt) -> Iterat
 def _code_of_best(run: dict) -> str | None:
     if run["trainable"] == "everything":
         return CODE_OF_A_WHOLE_MODEL
-    if run["model"] in BUILT:
+    if run["model"] in RANDOM_MODELS:
         return None
     base = repr(base_name(run["model"])) + f", revision={run['model_revision']!r}" * bool(run["model_revision"])
     return (
@@ -210,23 +210,23 @@ def _code_of_best(run: dict) -> str | None:
     )
 
 
-def _code_of_a_photo(image_size: int | None, prompt: Prompt) -> str:
+def _code_of_an_image(image_size: int | None, prompt: Prompt) -> str:
     resize = f".resize(({image_size}, {image_size}), Image.Resampling.BICUBIC)" if image_size else ""
     return (
         "from PIL import Image, ImageOps\n\n"
         'files = ["photo.jpg"]\n'
-        f'photos = [ImageOps.exif_transpose(Image.open(file)).convert("RGB"){resize} for file in files]\n'
-        f"prompts = [{prompt.prompt!r}] * len(photos)\n"
-        'inputs = processor(images=photos, text=prompts, return_tensors="pt", padding=True)\n'
+        f'images = [ImageOps.exif_transpose(Image.open(file)).convert("RGB"){resize} for file in files]\n'
+        f"prompts = [{prompt.prompt!r}] * len(images)\n"
+        'inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)\n'
         "ids = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=20, do_sample=False)\n"
         'texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)\n'
         "print([text.strip() for text in texts])"
     )
 
 
-def _licence_of(model: str) -> str | None:
+def _license_of(model: str) -> str | None:
     """As the base model's own card states it; None where there is no card or the hub cannot be reached."""
-    if model in BUILT:
+    if model in RANDOM_MODELS:
         return None
     try:
         return ModelCard.load(Path(model) / CARD if Path(model).is_dir() else model).data.license
@@ -234,9 +234,9 @@ def _licence_of(model: str) -> str | None:
         return None
 
 
-def _licence_words(model: str, licence: str | None) -> str:
-    if model in BUILT:
+def _license_words(model: str, license: str | None) -> str:
+    if model in RANDOM_MODELS:
         return "random weights, made by the program; nobody has rights in them."
-    if licence is None:
-        return "its licence could not be read from its card; it holds for these weights too, look it up."
-    return f"{licence}, as its card states; it holds for these weights too, which are made from it."
+    if license is None:
+        return "its license could not be read from its card; it holds for these weights too, look it up."
+    return f"{license}, as its card states; it holds for these weights too, which are made from it."

@@ -3,7 +3,7 @@
 import html
 
 from evaluation.model_card import WARNING
-from evaluation.predictor import Named, percent
+from evaluation.predictor import Prediction, percent
 
 SHOWN = 5  # names told of a photo
 START = "<p class='quiet'>The name appears here.</p>"
@@ -33,7 +33,7 @@ footer { display: none !important; }
 @media (max-width: 40rem) { #photo { height: 16rem !important; } #answer { min-height: 0; } }
 """
 # A file dropped or pasted anywhere is the photo. The box itself takes only what the browser calls an image, and says so
-# in words of its own or not at all: it is told that every file is one, so that the answer to it is open_photo's.
+# in words of its own or not at all: it is told that every file is one, so that the answer to it is open_image's.
 HEAD = """<script>
 addEventListener("dragover", event => event.preventDefault());
 for (const kind of ["change", "drop", "paste"]) addEventListener(kind, event => {
@@ -53,13 +53,13 @@ for (const kind of ["change", "drop", "paste"]) addEventListener(kind, event => 
 </script>"""
 
 
-def as_answer(found: Named) -> str:
-    """Names come from folders of strangers, so all are escaped; a bar is as long as its share of the whole."""
+def as_answer(found: Prediction) -> str:
+    """Names come from folders of ood, so all are escaped; a bar is as long as its share of the whole."""
     told = [(html.escape(name), html.escape(percent(share)), share) for name, share in found.likeliest[:SHOWN]]
-    name, sureness, _ = told[0]
-    head = f"<h2>{name}</h2><p class='quiet'>{sureness} sure</p>"
-    if not found.is_sure:
-        head = f"<h2>Not sure</h2><p class='quiet'>Perhaps {name}, but {sureness} is not enough to say so.</p>"
+    name, confidence, _ = told[0]
+    head = f"<h2>{name}</h2><p class='quiet'>{confidence} sure</p>"
+    if not found.is_confident:
+        head = f"<h2>Not sure</h2><p class='quiet'>Perhaps {name}, but {confidence} is not enough to say so.</p>"
     bars = [
         f"<li>{name} <b>{text}</b><span><span style='width:{share:.1%}'></span></span></li>"
         for name, text, share in told
@@ -80,10 +80,10 @@ def as_footer(run: str, names: list[str], report: dict | None, is_calibrated: bo
             f"The run {run} was right on {percent(report['top1'])} of {report['n']:,} photos of {report['split']} "
             f"(95% interval {low} to {high})."
         ]
-        if report["answered"]:
-            right = percent(report["answered_precision"])
+        if report["coverage"]:
+            right = percent(report["selective_accuracy"])
             told += [f"It gave a name to {percent(report['answered'])} of them, and {right} of those were right."]
-        elif report["answered"] is not None:
+        elif report["coverage"] is not None:
             told += ["It was sure of none of them."]
         if report["split"] == "val":
             told += ["These photos chose its weights too; on others it may be right less often."]

@@ -1,4 +1,4 @@
-"""Names for photos: the likeliest classes of each, how likely they are, and whether that is enough to say one."""
+"""Names for images: the likeliest classes of each, how likely they are, and whether that is enough to say one."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,23 +16,25 @@ from models.scoring import score_batches
 from runtime.device import fit_workers
 from utils.logging_utils import logger
 
-FEW = 30  # photos of val, with which a threshold says little
+FEW = 30  # images of val, with which a threshold says little
 
 
-class Named(NamedTuple):
-    """What a photo shows: all class names with their probabilities, likeliest first."""
+class Prediction(NamedTuple):
+    """What a image shows: all class names with their probabilities, likeliest first."""
 
     likeliest: list[tuple[str, float]]
-    is_sure: bool  # the likeliest reaches the threshold that was fitted on val
+    is_confident: bool  # the likeliest reaches the threshold that was fitted on val
 
 
 def percent(share: float) -> str:
-    """Never 0 % or 100 %, which no photo is."""
+    """Never 0 % or 100 %, which no image is."""
     return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
 
 
-def build_namer(config: TrainingConfig, model, collator, precision: str, folder: Path, adapter: str | None) -> "Namer":
-    """A Namer with the temperature and threshold that were fitted for these weights; says so where there are none."""
+def build_predictor(
+    config: TrainingConfig, model, collator, precision: str, folder: Path, adapter: str | None
+) -> "Predictor":
+    """A Predictor with the temperature and threshold fitted for these weights; warns where there are none."""
     calibration = read_calibration(folder, adapter)
     if calibration is None and config.train_on_val:
         logger.warning(
@@ -44,20 +46,20 @@ def build_namer(config: TrainingConfig, model, collator, precision: str, folder:
             "Fit it on val with: python evaluate.py %s",
             *(folder, folder),
         )
-    elif calibration.photos < FEW:
+    elif calibration.images < FEW:
         logger.warning(
-            '%s: "not sure" was fitted on %d photos of val alone; do not rely on it', *(folder, calibration.photos)
+            '%s: "not sure" was fitted on %d images of val alone; do not rely on it', *(folder, calibration.images)
         )
     elif calibration.threshold is None:
         logger.warning(
-            '%s: no confidence reached a precision of %g on val, so that every photo is "not sure"',
-            *(folder, calibration.target_precision),
+            '%s: no confidence reached a precision of %g on val, so that every image is "not sure"',
+            *(folder, calibration.target_selective_accuracy),
         )
     workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
-    return Namer(model, collator, calibration, config.per_device_eval_batch_size, workers, DTYPES[precision])
+    return Predictor(model, collator, calibration, config.per_device_eval_batch_size, workers, DTYPES[precision])
 
 
-class Namer:
+class Predictor:
     """`collator` is a data.collator.PlantCollator; `calibration` None: the model's own confidence, always sure."""
 
     def __init__(
@@ -70,22 +72,22 @@ class Namer:
         self.num_workers = num_workers
         self.dtype = dtype
 
-    def name(self, photos: Sequence[str | Path]) -> Iterator[Named | str]:
+    def name(self, images: Sequence[str | Path]) -> Iterator[Prediction | str]:
         """For each file in turn what it shows, or the reason why it cannot be opened, as they become known."""
         rows = [
-            {"image": {"bytes": None, "path": str(photo)}, "label": 0, "id": str(index)}
-            for index, photo in enumerate(photos)
+            {"image": {"bytes": None, "path": str(image)}, "label": 0, "id": str(index)}
+            for index, image in enumerate(images)
         ]
-        workers = min(self.num_workers, len(rows) // self.batch_size)  # they take longer to start than a few photos
+        workers = min(self.num_workers, len(rows) // self.batch_size)  # they take longer to start than a few images
         options = self.batch_size, workers, self.dtype
-        for scores, bad in score_batches(self.model, self.collator, rows, self.collator.name_ids, *options):
+        for scores, unreadable in score_batches(self.model, self.collator, rows, self.collator.name_ids, *options):
             found = {int(one.id): self._judge(np.array(one.values)) for one in scores}
-            found |= {int(photo): reason for photo, _, reason in (one.partition(": ") for one in bad)}
+            found |= {int(image): reason for image, _, reason in (one.partition(": ") for one in unreadable)}
             yield from (found[index] for index in sorted(found))
 
-    def _judge(self, scores: np.ndarray) -> Named:
+    def _judge(self, scores: np.ndarray) -> Prediction:
         shares = softmax(scores / (self.calibration.temperature if self.calibration else 1.0))
         order = np.argsort(-shares, kind="stable")
         likeliest = [(self.collator.class_names[label], float(shares[label])) for label in order]
         threshold = 0.0 if self.calibration is None else self.calibration.threshold
-        return Named(likeliest, threshold is not None and likeliest[0][1] >= threshold)
+        return Prediction(likeliest, threshold is not None and likeliest[0][1] >= threshold)

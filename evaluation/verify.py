@@ -1,6 +1,6 @@
 """That what was saved is what was measured: the reload test of a run, and the proof of merged weights.
 
-Shapes: n photos, C names, K supervised positions, V vocabulary.
+Shapes: n images, C names, K supervised positions, V vocabulary.
 """
 
 import contextlib
@@ -19,29 +19,25 @@ from evaluation.metrics import compare
 from models.builder import load_weights, read_not_mapped, unwrap
 from models.fused_layers import get_fused_layers
 from models.merging import Adapter
-from models.microbatch import cut
+from models.microbatch import split_batch
 from models.scoring import score_rows
-from runtime.device import card_room
+from runtime.device import available_gpu_memory
 from utils.logging_utils import UserError, logger
 
-FEW = 4  # photos of the reload test
-LOGIT_PHOTOS = 8  # of an export, whose logits are compared
+FEW = 4  # images of the reload test
+LOGIT_IMAGES = 8  # of an export, whose logits are compared
 SAME = 1e-3  # nats between scores of the same weights
 # Relative difference of logits that rounding the merged weights to a dtype may make (docs/LOG.md).
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
-SCORING_BYTES = 3e9  # of a card, kept free for a photo beside 16-bit weights
+SCORING_BYTES = 3e9  # of a GPU, kept free for a image beside 16-bit weights
 CHANCE = 0.01  # p below which the exported model names worse
 
 
-class ProofError(UserError):
-    """Saved weights that are not those that were measured."""
-
-
-def first_that_open(collator, rows, count: int) -> list[dict]:
-    """The first rows whose photos open. Raises ProofError if none does."""
+def first_readable(collator, rows, count: int) -> list[dict]:
+    """The first rows whose images open. Raises UserError if none does."""
     found = list(itertools.islice((row for row in rows if collator([row])["samples"]), count))
     if not found:
-        raise ProofError("no photo can be opened, so nothing can be proven; mend or put back the photos")
+        raise UserError("no image can be opened, so nothing can be proven; mend or put back the images")
     return found
 
 
@@ -49,28 +45,28 @@ def first_that_open(collator, rows, count: int) -> list[dict]:
 
 
 def scores_of(model, collator, rows, dtype: torch.dtype) -> torch.Tensor:
-    """(n, C) in nats, computed by plain kernels one photo at a time: equal weights give equal numbers."""
+    """(n, C) in nats, computed by plain kernels one image at a time: equal weights give equal numbers."""
     for one in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
-        one.kernels.be_plain()
+        one.kernels.eager()
     return torch.tensor([one.values for one in score_rows(model, collator, rows, collator.name_ids, 1, 0, dtype)])
 
 
-def prove_reload(build: Callable, folder: Path, expected: torch.Tensor, collator, rows, dtype: torch.dtype) -> None:
+def verify_reload(build: Callable, folder: Path, expected: torch.Tensor, collator, rows, dtype: torch.dtype) -> None:
     """Load `folder` into the fresh model that `build()` returns; its scores of `rows` must be `expected`.
 
-    Raises ProofError if they are not.
+    Raises UserError if they are not.
     """
     model = build()
     untouched = (scores_of(model, collator, rows, dtype) - expected).abs().max()
     load_weights(model, folder)
     apart = (scores_of(model, collator, rows, dtype) - expected).abs().max()
     if not apart <= SAME:  # a NaN is no proof either
-        raise ProofError(
-            f"{folder}: does not give back what was trained: the scores of {len(rows)} photos differ by up to "
+        raise UserError(
+            f"{folder}: does not give back what was trained: the scores of {len(rows)} images differ by up to "
             f"{apart:.3g} nats; do not use it, run the same command again, and report it if it comes again"
         )
     logger.info(
-        "result %s, loaded into a fresh base, scores %d photos as before (within %.1g nats; the base alone is off by "
+        "result %s, loaded into a fresh base, scores %d images as before (within %.1g nats; the base alone is off by "
         "%.2g)",
         *(folder, len(rows), max(float(apart), 1e-6), untouched),
     )
@@ -82,12 +78,12 @@ def prove_reload(build: Callable, folder: Path, expected: torch.Tensor, collator
 
 
 def logits_of(model, collator, rows, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(K, V) in fp32 at the positions of the true names, photo by photo."""
+    """(K, V) in fp32 at the positions of the true names, image by image."""
     model.eval()
     found = []
     for row in rows:
-        (piece,) = cut(send_to_device(collator([row]), device), 1)
-        inputs = {name: value for name, value in piece.items() if "labels" not in name}
+        (micro_batch,) = split_batch(send_to_device(collator([row]), device), 1)
+        inputs = {name: value for name, value in micro_batch.items() if "labels" not in name}
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found.append(model(**inputs).logits[0].float().cpu())
     return torch.cat(found)
@@ -102,8 +98,8 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
 def load_whole(
     folder: str | Path, dtype: torch.dtype, device: torch.device, gpu_memory_fraction: float
 ) -> LlavaNextForConditionalGeneration:
-    """A saved model as anyone loads it; what a card has no room for waits in the host's memory."""
-    room = card_room(device, gpu_memory_fraction)
+    """A saved model as anyone loads it; what a GPU has no room for waits in the host's memory."""
+    room = available_gpu_memory(device, gpu_memory_fraction)
     place = {"device_map": {"": device}}
     if room is not None:
         place = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
@@ -155,41 +151,41 @@ def logits_with(
     return found, relative_difference(without, found)
 
 
-def judge(
-    rounding: float, untouched: float | None, dtype: torch.dtype, figures: dict | None = None, advice: str = ""
+def check_merge(
+    rounding: float, untouched: float | None, dtype: torch.dtype, metrics: dict | None = None, advice: str = ""
 ) -> str:
-    """The proof in a sentence. Raises ProofError unless the saved model is the one that was measured.
+    """The proof in a sentence. Raises UserError unless the saved model is the one that was measured.
 
     `rounding` and `untouched` are relative differences of logits from those of the run: of what was saved, and of the
-    base without its adapter. `figures` are of evaluation.metrics.compare, the validated model first.
+    base without its adapter. `metrics` are of evaluation.metrics.compare, the validated model first.
     """
     told = f"its logits are {rounding:.2%} off those of the run's weights"
     if not rounding <= ROUNDING[dtype]:
-        raise ProofError(
+        raise UserError(
             f"what was saved is not what was trained: {told}, where rounding to {dtype} makes {ROUNDING[dtype]:.2%} at "
             f"most; nothing was exported{advice}"
         )
     if untouched is not None:
         told += f" (the base without the adapter: {untouched:.2%})"
-    if figures is None:
+    if metrics is None:
         return told
     told += (
-        f"; top-1 {figures['second']:.3f} on {figures['n']:,} photos of val, {figures['first']:.3f} was validated "
-        f"(p = {figures['p']:.2g}, McNemar)"
+        f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
+        f"(p = {metrics['p']:.2g}, McNemar)"
     )
-    if figures["second"] < figures["first"] and figures["p"] < CHANCE:
-        raise ProofError(f"the merged model names worse than what was validated: {told}; nothing was exported")
+    if metrics["second"] < metrics["first"] and metrics["p"] < CHANCE:
+        raise UserError(f"the merged model names worse than what was validated: {told}; nothing was exported")
     return told
 
 
-def compare_hits(validated: dict[str, bool], model, collator, rows: Sequence[dict], *options) -> dict:
-    """evaluation.metrics.compare of what was validated, first, and of this model on the same photos.
+def compare_with_validated(validated: dict[str, bool], model, collator, rows: Sequence[dict], *options) -> dict:
+    """evaluation.metrics.compare of what was validated, first, and of this model on the same images.
 
-    Raises ProofError if none of the photos was validated.
+    Raises UserError if none of the images was validated.
     """
     scored = score_rows(model, collator, rows, collator.name_ids, *options)
-    hits = {one.id: int(np.argmax(one.values)) == one.label for one in scored}
-    both = [photo for photo in hits if photo in validated]
+    correct = {one.id: int(np.argmax(one.values)) == one.label for one in scored}
+    both = [image for image in correct if image in validated]
     if not both:
-        raise ProofError("none of these photos of val was validated; score them first: python evaluate.py RUN")
-    return dict(compare([validated[photo] for photo in both], [hits[photo] for photo in both]))
+        raise UserError("none of these images of val was validated; score them first: python evaluate.py RUN")
+    return dict(compare([validated[image] for image in both], [correct[image] for image in both]))

@@ -27,12 +27,12 @@ from transformers import (
     modeling_utils,
 )
 
-from config.training_config import BUILT, TrainingConfig
-from models.fused_layers import can_fuse, fuse_layers, get_fused_layers, keep_activations
+from config.training_config import RANDOM_MODELS, TrainingConfig
+from models.fused_layers import can_fuse, fuse_layers, get_fused_layers, set_activation_checkpointing
 from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
 from runtime.run_dir import BEST
 from utils.logging_utils import UserError
-from utils.tokenizer_utils import Prompt, build_prompt, probe_ids
+from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,11 +44,7 @@ IN_16_BIT = [
     "model.multi_modal_projector",
     "lm_head",
 ]  # the list replaces the default, so lm_head is in it
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for its fingerprint
-
-
-class ModelError(UserError):
-    """A checkpoint, or a model built from it, that cannot be used as asked."""
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for its weights_fingerprint
 
 
 # ---- the processor
@@ -56,7 +52,7 @@ class ModelError(UserError):
 
 def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
     """The checkpoint's own processor on the PIL back end, and its prompt pieces for the config's question."""
-    if config.model in BUILT:
+    if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     model_config = load_model_config(config.model, config.model_revision)
@@ -67,12 +63,12 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
             config.model, revision=config.model_revision
         )
     except Exception as error:
-        raise ModelError(_loading_failed(config.model, "processor", error)) from error
+        raise UserError(_loading_failed(config.model, "processor", error)) from error
     if not isinstance(processor, LlavaNextProcessor):
-        raise ModelError(
+        raise UserError(
             f"--model {config.model}: its processor is a {type(processor).__name__}; a LlavaNextProcessor is needed"
         )
-    # Some revisions on the hub lack these, and then every photo is one token off.
+    # Some revisions on the hub lack these, and then every image is one token off.
     processor.patch_size = model_config.vision_config.patch_size
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1  # CLIP's CLS
@@ -82,13 +78,13 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
 
 
 def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
-    """Raises ModelError for what is not there, cannot be reached, or is another kind of model."""
+    """Raises UserError for what is not there, cannot be reached, or is another kind of model."""
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(_loading_failed(model, "config", error)) from error
+        raise UserError(_loading_failed(model, "config", error)) from error
     if not isinstance(config, LlavaNextConfig):
-        raise ModelError(
+        raise UserError(
             f"--model {model}: is a {config.model_type} checkpoint; this program fine-tunes llava_next ones"
         )
     return config
@@ -104,7 +100,7 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
     return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
 
 
-def fingerprint(model: str) -> str | None:
+def weights_fingerprint(model: str) -> str | None:
     """Of the weights in a folder, from a few KB of each file: other weights differ everywhere. None: no folder.
 
     A model of the hub has its commit; it is in the cache, in files of other names on every machine.
@@ -156,13 +152,13 @@ def build_model(
     # What learns is fp32: a whole model must not be rounded to 16 bit on its way there.
     dtype = torch.float32 if config.trainable == "everything" else DTYPES[precision]
     base = build_base(config, processor, device, dtype)
-    model = choose_trainables(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
+    model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
     layers = base.model.language_model.layers
     recompute = config.gradient_checkpointing != "false"
     if can_fuse(layers):
         offload = config.gradient_checkpointing == "offload"
         fused = fuse_layers(layers)
-        keep_activations(fused, 0 if recompute else len(layers), offload)
+        set_activation_checkpointing(fused, 0 if recompute else len(layers), offload)
         if config.compile == "true":
             compile_layers(model)
     elif recompute:
@@ -179,7 +175,7 @@ def build_trained(
     device: torch.device,
     precision: str,
 ) -> PreTrainedModel | PeftModel:
-    """The model of a run with the weights of its best/, on the base that was trained on. Raises ModelError."""
+    """The model of a run with the weights of its best/, on the base that was trained on. Raises UserError."""
     model = build_model(config, processor, device, precision)
     check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
     check_same_base(describe_model(model, processor, precision, device), recorded, config.model, folder)
@@ -189,11 +185,11 @@ def build_trained(
 
 
 def check_same_base(found: dict, recorded: dict, model: str, folder: str | Path) -> None:
-    """Raise ModelError unless tokenizer, commit and files, as far as they were found, are those a run recorded."""
-    names = [name for name in ("probe_ids", "model_commit", "model_files") if name in found and name in recorded]
+    """Raise UserError unless tokenizer, commit and files, as far as they were found, are those a run recorded."""
+    names = [name for name in ("tokenizer_probe", "model_commit", "model_files") if name in found and name in recorded]
     moved = [name for name in names if found[name] != recorded[name]]
     if moved:
-        raise ModelError(
+        raise UserError(
             f"--model {model}: is not what {folder} was trained on ({', '.join(moved)} differ); put back that "
             "checkpoint"
         )
@@ -202,17 +198,17 @@ def check_same_base(found: dict, recorded: dict, model: str, folder: str | Path)
 def build_base(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
-    """The config's base model on the device: loaded, or made with random weights. Raises ModelError."""
+    """The config's base model on the device: loaded, or made with random weights. Raises UserError."""
     try:
         if config.model == "full":
             return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
-        if config.model in BUILT:
+        if config.model in RANDOM_MODELS:
             return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
         return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
     except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"--model {config.model}: does not fit the card's memory; use --load-in-4bit true, a larger "
-            "--gpu-memory-fraction, or a larger card"
+        raise UserError(
+            f"--model {config.model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
+            "--gpu-memory-fraction, or a larger GPU"
         ) from error
 
 
@@ -221,7 +217,7 @@ def load_base(
 ) -> LlavaNextForConditionalGeneration:
     """The checkpoint on the device, from safetensors alone; its language model in nf4, doubly quantized, if asked."""
     if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise ModelError(
+        raise UserError(
             f"--model {model}: holds no *.safetensors weights; download them (git lfs pull), or name another folder"
         )
     try:
@@ -238,7 +234,7 @@ def load_base(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(_loading_failed(model, "weights", error)) from error
+        raise UserError(_loading_failed(model, "weights", error)) from error
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
@@ -269,7 +265,7 @@ def read_not_mapped() -> Iterator[None]:
         modeling_utils.safe_open = mapped
 
 
-def choose_trainables(
+def set_trainable(
     base: LlavaNextForConditionalGeneration, trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float
 ) -> PreTrainedModel | PeftModel:
     """Freeze the base, then let learn in fp32 what `trainable` says: adapter, adapter+projector, projector, everything.
@@ -313,7 +309,7 @@ def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """Put the weights that save_pretrained left in `folder` into a model built alike.
 
-    Raises ModelError unless every saved weight found its place and all that learns was saved. The libraries load what
+    Raises UserError unless every saved weight found its place and all that learns was saved. The libraries load what
     fits by name and go on without a word: a whole model, saved under the hub's names, by PEFT's and by Trainer's ways.
     """
     try:
@@ -322,7 +318,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
         else:
             saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     except (OSError, SafetensorError) as error:
-        raise ModelError(
+        raise UserError(
             f"{folder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); only *.safetensors are "
             "read"
         ) from error
@@ -330,14 +326,14 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
         try:
             model.load_state_dict(saved)
         except RuntimeError as error:  # names and sizes, line by line
-            raise ModelError(
+            raise UserError(
                 f"{folder}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})"
             ) from error
         return
     result = set_peft_model_state_dict(model, saved)
     missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing or result.unexpected_keys:
-        raise ModelError(
+        raise UserError(
             f"{folder}: the adapter does not fit the model: {len(missing)} weights are missing "
             f"({', '.join(missing[:2])}), {len(result.unexpected_keys)} have no place "
             f"({', '.join(result.unexpected_keys[:2])}); use the model and --trainable it was trained with"
@@ -373,19 +369,19 @@ def check_model(
     trainable: str,
     precision: str,
 ) -> list[str]:
-    """Walk the loaded model. Returns what was found true, a sentence each; raises ModelError with all that was not."""
+    """Walk the loaded model. Returns what was found true, a sentence each; raises UserError with all that was not."""
     found = [
         *_check_processor(unwrap(model), processor, prompt),
         *_check_weights(model, load_in_4bit, trainable, DTYPES[precision]),
     ]
     wrong = [sentence for holds, sentence in found if not holds]
     if wrong:
-        raise ModelError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
+        raise UserError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
     return [sentence for _, sentence in found]
 
 
 def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
-    config, images = base.config, processor.image_processor
+    config, image_processor = base.config, processor.image_processor
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     patches = (tile // patch) ** 2
     positions = [
@@ -394,19 +390,22 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
         if name.endswith("position_embedding")
     ]
     stop_ids = base.generation_config.eos_token_id
-    yield type(images).__name__.endswith("Pil"), f"image processor is the PIL back end ({type(images).__name__})"
+    yield (
+        type(image_processor).__name__.endswith("Pil"),
+        f"image processor is the PIL back end ({type(image_processor).__name__})",
+    )
     yield (
         processor.image_token_id == config.image_token_id,
         f"image token {processor.image_token_id} is the model's {config.image_token_id}",
     )
     yield (
-        images.crop_size["height"] == tile,
-        f"tiles of {images.crop_size['height']} pixels are the vision tower's {tile}",
+        image_processor.crop_size["height"] == tile,
+        f"tiles of {image_processor.crop_size['height']} pixels are the vision tower's {tile}",
     )
     yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
     yield positions == [patches + 1], f"a tile is {patches} patches + 1 CLS, the vision tower has {positions} positions"
     yield (
-        list(map(list, images.image_grid_pinpoints)) == list(map(list, config.image_grid_pinpoints)),
+        list(map(list, image_processor.image_grid_pinpoints)) == list(map(list, config.image_grid_pinpoints)),
         "pinpoints are the model's",
     )
     yield (
@@ -458,11 +457,11 @@ def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype
         bool(learning) and all(parameter.dtype == torch.float32 for parameter in learning.values()),
         "what learns is in fp32",
     )
-    strangers = [name for name in learning if not _may_learn(name, trainable)]
+    unexpected = [name for name in learning if not _may_learn(name, trainable)]
     yield (
-        not strangers,
+        not unexpected,
         f"{sum(map(torch.numel, learning.values())):,} weights learn ({trainable}), no others"
-        + f": {strangers[:3]}" * bool(strangers),
+        + f": {unexpected[:3]}" * bool(unexpected),
     )
 
 
@@ -480,9 +479,9 @@ def describe_model(model, processor: LlavaNextProcessor, precision: str, device:
     """What a run records beside its config, so that other scripts can load it back and see that they got the same."""
     return {
         "model_commit": getattr(unwrap(model).config, "_commit_hash", None),
-        "model_files": fingerprint(unwrap(model).config._name_or_path),
+        "model_files": weights_fingerprint(unwrap(model).config._name_or_path),
         "image_processor": type(processor.image_processor).__name__,
-        "probe_ids": probe_ids(processor.tokenizer),
+        "tokenizer_probe": tokenizer_probe(processor.tokenizer),
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": {

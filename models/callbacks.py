@@ -82,7 +82,7 @@ class RunLog(TrainerCallback):
 
     def _line(self, state) -> str:
         seconds = sum(step["seconds"] for step in self.window)
-        photos = sum(step["photos"] for step in self.window)
+        images = sum(step["images"] for step in self.window)
         last = self.window[-1]
         norm = last.get("skipped", "") if last["grad_norm"] is None else f"{last['grad_norm']:.3f}"
         losses = [step["loss"] for step in self.window if step["loss"] is not None]
@@ -91,8 +91,8 @@ class RunLog(TrainerCallback):
         return (
             f"step {state.global_step}/{state.max_steps} | loss "
             f"{f'{statistics.fmean(losses):.4f}' if losses else 'skipped'} | "
-            f"lr {last['learning_rate']:.2e} | grad norm {norm} | {photos / seconds:.2f} photos/s | "
-            f"{sum(step['image_tokens'] for step in self.window) / photos:,.0f} image tokens a photo | "
+            f"lr {last['learning_rate']:.2e} | grad norm {norm} | {images / seconds:.2f} photos/s | "
+            f"{sum(step['image_tokens'] for step in self.window) / images:,.0f} image tokens a image | "
             f"peak {last['peak_gib']:.2f} GiB | {left / 60:.1f} min left"
         )
 
@@ -128,10 +128,10 @@ class EarlyStopping(TrainerCallback):
     All it needs stands in the log history, which a checkpoint keeps, so it goes on after a resume as if never stopped.
     """
 
-    def __init__(self, patience: int, min_gain: float | None, photos: int):
+    def __init__(self, patience: int, min_gain: float | None, images: int):
         self.patience = patience
         self.min_gain = min_gain
-        self.photos = photos
+        self.images = images
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.global_step < state.max_steps and self.is_over(state.log_history):
@@ -155,7 +155,7 @@ class EarlyStopping(TrainerCallback):
         return waited >= self.patience
 
     def _gain_over(self, best: float) -> float:
-        return resolvable_gain(best, self.photos) if self.min_gain is None else self.min_gain
+        return resolvable_gain(best, self.images) if self.min_gain is None else self.min_gain
 
 
 class MemoryCollector(TrainerCallback):
@@ -194,6 +194,6 @@ class ProgressBar(ProgressCallback):
     on_prediction_step = on_evaluate = on_predict = on_log
 
 
-def resolvable_gain(top1: float, photos: int) -> float:
-    """The least gain in top-1 that this many photos can tell from chance: its standard error, at least one photo."""
-    return max(math.sqrt(top1 * (1 - top1) / photos), 1 / photos)
+def resolvable_gain(top1: float, images: int) -> float:
+    """The least gain in top-1 that this many images can tell from chance: its standard error, at least one image."""
+    return max(math.sqrt(top1 * (1 - top1) / images), 1 / images)

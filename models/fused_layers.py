@@ -1,6 +1,6 @@
 """The language model's layers as one autograd function each: fewer passes over memory, and only what must be kept.
 
-Shapes: B photos, T tokens, M = B x T rows, D width of a linear's input, N of its output, R ranks of a group's adapters.
+Shapes: B images, T tokens, M = B x T rows, D width of a linear's input, N of its output, R ranks of a group's adapters.
 
 A step of the stock layers with adapters spends nearly half its time outside of matrix products: casts, adapter
 additions, scalings, norms. Here
@@ -30,9 +30,9 @@ from models.memory import is_out_of_memory
 from utils.logging_utils import logger
 
 try:
-    from models.kernels import can_unpack, unpack
-except ImportError:  # without Triton, as on a machine without a CUDA card
-    can_unpack = None
+    from models.kernels import can_dequantize, dequantize
+except ImportError:  # without Triton, as on a machine without a CUDA GPU
+    can_dequantize = None
 
 ALIGNED = 64  # columns that the adapters take in a product are a multiple of this, so that its rows stay aligned
 SMALL = 512  # rows below which the stock layer is faster: its kernels multiply few rows by packed weights
@@ -158,7 +158,7 @@ class Kernels:
             for piece in (_norm, _add_norm, _norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
         }
         self._asked = False
-        self.has_triton = can_unpack is not None
+        self.has_triton = can_dequantize is not None
         self._positions = None, 0, None
 
     def __getattr__(self, name: str) -> Callable:
@@ -174,28 +174,28 @@ class Kernels:
             self._asked = True
             self.pieces = {name: _Compiled(piece) for name, piece in self.pieces.items()}
 
-    def be_plain(self) -> None:
+    def eager(self) -> None:
         """As before `compile`."""
         if self._asked:
             self._asked = False
             self.pieces = {name: compiled.piece for name, compiled in self.pieces.items()}
 
-    def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], photos: int) -> tuple[torch.Tensor, ...]:
+    def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], images: int) -> tuple[torch.Tensor, ...]:
         """(M, head_dim) cosines and sines; all layers of a forward are given the same ones, and keep one copy."""
-        known, known_photos, rows = self._positions
-        if known is not embeddings[0] or known_photos != photos:
-            rows = tuple(part.expand(photos, -1, -1).flatten(0, 1) for part in embeddings)
-            self._positions = embeddings[0], photos, rows
+        known, known_images, rows = self._positions
+        if known is not embeddings[0] or known_images != images:
+            rows = tuple(part.expand(images, -1, -1).flatten(0, 1) for part in embeddings)
+            self._positions = embeddings[0], images, rows
         return rows
 
-    def unpack(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+    def dequantize(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its adapter's B at `start`."""
         weight = linear.weight
-        # A weight that was spread over several cards comes back without it; models/parallel.py left it at the module.
+        # A weight that was spread over several GPUs comes back without it; models/parallel.py left it at the module.
         state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
-        if self.has_triton and can_unpack(weight, state):
+        if self.has_triton and can_dequantize(weight, state):
             try:
-                unpack(weight, state, up, start, out)
+                dequantize(weight, state, up, start, out)
                 return
             except Exception as error:  # Triton builds its launcher with the machine's C compiler
                 if is_out_of_memory(error):
@@ -244,7 +244,7 @@ class Projections:
         base = self.bases[index]
         whole = like.new_empty(base.out_features, self.width + self.columns)
         up = parameters[2 * index + 1] if parameters else None
-        self.kernels.unpack(base, up, self.own[index].start, whole)
+        self.kernels.dequantize(base, up, self.own[index].start, whole)
         return whole
 
     def forward(self, rows: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -273,7 +273,7 @@ class Projections:
             inner[:, own] = gradient @ up.to(gradient.dtype)
         return inner
 
-    def through_adapters(self, whole: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    def add_lora_grad(self, whole: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         """(M, D): the gradient of the rows, from that of `backward`, in place."""
         rows = whole[:, : self.width]
         return rows.addmm_(whole[:, self.width :], self.down(parameters, whole)) if self.columns else rows
@@ -340,12 +340,12 @@ class FusedLayer:
     def __call__(
         self, hidden_states, attention_mask=None, past_key_values=None, position_embeddings=None, **kwargs
     ) -> torch.Tensor:
-        photos, tokens, width = hidden_states.shape
+        images, tokens, width = hidden_states.shape
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or self._learns)
         adapted = self.layer.self_attn.q_proj
         switched_off = getattr(adapted, "disable_adapters", False) or getattr(adapted, "merged", False)
         if (
-            photos * tokens < SMALL
+            images * tokens < SMALL
             or switched_off
             or (trains and (attention_mask is not None or past_key_values is not None))
         ):
@@ -356,13 +356,13 @@ class FusedLayer:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        cos, sin = self.kernels.positions(position_embeddings, photos)
-        rows = hidden_states.reshape(photos * tokens, width)
+        cos, sin = self.kernels.positions(position_embeddings, images)
+        rows = hidden_states.reshape(images * tokens, width)
         if trains:
-            out = _Function.apply(self, photos, rows, cos, sin, *self.parameters)
+            out = _Function.apply(self, images, rows, cos, sin, *self.parameters)
         else:
-            out, _ = self.run(photos, rows, cos, sin, self.parameters, attention_mask, past_key_values, keep=False)
-        return out.view(photos, tokens, width)
+            out, _ = self.run(images, rows, cos, sin, self.parameters, attention_mask, past_key_values, keep=False)
+        return out.view(images, tokens, width)
 
     @property
     def adapter_columns(self) -> int:
@@ -378,7 +378,7 @@ class FusedLayer:
         ends = itertools.accumulate(len(group.parameters) for group in self.groups)
         return [parameters[end - len(group.parameters) : end] for group, end in zip(self.groups, ends)]
 
-    def run(self, photos, h, cos, sin, parameters, mask=None, cache=None, keep=True, needs_output=True):
+    def run(self, images, h, cos, sin, parameters, mask=None, cache=None, keep=True, needs_output=True):
         """(output or None, what the backward needs or None)."""
         kernels, (heads, out_projection, mlp, down) = self.kernels, self.groups
         of_heads, of_out, of_mlp, of_down = self.split(parameters)
@@ -388,7 +388,7 @@ class FusedLayer:
         query, key, value = heads.forward(x, of_heads)
         products_heads = x[:, heads.width :].clone() if keep else None
         query, key = kernels.rotate(query, key, cos, sin)
-        leaves, attended = self.attend(photos, query, key, value, mask, cache, keep)
+        leaves, attended = self.attend(images, query, key, value, mask, cache, keep)
         del query, key, value
         x = out_projection.empty_rows(h)
         x[:, : out_projection.width] = attended.detach().flatten(0, 1).flatten(1)
@@ -408,11 +408,11 @@ class FusedLayer:
         (update,) = down.forward(x, of_down)
         return after + update, kept
 
-    def attend(self, photos, query, key, value, mask, cache, keep):
+    def attend(self, images, query, key, value, mask, cache, keep):
         """(q, k, v as leaves of a graph of their own, attention's output (B, T, heads, head_dim) at its end)."""
         attention = self.layer.self_attn
         leaves = [
-            rows.view(photos, -1, rows.shape[1] // attention.head_dim, attention.head_dim).transpose(1, 2)
+            rows.view(images, -1, rows.shape[1] // attention.head_dim, attention.head_dim).transpose(1, 2)
             for rows in (query, key, value)
         ]
         if cache is not None:
@@ -430,18 +430,18 @@ class FusedLayer:
         leaves, attended, after, gate, up, products_heads, products_out, products_mlp = kept
         kept.clear()
         whole = down.backward([gradient], of_down)
-        rows = down.through_adapters(whole, of_down)
+        rows = down.add_lora_grad(whole, of_down)
         kernels.swiglu_backward(gate, up, rows)  # gate and up are gradients now, rows the product they gave
         found_down = _found(learns, down, of_down, [gradient], whole, rows)
         del rows
         whole = mlp.backward([gate, up], of_mlp)
         x = torch.empty_like(h)
-        rows = mlp.through_adapters(whole, of_mlp)
+        rows = mlp.add_lora_grad(whole, of_mlp)
         gradient = kernels.norm_backward(rows, after, second.weight, second.variance_epsilon, gradient, x)
         found_mlp = _found(learns, mlp, of_mlp, [gate, up], whole, x, products_mlp)
         del gate, up, after
         whole = out_projection.backward([gradient], of_out)
-        rows = out_projection.through_adapters(whole, of_out)
+        rows = out_projection.add_lora_grad(whole, of_out)
         values = attended.detach().flatten(0, 1).flatten(1)
         found_out = _found(learns, out_projection, of_out, [gradient], whole, values, products_out)
         of_leaves = torch.autograd.grad(attended, leaves, rows.view(attended.shape))
@@ -450,7 +450,7 @@ class FusedLayer:
         gradients = [*kernels.rotate_backward(of_query, of_key, cos, sin), of_value]
         if needs_rows:
             whole = heads.backward(gradients, of_heads)
-            rows = heads.through_adapters(whole, of_heads)
+            rows = heads.add_lora_grad(whole, of_heads)
             gradient = kernels.norm_backward(rows, h, first.weight, first.variance_epsilon, gradient, x)
         else:
             gradient = None
@@ -473,11 +473,11 @@ class _Function(torch.autograd.Function):
     """One layer; see FusedLayer. Parameters are inputs so that autograd hands them their gradients."""
 
     @staticmethod
-    def forward(ctx, layer: FusedLayer, photos: int, h, cos, sin, *parameters):
+    def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, *parameters):
         with torch.autocast(h.device.type, enabled=False):
-            out, ctx.kept = layer.run(photos, h, cos, sin, parameters, keep=layer.keep)
-        ctx.save_for_backward(_park(h) if layer.offload else h, cos, sin, *parameters)
-        ctx.layer, ctx.photos = layer, photos
+            out, ctx.kept = layer.run(images, h, cos, sin, parameters, keep=layer.keep)
+        ctx.save_for_backward(offload_to_pinned_memory(h) if layer.offload else h, cos, sin, *parameters)
+        ctx.layer, ctx.images = layer, images
         return out
 
     @staticmethod
@@ -487,7 +487,7 @@ class _Function(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         with torch.autocast(h.device.type, enabled=False):
             if kept is None:
-                _, kept = ctx.layer.run(ctx.photos, h, cos, sin, parameters, needs_output=False)
+                _, kept = ctx.layer.run(ctx.images, h, cos, sin, parameters, needs_output=False)
             of_h, found = ctx.layer.backward(
                 *(h, cos, sin, parameters, kept, gradient.contiguous()),
                 needs_rows=ctx.needs_input_grad[2],
@@ -496,8 +496,8 @@ class _Function(torch.autograd.Function):
         return None, None, of_h, None, None, *found
 
 
-def _park(h: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory; page-locked, so that the card does not wait for it."""
+def offload_to_pinned_memory(h: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory; page-locked, so that the GPU does not wait for it."""
     return torch.empty(h.shape, dtype=h.dtype, pin_memory=h.is_cuda).copy_(h, non_blocking=True)
 
 
@@ -536,7 +536,7 @@ def get_fused_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
     return [layer.forward for layer in layers if isinstance(layer.forward, FusedLayer)]
 
 
-def keep_activations(fused: Sequence[FusedLayer], count: int, offload: bool = False) -> None:
+def set_activation_checkpointing(fused: Sequence[FusedLayer], count: int, offload: bool = False) -> None:
     """The last `count` layers keep what their backward needs: they are the first to give it back.
 
     `offload`: the inputs of the others wait in the host's memory.

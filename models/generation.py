@@ -1,4 +1,4 @@
-"""Free replies to photos: greedy, left-padded batches. One of the two protocols of the published figures."""
+"""Free replies to images: greedy, left-padded batches. One of the two protocols of the published figures."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Reply(NamedTuple):
 def generate_batches(
     model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype, longest: int
 ) -> Iterator[tuple[list[Reply], list[str]]]:
-    """For each batch of rows: replies, special tokens left out, and "id: reason" of the photos that do not open.
+    """For each batch of rows: replies, special tokens left out, and "id: reason" of the images that do not open.
 
     `collator` is a data.collator.PlantCollator. Replies end at the end token, or at `longest` tokens.
     """
@@ -28,9 +28,9 @@ def generate_batches(
     device = next(model.parameters()).device
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator.prompts, num_workers=num_workers)
-    for batch in tqdm(loader, desc="naming photos", disable=not is_watched(), leave=False):
+    for batch in tqdm(loader, desc="naming images", disable=not is_watched(), leave=False):
         if not batch["ids"]:
-            yield [], batch["bad"]
+            yield [], batch["unreadable"]
             continue
         inputs = {
             name: batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
@@ -40,4 +40,4 @@ def generate_batches(
                 **inputs, max_new_tokens=longest, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield [Reply(*one) for one in zip(batch["ids"], batch["labels"], texts, strict=True)], batch["bad"]
+        yield [Reply(*one) for one in zip(batch["ids"], batch["labels"], texts, strict=True)], batch["unreadable"]

@@ -15,7 +15,7 @@ SCALES = tl.constexpr(256)  # scales that share a scale of their own
 
 
 @triton.jit
-def _unpack(
+def _dequantize(
     packed, levels, absmax, absmax_levels, absmax_scale, offset, up, out, rank, start, stride,
     columns: tl.constexpr, beside: tl.constexpr, beside_power: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -37,8 +37,8 @@ def _unpack(
         tl.store(place, adapter.to(out.dtype.element_ty), mask=column < beside)
 
 
-def can_unpack(weight: torch.Tensor, state: QuantState | None) -> bool:
-    """A bitsandbytes weight on a CUDA card: nested scales, blocks of 64, rows that programs share evenly."""
+def can_dequantize(weight: torch.Tensor, state: QuantState | None) -> bool:
+    """A bitsandbytes weight on a CUDA GPU: nested scales, blocks of 64, rows that programs share evenly."""
     return (
         state is not None
         and weight.is_cuda
@@ -48,12 +48,12 @@ def can_unpack(weight: torch.Tensor, state: QuantState | None) -> bool:
     )
 
 
-def unpack(weight: torch.Tensor, state: QuantState, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+def dequantize(weight: torch.Tensor, state: QuantState, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
     """[W, 0 B 0] into `out` (N, D + R): the (N, D) weight, and `up` (N, rank) in R columns from `start` on."""
     inner = state.state2
     rows, columns = state.shape
     beside = out.shape[1] - columns
-    _unpack[rows, columns // (2 * BYTES) + (beside > 0)](
+    _dequantize[rows, columns // (2 * BYTES) + (beside > 0)](
         *(weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset),
         *(up if up is not None else state.code, out, up.shape[1] if up is not None else 0, start, out.stride(0)),
         *(columns, beside, triton.next_power_of_2(max(beside, 1)), BYTES),

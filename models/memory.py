@@ -1,4 +1,4 @@
-"""What a micro-batch costs in memory, and which micro-batch and recomputation fit a card, by arithmetic.
+"""What a micro-batch costs in memory, and which micro-batch and recomputation fit a GPU, by arithmetic.
 
 Shapes: T tokens of the longest sample, D width of the language model, L its layers.
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-FRAGMENTATION = 0.05  # share of a card's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
+FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
 WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (docs/LOG.md)
-# Unpacking 4-bit weights and starting kernels costs a micro-batch as much time as a forward of so many tokens (docs/LOG.md).
+# Dequantization and kernel launches cost a micro-batch as much time as a forward of so many tokens (docs/LOG.md).
 MICRO_BATCH_TOKENS = 800
 RECOMPUTED = 0.8  # of a layer's forward: the recomputation leaves out its last product
 BACKWARD = 1.1  # of a forward: the weights are frozen, so only the gradient of the rows and the adapters' are computed
@@ -26,18 +26,18 @@ class Cost(NamedTuple):
     """Bytes that a step takes."""
 
     fixed: float  # whatever the micro-batch: weights, gradients, optimizer state, one unpacked weight
-    passing: float  # each photo of a micro-batch: what lives while one layer's backward is computed
-    inputs: float  # each photo: the inputs of all layers, unless they wait in the host's memory
-    kept_layer: float  # each photo in each layer that keeps its activations
+    passing: float  # each image of a micro-batch: what lives while one layer's backward is computed
+    inputs: float  # each image: the inputs of all layers, unless they wait in the host's memory
+    kept_layer: float  # each image in each layer that keeps its activations
 
-    def peak(self, photos: int, kept: int, offload: bool = False) -> float:
-        return self.fixed + photos * (self.passing + kept * self.kept_layer + (0 if offload else self.inputs))
+    def peak(self, images: int, kept: int, offload: bool = False) -> float:
+        return self.fixed + images * (self.passing + kept * self.kept_layer + (0 if offload else self.inputs))
 
 
 class Plan(NamedTuple):
     """A micro-batch, and the layers that keep their activations; the others are run again in the backward pass."""
 
-    photos: int
+    images: int
     kept: int
     offload: bool  # inputs of layers that are run again wait in the host's memory
     peak: float  # bytes
@@ -75,7 +75,7 @@ def step_cost(
     itemsize: int,
     compiled: bool,
 ) -> Cost:
-    """`held`: bytes in use before the first step; `learning`: weights that learn; `pixels`: bytes of a step's photos.
+    """`held`: bytes in use before the first step; `learning`: weights that learn; `pixels`: bytes of a step's images.
 
     `compiled`: whether the kernels between the products are.
     """
@@ -98,23 +98,23 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def choose_plan(
-    cost: Cost, budget: float, photos: int, layers: int, tokens: int, recompute: str = "auto", host: float = math.inf
+    cost: Cost, budget: float, images: int, layers: int, tokens: int, recompute: str = "auto", host: float = math.inf
 ) -> Plan:
-    """The fastest that fits `budget` bytes of the card and, where inputs wait there, `host` bytes, for `photos` a step.
+    """The fastest that fits `budget` bytes of the GPU and, where inputs wait there, `host` bytes, for `images` a step.
 
     `recompute`: of auto, any number of layers; of true and offload, all; of false, none. Where nothing fits the answer
-    is the smallest: one photo, and with auto the layers' inputs in the host's memory.
+    is the smallest: one image, and with auto the layers' inputs in the host's memory.
     """
     found = []
     offload = recompute == "offload"
     most, least = (0 if recompute in ("true", "offload") else layers), (layers if recompute == "false" else 0)
-    for size in sorted({-(-photos // pieces) for pieces in range(1, photos + 1)}):
+    for size in sorted({-(-images // pieces) for pieces in range(1, images + 1)}):
         room = budget - cost.peak(size, 0, offload)
         fits = room > 0 and (not offload or size * cost.inputs <= host)
         kept = min(most, int(room // (size * cost.kept_layer))) if fits else -1
         if kept >= least:
             forwards = 1 + BACKWARD + RECOMPUTED * (layers - kept) / layers
-            time = photos * tokens * forwards + -(-photos // size) * MICRO_BATCH_TOKENS
+            time = images * tokens * forwards + -(-images // size) * MICRO_BATCH_TOKENS
             found.append((time, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]

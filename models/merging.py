@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaNextConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from models.builder import ModelError
+from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
 SHARD_BYTES = 2_000_000_000  # of each file written, and so of host memory
@@ -42,14 +42,14 @@ def read_adapter(folder: Path) -> Adapter:
     low_rank = {name: (saved[f"{name}.lora_A.weight"], up) for name, up in ups.items()}
     whole = {name: weight for name, weight in saved.items() if ".lora_" not in name}
     if 2 * len(low_rank) + len(whole) != len(saved):
-        raise ModelError(f"{folder}: holds weights that are of no LoRA adapter; export a run that train.py made")
+        raise UserError(f"{folder}: holds weights that are of no LoRA adapter; export a run that train.py made")
     return Adapter(low_rank, whole, settings["lora_alpha"] / settings["r"])
 
 
 def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtype) -> None:
     """Write the safetensors of `base`, a folder, with the adapter in them, to `out`. None: in another dtype only.
 
-    Raises ModelError for a base in 4 bit, for an adapter weight without a place, and for numbers that fp16 cannot hold.
+    Raises UserError for a base in 4 bit, for an adapter weight without a place, and for numbers that fp16 cannot hold.
     """
     names = _names(base)
     low_rank = {_place(f"{name}.weight"): pair for name, pair in adapter.low_rank.items()} if adapter else {}
@@ -70,7 +70,7 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
                 weight = source.get_tensor(name)
             if place in low_rank:
                 if not weight.is_floating_point():
-                    raise ModelError(
+                    raise UserError(
                         f"{base}: {name} is not in 16 bit ({weight.dtype}), and merging into 4 bit would change what "
                         "the model says; put the checkpoint there that is not quantized"
                     )
@@ -81,10 +81,10 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
             left.discard(place)
             merged[name] = weight.to(dtype) if weight.is_floating_point() else weight
             if not torch.isfinite(merged[name]).all():
-                raise ModelError(f"{name}: is too large for {dtype}; use --dtype bf16")
+                raise UserError(f"{name}: is too large for {dtype}; use --dtype bf16")
         save_file(merged, out / file, metadata={"format": "pt"})
     if left:
-        raise ModelError(
+        raise UserError(
             f"{base}: {len(left)} weights of the adapter have no place in it ({', '.join(sorted(left)[:2])})"
         )
     if plan.is_sharded:

@@ -1,10 +1,10 @@
 """An optimizer step cut into what is computed at a time.
 
-Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
+Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K positions supervised in any sample.
 """
 
 
-def cut(batch: dict, size: int) -> list[dict]:
+def split_batch(batch: dict, size: int) -> list[dict]:
     """Micro-batches of at most `size` neighbours, trimmed to their own longest sample, tiles and supervised positions.
 
     Of a batch of data/collator.py: `input_ids` (B, T), `pixel_values` (B, P, 3, H, W), `shift_labels` (B, K),
@@ -15,7 +15,7 @@ def cut(batch: dict, size: int) -> list[dict]:
     positions = sorted(
         {position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)}
     )
-    pieces = []
+    micro_batches = []
     for start in range(0, len(samples), size):
         rows = slice(start, start + size)
         mine = samples[rows]
@@ -23,7 +23,7 @@ def cut(batch: dict, size: int) -> list[dict]:
         last = max(sample.length for sample in mine) - 1
         kept = slice(positions.index(first), positions.index(last - 1) + 1)
         labels = batch["shift_labels"][rows, kept].contiguous()
-        pieces.append(
+        micro_batches.append(
             {
                 "input_ids": batch["input_ids"][rows, : last + 1],
                 "pixel_values": batch["pixel_values"][rows, : max(sample.tiles for sample in mine)],
@@ -33,4 +33,4 @@ def cut(batch: dict, size: int) -> list[dict]:
                 "labels": labels,
             }
         )
-    return pieces
+    return micro_batches

@@ -1,6 +1,6 @@
-"""What several processes do together in a step: shares of its photos, one sum of its gradients.
+"""What several processes do together in a step: shares of its images, one sum of its gradients.
 
-Each takes every n-th photo of the same batches, so the order of photos, and a step's exact token mean, are those of
+Each takes every n-th image of the same batches, so the order of images, and a step's exact token mean, are those of
 one process, whatever is left over at the end. Gradients are summed once, when all pieces are done, and not by DDP's
 hooks in the backward pass of the last piece: a process that runs out of memory there could not do it again, for the
 others would wait in the middle of the sum.
@@ -22,8 +22,8 @@ from torch.utils.data import BatchSampler
 from models.builder import unwrap
 
 
-class Share(BatchSampler):
-    """Every n-th of each batch; of a batch of fewer photos than processes some get none."""
+class ShardedBatchSampler(BatchSampler):
+    """Every n-th of each batch; of a batch of fewer images than processes some get none."""
 
     def __init__(self, batches: BatchSampler, process: int, processes: int):
         self.batches = batches
@@ -42,16 +42,16 @@ class Share(BatchSampler):
         return len(self.batches)
 
 
-def share_batches(loader, process: int, processes: int) -> None:
-    """Make a loader that accelerate prepared give shares: its own way fills the last batch up with other photos."""
+def shard_batches(loader, process: int, processes: int) -> None:
+    """Make a loader that accelerate prepared give shares: its own way fills the last batch up with other images."""
     sharded = loader.batch_sampler
-    sharded.batch_sampler = Share(sharded.batch_sampler, process, processes)
+    sharded.batch_sampler = ShardedBatchSampler(sharded.batch_sampler, process, processes)
     sharded.num_processes, sharded.process_index = 1, 0
     sharded.even_batches, sharded.batch_size = False, None
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], processes: int) -> None:
-    """Each gradient becomes the mean over the processes, those without photos counted as zero, in one message."""
+def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter], processes: int) -> None:
+    """Each gradient becomes the mean over the processes, those without images counted as zero, in one message."""
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in learning:
         if parameter.grad is None:
@@ -64,15 +64,15 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], processes: int) -> N
         parameter.grad.copy_(piece.view_as(parameter))
 
 
-def spread_frozen(model) -> list[FSDPModule]:
+def shard_frozen_parameters(model) -> list[FSDPModule]:
     """Spread the frozen weights over all processes: layer by layer, embeddings, head, and the rest.
 
-    Returns the parts, each of which is gathered for its forward and its backward; the first forward after this must be
+    Returns the parts, each of which is unsharded for its forward and its backward; the first forward after this must be
     of the whole model.
     """
     base = unwrap(model)
-    for module in _packed(base):
-        module.quant_state = module.weight.quant_state  # weights that were gathered are plain tensors
+    for module in _quantized_modules(base):
+        module.quant_state = module.weight.quant_state  # weights that were unsharded are plain tensors
         # FSDP wants numbers that could learn. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
@@ -85,19 +85,19 @@ def spread_frozen(model) -> list[FSDPModule]:
     return [fully_shard(part, ignored_params=learning) for part in (*parts, base)]
 
 
-def _packed(base) -> list[nn.Module]:
+def _quantized_modules(base) -> list[nn.Module]:
     return [module for module in base.modules() if isinstance(module, Linear4bit)]
 
 
-def sum_bits(model) -> list[int]:
+def checksum_quantized(model) -> list[int]:
     """Of each 4-bit weight: whether they come back from the other processes as they were."""
-    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _packed(unwrap(model))]
+    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _quantized_modules(unwrap(model))]
 
 
 @contextlib.contextmanager
-def gathered(parts: Sequence[FSDPModule]) -> Iterator[None]:
+def unsharded(parts: Sequence[FSDPModule]) -> Iterator[None]:
     """All weights whole in each process, which may then compute what the others do not."""
-    gather(parts)
+    unshard(parts)
     try:
         yield
     finally:
@@ -106,7 +106,7 @@ def gathered(parts: Sequence[FSDPModule]) -> Iterator[None]:
             part.reshard()
 
 
-def gather(parts: Sequence[FSDPModule]) -> None:
+def unshard(parts: Sequence[FSDPModule]) -> None:
     """Make all weights whole in each process, for good. All processes call it together."""
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

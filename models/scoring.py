@@ -1,8 +1,8 @@
-"""Exact log-probability of every class name, for a batch of photos.
+"""Exact log-probability of every class name, for a batch of images.
 
-Shapes: B photos, T prompt tokens with image tokens, right padded, N inner nodes of a tree, C names, V vocabulary.
+Shapes: B images, T prompt tokens with image tokens, right padded, N inner nodes of a trie, C names, V vocabulary.
 
-The names form a tree of tokens. One prefill of photo and question fills a cache; one forward over the tree's inner
+The names form a trie of tokens. One prefill of image and question fills a cache; one forward over the trie's inner
 nodes, each of which sees the prompt and its own ancestors, gives what may follow every beginning of a name.
 """
 
@@ -20,16 +20,12 @@ from models.builder import unwrap
 from models.memory import is_out_of_memory
 from utils.logging_utils import UserError, is_watched, logger
 
-MAX_NODES = 512  # inner nodes of one forward; more names than fit become several trees
+MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
 
 
-class ScoringError(UserError):
-    """A model or a set of names that cannot be scored exactly."""
-
-
-class NameTree(NamedTuple):
-    """Some of the names as a tree; slot 0 is the prompt's last token, slot i + 1 is inner node i."""
+class TokenTrie(NamedTuple):
+    """Some of the names as a trie; slot 0 is the prompt's last token, slot i + 1 is inner node i."""
 
     tokens: torch.Tensor  # (N,) of the inner nodes
     depths: torch.Tensor  # (N,) 1 for the first token of a name
@@ -41,20 +37,20 @@ class NameTree(NamedTuple):
 
 
 class Score(NamedTuple):
-    """One photo: the log-probability of each name, in nats."""
+    """One image: the log-probability of each name, in nats."""
 
     id: str
     label: int
     values: list[float]
 
 
-def build_trees(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[NameTree]:
+def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
     """Trees that hold each name (its token ids, end token included) once, of at most `max_nodes` inner nodes each.
 
-    Neighbours in token order share a tree, so that few beginnings stand in two. A name longer than that has its own.
+    Neighbours in token order share a trie, so that few beginnings stand in two. A name longer than that has its own.
     """
     if len(set(map(tuple, names))) < len(names):
-        raise ScoringError("two class names are the same tokens; rename one")
+        raise UserError("two class names are the same tokens; rename one")
     order = sorted(range(len(names)), key=lambda index: list(names[index]))
     chunks, inner = [[]], set()
     for index in order:
@@ -64,10 +60,10 @@ def build_trees(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> l
             inner = set()
         chunks[-1].append(index)
         inner |= prefixes
-    return [_build_tree({index: tuple(names[index]) for index in chunk}) for chunk in chunks]
+    return [_build_trie({index: tuple(names[index]) for index in chunk}) for chunk in chunks]
 
 
-def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
+def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     inner = sorted({name[:length] for name in names.values() for length in range(1, len(name))})
     slots = {(): 0} | {prefix: slot for slot, prefix in enumerate(inner, start=1)}
     edges = sorted({(slots[name[:length]], name[length]) for name in names.values() for length in range(len(name))})
@@ -81,7 +77,7 @@ def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
         for index, name in names.items()
         for length in range(len(name))
     ]
-    return NameTree(
+    return TokenTrie(
         tokens=torch.tensor([prefix[-1] for prefix in inner], dtype=torch.int64),
         depths=torch.tensor([len(prefix) for prefix in inner], dtype=torch.int64),
         visible=visible,
@@ -92,33 +88,33 @@ def _build_tree(names: dict[int, tuple[int, ...]]) -> NameTree:
     )
 
 
-class MicroBatch:
-    """Photos of one forward; halved for good when they do not fit."""
+class MicroBatchSize:
+    """Images of one forward; halved for good when they do not fit."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def step_down(self, error: RuntimeError) -> None:
-        """Raise `error` again unless it says out of memory, and ScoringError where a single photo does not fit."""
+    def halve(self, error: RuntimeError) -> None:
+        """Raise `error` again unless it says out of memory, and UserError where a single image does not fit."""
         if not is_out_of_memory(error):
             raise error
         if self.size == 1:
-            raise ScoringError(
-                "out of memory scoring one photo at a time; use --load-in-4bit true, a larger --gpu-memory-fraction, "
-                "or a card with more memory"
+            raise UserError(
+                "out of memory scoring one image at a time; use --load-in-4bit true, a larger --gpu-memory-fraction, "
+                "or a GPU with more memory"
             ) from error
         self.size //= 2
-        logger.warning("out of memory while scoring; going on with %d photos at a time", self.size)
+        logger.warning("out of memory while scoring; going on with %d images at a time", self.size)
 
 
 @torch.no_grad()
-def score_batch(model, batch: dict, trees: Sequence[NameTree], micro_batch: MicroBatch) -> torch.Tensor:
+def score_batch(model, batch: dict, tries: Sequence[TokenTrie], micro_batch: MicroBatchSize) -> torch.Tensor:
     """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py."""
     base = unwrap(model)
-    names = 1 + max(int(tree.pair_names.max()) for tree in trees)
-    tokens = max(int(tree.pair_names.bincount().max()) for tree in trees)  # of the longest name; read on the CPU
+    names = 1 + max(int(trie.pair_names.max()) for trie in tries)
+    tokens = max(int(trie.pair_names.bincount().max()) for trie in tries)  # of the longest name; read on the CPU
     device = batch["input_ids"].device
-    trees = [NameTree(*(part.to(device) for part in tree)) for tree in trees]
+    tries = [TokenTrie(*(part.to(device) for part in trie)) for trie in tries]
     scores, start = [], 0
     while start < len(batch["samples"]):
         rows = slice(start, start + micro_batch.size)
@@ -127,56 +123,56 @@ def score_batch(model, batch: dict, trees: Sequence[NameTree], micro_batch: Micr
         _check_window(base, longest + tokens)
         try:
             scores.append(
-                _score_photos(
+                _score_images(
                     base,
                     batch["input_ids"][rows, :longest],
                     batch["pixel_values"][rows, : max(sample.tiles for sample in samples)],
                     [list(sample.size) for sample in samples],
                     torch.tensor([sample.prompt_length for sample in samples]).to(device),
-                    trees,
+                    tries,
                     names,
                 )
             )
             start += len(samples)
             continue
         except RuntimeError as error:
-            micro_batch.step_down(error)
+            micro_batch.halve(error)
         # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
         clear_device_cache(garbage_collection=True)
     scores = torch.cat(scores)
     if not torch.isfinite(scores).all():
         ids = ", ".join(sample.id for sample in batch["samples"])
-        raise ScoringError(f"a score is not a finite number; try --mixed-precision bf16 or no (photos: {ids})")
+        raise UserError(f"a score is not a finite number; try --mixed-precision bf16 or no (images: {ids})")
     return scores
 
 
-def _score_photos(base, input_ids, pixel_values, image_sizes, prompt_lengths, trees, names: int) -> torch.Tensor:
-    photos, padded = input_ids.shape
+def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tries, names: int) -> torch.Tensor:
+    images, padded = input_ids.shape
     cache = DynamicCache()
     # No mask: what lies behind a prompt is answer or padding, which causal attention keeps out of the prompt.
     hidden = base.model(
         input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, past_key_values=cache, use_cache=True
     ).last_hidden_state  # (B, T, width)
-    last = hidden[torch.arange(photos, device=hidden.device), prompt_lengths - 1]  # (B, width)
+    last = hidden[torch.arange(images, device=hidden.device), prompt_lengths - 1]  # (B, width)
     in_prompt = torch.arange(padded, device=hidden.device) < prompt_lengths[:, None]  # (B, T)
-    scores = torch.zeros(photos, names, device=hidden.device)
-    for tree in trees:
+    scores = torch.zeros(images, names, device=hidden.device)
+    for trie in tries:
         hidden = last[:, None]  # (B, 1, width), slot 0
-        if len(tree.tokens):
+        if len(trie.tokens):
             visible = torch.cat(
-                [in_prompt[:, None].expand(-1, len(tree.tokens), -1), tree.visible.expand(photos, -1, -1)], dim=2
+                [in_prompt[:, None].expand(-1, len(trie.tokens), -1), trie.visible.expand(images, -1, -1)], dim=2
             )  # (B, N, T + N)
             nodes = base.model(
-                input_ids=tree.tokens.expand(photos, -1),
-                position_ids=prompt_lengths[:, None] + tree.depths - 1,
+                input_ids=trie.tokens.expand(images, -1),
+                position_ids=prompt_lengths[:, None] + trie.depths - 1,
                 attention_mask=_additive(visible[:, None], hidden.dtype),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, N, width)
-            cache.crop(-len(tree.tokens))
+            cache.crop(-len(trie.tokens))
             hidden = torch.cat([hidden, nodes], dim=1)
-        edges = _edge_log_probabilities(base.lm_head, hidden, tree)
-        scores.index_add_(1, tree.pair_names, edges[:, tree.pair_edges])
+        edges = _edge_log_probabilities(base.lm_head, hidden, trie)
+        scores.index_add_(1, trie.pair_names, edges[:, trie.pair_edges])
     return scores
 
 
@@ -185,33 +181,33 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def _edge_log_probabilities(head, hidden: torch.Tensor, tree: NameTree) -> torch.Tensor:
+def _edge_log_probabilities(head, hidden: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
     """(B, E) log-probability of each edge's token behind its slot; logits of a few slots exist at a time."""
-    photos, slots = hidden.shape[:2]
-    step = max(HEAD_ROWS // photos, 1)
-    bounds = torch.searchsorted(tree.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
+    images, slots = hidden.shape[:2]
+    step = max(HEAD_ROWS // images, 1)
+    bounds = torch.searchsorted(trie.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
     pieces = []
     for number, start in enumerate(range(0, slots, step)):
         edges = slice(bounds[number], bounds[number + 1])
         logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
-        own = logits[:, tree.edge_slots[edges] - start, tree.edge_tokens[edges]]
-        pieces.append(own - logits.logsumexp(dim=2)[:, tree.edge_slots[edges] - start])
+        own = logits[:, trie.edge_slots[edges] - start, trie.edge_tokens[edges]]
+        pieces.append(own - logits.logsumexp(dim=2)[:, trie.edge_slots[edges] - start])
     return torch.cat(pieces, dim=1)
 
 
 def _check_window(base, length: int) -> None:
     window = getattr(base.config.text_config, "sliding_window", None)
     if window is not None and getattr(base.config.text_config, "use_sliding_window", True) and window < length:
-        raise ScoringError(
+        raise UserError(
             f"the language model attends to {window:,} tokens only and prompt with name has {length:,}; exact scores "
             "need the whole prompt: use --image-size 336, or --protocol generation"
         )
 
 
 def score_rows(model, collator, rows, *options) -> Iterator[Score]:
-    """A Score for each row whose photo opens; each that does not is told in the log. Takes what score_batches does."""
-    for scores, bad in score_batches(model, collator, rows, *options):
-        for one in bad:
+    """A Score for each row whose image opens; each that does not is told in the log. Takes what score_batches does."""
+    for scores, unreadable in score_batches(model, collator, rows, *options):
+        for one in unreadable:
             logger.warning("photo left out: %s", one)
         yield from scores
 
@@ -219,26 +215,26 @@ def score_rows(model, collator, rows, *options) -> Iterator[Score]:
 def score_batches(
     model, collator, rows, names: Sequence[Sequence[int]], batch_size: int, num_workers: int, dtype: torch.dtype
 ) -> Iterator[tuple[list[Score], list[str]]]:
-    """For each batch of rows, in their order: Scores in any order, and "id: reason" of the photos that do not open.
+    """For each batch of rows, in their order: Scores in any order, and "id: reason" of the images that do not open.
 
     `collator` is a data.collator.PlantCollator, `names` the token ids of each class name behind the prompt.
     """
     device = next(model.parameters()).device
-    trees = build_trees(names)
-    micro_batch = MicroBatch(batch_size)
+    tries = build_tries(names)
+    micro_batch = MicroBatchSize(batch_size)
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
-    for batch in tqdm(loader, desc="scoring photos", disable=not is_watched(), leave=False):
+    for batch in tqdm(loader, desc="scoring images", disable=not is_watched(), leave=False):
         scores = []
         if batch["samples"]:
             moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, moved, trees, micro_batch).tolist()
+                values = score_batch(model, moved, tries, micro_batch).tolist()
             scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch["samples"], values)]
-        yield scores, batch["bad"]
+        yield scores, batch["unreadable"]
 
 
 def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each photo: is its likeliest name the true one; how many names rank before that; its log-probability."""
+    """Of each image: is its likeliest name the true one; how many names rank before that; its log-probability."""
     own = scores[np.arange(len(labels)), labels]
     return scores.argmax(axis=1) == labels, (scores > own[:, None]).sum(axis=1), own

@@ -1,7 +1,7 @@
 """LLaVA-NeXTs of random weights with their processors, built from config: no download.
 
-`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real photos on a GPU; `full`
-7.6 billion, to measure a card before 15 GB are downloaded.
+`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real images on a GPU; `full`
+7.6 billion, to measure a GPU before 15 GB are downloaded.
 
 The same classes as a full-size checkpoint, so that everything from the collator to the scores runs unchanged.
 """
@@ -31,7 +31,7 @@ PATCH = 14
 
 
 class Size(NamedTuple):
-    tile: int  # pixels; one pinpoint of this side, so that a square photo is two tiles
+    tile: int  # pixels; one pinpoint of this side, so that a square image is two tiles
     width: int  # of vision tower and language model
     heads: int
     vision_layers: int
@@ -44,7 +44,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
     "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
-    # The shape of llava-v1.6-mistral-7b, to measure a card with: 7.57 billion weights, 1,176 to 2,928 image tokens.
+    # The shape of llava-v1.6-mistral-7b, to measure a GPU with: 7.57 billion weights, 1,176 to 2,928 image tokens.
     "full": Size(
         *(336, 4096, 32, 24, 32, 0.02), pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     ),
@@ -74,7 +74,7 @@ def build_tiny_processor(
         special_tokens=[*special_tokens.values(), IMAGE_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    # Names follow the joiner's space in training, so the words are learned with it.
+    # Names follow the response_prefix's space in training, so the words are learned with it.
     tokenizer.train_from_iterator([f"[INST] {text} [/INST]" for text in texts], trainer)
     bos = special_tokens.get("bos_token")
     if bos:

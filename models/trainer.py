@@ -1,6 +1,6 @@
 """The training step: one batch is one optimizer step, done in micro-batches, checked before and after.
 
-Shapes: B photos, T text and image tokens, P tiles per photo, H W tile side, K positions supervised in any sample.
+Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K positions supervised in any sample.
 """
 
 import functools
@@ -27,46 +27,42 @@ from config.training_config import TrainingConfig
 from models.builder import load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fitting import no_room
-from models.fused_layers import get_fused_layers, keep_activations
+from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import is_out_of_memory
-from models.microbatch import cut
-from models.parallel import gathered, share_batches, sum_gradients
-from models.scoring import MicroBatch, build_trees, judge_scores, score_batch
+from models.microbatch import split_batch
+from models.parallel import all_reduce_gradients, shard_batches, unsharded
+from models.scoring import MicroBatchSize, build_tries, judge_scores, score_batch
 from runtime.checkpoint import (
     CARD,
     METRICS_OF_BEST,
     CheckpointKeeper,
-    claim,
-    find_damage,
+    atomic_replace_dir,
+    create_checkpoint_dir,
     is_better,
     read_best,
-    replacing,
+    verify_checkpoint,
     write_manifest,
 )
 from runtime.device import fit_workers
-from runtime.distributed import count_processes
+from runtime.distributed import get_world_size
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import BEST, PREFIX, cut_metrics
-from utils.image_utils import check_bad_share
+from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
 from utils.tensor_utils import check_tensor
-
-
-class StepError(UserError):
-    """A step that must not reach the weights; the message names the step and its samples."""
 
 
 class PlantTrainer(Trainer):
     """The HF Trainer, except that
 
     - a batch of the loader is a whole optimizer step: `training_step` cuts it into micro-batches of at most
-      `micro_batch_size` photos. Each loss is divided by the tokens of the whole step, so the sum is the exact token
-      mean whatever the cut, and the order of photos does not depend on it;
-    - out of memory, the same step is redone in halved micro-batches from its own random state; how many photos fit is
+      `micro_batch_size` images. Each loss is divided by the tokens of the whole step, so the sum is the exact token
+      mean whatever the cut, and the order of images does not depend on it;
+    - out of memory, the same step is redone in halved micro-batches from its own random state; how many images fit is
       found out before (models/fitting.py);
     - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
       are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
-    - `evaluate` scores every class name on every photo: top-1, and the loss as the exact token mean; it draws from no
+    - `evaluate` scores every class name on every image: top-1, and the loss as the exact token mean; it draws from no
       random state of the training, and what names best so far is kept in best/;
     - the projector may have a learning rate of its own.
     """
@@ -78,37 +74,37 @@ class PlantTrainer(Trainer):
         image_token_id: int,
         names: Sequence[Sequence[int]],
         projector_learning_rate: float | None = None,
-        max_bad_fraction: float = 0.0,
+        max_unreadable_fraction: float = 0.0,
         max_skipped_steps: int = 0,
         run_id: str = "",
         **kwargs,
     ):
         self.micro_batch_size = micro_batch_size
         self.image_token_id = image_token_id
-        self.trees = build_trees(names)
+        self.tries = build_tries(names)
         self.projector_learning_rate = projector_learning_rate
-        self.max_bad_fraction = max_bad_fraction
+        self.max_unreadable_fraction = max_unreadable_fraction
         self.max_skipped_steps = max_skipped_steps
         self.run_id = run_id
         self.skipped: list[str] = []  # what was told of the steps in a row that were skipped just now
         self.stop = StopRequest()
-        self.made_up: list[dict] = []  # of the log history: an evaluation that a stopped run had left out
+        self.backfilled_evals: list[dict] = []  # of the log history: an evaluation that a stopped run had left out
         self.random_state: list[torch.Tensor] | None = None  # behind the last whole step of this process
-        self.bad_photos: dict[str, set[str]] = {"train": set(), "val": set()}
+        self.unreadable_images: dict[str, set[str]] = {"train": set(), "val": set()}
         self.last_step: dict = {}  # what the step just done came to, for RunLog
-        self.spread = []  # parts of the model whose frozen weights all processes hold together
-        self.idle_piece: dict = {}  # then, a micro-batch from which nothing is learned, for who has none of its own
+        self.fsdp_modules = []  # parts of the model whose frozen weights all processes hold together
+        self.dummy_micro_batch: dict = {}  # all labels -100, for ranks without samples (FSDP)
         super().__init__(*args, **kwargs)
         self.streams = isinstance(self.train_dataset, IterableDataset)
         if self.streams:
-            self.train_dataset.share(self.args.process_index, self.args.world_size, self.total_batch_size)
-            # On which photos come after which depends: what fits into one machine's shared memory holds for all.
+            self.train_dataset.set_rank(self.args.process_index, self.args.world_size, self.total_batch_size)
+            # On which images come after which depends: what fits into one machine's shared memory holds for all.
             fewest = min(gather_object([self.args.dataloader_num_workers]))
             if fewest < self.args.dataloader_num_workers:
                 logger.warning("another machine has room for %d loader workers; all take as many", fewest)
             self.args.dataloader_num_workers = fewest
         base = unwrap(self.model)
-        self.eval_micro_batch = MicroBatch(self.args.per_device_eval_batch_size)
+        self.eval_micro_batch = MicroBatchSize(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
         self.fused = get_fused_layers(base.model.language_model.layers)
 
@@ -131,8 +127,8 @@ class PlantTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
         if self.args.world_size == 1:
-            self._note_bad_photos(inputs["bad"], "train", self.train_dataset)
-            self._check_any_photos(len(inputs["samples"]), inputs["bad"])
+            self.note_unreadable(inputs["unreadable"], "train", self.train_dataset)
+            self.check_any_images(len(inputs["samples"]), inputs["unreadable"])
         if inputs["samples"]:
             self.check_batch(inputs)
         self._step_batch = inputs
@@ -142,49 +138,49 @@ class PlantTrainer(Trainer):
                 self._step_loss = self._forward_backward(model, inputs, num_items_in_batch)
                 break
             except RuntimeError as error:
-                self._step_down(error)
+                self.halve_micro_batch(error)
             # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
             _restore_random_state(random_state, self.args.device)
         if self.args.world_size > 1:
-            sum_gradients(self.model.parameters(), self.args.world_size)
+            all_reduce_gradients(self.model.parameters(), self.args.world_size)
         return self._step_loss
 
     def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        pieces = cut(inputs, self.micro_batch_size)
-        if self.spread:  # the weights of each forward come from all processes
-            most = torch.tensor(len(pieces), device=self.args.device)
+        micro_batches = split_batch(inputs, self.micro_batch_size)
+        if self.fsdp_modules:  # the weights of each forward come from all processes
+            most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            pieces += [self.idle_piece] * (int(most) - len(pieces))
-        for piece in pieces:
+            micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
+        for micro_batch in micro_batches:
             if self.args.world_size == 1:  # several stop together, at the end of a step
                 self.stop.check()
             with self.accelerator.no_sync(model):  # DDP's own sum; models/parallel.py says why
-                total = total + super().training_step(model, piece, num_items_in_batch)
+                total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
-    def _check_any_photos(self, photos: int, bad: list[str]) -> None:
-        if not photos:
-            raise StepError(
-                f"step {self.state.global_step + 1}: none of its photos can be opened; mend or remove them "
-                f"({'; '.join(bad[:5])})"
+    def check_any_images(self, images: int, unreadable: list[str]) -> None:
+        if not images:
+            raise UserError(
+                f"step {self.state.global_step + 1}: none of its images can be opened; mend or remove them "
+                f"({'; '.join(unreadable[:5])})"
             )
 
-    def _step_down(self, error: RuntimeError) -> None:
+    def halve_micro_batch(self, error: RuntimeError) -> None:
         if not is_out_of_memory(error):
             raise error
         step = self.state.global_step + 1
-        if self.spread:
-            raise StepError(f"step {step}: {no_room(self)}") from error
+        if self.fsdp_modules:
+            raise UserError(f"step {step}: {no_room(self)}") from error
         if self.micro_batch_size == 1:
             if not any(one.keep or not one.offload for one in self.fused):
-                raise StepError(f"step {step}: {no_room(self)}") from error
-            keep_activations(self.fused, 0, offload=True)
+                raise UserError(f"step {step}: {no_room(self)}") from error
+            set_activation_checkpointing(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
         logger.warning(
-            "step %d: out of memory; the step is redone with %d photos at a time%s, and so are the next",
+            "step %d: out of memory; the step is redone with %d images at a time%s, and so are the next",
             *(step, self.micro_batch_size),
             ", activations recomputed and their inputs in the host's memory"
             if any(one.offload for one in self.fused)
@@ -192,51 +188,51 @@ class PlantTrainer(Trainer):
         )
 
     def check_batch(self, inputs: dict) -> None:
-        """Shapes, dtypes and devices of a batch, without a look at values. Raises ShapeError."""
+        """Shapes, dtypes and devices of a batch, without a look at values. Raises UserError."""
         device = self.args.device
-        photos = len(inputs["samples"])
+        images = len(inputs["samples"])
         positions = inputs["logits_to_keep"].numel()
-        check_tensor("input_ids", inputs["input_ids"], (photos, None), torch.int64, device)
+        check_tensor("input_ids", inputs["input_ids"], (images, None), torch.int64, device)
         check_tensor(
-            "pixel_values", inputs["pixel_values"], (photos, None, 3, self.tile, self.tile), torch.float32, device
+            "pixel_values", inputs["pixel_values"], (images, None, 3, self.tile, self.tile), torch.float32, device
         )
-        check_tensor("image_sizes", inputs["image_sizes"], (photos, 2), torch.int64, device)
+        check_tensor("image_sizes", inputs["image_sizes"], (images, 2), torch.int64, device)
         check_tensor("logits_to_keep", inputs["logits_to_keep"], (positions,), torch.int64, device)
-        check_tensor("shift_labels", inputs["shift_labels"], (photos, positions), torch.int64, device)
-        check_tensor("image_tokens", inputs["image_tokens"], (photos,), torch.int64, device)
+        check_tensor("shift_labels", inputs["shift_labels"], (images, positions), torch.int64, device)
+        check_tensor("image_tokens", inputs["image_tokens"], (images,), torch.int64, device)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between clipping and the optimizer's move: the one place of a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batch, processes = self._step_batch, self.args.world_size
         miscounted = self._count_miscounted(batch)
-        counts = [len(batch["samples"]), sum(one.image_tokens for one in batch["samples"]), len(batch["bad"])]
+        counts = [len(batch["samples"]), sum(one.image_tokens for one in batch["samples"]), len(batch["unreadable"])]
         counts = torch.tensor([*counts, self.stop.signal is not None], dtype=torch.float32).to(self.args.device)
         found = torch.cat([torch.stack([self._step_loss.float(), miscounted.float()]), counts])
         if processes > 1:
             torch.distributed.all_reduce(found)
             found[0] /= processes
         found = torch.cat([found, grad_norm.float().reshape(1)]).tolist()
-        loss, miscounted, photos, image_tokens, bad, stops, norm = found
+        loss, miscounted, images, image_tokens, unreadable, stops, norm = found
         if processes > 1:
             if stops:
                 raise Interrupted
-            if bad:
-                told = gather_object(batch["bad"])
-                self._note_bad_photos(told, "train", self.train_dataset)
-                self._check_any_photos(int(photos), told)
+            if unreadable:
+                told = gather_object(batch["unreadable"])
+                self.note_unreadable(told, "train", self.train_dataset)
+                self.check_any_images(int(images), told)
         self.last_step = {
             "step": self.state.global_step + 1,
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
-            "photos": int(photos),
+            "images": int(images),
             "image_tokens": int(image_tokens),
         }
         is_fine = math.isfinite(loss) and math.isfinite(norm) and not miscounted
         names = "" if is_fine else ", ".join(gather_object([sample.id for sample in batch["samples"]]))
         if miscounted:
-            raise StepError(
+            raise UserError(
                 f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
                 "collator and the "
                 f"step; nothing was learned from it (samples: {names})"
@@ -244,7 +240,7 @@ class PlantTrainer(Trainer):
         if is_fine:
             self.skipped.clear()
         else:
-            self._judge_not_finite(loss, norm, names)
+            self.handle_non_finite_step(loss, norm, names)
         return grad_norm
 
     def _count_miscounted(self, batch: dict) -> torch.Tensor:
@@ -252,10 +248,10 @@ class PlantTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         return ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
 
-    def _judge_not_finite(self, loss: float, norm: float, names: str) -> None:
+    def handle_non_finite_step(self, loss: float, norm: float, names: str) -> None:
         """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet.
 
-        Else the step is left out without a trace in weights and optimizer, or StepError raised if too many were.
+        Else the step is left out without a trace in weights and optimizer, or UserError raised if too many were.
         """
         scaler = self.accelerator.scaler
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
@@ -269,9 +265,9 @@ class PlantTrainer(Trainer):
         told = f"step {self.last_step['step']}: loss {loss}, gradient norm {norm}"
         self.skipped.append(f"{told} (samples: {names})")
         if len(self.skipped) > self.max_skipped_steps:
-            raise StepError(
+            raise UserError(
                 f"{told}; nothing was learned from {'it' if len(self.skipped) == 1 else 'the last steps'}, the "
-                "weights are those of the step before; look at these photos, try a lower --learning-rate or "
+                "weights are those of the step before; look at these images, try a lower --learning-rate or "
                 f"--mixed-precision bf16: {'; '.join(self.skipped)}"
             )
         if self.is_world_process_zero():
@@ -280,15 +276,17 @@ class PlantTrainer(Trainer):
         self.model.zero_grad()  # the optimizer moves nothing that has no gradient
         self._tr_loss.copy_(self.loss_before)  # what transformers tells trackers would never be a number again
 
-    def _note_bad_photos(self, bad: list[str], split: str, rows) -> None:
-        known = self.bad_photos[split]
-        new = [entry for entry in bad if entry not in known]
+    def note_unreadable(self, unreadable: list[str], split: str, rows) -> None:
+        known = self.unreadable_images[split]
+        new = [entry for entry in unreadable if entry not in known]
         known.update(new)
         for entry in new if self.is_world_process_zero() else ():
             logger.warning("photo left out (%d of %s so far): %s", len(known), split, entry)
         if new:
-            check_bad_share(
-                known, rows.photos if rows is self.train_dataset and self.streams else len(rows), self.max_bad_fraction
+            check_unreadable_fraction(
+                known,
+                rows.images if rows is self.train_dataset and self.streams else len(rows),
+                self.max_unreadable_fraction,
             )
 
     # ---- the run
@@ -301,7 +299,7 @@ class PlantTrainer(Trainer):
 
     @property
     def total_batch_size(self) -> int:
-        """Photos per optimizer step over all processes."""
+        """Images per optimizer step over all processes."""
         return self.args.per_device_train_batch_size  # models/parallel.py shares a batch out
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -315,7 +313,7 @@ class PlantTrainer(Trainer):
                 self._train_from(checkpoint)
                 self._stop_together()
             except Interrupted:
-                self.save_here()
+                self.save_now()
                 raise
             except pickle.UnpicklingError as error:
                 reason = str(error).strip().splitlines()[0]
@@ -340,10 +338,10 @@ class PlantTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state, known = saved, len(saved.log_history)
             self.evaluate()
-            self.made_up = saved.log_history[known:]
+            self.backfilled_evals = saved.log_history[known:]
         early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
         if self.streams:
-            self.train_dataset.begin_at(saved.global_step)
+            self.train_dataset.skip_steps(saved.global_step)
         if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # all was done before the run was stopped; transformers would do one step more
@@ -360,10 +358,10 @@ class PlantTrainer(Trainer):
         if asked.item():
             raise Interrupted
 
-    def save_here(self) -> None:
+    def save_now(self) -> None:
         """A checkpoint of the last whole step, unless there is one: the step that was begun leaves no trace in it."""
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        is_there = self.is_world_process_zero() and folder.exists() and find_damage(folder) is None
+        is_there = self.is_world_process_zero() and folder.exists() and verify_checkpoint(folder) is None
         if self.random_state is None or gather_object([is_there])[0]:
             return
         self.model.zero_grad()
@@ -379,7 +377,7 @@ class PlantTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        # bitsandbytes writes with a paged state that it is paged. Read onto a card it is not: the driver refuses to
+        # bitsandbytes writes with a paged state that it is paged. Read onto a GPU it is not: the driver refuses to
         # fetch it, and bitsandbytes ends the process (its issue 782).
         for state in self.optimizer.state.values():
             for value in state.values():
@@ -388,7 +386,7 @@ class PlantTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         if self.is_world_process_zero():
-            claim(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
+            create_checkpoint_dir(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state; then comes the manifest
@@ -402,7 +400,7 @@ class PlantTrainer(Trainer):
         return DataLoaderShard(
             rows,
             device=self.args.device,
-            skip_batches=rows.left_over(workers),
+            skip_batches=rows.batches_to_skip(workers),
             batch_size=rows.batch_size,
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -416,7 +414,7 @@ class PlantTrainer(Trainer):
             kwargs["batch_size"] *= self.args.world_size  # is said for one process, and shared out
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.world_size > 1:
-            share_batches(loader, self.args.process_index, self.args.world_size)
+            shard_batches(loader, self.args.process_index, self.args.world_size)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps what it was given
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         return loader
@@ -430,7 +428,7 @@ class PlantTrainer(Trainer):
 
     def save_best(self, metrics: dict[str, float]) -> None:
         """best/: what was learned, the processor, the step and its metrics, and a manifest; nothing pickled."""
-        with replacing(self.best_folder) as folder:
+        with atomic_replace_dir(self.best_folder) as folder:
             self.model.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
             (folder / CARD).unlink(missing_ok=True)  # PEFT's form, with nothing filled in
@@ -455,41 +453,41 @@ class PlantTrainer(Trainer):
 
     # ---- evaluation
 
-    def evaluate_here(self) -> None:
+    def evaluate_if_needed(self) -> None:
         """Evaluate, unless that was done after this very step."""
         if not _is_evaluated(self.state):
             self.evaluate()
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Every class name scored on every photo: top-1, top-5, the loss as the exact mean over tokens."""
+        """Every class name scored on every image: top-1, top-5, the loss as the exact mean over tokens."""
         self.model.eval()
-        entries, bad = [], []
+        entries, unreadable = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
-        with torch.random.fork_rng(), gathered(self.spread):
+        with torch.random.fork_rng(), unsharded(self.fsdp_modules):
             for batch in self.get_eval_dataloader(eval_dataset):
                 self._stop_together()
                 if self.args.world_size == 1:  # at once, and not after all of val
-                    self._note_bad_photos(batch["bad"], "val", self.eval_dataset)
-                bad += batch["bad"]
+                    self.note_unreadable(batch["unreadable"], "val", self.eval_dataset)
+                unreadable += batch["unreadable"]
                 if not batch["samples"]:
                     continue
                 with self.accelerator.autocast():
-                    scores = score_batch(self.model, batch, self.trees, self.eval_micro_batch).cpu().double().numpy()
+                    scores = score_batch(self.model, batch, self.tries, self.eval_micro_batch).cpu().double().numpy()
                 labels = np.array([sample.label for sample in batch["samples"]])
                 judged = zip(*(part.tolist() for part in judge_scores(scores, labels)))
                 for sample, own in zip(batch["samples"], judged):
                     entries.append((sample.id, sample.length - sample.prompt_length, *own))
-        bad = gather_object(bad)
-        self._note_bad_photos(bad, "val", self.eval_dataset)
+        unreadable = gather_object(unreadable)
+        self.note_unreadable(unreadable, "val", self.eval_dataset)
         # In the same order whatever the number of processes, for sums of floating-point numbers.
         entries = sorted(gather_object(entries), key=lambda entry: entry[0])
-        _, tokens, hits, above, own = map(np.array, zip(*entries))
+        _, tokens, correct, above, own = map(np.array, zip(*entries))
         metrics = {
             f"{metric_key_prefix}_loss": float(-own.sum() / tokens.sum()),
-            f"{metric_key_prefix}_top1": float(hits.mean()),
+            f"{metric_key_prefix}_top1": float(correct.mean()),
             f"{metric_key_prefix}_top5": float((above < 5).mean()),
-            f"{metric_key_prefix}_bad_photos": len(bad),
+            f"{metric_key_prefix}_unreadable_images": len(unreadable),
         }
         self.log(dict(metrics))
         self.keep_if_best(metrics)
@@ -507,7 +505,7 @@ class StepState(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.log_history.extend(self.trainer.made_up)
+        state.log_history.extend(self.trainer.backfilled_evals)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.loss_before = self.trainer._tr_loss.clone()
@@ -562,7 +560,7 @@ def build_trainer(
             image_token_id=processor.image_token_id,
             names=collator.name_ids,
             projector_learning_rate=config.projector_learning_rate,
-            max_bad_fraction=config.max_bad_fraction,
+            max_unreadable_fraction=config.max_unreadable_fraction,
             max_skipped_steps=config.max_skipped_steps,
             run_id=run_id,
         )
@@ -586,10 +584,10 @@ def build_arguments(
     config: TrainingConfig, precision: str, device: torch.device, batch_bytes: int
 ) -> TrainingArguments:
     """The config in transformers' terms. To its Trainer a batch is the whole optimizer step; see PlantTrainer."""
-    ranks = count_processes()
+    ranks = get_world_size()
     if config.effective_batch_size < ranks:
         raise UserError(
-            f"{config.effective_batch_size} photos per optimizer step leave some of {ranks} processes without any; "
+            f"{config.effective_batch_size} images per optimizer step leave some of {ranks} processes without any; "
             f"start {config.effective_batch_size} at most, or raise --gradient-accumulation-steps"
         )
     optimizers = [name.value for name in OptimizerNames]
@@ -639,7 +637,7 @@ def build_arguments(
         disable_tqdm=True,
         gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
     )
-    # With several cards visible transformers would multiply batch and loss by their number, for DataParallel.
+    # With several GPUs visible transformers would multiply batch and loss by their number, for DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if device.type == "cpu" and ranks > 1:
         arguments.__dict__["_setup_devices"] = device  # accelerate says cpu:0, from which torch.load restores nothing

@@ -62,7 +62,7 @@ def write_manifest(folder: str | Path) -> None:
     _sync(folder)
 
 
-def find_damage(folder: str | Path) -> str | None:
+def verify_checkpoint(folder: str | Path) -> str | None:
     """Why this folder is no checkpoint, or None if every file is as its manifest says."""
     folder = Path(folder)
     try:
@@ -83,26 +83,26 @@ def find_damage(folder: str | Path) -> str | None:
 
 
 def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
-    """The run's newest checkpoint that holds; newer ones that do not are renamed damaged-checkpoint-N and told.
+    """The run's newest checkpoint that holds; newer ones that do not are renamed corrupted-checkpoint-N and told.
 
     Raises UserError for a newer one that another run wrote: this run would come to its step.
     """
     for path in checkpoints_in(run_folder):
         if not _is_of(path, run_id):
             raise UserError(f"{path}: is in the way, another run wrote it; move it, and the same command goes on")
-        damage = find_damage(path)
+        damage = verify_checkpoint(path)
         if damage is None:
             return path
-        aside = path.with_name(f"damaged-{path.name}")
+        aside = path.with_name(f"corrupted-{path.name}")
         number = 2
         while aside.exists():
-            aside, number = path.with_name(f"damaged-{path.name}-{number}"), number + 1
+            aside, number = path.with_name(f"corrupted-{path.name}-{number}"), number + 1
         path.rename(aside)
         logger.warning("%s: %s; renamed to %s", path, damage, aside.name)
     return None
 
 
-def claim(folder: Path, run_id: str) -> None:
+def create_checkpoint_dir(folder: Path, run_id: str) -> None:
     """Make a checkpoint's folder, its run's from the first moment. Raises UserError where another run's stands."""
     if folder.exists():
         if not _is_of(folder, run_id):
@@ -145,10 +145,10 @@ def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def atomic_replace_dir(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to fill, which takes its place when all of it was written."""
     draft, old = _beside(folder)
-    restore(folder)
+    recover_interrupted_replace(folder)
     for left_over in (draft, old):
         if left_over.exists():
             shutil.rmtree(left_over)
@@ -161,12 +161,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
-def restore(folder: Path) -> None:
-    """Finish what a kill between the two renames of `replacing` left: the draft, which was whole, or the old one."""
+def recover_interrupted_replace(folder: Path) -> None:
+    """Finish a replace that was killed between its two renames: take the complete draft, or the old directory."""
     draft, old = _beside(folder)
     if not folder.exists():
         for whole in (draft, old):
-            if find_damage(whole) is None:
+            if verify_checkpoint(whole) is None:
                 whole.rename(folder)
                 return
 
@@ -175,22 +175,22 @@ def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f"{folder.name}.draft"), folder.with_name(f"{folder.name}.old")
 
 
-def check_whole(checkpoint: Path) -> None:
+def require_valid_checkpoint(checkpoint: Path) -> None:
     """Raises UserError for a damaged checkpoint."""
-    damage = find_damage(checkpoint)
+    damage = verify_checkpoint(checkpoint)
     if damage is not None:
         raise UserError(f"--resume {checkpoint}: {damage}; name another checkpoint of {checkpoint.parent}")
 
 
-def branch_off(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
+def fork_checkpoint(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
     """A run that begins at another's checkpoint: a copy of it, its metrics, and best/ if it is of then. The copy."""
     cut_metrics(checkpoint.parent, run_folder, step_of(checkpoint))
     best = read_best(checkpoint.parent / BEST)
     if best is not None and best["step"] <= step_of(checkpoint):
-        with replacing(Path(run_folder) / BEST) as draft:
+        with atomic_replace_dir(Path(run_folder) / BEST) as draft:
             shutil.copytree(checkpoint.parent / BEST, draft, dirs_exist_ok=True)
     copy = Path(run_folder) / checkpoint.name
-    with replacing(copy) as draft:
+    with atomic_replace_dir(copy) as draft:
         shutil.copytree(checkpoint, draft, dirs_exist_ok=True)
         (draft / RUN_MARK).write_text(run_id, encoding="utf-8")
         write_manifest(draft)
@@ -199,14 +199,14 @@ def branch_off(checkpoint: Path, run_folder: str | Path, run_id: str) -> Path:
 
 def read_best(folder: Path) -> dict | None:
     """Step and metrics of best/, or None where it is missing, torn, or was not chosen by an evaluation."""
-    if find_damage(folder) is not None:
+    if verify_checkpoint(folder) is not None:
         return None
     return json.loads((folder / METRICS_OF_BEST).read_text(encoding="utf-8"))
 
 
 def describe_best(folder: Path) -> str:
     """Which weights these are: their step and a hash of their manifest. Raises UserError for damaged ones."""
-    damage = find_damage(folder)
+    damage = verify_checkpoint(folder)
     if damage is not None:
         raise UserError(
             f"{folder}: holds no finished weights ({damage}); finish the run with the command that began it"

@@ -1,4 +1,4 @@
-"""Where a run computes and how precisely. Imports torch and psutil alone, so that a missing card is told in seconds."""
+"""Where a run computes and how precisely. Imports torch and psutil alone, so that a missing GPU is told in seconds."""
 
 import gc
 import resource
@@ -9,78 +9,72 @@ from pathlib import Path
 import psutil
 import torch
 
-from runtime.distributed import count_processes, local_rank
+from runtime.distributed import get_local_rank, get_world_size
 from utils.logging_utils import UserError, logger
 
 GIB = 2**30
-CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a card
-BF16_CAPABILITY = (8, 0)  # Ampere; older cards only emulate it, and torch counts that as support
-
-
-class DeviceError(UserError):
-    """A device or precision that this machine does not have."""
+CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a GPU
+BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts that as support
 
 
 def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, several: bool = False) -> torch.device:
-    """CUDA, held to its share of the card; else the CPU for what fits it, or Apple's MPS for a model built here.
+    """CUDA, held to its share of the GPU; else the CPU for what fits it, or Apple's MPS for a model built here.
 
-    Raises DeviceError for a model that needs a card where torch sees none, for a process too many, and for several
+    Raises UserError for a model that needs a GPU where torch sees none, for a process too many, and for several
     processes unless the caller can do with them.
     """
     if not several:
         refuse_several()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise DeviceError(
+        raise UserError(
             f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
         )
     if torch.cuda.is_available():
-        cards, index = torch.cuda.device_count(), local_rank()
-        if index >= cards:
-            raise DeviceError(
-                f"LOCAL_RANK={index}: torch sees {cards} cards on this machine; start at most so many processes "
-                f"(torchrun --nproc-per-node {cards}), or see CUDA_VISIBLE_DEVICES"
+        num_gpus, index = torch.cuda.device_count(), get_local_rank()
+        if index >= num_gpus:
+            raise UserError(
+                f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine; start at most so many processes "
+                f"(torchrun --nproc-per-node {num_gpus}), or see CUDA_VISIBLE_DEVICES"
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
-        # Of torch 2.11's kernels on an H100 cuDNN's gave the stock layers gradients 1,300 times too large (docs/LOG.md).
+        # cuDNN's attention (torch 2.11, H100) gave the stock layers gradients 1,300 times too large (docs/LOG.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     if is_built:
-        return torch.device("mps" if torch.backends.mps.is_available() and count_processes() == 1 else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and get_world_size() == 1 else "cpu")
     if (
         Path(model).is_dir()
         and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
     ):
         return torch.device("cpu")
-    raise DeviceError(
-        f"--model {model}: needs a CUDA card and torch sees none; check nvidia-smi and the driver, or try this "
+    raise UserError(
+        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try this "
         "program on the "
         "CPU with --preset tiny"
     )
 
 
 def refuse_several() -> None:
-    """Raise DeviceError in one of several processes."""
-    count = count_processes()
+    """Raise UserError in one of several processes."""
+    count = get_world_size()
     if count > 1:
-        raise DeviceError(
+        raise UserError(
             f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
         )
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
-    """bf16, fp16 or no. Raises DeviceError for fp16 without CUDA, where nothing would scale the loss."""
+    """bf16, fp16 or no. Raises UserError for fp16 without CUDA, where nothing would scale the loss."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if requested == "fp16" and capability is None:
-        raise DeviceError(
-            "--mixed-precision fp16: needs a CUDA card, elsewhere nothing scales the loss; use no or auto"
-        )
+        raise UserError("--mixed-precision fp16: needs a CUDA GPU, elsewhere nothing scales the loss; use no or auto")
     return precision_for(requested, capability)
 
 
 def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
-    """bf16, fp16 or no, for a card of this CUDA compute capability (None: no CUDA card)."""
+    """bf16, fp16 or no, for a GPU of this CUDA compute capability (None: no CUDA GPU)."""
     if requested != "auto":
         return requested
     if capability is None:
@@ -99,7 +93,7 @@ def fit_workers(wanted: int, batch_bytes: int, shared_memory: str = "/dev/shm") 
     if free >= needed:
         return wanted
     logger.warning(
-        "%s has %.0f MB free and %d workers need %.0f MB; photos are decoded by the training process instead "
+        "%s has %.0f MB free and %d workers need %.0f MB; images are decoded by the training process instead "
         "(docker run --shm-size=1g, or fewer --num-workers)",
         *(shared_memory, free / 1e6, wanted, needed / 1e6),
     )
@@ -116,12 +110,12 @@ def collect_memory(device: torch.device) -> None:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes that torch has allocated on a CUDA card now, else the process's resident size."""
+    """Bytes that torch has allocated on a CUDA GPU now, else the process's resident size."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: most that torch had allocated on a CUDA card, else the process's largest resident size."""
+    """Bytes: most that torch had allocated on a CUDA GPU, else the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -134,8 +128,8 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def card_room(device: torch.device, gpu_memory_fraction: float) -> float | None:
-    """Bytes that this process may have on a CUDA card, what it has included; None elsewhere."""
+def available_gpu_memory(device: torch.device, gpu_memory_fraction: float) -> float | None:
+    """Bytes that this process may have on a CUDA GPU, what it has included; None elsewhere."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -143,6 +137,6 @@ def card_room(device: torch.device, gpu_memory_fraction: float) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA card has done what it was given."""
+    """Wait until a CUDA GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -23,7 +23,7 @@ from utils.logging_utils import UserError, logger
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 START_S = 60  # seconds in which all must have found each other
-COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a photo set to be read, a checkpoint to be written
+COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a image set to be read, a checkpoint to be written
 POLL_S = 0.5  # seconds between two looks at whether another one failed
 SILENT_S = 120  # seconds after which one that gives no sign is taken for gone, as with its machine
 GONE = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
@@ -36,17 +36,17 @@ FAILED = "failed"
 DONE = "done"
 
 
-def count_processes() -> int:
+def get_world_size() -> int:
     """As the launcher says; 1 without one."""
     return _number("WORLD_SIZE", 1)
 
 
-def local_rank() -> int:
-    """Which of this machine's processes, and so of its cards."""
+def get_local_rank() -> int:
+    """Which of this machine's processes, and so of its GPUs."""
     return _number("LOCAL_RANK", 0)
 
 
-def local_count() -> int:
+def get_local_world_size() -> int:
     """How many processes this machine has."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
@@ -58,7 +58,7 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-class Processes:
+class Distributed:
     """Those that work on one model; the main one, of rank 0, writes the run folder."""
 
     def __init__(self, rank: int = 0, count: int = 1, store=None):
@@ -70,7 +70,7 @@ class Processes:
         self._rounds = 0  # of `watch`
         self._over = threading.Event()
 
-    def share(self, value):
+    def broadcast_object(self, value):
         """What the main one gives here, as JSON takes it; the others' is not looked at."""
         if self.count == 1:
             return value
@@ -92,13 +92,13 @@ class Processes:
         return [one for some in given for one in some]
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The others come in once the main one is out again, and find in the cache what it made."""
         if not self.is_main:
-            self.share(None)
+            self.broadcast_object(None)
         yield
         if self.is_main:
-            self.share(True)
+            self.broadcast_object(True)
 
     def told_by_another(self) -> str | None:
         """What another one said when it failed, or NO_STORE."""
@@ -106,7 +106,7 @@ class Processes:
             return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
         return NO_STORE
 
-    def give_sign(self, sign: str) -> None:
+    def send_heartbeat(self, sign: str) -> None:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"sign {self.rank}", sign)
 
@@ -115,10 +115,10 @@ class Processes:
         seen = {}  # of each other process its last sign, and how often that was seen
         while not self._over.wait(POLL_S):
             self._rounds += 1
-            self.give_sign(f"{self._rounds}")
+            self.send_heartbeat(f"{self._rounds}")
             told = self.told_by_another()
             if told is None:
-                told = self._find_silent(seen)
+                told = self._find_stalled_rank(seen)
                 if told is not None:
                     logger.error(told)
                     self._store.set(FAILED, told)
@@ -126,7 +126,7 @@ class Processes:
                 _pass_on(told)
                 os._exit(1)
 
-    def watch_the_watch(self) -> None:
+    def watch_watchdog(self) -> None:
         """In a thread of its own: with the machine that holds the store gone, `watch` waits for an answer for ever."""
         last, looks = -1, 0
         while not self._over.wait(POLL_S):
@@ -141,7 +141,7 @@ class Processes:
         )
         os._exit(1)
 
-    def _find_silent(self, seen: dict[int, tuple[str, int]]) -> str | None:
+    def _find_stalled_rank(self, seen: dict[int, tuple[str, int]]) -> str | None:
         """Who gave no sign for too long, in a sentence. NCCL itself would wait for COLLECTIVE_S.
 
         The main process looks at all, the others at the main one. Looks are counted, not seconds, which pass for a
@@ -161,9 +161,9 @@ class Processes:
 
 
 @contextlib.contextmanager
-def join_processes(device: torch.device) -> Iterator[Processes]:
+def init_distributed(device: torch.device) -> Iterator[Distributed]:
     """Find the others within a minute; whatever is raised inside ends them all. Raises UserError."""
-    count = count_processes()
+    count = get_world_size()
     if "WORLD_SIZE" not in os.environ:
         tasks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
         if _number("SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -176,7 +176,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     if count == 1:
         for name in VARIABLES:  # of torchrun with one process: transformers would make a group of it
             os.environ.pop(name, None)
-        yield Processes()
+        yield Distributed()
         return
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
@@ -191,10 +191,10 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
                 "launch --multi_gpu, or torchrun, and --sharding fsdp to spread the weights"
             )
     rank = _number("RANK", 0)
-    store = _meet(rank, count)
-    processes = Processes(rank, count, torch.distributed.PrefixStore("plants", store))
+    store = _rendezvous(rank, count)
+    processes = Distributed(rank, count, torch.distributed.PrefixStore("plants", store))
     kind = "nccl" if device.type == "cuda" else "gloo"
-    processes.give_sign("")
+    processes.send_heartbeat("")
     waits = datetime.timedelta(seconds=COLLECTIVE_S)
     with _starting(rank, count):
         torch.distributed.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=waits)
@@ -203,7 +203,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             torch.cuda.synchronize(device)
     watcher = threading.Thread(target=processes.watch, daemon=True)
     watcher.start()
-    threading.Thread(target=processes.watch_the_watch, daemon=True).start()
+    threading.Thread(target=processes.watch_watchdog, daemon=True).start()
     try:
         try:
             with _losses_told():
@@ -213,7 +213,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             watcher.join(SILENT_S)  # a thread that still talks to the store when Python ends aborts the process
             if watcher.is_alive():
                 processes.end_without_store()
-        processes.give_sign(DONE)  # not after a fault: then the others shall miss it
+        processes.send_heartbeat(DONE)  # not after a fault: then the others shall miss it
         torch.distributed.destroy_process_group()
         if not processes.is_main:
             # Nothing is left to do, and weights that are spread hold threads of gloo with which Python's own end aborts
@@ -236,12 +236,12 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
         raise
 
 
-def check_alike(mine: dict, processes: Processes) -> None:
+def assert_same_across_ranks(mine: dict, processes: Distributed) -> None:
     """Raise UserError where this process has other settings or weights, name by name, than the main one.
 
     Folders may lie elsewhere on another machine; they are told apart by their own names.
     """
-    theirs = processes.share(mine)
+    theirs = processes.broadcast_object(mine)
     for name in {"model", "dataset", "run"} & mine.keys():
         paths = Path(mine[name]), Path(theirs[name])
         if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
@@ -268,7 +268,7 @@ def _losses_told() -> Iterator[None]:
         ) from error
 
 
-def _meet(rank: int, count: int):
+def _rendezvous(rank: int, count: int):
     """The store through which all talk, once all are there."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     wait = datetime.timedelta(seconds=START_S)
@@ -287,7 +287,7 @@ def _meet(rank: int, count: int):
 
 @contextlib.contextmanager
 def _starting(rank: int, count: int) -> Iterator[None]:
-    """Ends the process unless it is done in a minute: nothing else stops a first message between cards that hangs."""
+    """Ends the process unless it is done in a minute: nothing else stops a first message between GPUs that hangs."""
 
     def end() -> None:
         logger.error(
@@ -307,7 +307,7 @@ def _starting(rank: int, count: int) -> Iterator[None]:
 
 def _pass_on(told: str) -> None:
     """Into the log file; on the screen too, unless the one that failed has said it on the same one."""
-    if told == NO_STORE or told.endswith(INTERRUPTED) or local_count() < count_processes():
+    if told == NO_STORE or told.endswith(INTERRUPTED) or get_local_world_size() < get_world_size():
         logger.error(told)
         return
     record = logger.makeRecord(logger.name, logging.ERROR, "", 0, told, (), None)

@@ -142,7 +142,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def _going_on(config: TrainingConfig, folder: Path) -> list[str]:
-    mentioned = free_changes(config, load_config(folder)[0])
+    mentioned = resumable_changes(config, load_config(folder)[0])
     return [
         f"going on in {folder}"
         + (f"; changed, which leaves the mathematics alone: {'; '.join(mentioned)}" if mentioned else "")
@@ -209,7 +209,7 @@ def _why_not_resumable(config: TrainingConfig, folder: Path) -> str | None:
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     """`name: old -> new` of every setting that changes what a run computes."""
-    changed = _differences(new, old, free=False)
+    changed = _differences(new, old, resumable=False)
     if _ends_earlier(new, old):  # its end would be written over a longer run that is still to be done
         changed += [
             f"{name}: {getattr(old, name)} -> {getattr(new, name)}"
@@ -217,7 +217,7 @@ def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
             if getattr(new, name) != getattr(old, name)
         ]
     if new.effective_batch_size != old.effective_batch_size:
-        changed.append(f"photos per optimizer step: {old.effective_batch_size} -> {new.effective_batch_size}")
+        changed.append(f"images per optimizer step: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed
 
 
@@ -236,8 +236,8 @@ def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False)
     _, recorded = load_config(folder)
     words = {
         "class_names": "the classes",
-        "photos": "the photos of train and val",
-        "probe_ids": "the tokenizer",
+        "images": "the images of train and val",
+        "tokenizer_probe": "the tokenizer",
         "model_commit": "the model's commit",
         "model_files": "the model's files",
         "precision": "the precision",
@@ -248,7 +248,7 @@ def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False)
     recorded = later | recorded  # runs that began without them
     changed = [
         told
-        if name in ("class_names", "photos", "probe_ids", "model_files")
+        if name in ("class_names", "images", "tokenizer_probe", "model_files")
         else f"{told} ({recorded.get(name)} -> {facts[name]})"
         for name, told in words.items()
         if facts[name] != recorded.get(name)
@@ -263,16 +263,16 @@ def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False)
     return []
 
 
-def free_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:
+def resumable_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     """`name: old -> new` of every setting that leaves what a run computes alone."""
-    return _differences(new, old, free=True)
+    return _differences(new, old, resumable=True)
 
 
-def _differences(new: TrainingConfig, old: TrainingConfig, free: bool) -> list[str]:
+def _differences(new: TrainingConfig, old: TrainingConfig, resumable: bool) -> list[str]:
     return [
         f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
         for field in dataclasses.fields(TrainingConfig)
-        if field.metadata["free"] == free
+        if field.metadata["resumable"] == resumable
         and field.name not in NOT_COMPARED
         and getattr(new, field.name) != getattr(old, field.name)
     ]

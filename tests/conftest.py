@@ -61,7 +61,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """What the tiny preset is made of; `rows(n)` are drawn photos, `model()` is a fresh one."""
+    """What the tiny preset is made of; `rows(n)` are drawn images, `model()` is a fresh one."""
     from config.training_config import PRESETS, TrainingConfig
     from data.collator import PlantCollator
     from data.synthetic import SPECIES, draw_split
@@ -118,27 +118,27 @@ def few_drawings(monkeypatch):
 
 
 @pytest.fixture
-def on_a_card(monkeypatch):
+def on_a_gpu(monkeypatch):
     """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
     from runtime.device import memory_in_use
 
-    monkeypatch.setattr("models.fitting.card_room", lambda device, fraction: memory_in_use(device) + 4e9)
+    monkeypatch.setattr("models.fitting.available_gpu_memory", lambda device, fraction: memory_in_use(device) + 4e9)
     monkeypatch.setattr("models.fused_layers.SMALL", 1)
     return monkeypatch
 
 
 @pytest.fixture
-def photo_folder(tmp_path):
-    """photo_folder({class: count}, split="") makes <tmp>/photos[/<split>]/<class>/<n>.png and returns the root."""
+def image_folder(tmp_path):
+    """image_folder({class: count}, split="") makes <tmp>/photos[/<split>]/<class>/<n>.png and returns the root."""
     from PIL import Image
 
     def make(counts: dict[str, int], split: str = "") -> Path:
-        root = tmp_path / "photos"
+        root = tmp_path / "images"
         for index, (name, count) in enumerate(counts.items()):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            for photo in range(count):
-                Image.new("RGB", (40 + photo, 30), (40 * index, 10 * photo, 90)).save(folder / f"{photo}.png")
+            for image in range(count):
+                Image.new("RGB", (40 + image, 30), (40 * index, 10 * image, 90)).save(folder / f"{image}.png")
         return root
 
     return make

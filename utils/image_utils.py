@@ -1,6 +1,6 @@
-"""Photos: any file becomes an upright RGB picture within limits, and is sized in the one way every script uses.
+"""Images: any file becomes an upright RGB picture within limits, and is sized in the one way every script uses.
 
-H, W: height and width in pixels of the upright photo.
+H, W: height and width in pixels of the upright image.
 """
 
 import io
@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 
 from utils.logging_utils import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of photos in folders, in any case
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images in folders, in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
 MAX_BYTES = 400_000_000  # of a file: 16-bit RGB of so many pixels, not compressed
@@ -21,17 +21,17 @@ EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
-class PhotoError(UserError):
-    """A photo that cannot be used; the message names the file and the reason."""
+class ImageError(UserError):
+    """A image that cannot be used; the message names the file and the reason."""
 
 
-def is_photo_name(path: Path) -> bool:
+def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def photos_below(folder: Path) -> list[Path]:
-    """Files below a folder that are named like photos, in the order of their names; nothing hidden."""
-    return [path for path in files_below(folder) if is_photo_name(path)]
+def images_below(folder: Path) -> list[Path]:
+    """Files below a folder that are named like images, in the order of their names; nothing hidden."""
+    return [path for path in files_below(folder) if is_image_name(path)]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -43,41 +43,41 @@ def files_below(folder: Path) -> list[Path]:
     )
 
 
-def open_photo(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The photo as an upright RGB picture: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
+def open_image(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image as an upright RGB picture: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
 
     `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}.
-    Raises PhotoError for a file that is missing, empty, no photo, broken, or above `max_pixels`.
+    Raises ImageError for a file that is missing, empty, no image, broken, or above `max_pixels`.
     """
     name, image = _open_header(source, max_pixels)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise whatever a broken file makes them trip over
-        raise PhotoError(f"{name}: cannot be decoded ({error})") from error
+        raise ImageError(f"{name}: cannot be decoded ({error})") from error
 
 
-def photo_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of the upright photo, from the file's header alone. Raises PhotoError like open_photo."""
+def read_image_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of the upright image, from the file's header alone. Raises ImageError like open_image."""
     name, image = _open_header(source, max_pixels)
     try:
         sideways = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
     except Exception as error:
-        raise PhotoError(f"{name}: its EXIF block cannot be read ({error})") from error
+        raise ImageError(f"{name}: its EXIF block cannot be read ({error})") from error
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def fit_photo(photo: Image.Image, image_size: int | None) -> Image.Image:
-    """The whole photo as a square of `image_size` pixels, bicubic, aspect not kept; None leaves its own size.
+def fit_image(image: Image.Image, image_size: int | None) -> Image.Image:
+    """The whole image as a square of `image_size` pixels, bicubic, aspect not kept; None leaves its own size.
 
-    The square is what the base view of LLaVA-NeXT does to any photo anyway, and gives every photo equally many tokens.
+    The square is what the base view of LLaVA-NeXT does to any image anyway, and gives every image equally many tokens.
     """
-    if image_size is None or photo.size == (image_size, image_size):
-        return photo
-    return photo.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    if image_size is None or image.size == (image_size, image_size):
+        return image
+    return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
-    """(H, W) that fit_photo gives a photo of this (H, W)."""
+    """(H, W) that fit_image gives a image of this (H, W)."""
     return size if image_size is None else (image_size, image_size)
 
 
@@ -88,22 +88,22 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     try:
         if contents is None:
             contents = _read(Path(path), name)
-    except PhotoError:
+    except ImageError:
         raise
     except (OSError, TypeError, ValueError) as error:
-        raise PhotoError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not contents:
-        raise PhotoError(f"{name}: is empty (0 bytes)")
+        raise ImageError(f"{name}: is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(contents), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise PhotoError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
+        raise ImageError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
     except UnidentifiedImageError:
-        raise PhotoError(f"{name}: is not a photo in any of the formats {', '.join(FORMATS)}") from None
+        raise ImageError(f"{name}: is not a image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
-        raise PhotoError(f"{name}: its header cannot be read ({error})") from error
+        raise ImageError(f"{name}: its header cannot be read ({error})") from error
     if image.width * image.height > max_pixels:
-        raise PhotoError(
+        raise ImageError(
             f"{name}: {image.width} x {image.height} is above the limit of {max_pixels:,} pixels; make it smaller"
         )
     return name, image
@@ -113,11 +113,11 @@ def _read(path: Path, name: str) -> bytes:
     """Only of a file: a pipe would be waited for, and a device has no end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise PhotoError(
+        raise ImageError(
             f"{name}: cannot be read (it is a {'folder' if path.is_dir() else 'device or pipe'}, not a file)"
         )
     if found.st_size > MAX_BYTES:
-        raise PhotoError(f"{name}: {found.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
+        raise ImageError(f"{name}: {found.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
     return path.read_bytes()
 
 
@@ -126,12 +126,12 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def check_bad_share(bad: Collection[str], photos: int, max_bad_fraction: float) -> None:
-    """Raise PhotoError if more than this share of so many photos cannot be opened; `bad` says which and why."""
-    if len(bad) > max_bad_fraction * photos:
-        raise PhotoError(
-            f"{len(bad)} of {photos} photos cannot be opened, above max_bad_fraction={max_bad_fraction} "
-            f"({'; '.join(sorted(bad)[:5])}); mend or remove them, or raise --max-bad-fraction"
+def check_unreadable_fraction(bad: Collection[str], images: int, max_unreadable_fraction: float) -> None:
+    """Raise ImageError if more than this share of so many images cannot be opened; `bad` says which and why."""
+    if len(bad) > max_unreadable_fraction * images:
+        raise ImageError(
+            f"{len(bad)} of {images} images cannot be opened, above max_unreadable_fraction={max_unreadable_fraction} "
+            f"({'; '.join(sorted(bad)[:5])}); mend or remove them, or raise --max-unreadable-fraction"
         )
 
 
@@ -150,9 +150,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """PIL clips these modes at 255, which turns a 16-bit photo almost white; here 65535 is white.
+    """PIL clips these modes at 255, which turns a 16-bit image almost white; here 65535 is white.
 
-    A floating-point photo has no fixed white: it is stretched from its own minimum to its own maximum.
+    A floating-point image has no fixed white: it is stretched from its own minimum to its own maximum.
     """
     values = np.asarray(image).astype(np.float32)
     if image.mode == "F":

@@ -18,7 +18,7 @@ LOG_FILE = "train.log"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 FULL_BYTES = 20e6  # a disk with less is why a save failed
-GOES_ON = "the same command goes on from what was saved (checkpoints, photos scored), but leave out --resume never"
+GOES_ON = "the same command goes on from what was saved (checkpoints, images scored), but leave out --resume never"
 logger = logging.getLogger("llava_plants")
 
 
@@ -32,7 +32,7 @@ def set_environment() -> None:
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
     sys.unraisablehook = _tell_unraisable
-    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the photo opens all the same
+    warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the image opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
     # Of a fused layer under FSDP; nothing is added in place to what a layer returns.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
@@ -94,7 +94,7 @@ class _ScreenFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def errors_told(*kinds: type[Exception], when_interrupted: str = GOES_ON) -> Iterator[None]:
+def report_errors(*kinds: type[Exception], when_interrupted: str = GOES_ON) -> Iterator[None]:
     """What goes wrong inside becomes a log line and exit status 1; train.log has the full traceback.
 
     A UserError, or one of `kinds`, is its one sentence on the screen.

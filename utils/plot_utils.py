@@ -32,20 +32,20 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
 
 
 def plot_answers(
-    photos: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     answers: Sequence[str],
     truths: Sequence[str],
     right: Sequence[bool],
     path: str | Path,
 ) -> None:
-    """Photos with the model's answer over each: green where it is right, else red with the truth below it."""
+    """Images with the model's answer over each: green where it is right, else red with the truth below it."""
     columns = 4
-    rows = -(-len(photos) // columns)
+    rows = -(-len(images) // columns)
     figure = Figure(figsize=(3 * columns, 3.4 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, photo, answer, truth, is_right in zip(figure.axes, photos, answers, truths, right):
-        axes.imshow(photo)
+    for axes, image, answer, truth, is_right in zip(figure.axes, images, answers, truths, right):
+        axes.imshow(image)
         axes.set_title(
             truth if is_right else f"{_shorten(answer)}\nis: {truth}",
             color="darkgreen" if is_right else "darkred",
@@ -62,10 +62,10 @@ def plot_report(
     title: str,
     path: str | Path,
 ) -> None:
-    """Each class's share right, reliability, look-alikes with a photo of each, and mistakes with the likeliest names.
+    """Each class's share right, reliability, look-alikes with a image of each, and mistakes with the likeliest names.
 
-    `bins` are (mean confidence, share right, photos); a pair is (name, name, times confused, photo, photo); a mistake
-    is (photo, truth, [(name, probability), ...]).
+    `bins` are (mean confidence, share right, images); a pair is (name, name, times confused, image, image); a mistake
+    is (image, truth, [(name, probability), ...]).
     """
     columns = 4
     rows = [1.3, *[1] * (-(-2 * len(pairs) // columns) + -(-len(mistakes) // columns))]
@@ -75,18 +75,18 @@ def plot_report(
     _bars(figure.add_subplot(grid[0, : columns - 1]), shares)
     _reliability(figure.add_subplot(grid[0, columns - 1]), bins)
     tiles = []
-    for one, other, count, *photos in pairs:
-        tiles.append((photos[0], f"{_shorten(one)}\nconfused with the next: {count}", "black"))
-        tiles.append((photos[1], f"{_shorten(other)}\n", "black"))
-    for photo, truth, likeliest in mistakes:
+    for one, other, count, *images in pairs:
+        tiles.append((images[0], f"{_shorten(one)}\nconfused with the next: {count}", "black"))
+        tiles.append((images[1], f"{_shorten(other)}\n", "black"))
+    for image, truth, likeliest in mistakes:
         answers = "\n".join(f"{_shorten(name)} {share:.0%}" for name, share in likeliest)
-        tiles.append((photo, f"is: {_shorten(truth)}\n{answers}", "darkred"))
-    for place, (photo, caption, colour) in enumerate(tiles):
+        tiles.append((image, f"is: {_shorten(truth)}\n{answers}", "darkred"))
+    for place, (image, caption, color) in enumerate(tiles):
         axes = figure.add_subplot(grid[1 + place // columns, place % columns])
         axes.axis("off")
-        axes.set_title(caption, fontsize=11, color=colour)
-        if photo is not None:
-            axes.imshow(photo)
+        axes.set_title(caption, fontsize=11, color=color)
+        if image is not None:
+            axes.imshow(image)
     figure.savefig(path, dpi=70)
 
 
@@ -99,12 +99,12 @@ def _bars(axes, shares: dict[str, float]) -> None:
 
 
 def _reliability(axes, bins: Sequence[tuple[float, float, int]]) -> None:
-    photos = sum(count for *_, count in bins)
+    images = sum(count for *_, count in bins)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     axes.scatter(
-        *zip(*[bin[:2] for bin in bins]), s=[20 + 400 * count / photos for *_, count in bins], color="seagreen"
+        *zip(*[bin[:2] for bin in bins]), s=[20 + 400 * count / images for *_, count in bins], color="seagreen"
     )
-    axes.set(xlabel="confidence (area: photos)", ylabel="share right", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
+    axes.set(xlabel="confidence (area: images)", ylabel="share right", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
 
 
 def _curve(axes, lines: Sequence[dict], key: str, label: str, **style) -> None:

@@ -5,10 +5,6 @@ import torch
 from utils.logging_utils import UserError
 
 
-class ShapeError(UserError):
-    """A tensor whose shape, dtype or device is not what the model was promised."""
-
-
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
@@ -16,19 +12,19 @@ def check_tensor(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Raise ShapeError unless `tensor` has this shape (None: any length), dtype and device."""
+    """Raise UserError unless `tensor` has this shape (None: any length), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
-        raise ShapeError(f"{name}: a tensor is needed, not {type(tensor).__name__}")
+        raise UserError(f"{name}: a tensor is needed, not {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, tensor.shape))
     if not fits:
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
-        raise ShapeError(
+        raise UserError(
             f"{name}: shape {tuple(tensor.shape)} where ({wanted}) is needed; was the batch built by data/collator.py?"
         )
     if tensor.dtype != dtype:
-        raise ShapeError(f"{name}: {tensor.dtype} where {dtype} is needed")
+        raise UserError(f"{name}: {tensor.dtype} where {dtype} is needed")
     if device is not None and _place(tensor.device) != _place(device):
-        raise ShapeError(f"{name}: on {tensor.device} where the model is on {device}")
+        raise UserError(f"{name}: on {tensor.device} where the model is on {device}")
 
 
 def _place(device: torch.device) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """Prompt pieces from the checkpoint's own chat template, and our own arithmetic of image tokens.
 
-H, W: height and width of a photo in pixels. A tile is the square the vision tower sees, cut into patches.
+H, W: height and width of a image in pixels. A tile is the square the vision tower sees, cut into patches.
 """
 
 from typing import NamedTuple
@@ -11,20 +11,16 @@ from utils.logging_utils import UserError
 PROBE = "[INST] <image>\nWhat flower is shown in this image? [/INST] colt's foot"
 
 
-class PromptError(UserError):
-    """A chat template or tokenizer that cannot be used for training."""
-
-
 class Prompt(NamedTuple):
-    """prompt + joiner + answer + end is one training text; generation is given prompt alone."""
+    """prompt + response_prefix + answer + end is one training text; generation is given prompt alone."""
 
     prompt: str  # the user's turn, with one image token in it; ends without a space
-    joiner: str  # what the chat template puts between its generation prompt and an answer
+    response_prefix: str  # what the chat template puts between its generation prompt and an answer
     end: str  # the token that generation stops at
     end_id: int
 
     def text(self, answer: str) -> str:
-        return self.prompt + self.joiner + answer + self.end
+        return self.prompt + self.response_prefix + answer + self.end
 
 
 def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
@@ -32,23 +28,23 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
 
     `stop_ids` are the ids that generation stops at. The template's own end of turn is used if it is one of them; hub
     templates exist that end an answer with plain text, so otherwise the tokenizer's end token is.
-    Raises PromptError where a piece is missing or the pieces do not fit together.
+    Raises UserError where a piece is missing or the pieces do not fit together.
     """
     tokenizer = processor.tokenizer
     answer = "ANSWER"
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     if not processor.chat_template:
-        raise PromptError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
+        raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
     prompt = processor.apply_chat_template([user], add_generation_prompt=True)
     whole = processor.apply_chat_template([user, reply])
     if not whole.startswith(prompt) or answer not in whole[len(prompt) :]:
-        raise PromptError(
+        raise UserError(
             f"the chat template answers {whole!r}, which does not go on from its generation prompt {prompt!r}"
         )
-    joiner, _, tail = whole[len(prompt) :].partition(answer)
+    response_prefix, _, tail = whole[len(prompt) :].partition(answer)
     stripped = prompt.rstrip(" ")  # a prompt that ends in a space is tokenized unlike the same text inside an answer
-    joiner, prompt = prompt[len(stripped) :] + joiner, stripped
+    response_prefix, prompt = prompt[len(stripped) :] + response_prefix, stripped
     if (
         tokenizer.bos_token
         and prompt.startswith(tokenizer.bos_token)
@@ -56,16 +52,16 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     ):
         prompt = prompt[len(tokenizer.bos_token) :]  # the tokenizer adds its own
     if prompt.count(processor.image_token) != 1:
-        raise PromptError(
+        raise UserError(
             f"the chat template puts {prompt.count(processor.image_token)} image tokens into {prompt!r}; one is needed"
         )
     end_id = _end_of_turn(tokenizer, tail, stop_ids)
-    return Prompt(prompt, joiner, tokenizer.convert_ids_to_tokens(end_id), end_id)
+    return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(end_id), end_id)
 
 
 def _end_of_turn(tokenizer, tail: str, stop_ids: list[int]) -> int:
     if not stop_ids:
-        raise PromptError(
+        raise UserError(
             "the checkpoint names no token that generation stops at (eos_token_id); nothing could be trained to end"
         )
     for stop_id in stop_ids:
@@ -75,9 +71,9 @@ def _end_of_turn(tokenizer, tail: str, stop_ids: list[int]) -> int:
 
 
 def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:
-    """(image tokens, tiles) that LLaVA-NeXT makes of a photo of this (H, W).
+    """(image tokens, tiles) that LLaVA-NeXT makes of a image of this (H, W).
 
-    One tile shows the whole photo, (tile / patch)^2 tokens. The others show it at the pinpoint (H, W) that keeps most
+    One tile shows the whole image, (tile / patch)^2 tokens. The others show it at the pinpoint (H, W) that keeps most
     of its pixels and, among those, wastes least; rows and columns that only pad it are dropped, and each row that is
     left ends in a newline token. Uses neither the processor's code nor the model's: the three can be compared.
     """
@@ -99,6 +95,6 @@ def _kept_and_waste(size: tuple[int, int], pinpoint: list[int]) -> tuple[int, in
     return kept, kept - pinpoint[0] * pinpoint[1]
 
 
-def probe_ids(tokenizer) -> list[int]:
+def tokenizer_probe(tokenizer) -> list[int]:
     """Ids of a fixed text: kept with every run and compared at load, since saving can change a tokenizer silently."""
     return tokenizer(PROBE).input_ids

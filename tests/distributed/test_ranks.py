@@ -26,13 +26,13 @@ import train
 from config.training_config import TrainingConfig, load_config
 from data.dataset import build_datasets, take
 from evaluation.evaluator import read_entries
-from models.parallel import Share
+from models.parallel import ShardedBatchSampler
 from runtime import distributed
 from runtime.run_dir import read_metrics
 from tests.conftest import ROOT
 from utils.logging_utils import UserError
 
-# 50 photos in steps of 7: of the last one of every pass a single photo is left, and one process has none.
+# 50 images in steps of 7: of the last one of every pass a single image is left, and one process has none.
 RUN = [
     *(
         "--preset",
@@ -106,7 +106,7 @@ def assert_as_one(folder, one) -> None:
     for step, line in expected.items():
         assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
         assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-5)
-        assert (found[step]["photos"], found[step]["image_tokens"]) == (line["photos"], line["image_tokens"])
+        assert (found[step]["images"], found[step]["image_tokens"]) == (line["images"], line["image_tokens"])
     pairs = [[line for line in read_metrics(run) if "eval_loss" in line] for run in (folder, one)]
     for mine, its in zip(*pairs, strict=True):
         assert mine["eval_loss"] == pytest.approx(its["eval_loss"], rel=1e-5)
@@ -145,7 +145,7 @@ def test_two_compute_what_one_does_through_a_stop_and_a_resume(here, one):
 
 
 def test_two_score_what_one_does_through_a_fault(here, one):
-    """Of 19 photos one, of the other process, does not open."""
+    """Of 19 images one, of the other process, does not open."""
     shutil.copytree(one, here / "run")
     ids = take(build_datasets(load_config(one)[0]).test, 19)["id"]
     script = here / "faulty.py"
@@ -155,28 +155,28 @@ def test_two_score_what_one_does_through_a_fault(here, one):
         import evaluate
         from evaluation import evaluator
         evaluator.ROUND = 2
-        real = assessor.Assessor._own_scores
+        real = evaluator.Evaluator._own_scores
         def own_scores(self, rows):
-            for photo in real(self, rows):
-                if photo["id"] == os.environ["FAULT"]:
-                    raise OSError("no such photo")
-                yield {"bad": f"{photo['id']}: torn"} if photo["id"] == os.environ["BAD"] else photo
-        assessor.Assessor._own_scores = own_scores
+            for image in real(self, rows):
+                if image["id"] == os.environ["FAULT"]:
+                    raise OSError("no such image")
+                yield {"bad": f"{image['id']}: torn"} if image["id"] == os.environ["BAD"] else image
+        evaluator.Evaluator._own_scores = own_scores
         sys.exit(evaluate.main())
         """)
     )
-    argv = ["run", "--split", "test", "--limit", "19", "--max-bad-fraction", "0.1"]
+    argv = ["run", "--split", "test", "--limit", "19", "--max-unreadable-fraction", "0.1"]
     status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=ids[13]))
-    assert status != 0 and told.count("critical: process 1: OSError: no such photo") == 1, told
+    assert status != 0 and told.count("critical: process 1: OSError: no such image") == 1, told
     scores = here / "run" / "eval_test.scores.jsonl"
     before = read_entries(scores)[1]
     assert sorted(entry["id"] for entry in before) == sorted(
-        ids[photo] for photo in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
+        ids[image] for image in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
     )
     status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=""))
-    assert status == 0 and "11 photos were done before" in told and told.count("result test: top-1") == 1, told
+    assert status == 0 and "11 images were done before" in told and told.count("result test: top-1") == 1, told
     report = json.loads((here / "run" / "eval_test.json").read_text())
-    assert (report["n"], report["bad_photos"], report["processes"]) == (18, 1, 2)
+    assert (report["n"], report["unreadable_images"], report["processes"]) == (18, 1, 2)
     assert (here / "run" / "evaluate.log").read_text().count(f"photo left out: {ids[3]}: torn") == 2
     found = {entry["id"]: entry for entry in read_entries(scores)[1]}
     scores.unlink()
@@ -184,9 +184,9 @@ def test_two_score_what_one_does_through_a_fault(here, one):
     assert status == 0, told
     expected = {entry["id"]: entry for entry in read_entries(scores)[1]}
     assert found.keys() == expected.keys()
-    for photo, entry in expected.items():
-        assert found[photo]["scores"] == pytest.approx(entry["scores"], abs=2e-4)
-    for name in ("top1", "top5", "ece", "answered", "per_class", "look_alikes", "strangers"):
+    for image, entry in expected.items():
+        assert found[image]["scores"] == pytest.approx(entry["scores"], abs=2e-4)
+    for name in ("top1", "top5", "ece", "coverage", "per_class", "confusions", "ood"):
         assert json.loads((here / "run" / "eval_test.json").read_text())[name] == report[name]
 
 
@@ -200,12 +200,12 @@ def test_two_score_what_one_does_through_a_fault(here, one):
     ids=["both", "replies", "base"],
 )
 def test_every_way_of_scoring_is_shared_out(argv, here, one):
-    """Also where a process has no photo, and where nothing is left to do."""
+    """Also where a process has no image, and where nothing is left to do."""
     shutil.copytree(one, here / "run")
     for _ in range(2):
         status, told = end_of(launch(here, argv, program=ROOT / "evaluate.py"))
         assert status == 0 and told.count("result ") >= 1 and "process 1" not in told, told
-    assert "photos were done before" in told
+    assert "images were done before" in told
 
 
 def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one):
@@ -220,7 +220,7 @@ def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one
             if os.environ["RANK"] == "1":
                 raise KeyboardInterrupt
             yield from real(self, rows)
-        real, assessor.Assessor._own_scores = assessor.Assessor._own_scores, own_scores
+        real, evaluator.Evaluator._own_scores = evaluator.Evaluator._own_scores, own_scores
         sys.exit(evaluate.main())
         """)
     )
@@ -268,7 +268,7 @@ def test_the_fault_of_one_ends_all_with_its_message(here):
     script = with_fault(here, """
         def fails(self, *args):
             if rank == 1 and self.state.global_step == 6:
-                raise trainer.StepError("step 7: broken on purpose")
+                raise trainer.UserError("step 7: broken on purpose")
             return real(self, *args)
         trainer.PlantTrainer._forward_backward = fails
     """)  # fmt: skip
@@ -276,7 +276,7 @@ def test_the_fault_of_one_ends_all_with_its_message(here):
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
     assert status != 0 and "error: process 1: step 7: broken on purpose" in told
     assert "Connection closed" not in told and time.monotonic() - began < 90
-    assert "process 1: StepError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
+    assert "process 1: UserError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
     assert max(steps_of(here / "run")) == 6
 
 
@@ -306,9 +306,9 @@ def test_a_stop_in_an_evaluation_waits_for_a_slow_save(here, one):
     assert [line["step"] for line in read_metrics(here / "run") if "eval_loss" in line] == [10, 20]
 
 
-def test_what_one_meets_in_a_step_all_decide_alike(here, photo_folder):
-    """A loss that is no number in one process, photos that do not open, an adapter, workers, an early stop."""
-    root = photo_folder({"oak": 30, "ash": 30})
+def test_what_one_meets_in_a_step_all_decide_alike(here, image_folder):
+    """A loss that is no number in one process, images that do not open, an adapter, workers, an early stop."""
+    root = image_folder({"oak": 30, "ash": 30})
     for number in range(4):
         (root / "ash" / f"{number}.png").write_bytes(b"broken")
     script = with_fault(here, """
@@ -317,25 +317,25 @@ def test_what_one_meets_in_a_step_all_decide_alike(here, photo_folder):
             return loss * float("nan") if rank == 1 and self.state.global_step == 2 else loss
         trainer.PlantTrainer._forward_backward = poisoned
     """)  # fmt: skip
-    argv = ["--preset", "tiny", "--trainable", "adapter", "--dataset", str(root), "--max-bad-fraction", "0.5"]
+    argv = ["--preset", "tiny", "--trainable", "adapter", "--dataset", str(root), "--max-unreadable-fraction", "0.5"]
     argv += ["--max-skipped-steps", "1", "--num-workers", "1", "--max-steps", "60", "--eval-steps", "3"]
     argv += ["--early-stopping-patience", "2", "--early-stopping-min-gain", "0.9", "--output-dir", "run"]
     status, told = end_of(launch(here, argv, program=script))
     steps = steps_of(here / "run")
     assert status == 0 and "stopping early" in told and len(steps) == 9, told
     assert [step for step, line in steps.items() if line.get("skipped")] == [3]
-    assert sum(len(photos) for photos in told_bad(told).values()) == 4
+    assert sum(len(images) for images in told_bad(told).values()) == 4
 
 
 def told_bad(told: str) -> dict[str, set[str]]:
-    """{split: photos that were told to be left out}; each but once for training."""
+    """{split: images that were told to be left out}; each but once for training."""
     found = {
-        split: re.findall(rf"warning: photo left out \(\d+ of {split} so far\): (\S+):", told)
+        split: re.findall(rf"warning: image left out \(\d+ of {split} so far\): (\S+):", told)
         for split in ("train", "val")
     }
     assert len(found["train"]) == len(set(found["train"]))
-    left = re.findall(r"warning: photo left out: (\S+):", told)
-    return {split: set(photos) for split, photos in found.items()} | {"test": set(left) - set(found["val"])}
+    left = re.findall(r"warning: image left out: (\S+):", told)
+    return {split: set(images) for split, images in found.items()} | {"test": set(left) - set(found["val"])}
 
 
 def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
@@ -382,7 +382,7 @@ def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
         launch(here, [*argv, "--sharding", "fsdp", "--per-device-eval-batch-size", "2"], program=script)
     )
     assert status != 0 and "saved  run/checkpoint-10" in told, told
-    assert "frozen weights are spread over 2 processes" in told and "1 photos at a time, as configured" in told
+    assert "frozen weights are spread over 2 processes" in told and "1 images at a time, as configured" in told
     process = launch(here, argv)  # whole in each
     wait_for_step(here / "run", 13)
     rank_of(process, "1").kill()
@@ -390,7 +390,7 @@ def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
     assert status == 0 and "going on from run/checkpoint-" in told, told
     assert_as_one(here / "run", one)
-    assert "run/best, loaded into a fresh base, scores 4 photos as before" in told
+    assert "run/best, loaded into a fresh base, scores 4 images as before" in told
 
 
 def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantized):
@@ -404,7 +404,7 @@ def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantize
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
     assert (
-        status != 0 and "error: process 1: step 3: out of memory with 7 photos at a time, and weights that are" in told
+        status != 0 and "error: process 1: step 3: out of memory with 7 images at a time, and weights that are" in told
     )
     assert max(steps_of(here / "run")) == 2
 
@@ -414,7 +414,7 @@ def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(
     argv, _ = quantized
     argv = [*argv, "--sharding", "fsdp", "--train-on-val", "true", "--eval-steps", "none", "--max-steps", "3"]
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
-    assert status == 0 and "run/best, loaded into a fresh base, scores 4 photos as before" in told, told
+    assert status == 0 and "run/best, loaded into a fresh base, scores 4 images as before" in told, told
     status, told = end_of(launch(here, ["run", "--split", "test", "--limit", "5"], program=ROOT / "evaluate.py"))
     assert status == 0 and "result test: top-1" in told, told
 
@@ -423,14 +423,14 @@ def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     argv, _ = quantized
     script = with_fault(here, """
         from models import fitting
-        spread = fitting.spread_frozen
+        spread = fitting.shard_frozen_parameters
         def altered(model):
             parts = spread(model)
             if rank == 1:
                 weight = fitting.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
                 weight.to_local().view(torch.int32)[7] += 1
             return parts
-        fitting.spread_frozen = altered
+        fitting.shard_frozen_parameters = altered
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
     assert status != 0 and "plan: 4-bit weights come back altered from the other processes; use --sharding none" in told
@@ -483,8 +483,8 @@ def drawn_parquet(here):
     folder = here / "parquet"
     folder.mkdir()
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=list(SPECIES))})
-    for split, photos, files in (("train", 150, 4), ("validation", 20, 1), ("test", 20, 1)):
-        rows = [{"image": row["image"], "label": row["label"]} for row in draw_split(split)[:photos]]
+    for split, images, files in (("train", 150, 4), ("validation", 20, 1), ("test", 20, 1)):
+        rows = [{"image": row["image"], "label": row["label"]} for row in draw_split(split)[:images]]
         for file in range(files):
             Dataset.from_list(rows[file::files], features=features).to_parquet(folder / f"{split}-{file}.parquet")
     return folder
@@ -496,7 +496,7 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, c
     argv += ["--num-workers", "2", "--per-device-train-batch-size", "11"]
     argv += ["--trainable", "adapter", "--lora-r", "4", "--lora-dropout", "0.2", "--learning-rate", "0.01"]
     status, told = end_of(launch(here, [*argv, "--output-dir", "whole"]))
-    assert status == 0 and "data   stream of 4 parquet files" in told and "150 train, 20 val, 20 test photos" in told
+    assert status == 0 and "data   stream of 4 parquet files" in told and "150 train, 20 val, 20 test images" in told
     process = launch(here, [*argv, "--output-dir", "run"])
     wait_for_step(here / "run", 6)
     process.send_signal(signal.SIGTERM)
@@ -517,7 +517,7 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, c
 
 
 def test_loader_workers_of_a_stream_are_as_many_in_all(here, drawn_parquet):
-    """On them depends which photos come after which, and a machine may have room for fewer."""
+    """On them depends which images come after which, and a machine may have room for fewer."""
     script = with_fault(here, "trainer.fit_workers = lambda wanted, needed: wanted - rank")
     argv = ["--preset", "tiny", "--dataset", str(drawn_parquet), "--streaming", "true", "--max-steps", "1"]
     argv += ["--num-workers", "2", "--eval-steps", "none", "--output-dir", "run"]
@@ -552,13 +552,13 @@ def test_machines_with_other_settings_are_told(here):
 
 @pytest.mark.parametrize(
     ("there", "is_same"),
-    [("/disk/photos", True), ("photos", True), ("/here/others", False), ("oxford_flowers102", False)],
+    [("/disk/photos", True), ("images", True), ("/here/others", False), ("oxford_flowers102", False)],
 )
 def test_folders_may_lie_elsewhere_on_another_machine(there, is_same):
     config = TrainingConfig(dataset="/here/photos")
     others = SimpleNamespace(share=lambda mine: mine | {"dataset": there})
     with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/photos and not"):
-        distributed.check_alike(dataclasses.asdict(config), others)
+        distributed.assert_same_across_ranks(dataclasses.asdict(config), others)
 
 
 def test_two_nodes_over_loopback(here, one):
@@ -586,11 +586,11 @@ def test_two_nodes_over_loopback(here, one):
 # ---- the pieces
 
 
-@pytest.mark.parametrize(("photos", "size", "processes"), [(50, 7, 2), (49, 16, 3), (3, 16, 4), (32, 16, 2)])
-def test_shares_are_the_batches_of_one(photos, size, processes):
-    batches = BatchSampler(SequentialSampler(range(photos)), size, drop_last=False)
-    shares = [list(Share(batches, process, processes)) for process in range(processes)]
-    assert {len(share) for share in shares} == {len(batches)} == {len(Share(batches, 0, processes))}
+@pytest.mark.parametrize(("images", "size", "processes"), [(50, 7, 2), (49, 16, 3), (3, 16, 4), (32, 16, 2)])
+def test_shares_are_the_batches_of_one(images, size, processes):
+    batches = BatchSampler(SequentialSampler(range(images)), size, drop_last=False)
+    shares = [list(ShardedBatchSampler(batches, process, processes)) for process in range(processes)]
+    assert {len(share) for share in shares} == {len(batches)} == {len(ShardedBatchSampler(batches, 0, processes))}
     for number, batch in enumerate(batches):
         parts = [share[number] for share in shares]
         assert sorted(itertools.chain(*parts)) == batch and max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -633,13 +633,13 @@ def test_a_bad_start_is_told_and_does_not_hang(variables, words, here, monkeypat
 
 
 def test_a_card_too_many_is_told(monkeypatch):
-    from runtime.device import DeviceError, choose_device
+    from runtime.device import UserError, choose_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(DeviceError, match=r"LOCAL_RANK=2: torch sees 2 cards .*\(torchrun --nproc-per-node 2\)"):
+    with pytest.raises(UserError, match=r"LOCAL_RANK=2: torch sees 2 GPUs .*\(torchrun --nproc-per-node 2\)"):
         choose_device("tiny", True, 0.9, several=True)
 
 

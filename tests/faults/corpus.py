@@ -1,4 +1,4 @@
-"""Photos as they come, and as no one should have made them: each with what opening it must come to."""
+"""Images as they come, and as no one should have made them: each with what opening it must come to."""
 
 import io
 import os
@@ -48,8 +48,8 @@ def _png(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"".join(parts)
 
 
-def _header(width: int, height: int, bits: int = 8, colour: int = 2) -> tuple[bytes, bytes]:
-    return b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+def _header(width: int, height: int, bits: int = 8, color: int = 2) -> tuple[bytes, bytes]:
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
 
 
 def _exif(orientation: int) -> Image.Exif:
@@ -65,7 +65,7 @@ def _frames() -> dict:
 def _zip() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("photo.txt", "no photo")
+        archive.writestr("photo.txt", "no image")
     return file.getvalue()
 
 
@@ -128,17 +128,17 @@ def contents() -> dict[str, tuple[bytes, str]]:
         "half.bmp": (_saved(_picture(), "BMP")[:900], "cannot be decoded"),
         "half.tiff": (_saved(_picture(), "TIFF", compression="tiff_lzw")[:-500], REFUSED),
         "crc.png": (bytes(broken_crc), OPENS),  # of the end mark alone: every pixel is there
-        "junk before.jpg": (b"junk" + jpeg, "is not a photo"),
-        "page.jpg": (b"<!doctype html><html>404 not found</html>", "is not a photo"),
-        "text.png": (b"no photo at all\n", "is not a photo"),
-        "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a photo"),
-        "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print", "is not a photo"),
-        "paper.jpg": (b"%PDF-1.7\n1 0 obj", "is not a photo"),
-        "archive.jpg": (_zip(), "is not a photo"),
-        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "is not a photo"),
-        "zeros.jpg": (bytes(4000), "is not a photo"),
-        "noise.jpg": (random.Random(2).randbytes(4000), "is not a photo"),
-        "pickle.jpg": (b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.", "is not a photo"),
+        "junk before.jpg": (b"junk" + jpeg, "is not a image"),
+        "page.jpg": (b"<!doctype html><html>404 not found</html>", "is not a image"),
+        "text.png": (b"no image at all\n", "is not a image"),
+        "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a image"),
+        "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print", "is not a image"),
+        "paper.jpg": (b"%PDF-1.7\n1 0 obj", "is not a image"),
+        "archive.jpg": (_zip(), "is not a image"),
+        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "is not a image"),
+        "zeros.jpg": (bytes(4000), "is not a image"),
+        "noise.jpg": (random.Random(2).randbytes(4000), "is not a image"),
+        "pickle.jpg": (b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.", "is not a image"),
         "bomb.png": (_saved(Image.new("1", (9000, 9000)), "PNG"), "above the limit of 64,000,000 pixels"),
         "wide bomb.png": (_png(_header(2**31 - 1, 1), (b"IDAT", pixels), (b"IEND", b"")), "above the limit of"),
         "vast.jpg": (_jpeg_of_size(65500, 65500), "above the limit of 64,000,000 pixels"),
@@ -149,7 +149,7 @@ def contents() -> dict[str, tuple[bytes, str]]:
             "its header cannot be read",
         ),
         "no pixels.png": (_png(_header(60, 40), (b"IEND", b"")), "cannot be decoded"),
-        "loop.tiff": (loop, "is not a photo"),
+        "loop.tiff": (loop, "is not a image"),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     make faults        all of them, many times; writes the table of docs/faults.md
 
 Each run is a process of its own, forked from one that has imported everything. The run: the tiny model with dropout on
-its adapter, 12 steps, a checkpoint every 3, an evaluation every 4, photos decoded by a worker.
+its adapter, 12 steps, a checkpoint every 3, an evaluation every 4, images decoded by a worker.
 """
 
 import json
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
     lost: bool  # it did not come to its end
     steps: int  # that had to be done once more
-    same: bool | None  # weights, optimizer, order of photos and losses are those of the run without fault; None: n/a
+    same: bool | None  # weights, optimizer, order of images and losses are those of the run without fault; None: n/a
     told: str  # on the screen, at the fault
 
 
@@ -117,7 +117,7 @@ def at_step(step: int, action: Callable) -> None:
 
 
 def end_of(folder: Path) -> dict:
-    """Whatever must be equal: bytes of weights, tensors of the optimizer, order of photos, losses of each step."""
+    """Whatever must be equal: bytes of weights, tensors of the optimizer, order of images, losses of each step."""
     import torch
 
     run = folder / "run"
@@ -279,14 +279,14 @@ def cramp_evaluation() -> None:
 
     from models import scoring
 
-    real = scoring._score_photos
+    real = scoring._score_images
 
     def score(base, input_ids, *args):
         if len(input_ids) > 7:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(base, input_ids, *args)
 
-    scoring._score_photos = score
+    scoring._score_images = score
 
 
 def poison(steps: Sequence[int]) -> None:
@@ -390,16 +390,16 @@ def two_at_once(folder: Path, expected: dict) -> Outcome:
     return Outcome(False, 0, end_of(folder) == expected, told)
 
 
-def own_photos(folder: Path) -> list[str]:
-    """A folder of photos, and the command that trains on them."""
+def own_images(folder: Path) -> list[str]:
+    """A folder of images, and the command that trains on them."""
     from PIL import Image
 
     for index, name in enumerate(("oak", "ash")):
-        (folder / "photos" / name).mkdir(parents=True)
-        for photo in range(30):
-            colour = (90 * index, 4 * photo, 90)
-            Image.new("RGB", (40 + photo, 30), colour).save(folder / "photos" / name / f"{photo}.png")
-    return [*RUN, "--dataset", "photos", "--max-bad-fraction", "0.1"]
+        (folder / "images" / name).mkdir(parents=True)
+        for image in range(30):
+            color = (90 * index, 4 * image, 90)
+            Image.new("RGB", (40 + image, 30), color).save(folder / "images" / name / f"{image}.png")
+    return [*RUN, "--dataset", "images", "--max-unreadable-fraction", "0.1"]
 
 
 def vanish() -> None:
@@ -407,8 +407,8 @@ def vanish() -> None:
 
 
 def vanished(folder: Path) -> Outcome:
-    """A photo of an image folder is deleted while the run goes on: it is named, and the run ends without it."""
-    argv = own_photos(folder)
+    """A image of an image folder is deleted while the run goes on: it is named, and the run ends without it."""
+    argv = own_images(folder)
     status = finish(start(folder, argv, vanish))
     told = screen_of(folder)
     is_named = "photo left out (1 of train so far): oak/0.png" in told and "cannot be read (No such file" in told
@@ -418,7 +418,7 @@ def vanished(folder: Path) -> Outcome:
 def cramped_shared_memory(folder: Path, expected: dict) -> Outcome:
     status = finish(start(folder, fault=small_shared_memory))
     told = screen_of(folder)
-    is_told = "photos are decoded by the training process instead" in told
+    is_told = "images are decoded by the training process instead" in told
     return Outcome(status != 0 or not is_told, 0, end_of(folder) == expected, told)
 
 

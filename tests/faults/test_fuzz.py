@@ -25,10 +25,10 @@ from config.training_config import (
 )
 from data.dataset import tidy_name
 from data.labels import CLASS_NAMES, parse_reply
-from runtime.checkpoint import MANIFEST, find_damage, write_manifest
+from runtime.checkpoint import MANIFEST, verify_checkpoint, write_manifest
 from runtime.run_dir import append_metrics, cut_metrics, read_metrics
 from tests.faults.corpus import contents
-from utils.image_utils import PhotoError, fit_photo, open_photo, photo_size
+from utils.image_utils import ImageError, fit_image, open_image, read_image_size
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0))  # of each test
 quiet = settings(deadline=None, max_examples=100, database=None, suppress_health_check=list(HealthCheck))
@@ -75,10 +75,10 @@ def test_the_image_opener():
         source = {"bytes": changed(seed, how), "path": "a photo.jpg"}
         began = time.monotonic()
         try:
-            photo = open_photo(source)
-            assert photo.mode == "RGB" and photo_size(source) == (photo.height, photo.width)
-            fit_photo(photo, 28)
-        except PhotoError as error:
+            image = open_image(source)
+            assert image.mode == "RGB" and read_image_size(source) == (image.height, image.width)
+            fit_image(image, 28)
+        except ImageError as error:
             assert str(error).startswith("a photo.jpg: ") and str(error).isprintable()
         assert time.monotonic() - began < 20
 
@@ -149,7 +149,7 @@ def test_metrics_and_manifests(tmp_path):
     @given(texts)
     def check(found):
         (tmp_path / MANIFEST).write_bytes(found)
-        assert find_damage(tmp_path) is None or str(find_damage(tmp_path))
+        assert verify_checkpoint(tmp_path) is None or str(verify_checkpoint(tmp_path))
         (tmp_path / "metrics.jsonl").write_bytes(found)
         before = read_metrics(tmp_path)
         append_metrics(tmp_path, {"step": 1})

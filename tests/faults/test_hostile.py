@@ -1,4 +1,4 @@
-"""Hostile photos through whole scripts: every one is learned from or named, none ends a run."""
+"""Hostile images through whole scripts: every one is learned from or named, none ends a run."""
 
 import json
 import re
@@ -15,9 +15,9 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """(folder with train/, val/ and test/ of two classes, what opening each photo of one class must come to)"""
-    folder = tmp_path_factory.mktemp("hostile") / "photos"
+def images(tmp_path_factory):
+    """(folder with train/, val/ and test/ of two classes, what opening each image of one class must come to)"""
+    folder = tmp_path_factory.mktemp("hostile") / "images"
     for split in SPLITS:
         expected = write_corpus(folder / split / "hostile")
         (folder / split / "kind").mkdir()
@@ -27,16 +27,16 @@ def photos(tmp_path_factory):
 
 
 def left_out(told: str) -> list[str]:
-    """Names of photos that were told to be left out, each once."""
-    return re.findall(r"warning: photo left out[^:]*: '?(?:\w+/)hostile/(.+?)'?: ", told)
+    """Names of images that were told to be left out, each once."""
+    return re.findall(r"warning: image left out[^:]*: '?(?:\w+/)hostile/(.+?)'?: ", told)
 
 
-def test_hostile_photos_through_training_and_evaluation(photos, tmp_path, monkeypatch, capsys):
-    folder, expected = photos
-    del expected["folder.jpg"]  # is not taken for a photo
+def test_hostile_photos_through_training_and_evaluation(images, tmp_path, monkeypatch, capsys):
+    folder, expected = images
+    del expected["folder.jpg"]  # is not taken for a image
     refused = sorted(name for name, words in expected.items() if words != OPENS)
     monkeypatch.chdir(tmp_path)
-    tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-bad-fraction", "1", "--output-dir", "run"]
+    tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-unreadable-fraction", "1", "--output-dir", "run"]
     assert train.main([*tiny, "--max-steps", "10", "--eval-steps", "5", "--num-workers", "1"]) == 0
     told = capsys.readouterr().out
     assert "6 files or folders inside the class folders are not read" in told  # that, and a name not in UTF-8

@@ -88,7 +88,7 @@ CODE = "open('planted', 'w').close()\nfrom transformers import LlavaNextConfig a
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "strange"])
-def test_code_that_comes_with_a_model_does_not_run(kind, checkpoint, photo_folder, tmp_path, monkeypatch, capsys):
+def test_code_that_comes_with_a_model_does_not_run(kind, checkpoint, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(checkpoint(), tmp_path / "model"))
     (model / "code.py").write_text(CODE)
@@ -96,7 +96,7 @@ def test_code_that_comes_with_a_model_does_not_run(kind, checkpoint, photo_folde
         settings = json.loads((model / name).read_text())
         settings["auto_map"] = {f"Auto{part}": "code.Config" for part in ("Config", "Processor", "Model", "Tokenizer")}
         (model / name).write_text(json.dumps(settings | ({"model_type": kind} if name == "config.json" else {})))
-    flags = ["--model", "./model", "--dataset", str(photo_folder({"oak": 6, "ash": 6})), "--image-size", "70"]
+    flags = ["--model", "./model", "--dataset", str(image_folder({"oak": 6, "ash": 6})), "--image-size", "70"]
     status, told = call(train.main, [*flags, "--max-steps", "1", "--num-workers", "0"], capsys)
     assert (status == 0) == (kind == "llava_next") and "Traceback" not in told
     assert status == 0 or "/model: its config cannot be loaded" in told

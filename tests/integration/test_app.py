@@ -15,7 +15,7 @@ import app
 from config.training_config import TrainingConfig, save_config
 from evaluation.model_card import WARNING
 from evaluation.page import START, as_answer, as_footer, as_refusal
-from evaluation.predictor import Named
+from evaluation.predictor import Prediction
 from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, contents
 from utils.logging_utils import UserError
@@ -26,7 +26,7 @@ QUIET += " --disable-component-update --disable-sync"
 CAMERA = "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 LIKELIEST = [("oak", 0.6234), ("<b>ash</b>", 0.3), ("elm", 0.0764), ("fir", 0.0001), ("yew", 0.0001), ("box", 0.0)]
 MEASURED = {"split": "test", "n": 1200, "top1": 0.9, "top1_interval": [0.88, 0.999]}
-MEASURED |= {"answered": 0.75, "answered_precision": 0.96, "per_token": False, "prior_calibration": False}
+MEASURED |= {"coverage": 0.75, "selective_accuracy": 0.96, "per_token": False, "prior_calibration": False}
 
 
 class FakeNamer:
@@ -40,7 +40,7 @@ class FakeNamer:
 
 
 def test_an_answer_is_a_name_and_five_bars_of_their_own_length():
-    told = as_answer(Named(LIKELIEST, True))
+    told = as_answer(Prediction(LIKELIEST, True))
     assert "<h2>oak</h2>" in told and "62% sure" in told
     assert re.findall("<b>(.*?)</b>", told) == ["62%", "30%", "8%", "&lt;1%", "&lt;1%"]
     assert re.findall("width:(.*?)%", told) == ["62.3", "30.0", "7.6", "0.0", "0.0"]
@@ -48,13 +48,13 @@ def test_an_answer_is_a_name_and_five_bars_of_their_own_length():
 
 def test_names_of_strangers_are_escaped():
     name = "<img src=x onerror=alert(1)> ${1} 'q' \"&"
-    for told in (as_answer(Named([(name, 1.0)], True)), as_refusal(name), as_footer(name, [name], None, True)):
+    for told in (as_answer(Prediction([(name, 1.0)], True)), as_refusal(name), as_footer(name, [name], None, True)):
         assert "&lt;img" in told and "<img" not in told and "&quot;&amp;" in told
-    assert "&gt;99%" in as_answer(Named([(name, 1.0)], True))
+    assert "&gt;99%" in as_answer(Prediction([(name, 1.0)], True))
 
 
 def test_not_sure_is_the_headline_and_the_likeliest_a_hint():
-    told = as_answer(Named(LIKELIEST, False))
+    told = as_answer(Prediction(LIKELIEST, False))
     assert "<h2>Not sure</h2>" in told and "Perhaps oak, but 62% is not enough" in told and told.count("<li>") == 5
 
 
@@ -87,8 +87,8 @@ def test_the_footer_says_how_good_and_what_it_is_not_for():
     [
         ({"split": "val"}, True, "photos of val (95% interval 88% to &gt;99%). It gave a name to 75% of them"),
         ({"split": "val"}, True, "These photos chose its weights too"),
-        ({"answered": 0.0, "answered_precision": None}, True, "It was sure of none of them."),
-        ({"answered": None}, False, "takes for one of them; how sure it is was not put to a test."),
+        ({"coverage": 0.0, "selective_accuracy": None}, True, "It was sure of none of them."),
+        ({"coverage": None}, False, "takes for one of them; how sure it is was not put to a test."),
         (None, True, "How often the run mine is right was not measured."),
     ],
 )

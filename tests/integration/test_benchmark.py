@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from benchmark import main, photo_flops
+from benchmark import image_flops, main
 from utils.logging_utils import logger
 
 
@@ -18,13 +18,13 @@ def run(capsys, *argv) -> tuple[int, str]:
 
 def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, checkpoint, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("benchmark.PHOTOS", 4)
-    few = ["--steps", "2", "--photo", "84x60", "--image-size", "70", "--num-workers", "0"]
+    monkeypatch.setattr("benchmark.IMAGES", 4)
+    few = ["--steps", "2", "--image", "84x60", "--image-size", "70", "--num-workers", "0"]
     small = ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2"]
     status, told = run(capsys, "--model", checkpoint(), *few, *small, "--against", "stock")
     assert status == 0, told
-    assert "photos 84x60, image_size 70: 55 image tokens" in told and "4 photos a step, 0 workers" in told
-    for words in ("matrix products", "loader alone", "waiting for photos", "first step after", "TFLOP a photo"):
+    assert "images 84x60, image_size 70: 55 image tokens" in told and "4 images a step, 0 workers" in told
+    for words in ("matrix products", "loader alone", "waiting for images", "first step after", "TFLOP a image"):
         assert words in told
     rows = dict(re.findall(r"^(this project|scoring 102 names|stock Trainer) +(\d+\.\d\d) \(", told, re.MULTILINE))
     assert len(rows) == 3 and all(float(rate) > 0 for rate in rows.values())
@@ -45,13 +45,13 @@ def test_work_of_a_photo_is_that_of_the_full_size_shape():
         model = LlavaNextForConditionalGeneration(config).requires_grad_(False)
     sample = SimpleNamespace(length=1197, tiles=3)
     by_hand = 1197 * 4 * 32 * 218_103_808 + 3.5 * 2 * 1197**2 * 4096 * 32 + 2 * 303.5e6 * 3 * 577
-    assert photo_flops(model, sample) == pytest.approx(by_hand, rel=1e-3)
+    assert image_flops(model, sample) == pytest.approx(by_hand, rel=1e-3)
 
 
 BAD_INPUT = [
-    (["--photo", "big"], "photo=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
-    (["--photo", "0x9"], "photo=0x9: width x height of 1 to 9999 pixels is needed"),
-    (["--dataset", "mine"], "dataset=mine: has no effect, photos are made here: --photo WIDTHxHEIGHT"),
+    (["--image", "big"], "photo=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
+    (["--image", "0x9"], "photo=0x9: width x height of 1 to 9999 pixels is needed"),
+    (["--dataset", "mine"], "dataset=mine: has no effect, images are made here: --image WIDTHxHEIGHT"),
     (["--max-steps", "5"], "max_steps=5: has no effect, a benchmark runs --steps optimizer steps"),
     (["--compile"], "error: --compile: expected one argument"),
     (["--steps", "1"], "steps=1: must be at least 2"),
@@ -59,7 +59,7 @@ BAD_INPUT = [
     (["--bench"], "--bench: unknown flag"),
     (["runs/default"], "runs/default: stands alone"),
     (["--model", "./gone"], "--model ./gone: no such folder"),
-    (["--model", "full"], "--model full: needs a CUDA card and torch sees none"),
+    (["--model", "full"], "--model full: needs a CUDA GPU and torch sees none"),
     (["--preset", "tiny", "--load-in-4bit", "true"], "nothing to load in 4 bit"),
 ]
 

@@ -27,23 +27,23 @@ def test_a_run_is_scored_as_its_training_said(trained, capsys):
     (trained / "eval_val.scores.jsonl").unlink()
     status, told = run(capsys, "one", *FAST)
     report = json.loads((trained / "eval_val.json").read_text())
-    assert status == 0 and "result val: top-1" in told and "20 photos of val" in told
-    same = set(report) - {"photos_per_s"}
+    assert status == 0 and "result val: top-1" in told and "20 images of val" in told
+    same = set(report) - {"images_per_s"}
     assert {name: report[name] for name in same} == {name: at_training[name] for name in same}
     assert report["adapter"].startswith("step 6, manifest ") and report["commit"] is None
 
 
-def test_test_split_is_calibrated_on_val_alone(trained, here, photo_folder, capsys):
+def test_test_split_is_calibrated_on_val_alone(trained, here, image_folder, capsys):
     before = json.loads((trained / "calibration.json").read_text())
     status, told = run(capsys, "one", "--split", "test", "--protocol", "both", "--limit", "8", *FAST)
     report = json.loads((trained / "eval_test.json").read_text())
     assert status == 0 and report["n"] == 8 and report["replies"] == 8
-    assert report["calibration"]["photos"] == 8 and before["photos"] == 20  # val is limited too
+    assert report["calibration"]["images"] == 8 and before["images"] == 20  # val is limited too
     assert 0 <= report["exact_match"] <= report["substring_match"] <= 1
     assert len(read_entries(trained / "eval_test.replies.jsonl")[1]) == 8
     assert (Image.open(trained / "eval_test.png").width > 900 and "noise 100% of 40" in told) or "of 40, plain" in told
-    root = photo_folder({"cat": 3})
-    assert "% of 3" in run(capsys, "one", "--limit", "4", "--strangers", str(root), *FAST)[1]
+    root = image_folder({"cat": 3})
+    assert "% of 3" in run(capsys, "one", "--limit", "4", "--ood", str(root), *FAST)[1]
 
 
 def test_the_untouched_base_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
@@ -54,12 +54,12 @@ def test_the_untouched_base_and_a_comparison(trained, here, few_drawings, checkp
     assert report["adapter"] is None and report["question"] == "What type of object is in this photo?"
     assert run(capsys, "base", *FAST)[0] == 0  # the folder of a base can be named again
     status, told = run(capsys, "base", "one")
-    assert status == 0 and "result val, 20 photos: base " in told and "(McNemar, exact)" in told
+    assert status == 0 and "result val, 20 images: base " in told and "(McNemar, exact)" in told
     assert not (here / "base" / "best").exists()
 
 
-def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, photo_folder, capsys):
-    root = photo_folder({"oak": 10, "ash": 10})
+def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, image_folder, capsys):
+    root = image_folder({"oak": 10, "ash": 10})
     argv = ["--model", checkpoint(), "--dataset", str(root), "--image-size", "70", "--output-dir", "base", *FAST]
     status, told = run(capsys, *argv, "--prior-calibration", "true", "--per-token", "true")
     assert status == 0 and "result val: top-1" in told
@@ -71,17 +71,17 @@ def test_a_run_that_learned_from_val_is_not_calibrated(here, few_drawings, capsy
     assert status == 1 and "learned from val, which measures nothing then; use --split test" in told
     assert run(capsys, "one", "--split", "test", *FAST)[0] == 0
     report = json.loads((here / "one" / "eval_test.json").read_text())
-    assert report["not_calibrated"] == "the run learned from val" and report["answered"] is None
+    assert report["not_calibrated"] == "the run learned from val" and report["coverage"] is None
 
 
-def test_photos_that_changed_since_the_training_are_not_scored(here, photo_folder, capsys):
-    root = photo_folder({"oak": 10, "ash": 10})
+def test_photos_that_changed_since_the_training_are_not_scored(here, image_folder, capsys):
+    root = image_folder({"oak": 10, "ash": 10})
     assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
-    photo_folder({"oak": 12, "ash": 10})
+    image_folder({"oak": 12, "ash": 10})
     status, told = run(capsys, "mine", "--split", "test", *FAST)
-    assert status == 1 and "its photos changed since mine was trained" in told
-    other = photo_folder({"oak": 12, "ash": 10}).rename(here / "other")
+    assert status == 1 and "its images changed since mine was trained" in told
+    other = image_folder({"oak": 12, "ash": 10}).rename(here / "other")
     assert run(capsys, "mine", "--split", "test", "--dataset", str(other), *FAST)[0] == 0
 
 
@@ -90,9 +90,9 @@ def test_replies_alone_are_told(trained, capsys):
     assert status == 0 and "result val: free replies: exact match" in told
 
 
-def test_a_base_of_other_photos_takes_no_folder_of_another(here, few_drawings, photo_folder, capsys):
+def test_a_base_of_other_photos_takes_no_folder_of_another(here, few_drawings, image_folder, capsys):
     assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
-    root = photo_folder({"oak": 10, "ash": 10})
+    root = image_folder({"oak": 10, "ash": 10})
     status, told = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
     assert (
         status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in told and "name another --output-dir" in told
@@ -112,7 +112,7 @@ def no_weights(folder):
 def other_tokenizer(folder):
     path = folder / "training_config.json"
     saved = json.loads(path.read_text())
-    saved["recorded"]["probe_ids"][0] += 1
+    saved["recorded"]["tokenizer_probe"][0] += 1
     path.write_text(json.dumps(saved))
 
 
@@ -129,7 +129,7 @@ BAD_INPUT = [
     (nothing, ["two"], "two: not a run, training_config.json is missing"),
     (no_config, ["one"], "one: not a run"),
     (no_weights, ["one"], "one/best: holds no finished weights (manifest.json is missing"),
-    (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (probe_ids differ); put back"),
+    (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (tokenizer_probe differ); put back"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
     (nothing, ["one", "two", "three"], "name one run, or two to compare"),
     (nothing, ["one", "--learning-rate", "1"], "--learning-rate: is the run's own here; beside one may stand --allow"),
@@ -137,20 +137,20 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--output-dir", "one"], "one: holds a run; name another --output-dir"),
     (nothing, ["one", "--split", "train"], "split=train: not one of val, test"),
     (nothing, ["one", "--limit", "0"], "limit=0: "),
-    (nothing, ["one", "--target-precision", "1.5"], "target_precision=1.5: "),
+    (nothing, ["one", "--target-selective-accuracy", "1.5"], "target_selective_accuracy=1.5: "),
     (nothing, ["one", "--protocoll", "both"], "--protocoll: unknown flag; did you mean --protocol?"),
-    (nothing, ["one", "--dataset", "{photos}"], "its 2 classes are not the 10 that one learned"),
-    (nothing, ["one", "--strangers", "{empty}"], "--strangers {empty}: no photos found there"),
+    (nothing, ["one", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned"),
+    (nothing, ["one", "--ood", "{empty}"], "--ood {empty}: no images found there"),
     (nothing, ["one", "one", "--split", "test"], "eval_test.scores.jsonl: no scores yet; make them first: python"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[:40] for _, _, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, here, photo_folder, capsys):
+def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
     (here / "empty").mkdir()
     shutil.move(trained, here / "runs" / "one") if not argv else None
-    places = {"photos": str(photo_folder({"oak": 10, "ash": 10})), "empty": str(here / "empty")}
+    places = {"images": str(image_folder({"oak": 10, "ash": 10})), "empty": str(here / "empty")}
     if argv:
         damage(trained)
     status, told = run(capsys, *[word.format(**places) for word in argv])
@@ -165,5 +165,5 @@ def test_the_demo_names_drawings_it_never_saw(here, capsys):
     report = json.loads((here / "demo" / "eval_test.json").read_text())
     assert report["n"] == 300 and report["top1"] >= 0.97 and report["top5"] == 1.0
     assert report["top1"] >= report["exact_match"]
-    shown = 1 - report["answered"]
-    assert all(own["not_sure"] > shown for own in report["strangers"].values())
+    shown = 1 - report["coverage"]
+    assert all(own["abstention_rate"] > shown for own in report["ood"].values())

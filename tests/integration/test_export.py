@@ -27,8 +27,8 @@ import sys
 together = ids[:, inputs["input_ids"].shape[1] :].tolist()
 assert "models" not in sys.modules and "data" not in sys.modules
 alone = []
-for photo in photos:
-    one = processor(images=[photo], text=prompts[:1], return_tensors="pt", padding=True)
+for image in images:
+    one = processor(images=[image], text=prompts[:1], return_tensors="pt", padding=True)
     lengths = one["input_ids"].shape[1]
     alone.append(model.generate(**one.to(model.device, model.dtype), max_new_tokens=20, do_sample=False)[0, lengths:])
 for reply, own in zip(together, alone):
@@ -88,12 +88,12 @@ def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys)
     assert found.returncode == 0 and found.stdout.splitlines()[-1].startswith("3 "), found.stderr
 
 
-def test_photos_of_unlike_lengths_are_padded_on_the_left(here, photo_folder, checkpoint, capsys):
-    """At their own size photos have unlike numbers of image tokens; right padding would garble the shorter ones."""
+def test_photos_of_unlike_lengths_are_padded_on_the_left(here, image_folder, checkpoint, capsys):
+    """At their own size images have unlike numbers of image tokens; right padding would garble the shorter ones."""
     import train
     from tests.conftest import TINY
 
-    root = photo_folder({"oak": 10, "ash": 10})
+    root = image_folder({"oak": 10, "ash": 10})
     wide = shutil.copytree(checkpoint(), here / "base")
     for name in ("config.json", "processor_config.json"):
         text = (wide / name).read_text()
@@ -118,9 +118,9 @@ def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, caps
     processor = AutoProcessor.from_pretrained(here / "out")
     from PIL import Image
 
-    photo = Image.new("RGB", (70, 70), (200, 30, 60))
+    image = Image.new("RGB", (70, 70), (200, 30, 60))
     text = json.loads((here / "out" / "class_names.json").read_text())["prompt"]
-    inputs = processor(images=[photo], text=[text], return_tensors="pt")
+    inputs = processor(images=[image], text=[text], return_tensors="pt")
     with torch.no_grad():
         expected, found = beside(**inputs).logits, merged(**inputs).logits
         with beside.disable_adapter():
@@ -150,7 +150,7 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     saved = load_file(adapted / "best" / "adapter_model.safetensors")
     assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
     files = drawings(here, [(84, 84), (40, 90)])
-    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the card says it is
+    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the GPU says it is
     found = as_a_stranger(here / "out", files)
     assert found.returncode == 0, found.stderr
 
@@ -167,7 +167,7 @@ def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_d
 
 @pytest.mark.parametrize("trainable", ["adapter", "projector"])
 def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint, capsys):
-    """With a photo of val that does not open among the first, and a base that would draw names by lot."""
+    """With a image of val that does not open among the first, and a base that would draw names by lot."""
     import train
     from tests.conftest import TINY
 
@@ -175,12 +175,12 @@ def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint
     generation = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(generation | {"temperature": 0.9, "top_p": 0.6}))
     (base / "README.md").write_text("---\nlicense: [\n---\n")
-    photos = here / "photos"
+    images = here / "images"
     for split, count in (("train", 8), ("val", 6), ("test", 2)):
         for name in ("ash", "oak"):
-            (photos / split / name).mkdir(parents=True)
-            drawings(photos / split / name, [(60, 60)] * count)
-    (photos / "val" / "ash" / "0.png").write_bytes(b"broken")
+            (images / split / name).mkdir(parents=True)
+            drawings(images / split / name, [(60, 60)] * count)
+    (images / "val" / "ash" / "0.png").write_bytes(b"broken")
     argv = [
         *TINY,
         "--model",
@@ -188,16 +188,16 @@ def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint
         "--trainable",
         trainable,
         "--dataset",
-        str(photos),
-        "--max-bad-fraction",
+        str(images),
+        "--max-unreadable-fraction",
         "0.5",
     ]
     assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
-    assert "scores 4 photos as before" in capsys.readouterr().out
+    assert "scores 4 images as before" in capsys.readouterr().out
     status, told = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
     assert status == 0 and "its logits are 0.00% off" in told
     assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
-    assert "its licence could not be read" in (here / "out" / "README.md").read_text()
+    assert "its license could not be read" in (here / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--adapter-only"]])
@@ -252,7 +252,7 @@ def one_weight_lost(monkeypatch):
 
 def names_worse(monkeypatch):
     figures = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
-    monkeypatch.setattr(verify, "compare_hits", lambda *args: figures)
+    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: figures)
 
 
 def disk_full(monkeypatch):
@@ -330,9 +330,9 @@ def link(folder):
     (folder.parent / "out").symlink_to("elsewhere")
 
 
-def other_photos(folder):
+def other_images(folder):
     path = folder / "training_config.json"
-    path.write_text(path.read_text().replace('"photos": "', '"photos": "0'))
+    path.write_text(path.read_text().replace('"images": "', '"images": "0'))
 
 
 BAD_INPUT = [
@@ -343,7 +343,7 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
     (nothing, ["one", "out", "--adapter-only"], "error: one: all weights learned, there is no adapter"),
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
-    (nothing, ["one", "out", "--dataset", "{photos}"], "its 2 classes are not the 10 that one learned"),
+    (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned"),
     (taken, ["one", "out"], "error: out: is there already; name a new folder"),
     (other_draft, ["one", "out"], "error: out.draft: is in the way, and no draft of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the folder itself"),
@@ -351,16 +351,16 @@ BAD_INPUT = [
     (unfinished, ["one", "out"], "error: one/best: holds no finished weights"),
     (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
     (as_base, ["one", "out"], "error: one: is the untouched base, nothing was learned"),
-    (as_full, ["one", "out"], "error: one: its base has random weights that existed on a card alone"),
-    (other_photos, ["one", "out"], "its photos changed since one was trained"),
+    (as_full, ["one", "out"], "error: one: its base has random weights that existed on a GPU alone"),
+    (other_images, ["one", "out"], "its images changed since one was trained"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, here, photo_folder, capsys):
+def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
     damage(trained)
-    photos = str(photo_folder({"oak": 10, "ash": 10}))
-    status, told = run(capsys, *[word.format(photos=photos) for word in argv], *FAST)
+    images = str(image_folder({"oak": 10, "ash": 10}))
+    status, told = run(capsys, *[word.format(images=images) for word in argv], *FAST)
     assert status != 0 and words in told and "Traceback" not in told
     assert not (here / "out").exists() or os.listdir(here / "out") == ["mine.txt"]
     assert not (here / "out.draft").exists() or os.listdir(here / "out.draft") == ["thesis"]
@@ -412,11 +412,11 @@ def test_many_files_have_an_index(tmp_path, monkeypatch):
 
 def test_what_cannot_be_merged_is_refused(tmp_path):
     adapter = merging.Adapter({"model.language_model.layers.0.self_attn.q_proj": PAIR}, {}, scale=1.0)
-    with pytest.raises(merging.ModelError, match="is not in 16 bit .* merging into 4 bit would change"):
+    with pytest.raises(merging.UserError, match="is not in 16 bit .* merging into 4 bit would change"):
         merge(tmp_path, {f"{NAME}.weight": torch.ones(4, 3, dtype=torch.uint8)}, adapter)
-    with pytest.raises(merging.ModelError, match="1 weights of the adapter have no place in it"):
+    with pytest.raises(merging.UserError, match="1 weights of the adapter have no place in it"):
         merge(tmp_path, {"image_newline": torch.ones(4)}, adapter)
-    with pytest.raises(merging.ModelError, match="image_newline: is too large for torch.float16; use --dtype bf16"):
+    with pytest.raises(merging.UserError, match="image_newline: is too large for torch.float16; use --dtype bf16"):
         merge(tmp_path, {"image_newline": torch.full((4,), 1e6)}, dtype=torch.float16)
 
 

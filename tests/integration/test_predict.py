@@ -30,25 +30,25 @@ def run(capsys, *argv) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def photos(here):
+def images(here):
     """Twelve drawings in two folders."""
     for number, row in enumerate(draw_split("test")[:12]):
-        folder = here / "photos" / ("deep" if number > 8 else "")
+        folder = here / "images" / ("deep" if number > 8 else "")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:02d}.png").write_bytes(row["image"]["bytes"])
-    return here / "photos"
+    return here / "images"
 
 
-def test_files_folders_and_patterns_in_their_order(trained, photos, capsys):
+def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
     status, out, err = run(capsys, "one", "photos/08.png", "photos/deep", "photos/*[0-3].png", "**/09.png", *FAST)
     names = [line.partition(": ")[0] for line in out.splitlines()]
-    assert status == 0 and "naming 9 photos with one" in err
+    assert status == 0 and "naming 9 images with one" in err
     deep = [f"photos/deep/{number}.png" for number in ("09", "10", "11")]
     assert names == ["photos/08.png", *deep, *[f"photos/0{number}.png" for number in range(4)], "photos/deep/09.png"]
 
 
-def test_scores_are_those_of_the_evaluation(trained, photos, capsys):
-    """Confidence is what the report's scores give at the run's temperature, whatever stands beside the photo."""
+def test_scores_are_those_of_the_evaluation(trained, images, capsys):
+    """Confidence is what the report's scores give at the run's temperature, whatever stands beside the image."""
     import numpy as np
     from scipy.special import softmax
 
@@ -58,18 +58,18 @@ def test_scores_are_those_of_the_evaluation(trained, photos, capsys):
     entry = read_entries(trained / "eval_val.scores.jsonl")[1][7]
     calibration = json.loads((trained / "calibration.json").read_text())
     row = next(row for row in draw_split("validation") if row["id"] == entry["id"])
-    (photos / "00.png").write_bytes(row["image"]["bytes"])
+    (images / "00.png").write_bytes(row["image"]["bytes"])
     expected = softmax(np.array(entry["scores"]) / calibration["temperature"])
     for batch in ("1", "5"):
         status, out, _ = run(
-            capsys, "one", "photos", "--json", "--top", "10", "--per-device-eval-batch-size", batch, *FAST
+            capsys, "one", "images", "--json", "--top", "10", "--per-device-eval-batch-size", batch, *FAST
         )
         found = json.loads(out.splitlines()[0])
-        assert status == 0 and found["photo"] == "photos/00.png"
+        assert status == 0 and found["image"] == "photos/00.png"
         for one in found["likeliest"]:
             assert one["confidence"] == pytest.approx(expected[list(SPECIES).index(one["name"])], abs=1e-3)
-        is_sure = calibration["threshold"] is not None and found["confidence"] >= calibration["threshold"]
-        assert found["name"] == (found["likeliest"][0]["name"] if is_sure else None)
+        is_confident = calibration["threshold"] is not None and found["confidence"] >= calibration["threshold"]
+        assert found["name"] == (found["likeliest"][0]["name"] if is_confident else None)
 
 
 def set_threshold(folder, threshold):
@@ -77,7 +77,7 @@ def set_threshold(folder, threshold):
     (folder / "calibration.json").write_text(json.dumps(saved | {"threshold": threshold}))
 
 
-def test_sure_and_not_sure(trained, photos, capsys):
+def test_sure_and_not_sure(trained, images, capsys):
     set_threshold(trained, 0.0)
     line = run(capsys, "one", "photos/00.png", "--top", "3", *FAST)[1]
     assert line.count("%") == 3 and "not sure" not in line
@@ -86,12 +86,12 @@ def test_sure_and_not_sure(trained, photos, capsys):
     set_threshold(trained, None)
     path = trained / "calibration.json"
     assert (
-        '"not sure" was fitted on 20 photos of val alone; do not rely on it' in run(capsys, "one", "photos", *FAST)[2]
+        '"not sure" was fitted on 20 images of val alone; do not rely on it' in run(capsys, "one", "images", *FAST)[2]
     )
-    path.write_text(path.read_text().replace('"photos": 20', '"photos": 300'))
+    path.write_text(path.read_text().replace('"images": 20', '"images": 300'))
     _, out, err = run(capsys, "one", "photos/00.png", *FAST)
     assert (
-        ": not sure (" in out and 'no confidence reached a precision of 0.95 on val, so that every photo is "not' in err
+        ": not sure (" in out and 'no confidence reached a precision of 0.95 on val, so that every image is "not' in err
     )
 
 
@@ -104,19 +104,19 @@ def calibration_of_others(path):
 
 
 @pytest.mark.parametrize("damage", [no_calibration, calibration_of_others])
-def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained, photos, capsys):
+def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained, images, capsys):
     damage(trained / "calibration.json")
     status, out, err = run(capsys, "one", "photos/00.png", *FAST)
     assert status == 0 and "not sure" not in out and "has no calibration for its weights" in err
 
 
-def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, photos, capsys):
-    (photos / "03.png").write_bytes(b"")
-    (photos.parent / "empty").mkdir()
-    words = ["photos", "gone.png", "none/*.jpg", "empty", "a" * 300]
-    (photos / "notes.heic").write_bytes(b"x")
-    (photos / ".hidden").mkdir()
-    (photos / ".hidden" / "a.png").write_bytes(b"x")
+def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, images, capsys):
+    (images / "03.png").write_bytes(b"")
+    (images.parent / "empty").mkdir()
+    words = ["images", "gone.png", "none/*.jpg", "empty", "a" * 300]
+    (images / "notes.heic").write_bytes(b"x")
+    (images / ".hidden").mkdir()
+    (images / ".hidden" / "a.png").write_bytes(b"x")
     status, out, err = run(capsys, "one", *words, "--per-device-eval-batch-size", "5", *FAST)
     lines = out.splitlines()
     assert status == 1 and len(lines) == 16 and "5 of 16 could not be named" in err
@@ -124,13 +124,13 @@ def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, photos, capsys):
     assert lines[12:] == [
         "gone.png: cannot be read (No such file or directory)",
         "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
-        "empty: holds no photos; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
+        "empty: holds no images; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
         f"{'a' * 300}: cannot be read (File name too long)",
     ]
-    assert "warning: photos: 1 files are not read (photos/notes.heic, ...)" in err
+    assert "warning: images: 1 files are not read (photos/notes.heic, ...)" in err
     _, out, _ = run(capsys, "one", "--json", "gone.png", "photos/00.png", *FAST)
-    assert json.loads(out.splitlines()[0]) == {"photo": "gone.png", "error": lines[12]}
-    assert set(json.loads(out.splitlines()[1])) == {"photo", "name", "confidence", "likeliest"}
+    assert json.loads(out.splitlines()[0]) == {"image": "gone.png", "error": lines[12]}
+    assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest"}
 
 
 def test_wide_photos_and_hostile_ones(trained, capsys, here):
@@ -147,14 +147,14 @@ def test_wide_photos_and_hostile_ones(trained, capsys, here):
         assert ("%" in line) if expected[name] == OPENS else (expected[name] in line and "%" not in line), line
 
 
-def test_lines_come_while_it_works_and_head_is_content(trained, photos, here):
+def test_lines_come_while_it_works_and_head_is_content(trained, images, here):
     """In a process of its own, with workers, into a pipe that is closed after two lines."""
-    command = f"{sys.executable} {ROOT / 'predict.py'} one photos --per-device-eval-batch-size 2 --num-workers 1"
+    command = f"{sys.executable} {ROOT / 'predict.py'} one images --per-device-eval-batch-size 2 --num-workers 1"
     piped = subprocess.run(f"{command} | head -2", shell=True, capture_output=True, text=True, check=True)
     assert len(piped.stdout.splitlines()) == 2 and "Traceback" not in piped.stderr and "Exception" not in piped.stderr
 
 
-def test_an_untouched_base_names_too(here, few_drawings, photos, checkpoint, capsys):
+def test_an_untouched_base_names_too(here, few_drawings, images, checkpoint, capsys):
     import evaluate
 
     argv = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base", "--limit", "4", *FAST]
@@ -189,19 +189,19 @@ BAD_INPUT = [
     (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
     (nothing, ["one", "x.png", "--question", "What?"], "error: --question: unknown flag"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
-    (unfinished, ["one", "photos"], "error: one/best: holds no finished weights (manifest.json is missing"),
-    (torn_calibration, ["one", "photos"], "error: one/calibration.json: cannot be read (JSONDecodeError"),
+    (unfinished, ["one", "images"], "error: one/best: holds no finished weights (manifest.json is missing"),
+    (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be read (JSONDecodeError"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, photos, capsys):
+def test_bad_input(damage, argv, words, trained, images, capsys):
     damage(trained)
     status, out, err = run(capsys, *argv, *FAST)
     assert status != 0 and words in err and out == "" and "Traceback" not in err
 
 
-def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, photos, capsys):
+def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, images, capsys):
     """PEFT would load it without a word."""
     path = adapted / "best" / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "r_proj"): weight for name, weight in load_file(path).items()}, path)
@@ -210,7 +210,7 @@ def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, photos, capsys)
     assert status == 1 and out == "" and "error: two/best: the adapter does not fit the model: " in err
 
 
-def test_a_base_whose_files_changed_is_refused(adapted, photos, checkpoint, capsys):
+def test_a_base_whose_files_changed_is_refused(adapted, images, checkpoint, capsys):
     config = adapted / "training_config.json"
     other = shutil.copytree(checkpoint(), adapted.parent / "base")
     config.write_text(config.read_text().replace(checkpoint(), str(other)))
@@ -224,7 +224,7 @@ def test_a_base_whose_files_changed_is_refused(adapted, photos, checkpoint, caps
 
 
 def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
-    here, few_drawings, photos, checkpoint, monkeypatch, capsys
+    here, few_drawings, images, checkpoint, monkeypatch, capsys
 ):
     """A cache as the hub's library keeps it: main moves to other weights, then the old ones go."""
     old, new = "a" * 40, "b" * 40
@@ -237,9 +237,9 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
     monkeypatch.setattr("runtime.device.choose_device", lambda *_, **__: torch.device("cpu"))  # its size is not known
     argv = [*TINY, "--model", "me/plants", "--trainable", "adapter", "--output-dir", "run"]
     assert train.main(argv) == 0
-    first = run(capsys, "run", "photos", *FAST)[1]
+    first = run(capsys, "run", "images", *FAST)[1]
     (cache / "refs" / "main").write_text(new)
-    assert run(capsys, "run", "photos", *FAST)[1] == first
+    assert run(capsys, "run", "images", *FAST)[1] == first
     shutil.rmtree(cache / "snapshots" / old)
-    status, out, err = run(capsys, "run", "photos", *FAST)
+    status, out, err = run(capsys, "run", "images", *FAST)
     assert status == 1 and out == "" and "error: --model me/plants: its config cannot be loaded" in err

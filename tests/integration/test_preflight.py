@@ -38,10 +38,10 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(few_drawings,
     assert not list(here.iterdir())
 
 
-def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, photo_folder, capsys):
-    root = photo_folder({"oak": 8, "ash": 8})
-    for photo in (root / "oak").iterdir():
-        Image.new("RGB", (90, 30), "green").save(photo)
+def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, image_folder, capsys):
+    root = image_folder({"oak": 8, "ash": 8})
+    for image in (root / "oak").iterdir():
+        Image.new("RGB", (90, 30), "green").save(image)
     status, lines = run(capsys, "--model", checkpoint(), "--dataset", str(root), "--image-size", "none")
     assert status == 0 and "18 assertions hold" in lines["model"]
     lowest, highest = re.search(r"lengths: ([\d,]+) to ([\d,]+) tokens", lines["lengths"]).groups()
@@ -49,7 +49,7 @@ def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, photo_fol
     assert "of padding" in lines["padding"] and ", 0 to 0 of padding" not in lines["padding"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_card_it_says_so_and_offers_the_tiny_preset(capsys):
     status, lines = run(capsys)
     assert status == 1 and lines["device"].startswith("FAIL") and "--preset tiny" in lines["device"]
@@ -94,9 +94,9 @@ def test_an_implausible_first_loss_fails(few_drawings, capsys, monkeypatch):
     assert status == 1 and "starts at 20.00; 0.5 to 2.0 is expected of a pretrained checkpoint" in lines["steps"]
 
 
-def broken_photos(root):
-    for photo in list((root / "oak").iterdir())[:4]:
-        photo.write_bytes(b"")
+def broken_images(root):
+    for image in list((root / "oak").iterdir())[:4]:
+        image.write_bytes(b"")
 
 
 def no_folder(root):
@@ -104,16 +104,16 @@ def no_folder(root):
 
 
 BAD_INPUT = [
-    (broken_photos, [], "lengths", "photos cannot be opened, such as"),
+    (broken_images, [], "lengths", "images cannot be opened, such as"),
     (no_folder, [], "data", "no such folder"),
-    (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA card"),
-    (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA card"),
+    (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA GPU"),
+    (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA GPU"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "argv", "check", "words"), BAD_INPUT)
-def test_bad_input(damage, argv, check, words, photo_folder, capsys):
-    root = photo_folder({"oak": 10, "ash": 10})
+def test_bad_input(damage, argv, check, words, image_folder, capsys):
+    root = image_folder({"oak": 10, "ash": 10})
     if damage:
         damage(root)
     status, lines = run(capsys, *TINY, "--dataset", str(root), *argv)
@@ -132,7 +132,7 @@ def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeyp
     status, lines = run(capsys)
     told = lines["disk and memory"]
     assert status == 1 and told.startswith("FAIL") and "set HF_HOME to another disk" in told
-    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the photos takes 20" in told
+    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the images takes 20" in told
 
 
 def test_an_empty_environment_is_told_how_to_be_filled(capsys, monkeypatch):

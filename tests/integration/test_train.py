@@ -18,7 +18,7 @@ import train
 from evaluation import verify
 from models import callbacks
 from models.trainer import PlantTrainer
-from runtime.checkpoint import find_damage
+from runtime.checkpoint import verify_checkpoint
 from runtime.run_dir import read_metrics
 from tests.conftest import FLOWERS, ROOT
 from utils.logging_utils import UserError
@@ -52,7 +52,7 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     folder = here / "runs" / "tiny"
     assert {path.name for path in folder.iterdir()} == {
         "training_config.json", "train.log", "metrics.jsonl", "loss.png", "best", "eval_val.json", "eval_val.png",
-        "eval_val.md", "eval_val_photos.png", "eval_val.scores.jsonl", "calibration.json",
+        "eval_val.md", "eval_val_images.png", "eval_val.scores.jsonl", "calibration.json",
         "checkpoint-4", "checkpoint-6", "run.lock", "examples",
     }  # fmt: skip
     assert {"config.json", "model.safetensors", "processor_config.json", "manifest.json"} <= set(
@@ -66,10 +66,10 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     lines = read_metrics(folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6] and lines[-1]["finished"]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
-    for word in ("run    runs/tiny", "data   drawn flowers", "model  tiny", "plan   6 steps of 16 photos", "step 2/6",
+    for word in ("run    runs/tiny", "data   drawn flowers", "model  tiny", "plan   6 steps of 16 images", "step 2/6",
                  "step 3 | val loss", "result val: top-1"):  # fmt: skip
         assert word in told and word in (folder / "train.log").read_text()
-    assert Image.open(folder / "eval_val_photos.png").width == 960
+    assert Image.open(folder / "eval_val_images.png").width == 960
 
 
 class Killed(KeyboardInterrupt):
@@ -124,11 +124,11 @@ def test_a_run_stopped_after_its_last_step_is_only_finished(here, few_drawings, 
     assert status == 0 and "mine is finished; name a new folder, or a larger --max-steps to go on" in told
 
 
-def test_a_four_bit_run_on_your_own_plants(here, checkpoint, photo_folder, capsys):
-    root = photo_folder({"oak": 6, "ash_tree": 6})
+def test_a_four_bit_run_on_your_own_plants(here, checkpoint, image_folder, capsys):
+    root = image_folder({"oak": 6, "ash_tree": 6})
     few = ["--image-size", "70", "--max-steps", "2", "--num-workers", "0"]
     status, told = run(capsys, "--model", checkpoint(), "--dataset", str(root), *few)
-    assert status == 0 and "4-bit, fp32 on cpu" in told and "8 train, 2 val, 2 test photos of 2 classes" in told
+    assert status == 0 and "4-bit, fp32 on cpu" in told and "8 train, 2 val, 2 test images of 2 classes" in told
     assert (here / "runs" / "default" / "best" / "adapter_model.safetensors").exists()
 
 
@@ -167,23 +167,23 @@ def nothing(monkeypatch):
 
 
 BAD_INPUT = [
-    (nothing, [], "needs a CUDA card and torch sees none; check nvidia-smi and the driver, or try"),
-    (hub_id, ["--dataset", "{photos}"], "llava-hf/llava-v1.6-mistral-7b-hf: its config cannot be loaded"),
+    (nothing, [], "needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try"),
+    (hub_id, ["--dataset", "{images}"], "llava-hf/llava-v1.6-mistral-7b-hf: its config cannot be loaded"),
     (nothing, ["--model", "{checkpoint}"], "data set Donghyun99/Oxford-Flower-102 at revision 7e43fe37"),
-    (nothing, ["--model", "{checkpoint}", "--mixed-precision", "fp16"], "--mixed-precision fp16: needs a CUDA card"),
+    (nothing, ["--model", "{checkpoint}", "--mixed-precision", "fp16"], "--mixed-precision fp16: needs a CUDA GPU"),
     (nothing, ["--preset", "tiny", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
-    (nothing, ["--preset", "tiny", "--dataset", "{empty}"], "no photos found"),
+    (nothing, ["--preset", "tiny", "--dataset", "{empty}"], "no images found"),
     (nothing, ["--preset", "tiny", "--dataset", "{one}"], "only one class ('oak')"),
-    (nothing, ["--preset", "tiny", "--dataset", "{hollow}"], "class 'elm' has no photo to train on"),
-    (nothing, ["--preset", "tiny", "--dataset", "{broken}"], "photos cannot be opened, above max_bad_fraction=0.01"),
-    (nothing, ["--preset", "tiny", "--dataset", "{zero}"], "photos cannot be opened, above max_bad_fraction=0.01"),
-    (nothing, ["--preset", "tiny", "--dataset", "{zero}", "--max-bad-fraction", "1"], "none of its photos can be"),
+    (nothing, ["--preset", "tiny", "--dataset", "{hollow}"], "class 'elm' has no image to train on"),
+    (nothing, ["--preset", "tiny", "--dataset", "{broken}"], "cannot be opened, above max_unreadable_fraction=0.01"),
+    (nothing, ["--preset", "tiny", "--dataset", "{zero}"], "cannot be opened, above max_unreadable_fraction=0.01"),
+    (nothing, ["--preset", "tiny", "--dataset", "{zero}", "--max-unreadable-fraction", "1"], "none of its images can"),
     (nothing, ["--preset", "tiny", "--early-stopping-patience", "2"], "nothing is measured while training; use"),
-    (nothing, ["--model", "{no_weights}", "--dataset", "{photos}"], "holds no *.safetensors weights"),
+    (nothing, ["--model", "{no_weights}", "--dataset", "{images}"], "holds no *.safetensors weights"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),
     (full_disk, ["--preset", "tiny"], "GB free on its disk, the checkpoints need"),
     (nothing, ["--preset", "tiny", "--output-dir", "{file}"], "is a file; name a folder"),
-    (nothing, ["--preset", "tiny", "--output-dir", "{photos}"], "holds files but is not a run"),
+    (nothing, ["--preset", "tiny", "--output-dir", "{images}"], "holds files but is not a run"),
     (nothing, ["--preset", "tiny", "--load-in-4bit", "true", "--trainable", "adapter"], "nothing to load in 4 bit"),
     (nothing, ["--preset", "tiny", "--seed", "4294967296"], "seed=4294967296"),
     (nothing, ["--preset", "tiny", "--trainable", "adapter", "--sharding", "fsdp"], "a single process has nobody to"),
@@ -196,20 +196,20 @@ BAD_INPUT = [
 
 
 @pytest.fixture
-def places(here, photo_folder, checkpoint):
+def places(here, image_folder, checkpoint):
     """Folders that the bad inputs name."""
-    found = {"photos": photo_folder({"oak": 10, "ash": 10}), "checkpoint": checkpoint(), "file": here / "file"}
+    found = {"images": image_folder({"oak": 10, "ash": 10}), "checkpoint": checkpoint(), "file": here / "file"}
     for name in ("empty", "one", "hollow", "broken", "zero"):
         (here / name).mkdir()
         found[name] = here / name
-    shutil.copytree(found["photos"] / "oak", here / "one" / "oak")
+    shutil.copytree(found["images"] / "oak", here / "one" / "oak")
     for name in ("hollow", "broken", "zero"):
-        shutil.copytree(found["photos"], here / name, dirs_exist_ok=True)
+        shutil.copytree(found["images"], here / name, dirs_exist_ok=True)
     (here / "hollow" / "elm").mkdir()
     (here / "broken" / "oak" / "3.png").write_bytes(b"\x89PNG but no more")
     (here / "broken" / "ash" / "4.png").write_bytes(b"")
-    for photo in (here / "zero").rglob("*.png"):
-        photo.write_bytes(b"")
+    for image in (here / "zero").rglob("*.png"):
+        image.write_bytes(b"")
     (here / "file").write_text("x")
     found["no_weights"] = shutil.copytree(checkpoint(), here / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     return {name: str(path) for name, path in found.items()}
@@ -238,15 +238,15 @@ def test_a_checkpoint_begins_another_run_that_ends_alike(here, few_drawings, cap
     assert status == 0 and "other is finished" in told
 
 
-def test_photos_that_changed_are_refused_unless_that_is_allowed(here, photo_folder, capsys, monkeypatch):
-    root = photo_folder({"oak": 10, "ash": 10})
-    flags = [*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-bad-fraction", "1"]
+def test_photos_that_changed_are_refused_unless_that_is_allowed(here, image_folder, capsys, monkeypatch):
+    root = image_folder({"oak": 10, "ash": 10})
+    flags = [*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-unreadable-fraction", "1"]
     assert run(capsys, *flags, "--max-steps", "2")[0] == 0
     shutil.copy(root / "oak" / "1.png", root / "oak" / "new.png")
     status, told = run(capsys, *flags)
-    assert status == 1 and "the photos of train and val changed since the run began; put back" in told
+    assert status == 1 and "the images of train and val changed since the run began; put back" in told
     status, told = run(capsys, *flags, "--allow-changed")
-    assert status == 0 and "as --allow-changed says: the photos of train and val" in told
+    assert status == 0 and "as --allow-changed says: the images of train and val" in told
     assert len(losses(here / "mine")) == 6
 
 
@@ -339,7 +339,7 @@ def test_a_token_that_may_not_read_the_model(status, headers, hub, places, capsy
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
-    code, told = run(capsys, "--dataset", places["photos"])
+    code, told = run(capsys, "--dataset", places["images"])
     assert code == 1 and "check the name, and that HF_TOKEN may read it" in told and "hf_wrong" not in told
 
 
@@ -350,7 +350,7 @@ def test_a_token_that_may_not_read_the_model(status, headers, hub, places, capsy
 def test_real_photos_train(here, checkpoint, capsys):
     few = ["--allow-missing", "true", "--image-size", "70", "--max-steps", "2", "--sample-fraction", "0.1"]
     status, told = run(capsys, "--model", checkpoint(), "--dataset", str(FLOWERS), *few)
-    assert status == 0 and "102 train, 102 val, 204 test photos of 102 classes" in told
+    assert status == 0 and "102 train, 102 val, 204 test images of 102 classes" in told
 
 
 # ---- what was saved is what was measured
@@ -360,10 +360,10 @@ def test_real_photos_train(here, checkpoint, capsys):
 def test_a_run_ends_with_its_weights_loaded_afresh(kind, here, few_drawings, checkpoint, capsys):
     flags = ["--model", checkpoint(), "--trainable", "adapter", "--load-in-4bit", "true"] if kind == "adapter" else []
     status, told = run(capsys, *TINY, *flags, "--learning-rate", "1e-3")
-    assert status == 0 and re.search(r"best, loaded into a fresh base, scores 4 photos as before \(within", told)
+    assert status == 0 and re.search(r"best, loaded into a fresh base, scores 4 images as before \(within", told)
     card = (here / "runs" / "tiny" / "best" / "README.md").read_text()
     assert "edible or poisonous" in card and "| val | 20 | 0." in card and "More Information Needed" not in card
-    assert find_damage(here / "runs" / "tiny" / "best") is None
+    assert verify_checkpoint(here / "runs" / "tiny" / "best") is None
 
 
 def test_weights_that_do_not_come_back_are_told_loudly(here, few_drawings, monkeypatch, capsys):
@@ -371,21 +371,21 @@ def test_weights_that_do_not_come_back_are_told_loudly(here, few_drawings, monke
     real = verify.load_weights
     monkeypatch.setattr(verify, "load_weights", lambda model, folder: None)
     status, told = run(capsys, *TINY)
-    assert status == 1 and "error: runs/tiny/best: does not give back what was trained: the scores of 4 photos" in told
+    assert status == 1 and "error: runs/tiny/best: does not give back what was trained: the scores of 4 images" in told
     monkeypatch.setattr(verify, "load_weights", real)
     status, told = run(capsys, *TINY)  # not finished: the same command tries again
     assert status == 0 and "going on from runs/tiny/checkpoint-6" in told and "loaded into a fresh base" in told
 
 
 def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, few_drawings, monkeypatch, capsys):
-    """A card has room for one."""
+    """A GPU has room for one."""
     left = []
 
     def count(*args):
         gc.collect()
         left.extend(one for one in gc.get_objects() if isinstance(one, (PlantTrainer, PreTrainedModel)))
 
-    monkeypatch.setattr(verify, "prove_reload", count)
+    monkeypatch.setattr(verify, "verify_reload", count)
     before = sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
     assert run(capsys, *TINY)[0] == 0
     assert len(left) <= before

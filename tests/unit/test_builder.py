@@ -8,10 +8,11 @@ from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.synthetic import SPECIES
 from models import builder
-from models.builder import ModelError, build_model, build_processor, check_model, choose_trainables, unwrap
+from models.builder import build_model, build_processor, check_model, set_trainable, unwrap
 from models.fused_layers import get_fused_layers
-from models.microbatch import cut
+from models.microbatch import split_batch
 from tests.conftest import FAMILIES
+from utils.logging_utils import UserError
 
 CPU = torch.device("cpu")
 NAMES = list(SPECIES)
@@ -104,7 +105,7 @@ BREAKS = [
 def test_a_model_that_is_not_what_was_asked_for_is_refused(change, words, checkpoint):
     model, processor, prompt, config = built(checkpoint(), "bf16", load_in_4bit=False)
     model = change(model, processor) or model
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(UserError) as refused:
         check_model(model, processor, prompt, config.load_in_4bit, config.trainable, "bf16")
     assert words in str(refused.value)
 
@@ -113,7 +114,7 @@ def test_a_vision_tower_in_four_bit_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(
         builder, "IN_16_BIT", ["vision_tower", "multi_modal_projector", "lm_head"]
     )  # the short names do nothing
-    with pytest.raises(ModelError, match="linears in 4 bit, the language model's alone"):
+    with pytest.raises(UserError, match="linears in 4 bit, the language model's alone"):
         checked(checkpoint())
 
 
@@ -217,7 +218,7 @@ def test_weights_are_read_and_not_mapped(checkpoint, monkeypatch):
     monkeypatch.setattr(builder.modeling_utils, "safe_open", record)
     built(checkpoint())
     assert opened == ["pread"]
-    with pytest.raises(ModelError):
+    with pytest.raises(UserError):
         builder.load_base("/nowhere", None, False, torch.float32, CPU)
     assert builder.modeling_utils.safe_open is not real  # the test's own is back
 
@@ -246,7 +247,7 @@ def test_random_weights_of_the_full_shape_pass_the_assertions(load_in_4bit, monk
     collator = PlantCollator(processor, prompt, NAMES, 336)
     batch = collator(tiny.rows(1))
     assert batch["samples"][0].image_tokens == 1176
-    assert torch.isfinite(model(**cut(batch, 1)[0]).loss)
+    assert torch.isfinite(model(**split_batch(batch, 1)[0]).loss)
 
 
 def test_an_evaluation_between_steps_loses_no_gradient(checkpoint, batch_of):
@@ -265,7 +266,7 @@ def test_an_evaluation_between_steps_loses_no_gradient(checkpoint, batch_of):
 
 
 def test_everything_leaves_out_what_gets_no_gradient(tiny, batch_of):
-    model = choose_trainables(tiny.model(), "everything", 1, 1, 0.0)
+    model = set_trainable(tiny.model(), "everything", 1, 1, 0.0)
     model(**batch_of(tiny.prompt)(tiny.processor)).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
@@ -346,7 +347,7 @@ def no_tokenizer(folder):
 def test_a_folder_that_is_no_checkpoint(damage, words, checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
     damage(folder)
-    with pytest.raises(ModelError) as refused:
+    with pytest.raises(UserError) as refused:
         built(str(folder))
     assert words in str(refused.value) and str(folder) in str(refused.value) and "\n" not in str(refused.value)
 
@@ -355,7 +356,7 @@ def test_a_folder_that_is_no_checkpoint(damage, words, checkpoint, tmp_path):
     ("model", "words"), [("llava-hf/llava-v1.6-mistral-7b-hf", "the hub cannot be reached: check the network")]
 )
 def test_a_model_that_is_not_there(model, words):
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(UserError, match=words):
         build_processor(TrainingConfig(model=model), NAMES)
 
 
@@ -374,7 +375,7 @@ def test_nothing_is_unpickled(checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     without_weights(folder)
-    with pytest.raises(ModelError, match="holds no"):
+    with pytest.raises(UserError, match="holds no"):
         built(str(folder))
 
 
@@ -439,7 +440,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change, words, checkpoint, tmp_
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({change(name): tensor for name, tensor in load_file(path).items() if change(name)}, path)
-    with pytest.raises(ModelError, match=f"the adapter does not fit the model: {words}"):
+    with pytest.raises(UserError, match=f"the adapter does not fit the model: {words}"):
         builder.load_weights(built(checkpoint())[0], tmp_path)
 
 
@@ -451,5 +452,5 @@ def test_a_card_that_is_too_small_is_told(model, checkpoint, tiny, monkeypatch):
     monkeypatch.setattr(builder, "build_tiny_model", fill)
     monkeypatch.setattr(builder, "build_random_model", fill)
     monkeypatch.setattr(builder.LlavaNextForConditionalGeneration, "from_pretrained", fill)
-    with pytest.raises(ModelError, match="does not fit the card's memory; use --load-in-4bit true"):
+    with pytest.raises(UserError, match="does not fit the GPU's memory; use --load-in-4bit true"):
         built(checkpoint() if model == "a checkpoint" else model)

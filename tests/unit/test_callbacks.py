@@ -16,14 +16,14 @@ def test_a_run_writes_every_step_a_line_every_few_and_a_picture(tiny, tmp_path, 
     lines = read_metrics(tmp_path)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "grad_norm", "learning_rate", "photos", "image_tokens", "seconds", "memory_gib", "peak_gib"} <= set(
+    assert {"loss", "grad_norm", "learning_rate", "images", "image_tokens", "seconds", "memory_gib", "peak_gib"} <= set(
         steps[0]
     )
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 6]
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "/6" in line]
     assert [line.split()[1] for line in told] == ["1/6", "3/6", "6/6"]
     assert all(
-        word in told[1] for word in ("loss", "lr", "grad norm", "photos/s", "55 image tokens a photo", "peak", "GiB")
+        word in told[1] for word in ("loss", "lr", "grad norm", "photos/s", "55 image tokens a image", "peak", "GiB")
     )
     assert Image.open(tmp_path / "loss.png").size == (800, 1200)
 

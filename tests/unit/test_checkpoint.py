@@ -7,17 +7,17 @@ import pytest
 from runtime import checkpoint
 from runtime.checkpoint import (
     MANIFEST,
-    branch_off,
+    atomic_replace_dir,
     check_disk,
-    check_whole,
-    claim,
+    create_checkpoint_dir,
     describe_best,
-    find_damage,
+    fork_checkpoint,
     last_checkpoint,
     read_best,
-    replacing,
-    restore,
+    recover_interrupted_replace,
+    require_valid_checkpoint,
     rotate,
+    verify_checkpoint,
     write_manifest,
 )
 from runtime.run_dir import append_metrics, read_metrics
@@ -83,7 +83,7 @@ DAMAGES = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_
 
 
 def test_an_untouched_folder_holds(folder):
-    assert find_damage(folder) is None and not (folder / f"{MANIFEST}.draft").exists()
+    assert verify_checkpoint(folder) is None and not (folder / f"{MANIFEST}.draft").exists()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -95,10 +95,10 @@ def test_damage_is_found_and_the_one_before_is_resumed(damage, folder, tmp_path,
     write_manifest(older)
     assert last_checkpoint(tmp_path) == folder
     damage(folder)
-    assert find_damage(folder)
+    assert verify_checkpoint(folder)
     assert last_checkpoint(tmp_path) == older
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-9", "damaged-checkpoint-10"]
-    assert "renamed to damaged-checkpoint-10" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-9", "corrupted-checkpoint-10"]
+    assert "renamed to corrupted-checkpoint-10" in capsys.readouterr().out
 
 
 def test_damaged_ones_never_overwrite_each_other(folder, tmp_path):
@@ -106,7 +106,7 @@ def test_damaged_ones_never_overwrite_each_other(folder, tmp_path):
         folder.mkdir(exist_ok=True)
         no_manifest(folder) if (folder / MANIFEST).exists() else None
         assert last_checkpoint(tmp_path) is None
-    assert sorted(os.listdir(tmp_path)) == [f"damaged-checkpoint-10{end}" for end in ("", "-2", "-3")]
+    assert sorted(os.listdir(tmp_path)) == [f"corrupted-checkpoint-10{end}" for end in ("", "-2", "-3")]
 
 
 def test_newest_is_by_number_and_other_folders_are_left_alone(folder, tmp_path):
@@ -137,7 +137,7 @@ def test_best_is_replaced_whole_or_not_at_all(tmp_path):
     best = tmp_path / "best"
 
     def fill(text: str, fault: bool = False):
-        with replacing(best) as draft:
+        with atomic_replace_dir(best) as draft:
             (draft / "best.json").write_text(text)
             write_manifest(draft)
             if fault:
@@ -167,9 +167,9 @@ def test_a_kill_while_best_is_replaced_leaves_the_old_or_the_new_one(moment, tmp
         best.rename(old)
     if moment == "after both":
         draft.rename(best)
-    restore(best)
+    recover_interrupted_replace(best)
     assert read_best(best)["step"] == (1 if moment == "before the first rename" else 2)
-    with replacing(best) as folder:
+    with atomic_replace_dir(best) as folder:
         (folder / "best.json").write_text('{"step": 3}')
         write_manifest(folder)
     assert read_best(best)["step"] == 3 and os.listdir(tmp_path) == ["best"]
@@ -180,7 +180,7 @@ def test_a_kill_between_the_renames_with_a_torn_draft_brings_the_old_one_back(tm
         (tmp_path / name).mkdir()
     (tmp_path / "best.old" / "best.json").write_text('{"step": 1}')
     write_manifest(tmp_path / "best.old")
-    restore(tmp_path / "best")
+    recover_interrupted_replace(tmp_path / "best")
     assert read_best(tmp_path / "best") == {"step": 1}
 
 
@@ -189,7 +189,7 @@ def test_a_kill_between_the_renames_with_a_torn_draft_brings_the_old_one_back(tm
 
 def make(run, step, run_id, finished=True):
     folder = run / f"checkpoint-{step}"
-    claim(folder, run_id)
+    create_checkpoint_dir(folder, run_id)
     (folder / "x").write_text("x")
     if finished:
         write_manifest(folder)
@@ -221,7 +221,10 @@ def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(fi
     mine = make(tmp_path, 10, "mine")
     assert last_checkpoint(tmp_path, "mine") == mine
     make(tmp_path, 90, "other", finished)
-    for look in (lambda: last_checkpoint(tmp_path, "mine"), lambda: claim(tmp_path / "checkpoint-90", "mine")):
+    for look in (
+        lambda: last_checkpoint(tmp_path, "mine"),
+        lambda: create_checkpoint_dir(tmp_path / "checkpoint-90", "mine"),
+    ):
         with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the sam"):
             look()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-5", "checkpoint-90"]
@@ -230,7 +233,7 @@ def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(fi
 @pytest.mark.parametrize("damage", [lambda mark: mark.unlink(), lambda mark: mark.write_text("min")])
 def test_a_checkpoint_whose_mark_is_damaged_is_still_the_runs_own(damage, tmp_path):
     damage(make(tmp_path, 20, "mine") / "run_id")
-    assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["damaged-checkpoint-20"]
+    assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["corrupted-checkpoint-20"]
 
 
 @pytest.mark.parametrize(("best_step", "taken"), [(10, True), (30, False)])
@@ -241,13 +244,13 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken,
     checkpoint = make(old, 20, "old")
     for step in (10, 20, 30):
         append_metrics(old, {"step": step})
-    with replacing(old / "best") as folder:
+    with atomic_replace_dir(old / "best") as folder:
         (folder / "best.json").write_text(json.dumps({"step": best_step}))
         write_manifest(folder)
-    copy = branch_off(checkpoint, new, "new")
+    copy = fork_checkpoint(checkpoint, new, "new")
     assert last_checkpoint(new, "new") == copy and last_checkpoint(old, "old") == checkpoint
     assert [line["step"] for line in read_metrics(new)] == [10, 20] and (new / "best").exists() == taken
     assert len(read_metrics(old)) == 3 and read_best(old / "best")["step"] == best_step
     (checkpoint / "x").write_text("y")
     with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; name another checkpoint of"):
-        check_whole(checkpoint)
+        require_valid_checkpoint(checkpoint)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.collator import IGNORED, BatchProofError, PlantCollator
+from data.collator import IGNORED, PlantCollator
+from utils.logging_utils import UserError
 
 
 class Tampered:
@@ -26,7 +27,7 @@ class Tampered:
 
 
 def rows_of(tiny, sizes):
-    """Drawn rows, resized to these (H, W), so that photos differ in tokens when they keep their own size."""
+    """Drawn rows, resized to these (H, W), so that images differ in tokens when they keep their own size."""
     import io
 
     rows = []
@@ -42,11 +43,11 @@ SIZES = [(70, 70), (40, 70), (70, 50), (33, 99)]
 
 def test_batch_holds_the_contract(tiny):
     batch = tiny.native(rows_of(tiny, SIZES))
-    photos, length = batch["input_ids"].shape
+    images, length = batch["input_ids"].shape
     kept = batch["logits_to_keep"]
-    assert photos == 4 and length == max(sample.length for sample in batch["samples"])
+    assert images == 4 and length == max(sample.length for sample in batch["samples"])
     assert batch["pixel_values"].shape == (4, 2, 3, 70, 70) and batch["image_sizes"].shape == (4, 2)
-    assert batch["shift_labels"].shape == (4, len(kept)) and "attention_mask" not in batch and batch["bad"] == []
+    assert batch["shift_labels"].shape == (4, len(kept)) and "attention_mask" not in batch and batch["unreadable"] == []
     assert len({sample.image_tokens for sample in batch["samples"]}) > 1
     for index, sample in enumerate(batch["samples"]):
         supervised = {
@@ -139,7 +140,7 @@ def other_question(encoded):
 
 
 FAULTS = [
-    (moved_token, "image tokens where its photo gives"),
+    (moved_token, "image tokens where its image gives"),
     (swapped_sizes, "image_sizes says"),
     (dropped_pixels, "pixel_values is missing"),
     (dropped_tile, "1 tiles of pixels where 2 are expected"),
@@ -155,7 +156,7 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "words"), FAULTS)
 def test_a_fault_is_refused_naming_the_sample(fault, words, tiny):
     collator = PlantCollator(Tampered(tiny.processor, after=fault), tiny.prompt, tiny.names, None)
-    with pytest.raises(BatchProofError, match=re.escape(words)) as refused:
+    with pytest.raises(UserError, match=re.escape(words)) as refused:
         collator(rows_of(tiny, SIZES))
     assert "test-0000" in str(refused.value)
 
@@ -168,21 +169,21 @@ def test_a_photo_without_its_placeholder_or_with_two_is_refused(change, count, t
     collator.answers = [answer._replace(text=change(answer.text)) for answer in collator.answers]
     # The processor is given a sound text, so that it is not the library that refuses.
     collator.processor = Tampered(tiny.processor, text=lambda text: tiny.prompt.text(tiny.names[0]))
-    with pytest.raises(BatchProofError, match=f"sample test-00000.*{count} image placeholders in its text where 1 is"):
+    with pytest.raises(UserError, match=f"sample test-00000.*{count} image placeholders in its text where 1 is"):
         collator(tiny.rows(1))
 
 
 def test_a_name_the_tokenizer_cannot_carry_is_refused(tiny):
-    with pytest.raises(BatchProofError, match="class name 'a <image> lily': its training text has 2 image tokens"):
+    with pytest.raises(UserError, match="class name 'a <image> lily': its training text has 2 image tokens"):
         PlantCollator(tiny.processor, tiny.prompt, ["a <image> lily"], 70)
-    spaced = tiny.prompt._replace(prompt=tiny.prompt.prompt + " ", joiner="")
-    with pytest.raises(BatchProofError, match="class name 'ivory trillet': the prompt is tokenized otherwise with it"):
+    spaced = tiny.prompt._replace(prompt=tiny.prompt.prompt + " ", response_prefix="")
+    with pytest.raises(UserError, match="class name 'ivory trillet': the prompt is tokenized otherwise with it"):
         PlantCollator(tiny.processor, spaced, ["ivory trillet"], 70)
-    with pytest.raises(BatchProofError, match="class name ' rose ': comes back from the tokenizer"):
+    with pytest.raises(UserError, match="class name ' rose ': comes back from the tokenizer"):
         PlantCollator(tiny.processor, tiny.prompt, [" rose "], 70)
 
 
-# ---- photos that do not open
+# ---- images that do not open
 
 
 def test_a_bad_photo_is_left_out_and_named(tiny):
@@ -190,12 +191,12 @@ def test_a_bad_photo_is_left_out_and_named(tiny):
     broken = rows[1] | {"image": {"bytes": b"", "path": "lily.jpg"}}
     batch = tiny.collator([rows[0], broken, rows[2]])
     assert sorted(sample.id for sample in batch["samples"]) == ["test-00000", "test-00002"]
-    assert batch["bad"] == ["test-00001: lily.jpg: is empty (0 bytes)"]
-    assert tiny.collator.prompts([rows[0], broken])["bad"] == batch["bad"]
+    assert batch["unreadable"] == ["test-00001: lily.jpg: is empty (0 bytes)"]
+    assert tiny.collator.prompts([rows[0], broken])["unreadable"] == batch["unreadable"]
     empty = tiny.collator([broken, broken])
-    assert empty["samples"] == [] and empty["bad"] == 2 * batch["bad"] and empty["labels"].numel() == 0
+    assert empty["samples"] == [] and empty["unreadable"] == 2 * batch["unreadable"] and empty["labels"].numel() == 0
     assert tiny.collator([])["samples"] == []  # the share of a process that a short batch leaves none
-    assert tiny.collator.prompts([broken]) == {"ids": [], "bad": batch["bad"]}
+    assert tiny.collator.prompts([broken]) == {"ids": [], "unreadable": batch["unreadable"]}
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(70, [(70, 70)]), (None, SIZES)])

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.device import DeviceError, card_room, choose_device, choose_precision, fit_workers, precision_for
+from runtime.device import available_gpu_memory, choose_device, choose_precision, fit_workers, precision_for
+from utils.logging_utils import UserError
 
 
 @pytest.mark.parametrize(
@@ -18,21 +19,21 @@ def test_an_explicit_precision_is_kept():
 
 
 def test_fp16_without_a_card_is_refused():
-    with pytest.raises(DeviceError, match="--mixed-precision fp16: needs a CUDA card"):
+    with pytest.raises(UserError, match="--mixed-precision fp16: needs a CUDA GPU"):
         choose_precision("fp16", torch.device("cpu"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a card")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
     assert choose_device("tiny", True, 0.9).type in ("cpu", "mps")
     (tmp_path / "model.safetensors").write_bytes(b"small")
     assert choose_device(str(tmp_path), False, 0.9).type == "cpu"
     monkeypatch.setattr("runtime.device.CPU_LIMIT_BYTES", 3)
-    with pytest.raises(DeviceError, match="needs a CUDA card and torch sees none; .*--preset tiny"):
+    with pytest.raises(UserError, match="needs a CUDA GPU and torch sees none; .*--preset tiny"):
         choose_device(str(tmp_path), False, 0.9)
-    with pytest.raises(DeviceError, match="--model ./gone: no such folder"):
+    with pytest.raises(UserError, match="--model ./gone: no such folder"):
         choose_device("./gone", False, 0.9)
-    with pytest.raises(DeviceError, match="--model llava-hf/some: needs a CUDA card"):
+    with pytest.raises(UserError, match="--model llava-hf/some: needs a CUDA GPU"):
         choose_device("llava-hf/some", False, 0.9)
 
 
@@ -60,15 +61,15 @@ def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
     free = 10e9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9)
-    assert card_room(torch.device("cuda", 0), 0.9) == 15e9
+    assert available_gpu_memory(torch.device("cuda", 0), 0.9) == 15e9
     free = 79e9
-    assert card_room(torch.device("cuda", 0), 0.9) == 72e9
-    assert card_room(torch.device("cpu"), 0.9) is None
+    assert available_gpu_memory(torch.device("cuda", 0), 0.9) == 72e9
+    assert available_gpu_memory(torch.device("cpu"), 0.9) is None
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DeviceError, match="this program is one process"):
+    with pytest.raises(UserError, match="this program is one process"):
         choose_device("tiny", True, 0.9)
 
 

@@ -7,12 +7,12 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from data.dataset import ROW, load_strangers
+from data.dataset import ROW, load_ood_images
 from data.labels import parse_reply
-from evaluation.evaluator import Assessor, keep_by_photo, read_entries, read_hits
+from evaluation.evaluator import Evaluator, read_correct, read_entries, score_with_cache
 from evaluation.metrics import confidence
 from evaluation.report import Calibration, Scored, calibrate, result_lines
-from runtime.checkpoint import replacing, write_manifest
+from runtime.checkpoint import atomic_replace_dir, write_manifest
 from utils.logging_utils import UserError, setup_logging
 
 
@@ -21,7 +21,7 @@ def rows(tiny, count):
 
 
 def make(tiny, folder, **options):
-    return Assessor(
+    return Evaluator(
         tiny.model(),
         tiny.collator,
         folder,
@@ -38,10 +38,10 @@ def test_a_report_holds_what_is_promised(tiny, tmp_path, capsys):
     drawn = tiny.rows(12)
     drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     some = Dataset.from_list(drawn, features=ROW)
-    assessor = make(tiny, tmp_path)
-    assessor.measure_replies(some, "val", parse_reply, 5)
-    strangers = {"noise": [*tiny.rows(3), drawn[2]]}
-    report = assessor.report(some, "val", assessor.calibrate(some), strangers=strangers, twins=["a = b"])
+    evaluator = make(tiny, tmp_path)
+    evaluator.measure_replies(some, "val", parse_reply, 5)
+    ood = {"noise": [*tiny.rows(3), drawn[2]]}
+    report = evaluator.report(some, "val", evaluator.calibrate(some), ood=ood, duplicates=["a = b"])
     assert report == json.loads((tmp_path / "eval_val.json").read_text())
     assert {
         *(
@@ -53,26 +53,26 @@ def test_a_report_holds_what_is_promised(tiny, tmp_path, capsys):
             "mean_per_class",
             "exact_match",
             "substring_match",
-            "answered",
+            "coverage",
         ),
-        *("ece", "ece_uncalibrated", "photos_per_s", "model", "adapter", "per_class", "look_alikes", "twins"),
+        *("ece", "ece_uncalibrated", "images_per_s", "model", "adapter", "per_class", "confusions", "duplicates"),
     } <= set(report)
-    assert (report["n"], report["bad_photos"], report["replies"]) == (11, 1, 11)
-    assert report["strangers"]["noise"]["n"] == 3 and 0 <= report["strangers"]["noise"]["not_sure"] <= 1
+    assert (report["n"], report["unreadable_images"], report["replies"]) == (11, 1, 11)
+    assert report["ood"]["noise"]["n"] == 3 and 0 <= report["ood"]["noise"]["abstention_rate"] <= 1
     assert sum(own["n"] for own in report["per_class"].values()) == 11
     told = capsys.readouterr().out
     assert "photo left out: test-00002: gone.jpg: is empty" in told and "result val: top-1" in told
     text = (tmp_path / "eval_val.md").read_text()
     assert f"top-1 {report['top1']:.3f}" in text and "| noise | 3 |" in text and "a = b" in text
     assert (
-        Image.open(tmp_path / "eval_val.png").width > 900 and Image.open(tmp_path / "eval_val_photos.png").width > 900
+        Image.open(tmp_path / "eval_val.png").width > 900 and Image.open(tmp_path / "eval_val_images.png").width > 900
     )
     saved = json.loads((tmp_path / "calibration.json").read_text())
-    assert saved["temperature"] == report["calibration"]["temperature"] and saved["scored"] == assessor.facts
+    assert saved["temperature"] == report["calibration"]["temperature"] and saved["scored"] == evaluator.facts
 
 
-@pytest.mark.parametrize("right, colour", [(True, "green"), (False, "red")])
-def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, colour):
+@pytest.mark.parametrize("right, color", [(True, "green"), (False, "red")])
+def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, color):
     scores = make(tiny, tmp_path).score(rows(tiny, 4), "val")[0].scores
     answers = scores.argmax(axis=1)
     labels = answers if right else scores.argmin(axis=1)
@@ -80,14 +80,14 @@ def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, co
     other.mkdir()
     relabelled = [row | {"label": int(label)} for row, label in zip(tiny.rows(4), labels)]
     make(tiny, other).report(Dataset.from_list(relabelled, features=ROW), "val", None, "a test")
-    title = np.asarray(Image.open(other / "eval_val_photos.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
+    title = np.asarray(Image.open(other / "eval_val_images.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
     redder = title[:, 0] - title[:, 1]
-    assert (redder.max() > 50, redder.min() < -50) == (colour == "red", colour == "green")
+    assert (redder.max() > 50, redder.min() < -50) == (color == "red", color == "green")
 
 
 def test_without_calibration_it_says_why(tiny, tmp_path):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "test", None, "the run learned from val")
-    assert report["answered"] is None and report["not_calibrated"] == "the run learned from val"
+    assert report["coverage"] is None and report["not_calibrated"] == "the run learned from val"
     assert "Not calibrated: the run learned from val." in (tmp_path / "eval_test.md").read_text()
 
 
@@ -95,12 +95,12 @@ def test_a_half_done_evaluation_goes_on(tiny, tmp_path, monkeypatch):
     path = tmp_path / "eval_val.scores.jsonl"
     whole = make(tiny, tmp_path).score(rows(tiny, 10), "val")[0]
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # five photos and a torn line
+    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # five images and a torn line
     scored = []
-    assessor = make(tiny, tmp_path)
-    compute = assessor._raw_scores
-    monkeypatch.setattr(assessor, "_raw_scores", lambda left: (scored.append(len(left)), compute(left))[1])
-    again = assessor.score(rows(tiny, 10), "val")[0]
+    evaluator = make(tiny, tmp_path)
+    compute = evaluator._raw_scores
+    monkeypatch.setattr(evaluator, "_raw_scores", lambda left: (scored.append(len(left)), compute(left))[1])
+    again = evaluator.score(rows(tiny, 10), "val")[0]
     assert scored == [5] and again.ids == whole.ids
     np.testing.assert_allclose(again.scores, whole.scores, atol=2e-4)
     assert len(read_entries(path)[1]) == 10
@@ -110,58 +110,61 @@ def test_scores_of_another_model_are_not_used(tiny, tmp_path):
     path = tmp_path / "kept.jsonl"
 
     def compute(left):
-        yield from ({"id": photo, "value": len(left)} for photo in left["id"])
+        yield from ({"id": image, "value": len(left)} for image in left["id"])
 
-    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 3), compute, path, {"model": "a"})[0]] == [3, 3, 3]
-    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 5), compute, path, {"model": "a"})[0]] == [
+    assert [entry["value"] for entry in score_with_cache(rows(tiny, 3), compute, path, {"model": "a"})[0]] == [3, 3, 3]
+    assert [entry["value"] for entry in score_with_cache(rows(tiny, 5), compute, path, {"model": "a"})[0]] == [
         3,
         3,
         3,
         2,
         2,
     ]
-    assert [entry["value"] for entry in keep_by_photo(rows(tiny, 2), compute, path, {"model": "b"})[0]] == [2, 2]
-    with pytest.raises(UserError, match="no photo could be opened"):
-        keep_by_photo(rows(tiny, 2), lambda left: [], path, {"model": "c"})
-    with pytest.raises(UserError, match="2 of 2 photos cannot be opened, above max_bad_fraction=0.4"):
-        keep_by_photo(rows(tiny, 2), lambda left: [], path, {"model": "c"}, 0.4)
+    assert [entry["value"] for entry in score_with_cache(rows(tiny, 2), compute, path, {"model": "b"})[0]] == [2, 2]
+    with pytest.raises(UserError, match="no image could be opened"):
+        score_with_cache(rows(tiny, 2), lambda left: [], path, {"model": "c"})
+    with pytest.raises(UserError, match="2 of 2 images cannot be opened, above max_unreadable_fraction=0.4"):
+        score_with_cache(rows(tiny, 2), lambda left: [], path, {"model": "c"}, 0.4)
 
 
 def test_a_photo_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny, tmp_path):
     path = tmp_path / "kept.jsonl"
 
     def compute(left):
-        yield from ({"id": photo, "label": 9, "value": len(left)} for photo in left["id"])
+        yield from ({"id": image, "label": 9, "value": len(left)} for image in left["id"])
 
     drawn = tiny.rows(3)
-    keep_by_photo(Dataset.from_list(drawn, features=ROW), compute, path, {})
+    score_with_cache(Dataset.from_list(drawn, features=ROW), compute, path, {})
     drawn[1] = drawn[1] | {"image": drawn[2]["image"]}
     drawn[2] = drawn[2] | {"label": 7}
-    entries, _ = keep_by_photo(Dataset.from_list(drawn, features=ROW), compute, path, {})
+    entries, _ = score_with_cache(Dataset.from_list(drawn, features=ROW), compute, path, {})
     assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
 
 
-def test_a_photo_on_disk_is_known_by_size_and_time(photo_folder, tmp_path):
-    rows = load_strangers(photo_folder({"oak": 2}))
+def test_a_photo_on_disk_is_known_by_size_and_time(image_folder, tmp_path):
+    rows = load_ood_images(image_folder({"oak": 2}))
     seen = []
 
     def compute(left):
         seen.append(len(left))
-        yield from ({"id": photo} for photo in left["id"])
+        yield from ({"id": image} for image in left["id"])
 
     for _ in range(2):
-        keep_by_photo(rows, compute, tmp_path / "kept.jsonl", {})
+        score_with_cache(rows, compute, tmp_path / "kept.jsonl", {})
     Image.new("RGB", (9, 9)).save(rows[0]["image"]["path"])
-    keep_by_photo(rows, compute, tmp_path / "kept.jsonl", {})
+    score_with_cache(rows, compute, tmp_path / "kept.jsonl", {})
     assert seen == [2, 1]
 
 
-def test_a_photo_that_is_gone_is_a_bad_one(photo_folder, tiny, tmp_path, capsys):
+def test_a_photo_that_is_gone_is_a_bad_one(image_folder, tiny, tmp_path, capsys):
     setup_logging()
-    some = load_strangers(photo_folder({"oak": 3}))
+    some = load_ood_images(image_folder({"oak": 3}))
     Path(some[1]["image"]["path"]).unlink()
     report = make(tiny, tmp_path).report(some, "val", None, "a test")
-    assert (report["n"], report["bad_photos"]) == (2, 1) and "cannot be read (No such file" in capsys.readouterr().out
+    assert (report["n"], report["unreadable_images"]) == (
+        2,
+        1,
+    ) and "cannot be read (No such file" in capsys.readouterr().out
 
 
 def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, monkeypatch):
@@ -176,8 +179,8 @@ def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, 
 
 
 def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
-    assessor = make(tiny, tmp_path, per_token=True, limit=4)
-    report = assessor.report(rows(tiny, 4), "val", assessor.calibrate(rows(tiny, 4)))
+    evaluator = make(tiny, tmp_path, per_token=True, limit=4)
+    report = evaluator.report(rows(tiny, 4), "val", evaluator.calibrate(rows(tiny, 4)))
     assert (report["per_token"], report["prior_calibration"], report["limit"]) == (True, False, 4)
     assert "Scores per token, of a part." in (tmp_path / "eval_val.md").read_text()
     assert not (tmp_path / "calibration.json").exists()
@@ -193,8 +196,8 @@ def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, capsys):
 
 def test_strangers_that_do_not_open(tiny, tmp_path):
     broken = [{"image": {"bytes": b"", "path": "gone.jpg"}, "label": 0, "id": "gone"}]
-    with pytest.raises(UserError, match="--strangers: none of its photos can be opened"):
-        make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1, 0.5, 0.95, 4), strangers={"x": broken})
+    with pytest.raises(UserError, match="--ood: none of its images can be opened"):
+        make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1, 0.5, 0.95, 4), ood={"x": broken})
 
 
 def test_score_kinds(tiny, tmp_path):
@@ -208,11 +211,9 @@ def test_score_kinds(tiny, tmp_path):
 
 
 def test_a_threshold_that_nothing_reaches_answers_nothing(tiny, tmp_path):
-    report = make(tiny, tmp_path).report(
-        rows(tiny, 4), "val", Calibration(1.0, None, 0.95, 4), strangers={"x": tiny.rows(2)}
-    )
-    assert (report["answered"], report["answered_precision"]) == (0.0, None)
-    assert report["strangers"]["x"] == {"n": 2, "not_sure": 1.0}
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1.0, None, 0.95, 4), ood={"x": tiny.rows(2)})
+    assert (report["coverage"], report["selective_accuracy"]) == (0.0, None)
+    assert report["ood"]["x"] == {"n": 2, "abstention_rate": 1.0}
 
 
 def test_the_least_sure_are_not_answered_even_where_all_are_right():
@@ -227,24 +228,24 @@ def test_the_least_sure_are_not_answered_even_where_all_are_right():
 
 def test_hits_of_a_folder(tiny, tmp_path):
     with pytest.raises(UserError, match="no scores yet; make them first: python evaluate.py"):
-        read_hits(tmp_path, "val")
+        read_correct(tmp_path, "val")
     scored = make(tiny, tmp_path).score(rows(tiny, 6), "val")[0]
     right = scored.scores.argmax(axis=1) == scored.labels
-    facts, hits = read_hits(tmp_path, "val")
-    assert list(hits.values()) == right.tolist() and facts["model"] == "m"
+    facts, correct = read_correct(tmp_path, "val")
+    assert list(correct.values()) == right.tolist() and facts["model"] == "m"
     path = tmp_path / "eval_val.scores.jsonl"
     path.write_text(path.read_text().replace('"adapter": null', '"adapter": "step 3, manifest abc"'))
-    with replacing(tmp_path / "best") as draft:
+    with atomic_replace_dir(tmp_path / "best") as draft:
         (draft / "best.json").write_text('{"step": 3}')
         write_manifest(draft)
     with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
-        read_hits(tmp_path, "val")
+        read_correct(tmp_path, "val")
 
 
 @pytest.mark.parametrize(("share", "doubted"), [(0.9, False), (0.2, True)])
 def test_strangers_that_are_named_as_surely_as_plants_are_told(tiny, tmp_path, share, doubted):
     some = rows(tiny, 6)
-    assessor = make(tiny, tmp_path)
-    report = assessor.report(some, "val", assessor.calibrate(some), strangers={"noise": tiny.rows(2)})
-    report |= {"answered": 0.5, "strangers": {"noise": {"n": 5, "not_sure": share}}}
+    evaluator = make(tiny, tmp_path)
+    report = evaluator.report(some, "val", evaluator.calibrate(some), ood={"noise": tiny.rows(2)})
+    report |= {"coverage": 0.5, "ood": {"noise": {"n": 5, "abstention_rate": share}}}
     assert ("do not rely on it" in list(result_lines(report))[-1]) == doubted

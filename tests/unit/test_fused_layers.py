@@ -10,7 +10,7 @@ from transformers import AutoModel, BitsAndBytesConfig, DynamicCache, LlamaConfi
 from transformers.integrations import replace_with_bnb_linear
 
 from models import fused_layers
-from models.fused_layers import FusedLayer, can_fuse, fuse_layers, get_fused_layers, keep_activations
+from models.fused_layers import FusedLayer, can_fuse, fuse_layers, get_fused_layers, set_activation_checkpointing
 from tests.conftest import ROOT
 from utils.logging_utils import setup_logging
 
@@ -71,10 +71,10 @@ def layers_of(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).layers
 
 
-def run(model, needs_rows=True, photos=3, tokens=37):
+def run(model, needs_rows=True, images=3, tokens=37):
     """(output, gradient of the inputs, {name: gradient of a parameter})."""
     generator = torch.Generator().manual_seed(2)
-    rows = torch.randn(photos, tokens, 256, generator=generator).requires_grad_(needs_rows)
+    rows = torch.randn(images, tokens, 256, generator=generator).requires_grad_(needs_rows)
     output = model(inputs_embeds=rows, use_cache=False).last_hidden_state
     (output * torch.randn(output.shape, generator=generator)).sum().backward()
     return output, rows.grad, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}
@@ -96,7 +96,7 @@ def test_output_and_gradients_are_those_of_the_stock_layers(kind, load_in_4bit, 
     stock = run(language_model(kind, load_in_4bit).train(), needs_rows)
     model = language_model(kind, load_in_4bit).train()
     layers = fuse_layers(layers_of(model))
-    keep_activations(layers, 3 if how == "keep" else 0, offload=how == "offload")
+    set_activation_checkpointing(layers, 3 if how == "keep" else 0, offload=how == "offload")
     assert_same(stock, run(model, needs_rows))
 
 
@@ -106,15 +106,15 @@ def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
 
     stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
     layers = fuse_layers(layers_of(model))
-    keep_activations(layers, 1)
+    set_activation_checkpointing(layers, 1)
     layers[0].kernels.compile()
     counters.clear()
-    for photos, tokens in ((3, 37), (2, 50), (1, 41)):
-        assert_same(run(stock, True, photos, tokens), run(model, True, photos, tokens))
+    for images, tokens in ((3, 37), (2, 50), (1, 41)):
+        assert_same(run(stock, True, images, tokens), run(model, True, images, tokens))
         stock.zero_grad(), model.zero_grad()
     assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]
     compiled = layers[0].kernels.pieces
-    layers[0].kernels.be_plain()
+    layers[0].kernels.eager()
     assert not layers[0].kernels.compiled and layers[0].kernels.pieces == fused_layers.Kernels().pieces != compiled
 
 
@@ -141,7 +141,7 @@ def test_a_layer_that_recomputes_keeps_its_input_alone():
     for keep in (0, 3):
         model = language_model().train()
         layers = fuse_layers(layers_of(model))
-        keep_activations(layers, keep)
+        set_activation_checkpointing(layers, keep)
         rows = torch.randn(2, 40, 256, requires_grad=True)
         positions = model.get_base_model().rotary_emb(rows, torch.arange(40)[None])
         node = layers_of(model)[0](rows, position_embeddings=positions).grad_fn.next_functions[0][0]
@@ -233,22 +233,22 @@ def test_modules_names_and_weights_stay():
 UNPACK = """
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from models.kernels import unpack
+from models.kernels import dequantize
 for dtype in (torch.float32, torch.float16):
     packed, state = quantize_4bit(torch.randn(32, 2048, dtype=dtype), quant_type="nf4", compress_statistics=True)
     up = torch.randn(32, 16)
     out = torch.full((32, 2048 + 64), 7.0, dtype=dtype)
-    unpack(packed.view(-1).view(torch.float32), state, up, 16, out)  # as models/parallel.py has it
+    dequantize(packed.view(-1).view(torch.float32), state, up, 16, out)  # as models/parallel.py has it
     assert torch.equal(out[:, :2048], dequantize_4bit(packed, state))
     assert torch.equal(out[:, 2064:2080], up.to(dtype)) and not out[:, 2048:2064].any() and not out[:, 2080:].any()
     out = torch.full((32, 2048), 7.0, dtype=dtype)
-    unpack(packed, state, None, 0, out)
+    dequantize(packed, state, None, 0, out)
     assert torch.equal(out, dequantize_4bit(packed, state))
 """
 
 
 def test_weights_are_unpacked_as_bitsandbytes_does():
-    """In Triton's interpreter, which must be asked for before Triton is imported; no card is needed."""
+    """In Triton's interpreter, which must be asked for before Triton is imported; no GPU is needed."""
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA; its kernel ran on an H100 (docs/LOG.md)")
     there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
     done = subprocess.run([sys.executable, "-c", UNPACK], **there, capture_output=True, text=True)
@@ -268,8 +268,8 @@ def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsy
     layers = fuse_layers(layers_of(model))
     monkeypatch.setattr(fused_layers._Compiled, "fails", False)
     monkeypatch.setattr(torch, "compile", lambda piece: refuse)
-    monkeypatch.setattr(fused_layers, "can_unpack", lambda weight, state: True)
-    monkeypatch.setattr(fused_layers, "unpack", refuse, raising=False)
+    monkeypatch.setattr(fused_layers, "can_dequantize", lambda weight, state: True)
+    monkeypatch.setattr(fused_layers, "dequantize", refuse, raising=False)
     layers[0].kernels.has_triton = True
     layers[0].kernels.compile()
     assert_same(run(stock), run(model))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, PLACES, contents, write_corpus
-from utils.image_utils import FORMATS, PhotoError, fit_photo, fitted_size, open_photo, photo_size
+from utils.image_utils import FORMATS, ImageError, fit_image, fitted_size, open_image, read_image_size
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> dict:
@@ -25,14 +25,14 @@ def gradient(mode: str = "RGB") -> Image.Image:
 
 @pytest.mark.parametrize(("side", "expected"), [(336, (336, 336)), (None, (30, 40))])
 def test_fit_is_the_whole_photo_as_a_square_or_its_own_size(side, expected):
-    assert fit_photo(gradient(), side).size == expected
+    assert fit_image(gradient(), side).size == expected
     assert fitted_size((40, 30), side) == expected[::-1]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_opens(kind):
-    photo = open_photo(encoded(gradient(), kind))
-    assert photo.mode == "RGB" and photo.size == (30, 40) and photo_size(encoded(gradient(), kind)) == (40, 30)
+    image = open_image(encoded(gradient(), kind))
+    assert image.mode == "RGB" and image.size == (30, 40) and read_image_size(encoded(gradient(), kind)) == (40, 30)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F"])
@@ -41,25 +41,25 @@ def test_every_mode_becomes_rgb(mode):
     kind = "TIFF" if mode in ("CMYK", "YCbCr", "LAB", "F", "I") else "PNG"
     # Pillow 12.3 cannot read its own uncompressed YCbCr.
     options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
-    assert open_photo(encoded(image, kind, **options)).mode == "RGB"
+    assert open_image(encoded(image, kind, **options)).mode == "RGB"
 
 
 def test_sixteen_bits_are_rescaled_and_not_clipped():
     ramp = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    assert np.asarray(open_photo(encoded(Image.fromarray(ramp))))[0, :, 0].tolist() == [0, 100, 255]
+    assert np.asarray(open_image(encoded(Image.fromarray(ramp))))[0, :, 0].tolist() == [0, 100, 255]
 
 
 def test_a_floating_point_photo_is_stretched():
     values = np.array([[-2.0, 0.0, 2.0]], dtype=np.float32)
-    assert np.asarray(open_photo(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(open_image(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_alpha_lies_on_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([0, 0, 255])
-    assert open_photo(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
-    assert open_photo(encoded(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encoded(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -67,10 +67,10 @@ def test_exif_rotation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.new("RGB", (30, 40), "white")
-    stored.paste("black", (0, 0, 8, 8))  # the first stored corner; EXIF says which corner of the upright photo that is
+    stored.paste("black", (0, 0, 8, 8))  # the first stored corner; EXIF says which corner of the upright image that is
     source = encoded(stored, "JPEG", exif=exif, quality=95)
-    upright = open_photo(source)
-    assert photo_size(source) == (upright.height, upright.width) == ((30, 40) if orientation >= 5 else (40, 30))
+    upright = open_image(source)
+    assert read_image_size(source) == (upright.height, upright.width) == ((30, 40) if orientation >= 5 else (40, 30))
     right, low = upright.width - 4, upright.height - 4
     corners = {
         1: (4, 4),
@@ -86,15 +86,15 @@ def test_exif_rotation_is_applied(orientation):
 
 
 def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     source = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert open_photo(source).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(source).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_paths_open_too(tmp_path):
     gradient().save(tmp_path / "a b\n☘.png")
-    assert open_photo(tmp_path / "a b\n☘.png").size == (30, 40)
-    assert open_photo({"bytes": None, "path": str(tmp_path / "a b\n☘.png")}).size == (30, 40)
+    assert open_image(tmp_path / "a b\n☘.png").size == (30, 40)
+    assert open_image({"bytes": None, "path": str(tmp_path / "a b\n☘.png")}).size == (30, 40)
 
 
 def bomb() -> bytes:
@@ -103,7 +103,7 @@ def bomb() -> bytes:
 
 BROKEN = [
     (b"", "lily.jpg: is empty (0 bytes)"),
-    (b"<html>not found</html>", "lily.jpg: is not a photo in any of the formats JPEG, PNG"),
+    (b"<html>not found</html>", "lily.jpg: is not a image in any of the formats JPEG, PNG"),
     (encoded(gradient(), "JPEG")["bytes"][:300], "lily.jpg: "),
     (encoded(gradient())["bytes"][:-60], "lily.jpg: cannot be decoded"),
     (bomb(), "lily.jpg: 9000 x 9000 is above the limit of 64,000,000 pixels"),
@@ -113,26 +113,26 @@ BROKEN = [
 
 @pytest.mark.parametrize(("contents", "words"), BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_photo_names_the_file_and_the_reason(contents, words):
-    with pytest.raises(PhotoError) as told:
-        open_photo({"bytes": contents, "path": "lily.jpg"})
+    with pytest.raises(ImageError) as told:
+        open_image({"bytes": contents, "path": "lily.jpg"})
     assert str(told.value).startswith(words) and "\n" not in str(told.value)
 
 
 def test_a_photo_that_is_not_there(tmp_path):
-    with pytest.raises(PhotoError, match=r"gone.jpg: cannot be read \(No such file"):
-        open_photo(tmp_path / "gone.jpg")
-    with pytest.raises(PhotoError, match="cannot be read"):
-        open_photo(tmp_path)
-    with pytest.raises(PhotoError, match="photo without a name: cannot be read"):
-        open_photo({"bytes": None, "path": None})
+    with pytest.raises(ImageError, match=r"gone.jpg: cannot be read \(No such file"):
+        open_image(tmp_path / "gone.jpg")
+    with pytest.raises(ImageError, match="cannot be read"):
+        open_image(tmp_path)
+    with pytest.raises(ImageError, match="photo without a name: cannot be read"):
+        open_image({"bytes": None, "path": None})
 
 
 def test_the_limit_holds_before_anything_is_decoded():
-    with pytest.raises(PhotoError, match="30 x 40 is above the limit of 1,000 pixels"):
-        photo_size(encoded(gradient()), max_pixels=1000)
+    with pytest.raises(ImageError, match="30 x 40 is above the limit of 1,000 pixels"):
+        read_image_size(encoded(gradient()), max_pixels=1000)
 
 
-# ---- photos as they come, and as no one should have made them
+# ---- images as they come, and as no one should have made them
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +145,30 @@ def corpus(tmp_path_factory):
 def test_hostile_photos_open_or_are_refused_in_one_sentence(name, corpus):
     folder, expected = corpus
     if expected[name] == OPENS:
-        photo = open_photo(folder / name)
-        assert photo.mode == "RGB" and photo_size(folder / name) == (photo.height, photo.width)
-        assert np.asarray(fit_photo(photo, 84)).shape == (84, 84, 3)
+        image = open_image(folder / name)
+        assert image.mode == "RGB" and read_image_size(folder / name) == (image.height, image.width)
+        assert np.asarray(fit_image(image, 84)).shape == (84, 84, 3)
     else:
-        with pytest.raises(PhotoError) as told:
-            open_photo(folder / name)
+        with pytest.raises(ImageError) as told:
+            open_image(folder / name)
         assert expected[name] in str(told.value) and str(told.value).isprintable()
 
 
 def test_a_photo_whose_numbers_are_beyond_all_bounds_is_still_stretched():
     values = np.array([[-3e38, 0.0, 3e38]], dtype=np.float32)
-    assert np.asarray(open_photo(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(open_image(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
 
 LARGEST = """
 import io, sys
 import numpy as np
 from PIL import Image
-from utils.image_utils import MAX_PIXELS, open_photo
+from utils.image_utils import MAX_PIXELS, open_image
 kind, mode, side = sys.argv[1], sys.argv[2], int(MAX_PIXELS**0.5)
 file = io.BytesIO()
 options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
 Image.new(mode, (side, side)).save(file, kind, **options)
-open_photo({"bytes": file.getvalue(), "path": None})
+open_image({"bytes": file.getvalue(), "path": None})
 # Not ru_maxrss: a process takes that over from the one that started it.
 print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -1,10 +1,10 @@
 import pytest
 
-from data.labels import CLASS_NAMES, PHOTOS_PER_CLASS, parse_reply
+from data.labels import CLASS_NAMES, IMAGES_PER_CLASS, parse_reply
 
 
 def test_the_official_classes():
-    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 102 and sum(PHOTOS_PER_CLASS) == 8189
+    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 102 and sum(IMAGES_PER_CLASS) == 8189
     assert (CLASS_NAMES[0], CLASS_NAMES[59], CLASS_NAMES[101]) == (
         "pink primrose",
         "pink-yellow dahlia?",

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.logging_utils import UserError, errors_told, logger, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
 def told(capsys, folder, error) -> tuple[int, str, str]:
     setup_logging(folder)
-    with pytest.raises(SystemExit) as stop, errors_told(KeyError):
+    with pytest.raises(SystemExit) as stop, report_errors(KeyError):
         raise error
     return stop.value.code, capsys.readouterr().out, (folder / "train.log").read_text()
 
@@ -64,7 +64,7 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
     )
     status, screen, _ = told(capsys, tmp_path, chained(full, UserError("check the network")))
     assert status == 1 and screen.startswith("error: hub/x: No space left on device; make room")
-    assert told(capsys, tmp_path, chained(closed, UserError("photo y")))[1] == "error: photo y\n"
+    assert told(capsys, tmp_path, chained(closed, UserError("image y")))[1] == "error: image y\n"
     assert (
         "y: Denied; name a place that you may use (--output-dir"
         in told(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]

@@ -16,7 +16,7 @@ def cost_of(tokens: int, compiled: bool = True) -> Cost:
     return step_cost(MISTRAL, tokens, 4.61 * GIB, LEARNING, "paged_adamw_8bit", 65e6, 64, 2, compiled)
 
 
-# tokens, photos at a time, layers that keep their activations, offload, compiled, GiB measured on an H100 (docs/LOG.md)
+# tokens, images at a time, layers that keep their activations, offload, compiled, GiB measured on an H100 (docs/LOG.md)
 MEASURED = [
     (1199, 16, 32, False, True, 61.03),
     (2373, 8, 32, False, True, 60.39),
@@ -30,9 +30,9 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("tokens, photos, kept, offload, compiled, measured", MEASURED)
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tokens, photos, kept, offload, compiled, measured):
-    assert cost_of(tokens, compiled).peak(photos, kept, offload) / GIB == pytest.approx(measured, rel=0.1)
+@pytest.mark.parametrize("tokens, images, kept, offload, compiled, measured", MEASURED)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(tokens, images, kept, offload, compiled, measured):
+    assert cost_of(tokens, compiled).peak(images, kept, offload) / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_the_plan_of_cards_of_many_sizes():
@@ -40,11 +40,11 @@ def test_the_plan_of_cards_of_many_sizes():
     last = 0.0
     for room in (5, 6, 7, 8, 11, 13, 20, 40, 68, 130):
         plan = choose_plan(cost_of(1199), room * GIB, 16, 32, 1199)
-        speed = plan.photos * 100 + plan.kept
-        assert plan.peak <= room * GIB or (plan.photos, plan.kept, plan.offload) == (1, 0, True)
+        speed = plan.images * 100 + plan.kept
+        assert plan.peak <= room * GIB or (plan.images, plan.kept, plan.offload) == (1, 0, True)
         assert plan.kept > 0 or room < 8
         last = max(last, speed)
-    assert (plan.photos, plan.kept) == (16, 32)
+    assert (plan.images, plan.kept) == (16, 32)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,15 @@ def test_recomputation_can_be_fixed(recompute, expected):
 @pytest.mark.parametrize("recompute, offload, kept", [("auto", True, 0), ("true", False, 0), ("false", False, 32)])
 def test_where_nothing_fits_the_smallest_is_tried(recompute, offload, kept):
     plan = choose_plan(cost_of(1199), 1 * GIB, 16, 32, 1199, recompute)
-    assert (plan.photos, plan.kept, plan.offload) == (1, kept, offload) and plan.peak > 1 * GIB
+    assert (plan.images, plan.kept, plan.offload) == (1, kept, offload) and plan.peak > 1 * GIB
 
 
-@pytest.mark.parametrize("photos", [1, 7, 16, 64])
-def test_pieces_are_as_equal_as_they_can_be(photos):
-    """Never 16 photos as 15 and 1: the last piece would cost as much as the first."""
+@pytest.mark.parametrize("images", [1, 7, 16, 64])
+def test_pieces_are_as_equal_as_they_can_be(images):
+    """Never 16 images as 15 and 1: the last piece would cost as much as the first."""
     for room in range(6, 70):
-        size = choose_plan(cost_of(1199), room * GIB, photos, 32, 1199).photos
-        assert size == -(-photos // -(-photos // size))
+        size = choose_plan(cost_of(1199), room * GIB, images, 32, 1199).images
+        assert size == -(-images // -(-images // size))
 
 
 def test_optimizer_state_by_name():
@@ -80,8 +80,8 @@ def test_plain_kernels_pass_more_through_memory():
 
 def test_inputs_that_wait_in_the_hosts_memory_must_fit_there():
     cost, inputs = cost_of(1199), cost_of(1199).inputs
-    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload").photos == 16
-    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload", host=5 * inputs).photos == 4
+    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload").images == 16
+    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload", host=5 * inputs).images == 4
 
 
 @pytest.mark.parametrize(

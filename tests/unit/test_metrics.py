@@ -7,12 +7,12 @@ from evaluation.metrics import (
     choose_threshold,
     compare,
     confidence,
+    confusions,
     expected_calibration_error,
     fit_temperature,
-    look_alikes,
-    measure_answers,
     measure_replies,
     measure_scores,
+    measure_selective,
     per_class,
 )
 from models.callbacks import resolvable_gain
@@ -22,7 +22,7 @@ SCORES = np.log(np.array([[6, 3, 1], [5, 4, 1], [2, 7, 1], [6, 3, 1], [1, 1, 8]]
 HITS = np.array([True, True, False, False, True])
 
 
-def test_figures_of_a_hand_made_case():
+def test_compute_metrics_a_hand_made_case():
     found = dict(measure_scores(SCORES, LABELS))
     assert (found["n"], found["top1"], found["top5"]) == (5, 0.6, 1.0)
     assert found["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
@@ -40,8 +40,8 @@ def test_top5_counts_what_stands_before_the_truth():
 
 
 def test_look_alikes_add_up_both_ways():
-    assert look_alikes(SCORES, LABELS, 5) == [(0, 1, 2)]
-    assert look_alikes(SCORES, LABELS, 0) == []
+    assert confusions(SCORES, LABELS, 5) == [(0, 1, 2)]
+    assert confusions(SCORES, LABELS, 0) == []
 
 
 def test_replies_are_matched_exactly_and_as_substring():
@@ -65,8 +65,8 @@ def test_the_temperature_undoes_what_made_scores_too_sure():
     chances = np.exp(honest) / np.exp(honest).sum(axis=1, keepdims=True)
     labels = np.array([rng.choice(10, p=row) for row in chances])
     assert fit_temperature(5 * honest, labels) == pytest.approx(5, rel=0.1)
-    hits = honest.argmax(axis=1) == labels
-    before, after = (expected_calibration_error(confidence(5 * honest, t), hits) for t in (1, 5))
+    correct = honest.argmax(axis=1) == labels
+    before, after = (expected_calibration_error(confidence(5 * honest, t), correct) for t in (1, 5))
     assert before > 0.3 and after < 0.03
 
 
@@ -75,13 +75,13 @@ def test_a_model_that_is_always_right_is_not_sure_without_limit():
     assert 0.05 < fit_temperature(scores, np.zeros(50, int)) < 1
 
 
-@pytest.mark.parametrize("photos", [30, 102])
-def test_a_calibrated_model_stays_calibrated_on_a_small_val(photos):
+@pytest.mark.parametrize("images", [30, 102])
+def test_a_calibrated_model_stays_calibrated_on_a_small_val(images):
     """102 names whose log-probabilities lie around -40 nats, labels drawn from the model's own probabilities."""
     rng = np.random.default_rng(1)
     fitted = []
     for _ in range(20):
-        scores = rng.normal(-40, 3, (photos, 102))
+        scores = rng.normal(-40, 3, (images, 102))
         chances = np.exp(scores - scores.max(axis=1, keepdims=True))
         labels = np.array([rng.choice(102, p=row / row.sum()) for row in chances])
         fitted.append(fit_temperature(scores, labels))
@@ -99,8 +99,8 @@ def test_the_threshold_answers_as_many_as_the_precision_allows():
     assert choose_threshold(sure, right, 0.8) == 0.5
     assert choose_threshold(sure, right, 0.9) == 0.8
     assert choose_threshold(sure, ~right, 0.9) is None
-    assert dict(measure_answers(sure, right, 0.7)) == {"answered": 0.8, "answered_precision": 0.75}
-    assert dict(measure_answers(sure, right, None)) == {"answered": 0.0, "answered_precision": None}
+    assert dict(measure_selective(sure, right, 0.7)) == {"coverage": 0.8, "selective_accuracy": 0.75}
+    assert dict(measure_selective(sure, right, None)) == {"coverage": 0.0, "selective_accuracy": None}
 
 
 def test_mcnemar_on_photos_that_differ():
@@ -110,6 +110,6 @@ def test_mcnemar_on_photos_that_differ():
     assert dict(compare([True, False], [True, False]))["p"] == 1.0
 
 
-def test_a_gain_is_at_least_one_photo():
+def test_a_gain_is_at_least_one_image():
     assert resolvable_gain(0.5, 100) == pytest.approx(0.05)
     assert resolvable_gain(1.0, 100) == 0.01

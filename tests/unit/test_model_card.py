@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from config.training_config import TrainingConfig
-from evaluation.model_card import build_card, read_reports
+from evaluation.model_card import build_model_card, read_reports
 from runtime.checkpoint import describe_best, write_manifest
 from runtime.run_dir import append_metrics
 from utils.tokenizer_utils import Prompt
@@ -44,19 +44,19 @@ def report(folder, split, **changed):
         "dataset": "oxford_flowers102",
         "mean_per_class": 0.8,
         "ece": 0.04,
-        "answered": 0.6,
-        "answered_precision": 1.0,
-        "look_alikes": [pair],
+        "coverage": 0.6,
+        "selective_accuracy": 1.0,
+        "confusions": [pair],
     }
-    found |= {"calibration": {"temperature": 1.5, "threshold": None, "target_precision": 0.95, "photos": 20}}
-    found |= {"per_class": own, "strangers": {"noise": {"n": 40, "not_sure": 0.5}}} | changed
+    found |= {"calibration": {"temperature": 1.5, "threshold": None, "target_selective_accuracy": 0.95, "images": 20}}
+    found |= {"per_class": own, "ood": {"noise": {"n": 40, "abstention_rate": 0.5}}} | changed
     (folder / f"eval_{split}.json").write_text(json.dumps(found))
 
 
 def test_a_card_says_what_the_run_found(folder):
     report(folder, "val")
     report(folder, "test", top1=0.75)
-    text = build_card(TrainingConfig(model="me/base", dataset="oxford_flowers102"), RECORDED, folder, PROMPT)
+    text = build_model_card(TrainingConfig(model="me/base", dataset="oxford_flowers102"), RECORDED, folder, PROMPT)
     card = ModelCard(text)
     assert card.data.base_model == "me/base" and card.data.library_name == "peft"
     assert {(one.dataset_split, one.metric_value) for one in card.data.eval_results} == {("val", 0.8), ("test", 0.75)}
@@ -64,8 +64,8 @@ def test_a_card_says_what_the_run_found(folder):
         "Not for deciding whether a plant is edible or poisonous", "`me/base` at commit `c0ffee`", "336 x 336 pixels",
         "| test | 20 | 0.750 (0.580 to 0.920) | 1.000 | 0.800 | 0.040 | 0.600 | 1.000 |", "| ash | oak | 3 |",
         "| ash | 10 | 0.700 |", "/ 1.500; below never reached", "noise 50%", "2 x NVIDIA H100: 1.0 minutes of steps",
-        "The weights are those of step 2; 2 steps of 16 photos were taken, LoRA rank 16",
-        "peak 5.2 GiB", "Nilsback and Zisserman 2008", "its licence could not be read", "in its own splits",
+        "The weights are those of step 2; 2 steps of 16 images were taken, LoRA rank 16",
+        "peak 5.2 GiB", "Nilsback and Zisserman 2008", "its license could not be read", "in its own splits",
     ):  # fmt: skip
         assert words in text, words
 
@@ -76,7 +76,7 @@ def test_a_card_says_what_the_run_found(folder):
 )
 def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
     report(folder, "val", **changed)
-    text = build_card(TrainingConfig(), RECORDED, folder, PROMPT)
+    text = build_model_card(TrainingConfig(), RECORDED, folder, PROMPT)
     assert "It was not measured." in text and "| val |" not in text
 
 
@@ -87,7 +87,7 @@ def test_a_report_that_a_kill_tore_is_left_out(folder):
 
 
 def test_an_adapter_of_a_base_that_is_saved_nowhere_has_no_code(folder):
-    text = build_card(TrainingConfig(model="tiny", dataset="synthetic"), RECORDED, folder, PROMPT)
+    text = build_model_card(TrainingConfig(model="tiny", dataset="synthetic"), RECORDED, folder, PROMPT)
     assert "saved nowhere" in text and "```" not in text
 
 
@@ -96,7 +96,7 @@ def test_a_base_in_a_folder_is_named_and_its_licence_read(folder, tmp_path):
     base.mkdir(parents=True)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
     config = TrainingConfig(model=str(base), dataset=str(tmp_path / "secret place" / "my plants"), image_size=None)
-    text = build_card(dataclasses.replace(config, question="What tree?"), RECORDED, folder, PROMPT)
+    text = build_model_card(dataclasses.replace(config, question="What tree?"), RECORDED, folder, PROMPT)
     assert "apache-2.0, as its card states" in text and ModelCard(text).data.license == "apache-2.0"
     assert "secret place" not in text and "`my plants`" in text and "at their own size" in text
 
@@ -104,6 +104,6 @@ def test_a_base_in_a_folder_is_named_and_its_licence_read(folder, tmp_path):
 @pytest.mark.parametrize("size", [336, None])
 def test_its_code_is_python(folder, size):
     config = TrainingConfig(image_size=size, trainable="everything", load_in_4bit=False)
-    (code,) = re.findall(r"```python\n(.*?)```", build_card(config, RECORDED, folder, PROMPT), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", build_model_card(config, RECORDED, folder, PROMPT), re.DOTALL)
     compile(code, "card", "exec")
     assert (".resize((336, 336), Image.Resampling.BICUBIC)" in code) == (size == 336) and "peft" not in code

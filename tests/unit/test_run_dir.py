@@ -49,7 +49,7 @@ def test_what_leaves_the_mathematics_alone_is_only_mentioned():
 
 def test_an_explicit_folder_of_another_config_is_refused():
     start(["--output-dir", "mine"])
-    with pytest.raises(ConfigError, match=r"another config \(lora_r: 16 -> 8; photos per optimizer step: 16 -> 32\)"):
+    with pytest.raises(ConfigError, match=r"another config \(lora_r: 16 -> 8; images per optimizer step: 16 -> 32\)"):
         choose_run_folder(
             parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"])
         )
@@ -116,8 +116,8 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
     [
         ({"class_names": ["a", "b", "c"]}, "the classes changed since the run began"),
         (
-            {"photos": "other", "precision": "fp16"},
-            r"the photos of train and val and the precision \(bf16 -> fp16\) cha",
+            {"images": "other", "precision": "fp16"},
+            r"the images of train and val and the precision \(bf16 -> fp16\) cha",
         ),
         ({"model_files": "f00"}, "the model's files changed since the run began"),
         (
@@ -128,12 +128,14 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
             {"processes": 4},
             r"the number of processes \(1 -> 4\) changed since the run began; put back .*--allow-changed",
         ),
-        ({"probe_ids": [9]}, "the tokenizer changed"),
+        ({"tokenizer_probe": [9]}, "the tokenizer changed"),
         ({"model_commit": "abc"}, r"the model's commit \(None -> abc\) changed"),
     ],
 )
 def test_data_or_model_that_changed_stop_a_resume(changed, words):
-    facts = {"class_names": ["a", "b"], "photos": "x", "probe_ids": [1], "model_commit": None, "precision": "bf16",
+    facts = {
+        "class_names": ["a", "b"],
+        "images": "x", "tokenizer_probe": [1], "model_commit": None, "precision": "bf16",
              "processes": 1, "model_files": None, "stream_workers": None}  # fmt: skip
     Path("mine").mkdir()
     save_config(parse_config([]), "mine", facts)

@@ -9,13 +9,13 @@ from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
 from data.labels import CLASS_NAMES
-from models.builder import build_processor, choose_trainables, load_base
+from models.builder import build_processor, load_base, set_trainable
 from models.fused_layers import fuse_layers
-from models.microbatch import cut
-from models.scoring import MicroBatch, ScoringError, build_trees, score_batch, score_rows
+from models.microbatch import split_batch
+from models.scoring import MicroBatchSize, build_tries, score_batch, score_rows
 from tests.conftest import FLOWERS
 from tests.unit.test_collator import SIZES, rows_of
-from utils.logging_utils import setup_logging
+from utils.logging_utils import UserError, setup_logging
 from utils.tokenizer_utils import build_prompt
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ MISTRAL = FLOWERS.parent / "processor"
 
 
 def one_by_one(model, collator, row) -> torch.Tensor:
-    """(C,) the same by the stock forward pass, one photo and one name at a time, without padding, tree or cache."""
+    """(C,) the same by the stock forward pass, one image and one name at a time, without padding, trie or cache."""
     scores = []
     for label in range(len(collator.class_names)):
         batch = collator([row | {"label": label}])
@@ -39,7 +39,7 @@ def one_by_one(model, collator, row) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def flowers(checkpoint):
-    """collator(names) over the processor of a checkpoint, photos at their own sizes; and its model."""
+    """collator(names) over the processor of a checkpoint, images at their own sizes; and its model."""
 
     def make(names, family="mistral", **settings):
         processor, prompt = build_processor(TrainingConfig(model=checkpoint(family)), names)
@@ -61,7 +61,7 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
     rows = rows_of(tiny, SIZES)
     batch = collator(rows)
     assert len({sample.prompt_length for sample in batch["samples"]}) > 1
-    scores = score_batch(model, batch, build_trees(collator.name_ids), MicroBatch(len(rows)))
+    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(len(rows)))
     by_id = {row["id"]: row for row in rows}
     expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
@@ -72,11 +72,11 @@ def test_scores_do_not_depend_on_batch_or_number_of_trees(tiny, flowers):
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
     names = collator.name_ids
-    whole = score_batch(model, batch, build_trees(names), MicroBatch(8))
+    whole = score_batch(model, batch, build_tries(names), MicroBatchSize(8))
     for size, nodes in ((1, 512), (3, 512), (8, 1), (8, 7)):
-        trees = build_trees(names, nodes)
-        assert len(trees) > 1 or nodes == 512
-        pieces = score_batch(model, batch, trees, MicroBatch(size))
+        tries = build_tries(names, nodes)
+        assert len(tries) > 1 or nodes == 512
+        pieces = score_batch(model, batch, tries, MicroBatchSize(size))
         torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
         assert torch.equal(pieces.argsort(dim=1), whole.argsort(dim=1))
 
@@ -85,11 +85,11 @@ def test_the_loss_follows_from_the_scores(tiny, flowers):
     """-log p of the true name, summed and divided by its tokens, is the loss of the stock forward."""
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
-    scores = score_batch(model, batch, build_trees(collator.name_ids), MicroBatch(4))
+    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(4))
     tokens = sum(sample.length - sample.prompt_length for sample in batch["samples"])
     labels = torch.tensor([sample.label for sample in batch["samples"]])
     loss = -scores[torch.arange(len(labels)), labels].sum() / tokens
-    (piece,) = cut(batch, len(labels))
+    (piece,) = split_batch(batch, len(labels))
     torch.testing.assert_close(loss, model(**piece).loss, atol=1e-5, rtol=0)
 
 
@@ -98,86 +98,86 @@ def test_the_102_names_make_one_tree_of_the_known_size():
     """Counted beforehand for this tokenizer: 495 tokens in 480 nodes, 378 of them inner."""
     processor = AutoProcessor.from_pretrained(MISTRAL, backend="pil")
     prompt = build_prompt(processor, TrainingConfig.question, [processor.tokenizer.eos_token_id])
-    (tree,) = build_trees(PlantCollator(processor, prompt, CLASS_NAMES, 336).name_ids)
-    assert (len(tree.pair_names), len(tree.edge_slots), len(tree.tokens)) == (495, 480, 378)
+    (trie,) = build_tries(PlantCollator(processor, prompt, CLASS_NAMES, 336).name_ids)
+    assert (len(trie.pair_names), len(trie.edge_slots), len(trie.tokens)) == (495, 480, 378)
 
 
 def test_ten_thousand_names_fit_in_bounded_memory(tiny):
     """Trees of at most 512 inner nodes, whose logits exist 1,024 rows at a time; all names are scored once."""
     names = [[7 + index % 90, 7 + index // 90, 2] for index in range(10_000)]
-    trees = build_trees(names)
-    assert max(len(tree.tokens) for tree in trees) <= 512 and len(trees) > 10
-    seen = torch.cat([tree.pair_names for tree in trees]).bincount()
+    tries = build_tries(names)
+    assert max(len(trie.tokens) for trie in tries) <= 512 and len(tries) > 10
+    seen = torch.cat([trie.pair_names for trie in tries]).bincount()
     assert seen.tolist() == [3] * 10_000
     batch = tiny.collator(tiny.rows(1))
-    scores = score_batch(tiny.model().eval(), batch, trees, MicroBatch(1))
+    scores = score_batch(tiny.model().eval(), batch, tries, MicroBatchSize(1))
     some = [0, 4_321, 9_999]
-    alone = score_batch(tiny.model().eval(), batch, build_trees([names[index] for index in some]), MicroBatch(1))
+    alone = score_batch(tiny.model().eval(), batch, build_tries([names[index] for index in some]), MicroBatchSize(1))
     torch.testing.assert_close(scores[:, some], alone, atol=1e-4, rtol=0)
 
 
 def test_a_name_of_one_token_needs_no_second_forward(tiny):
-    (tree,) = build_trees([[5], [6]])
-    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(3)), [tree], MicroBatch(2))
-    assert len(tree.tokens) == 0 and scores.shape == (3, 2) and (scores < 0).all()
+    (trie,) = build_tries([[5], [6]])
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(3)), [trie], MicroBatchSize(2))
+    assert len(trie.tokens) == 0 and scores.shape == (3, 2) and (scores < 0).all()
 
 
 def test_what_cannot_be_scored_is_refused(tiny):
-    with pytest.raises(ScoringError, match="the same tokens"):
-        build_trees([[5, 2], [5, 2]])
+    with pytest.raises(UserError, match="the same tokens"):
+        build_tries([[5, 2], [5, 2]])
     model = copy.deepcopy(tiny.model())
     model.config.text_config.sliding_window = 32
-    with pytest.raises(ScoringError, match="attends to 32 tokens only and prompt with name has"):
-        score_batch(model, tiny.collator(tiny.rows(1)), build_trees(tiny.collator.name_ids), MicroBatch(1))
+    with pytest.raises(UserError, match="attends to 32 tokens only and prompt with name has"):
+        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatchSize(1))
 
 
 def test_a_score_that_is_no_number_is_refused(tiny):
     model = tiny.model().eval()
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ScoringError, match="a score is not a finite number; .*test-00000"):
-        score_batch(model, tiny.collator(tiny.rows(1)), build_trees(tiny.collator.name_ids), MicroBatch(1))
+    with pytest.raises(UserError, match="a score is not a finite number; .*test-00000"):
+        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatchSize(1))
 
 
 @torch.no_grad()
 def test_an_adapter_and_sixteen_bits_are_scored_too(tiny, flowers):
     collator, base = flowers(NAMES, load_in_4bit=True)
-    model = choose_trainables(base, "adapter", 4, 8, 0.0).eval()
+    model = set_trainable(base, "adapter", 4, 8, 0.0).eval()
     rows = rows_of(tiny, SIZES)
-    batch, trees = collator(rows), build_trees(collator.name_ids)
-    before = score_batch(model, batch, trees, MicroBatch(4))
+    batch, tries = collator(rows), build_tries(collator.name_ids)
+    before = score_batch(model, batch, tries, MicroBatchSize(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.05)
-    scores = score_batch(model, batch, trees, MicroBatch(4))
+    scores = score_batch(model, batch, tries, MicroBatchSize(4))
     by_id = {row["id"]: row for row in rows}
     expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
     assert (scores - before).abs().max() > 0.01
     with model.disable_adapter():
-        torch.testing.assert_close(score_batch(model, batch, trees, MicroBatch(4)), before)
+        torch.testing.assert_close(score_batch(model, batch, tries, MicroBatchSize(4)), before)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = score_batch(model, batch, trees, MicroBatch(4))
+        rough = score_batch(model, batch, tries, MicroBatchSize(4))
     assert (rough - expected).abs().max() < 0.5 and torch.equal(rough.argmax(dim=1), expected.argmax(dim=1))
 
 
 def test_fused_layers_give_the_same_scores(tiny, flowers, monkeypatch):
     monkeypatch.setattr("models.fused_layers.SMALL", 1)
     collator, base = flowers(NAMES, load_in_4bit=True)
-    model = choose_trainables(base, "adapter", 4, 8, 0.0).eval()
+    model = set_trainable(base, "adapter", 4, 8, 0.0).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
-    batch, trees = collator(rows_of(tiny, SIZES)), build_trees(collator.name_ids, 7)
-    stock = score_batch(model, batch, trees, MicroBatch(4))
+    batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids, 7)
+    stock = score_batch(model, batch, tries, MicroBatchSize(4))
     fuse_layers(base.model.language_model.layers)
-    torch.testing.assert_close(score_batch(model, batch, trees, MicroBatch(4)), stock, atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_batch(model, batch, tries, MicroBatchSize(4)), stock, atol=1e-4, rtol=0)
 
 
 def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(tiny, flowers, capsys):
     setup_logging()
     collator, model = flowers(NAMES)
-    batch, trees = collator(rows_of(tiny, SIZES)), build_trees(collator.name_ids)
-    expected = score_batch(model, batch, trees, MicroBatch(4))
+    batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids)
+    expected = score_batch(model, batch, tries, MicroBatchSize(4))
     room = 1
 
     def refuse(module, args, kwargs):
@@ -185,12 +185,12 @@ def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    micro_batch = MicroBatch(4)
-    torch.testing.assert_close(score_batch(model, batch, trees, micro_batch), expected, atol=1e-4, rtol=0)
-    assert micro_batch.size == 1 and "going on with 1 photos at a time" in capsys.readouterr().out
+    micro_batch = MicroBatchSize(4)
+    torch.testing.assert_close(score_batch(model, batch, tries, micro_batch), expected, atol=1e-4, rtol=0)
+    assert micro_batch.size == 1 and "going on with 1 images at a time" in capsys.readouterr().out
     room = 0
-    with pytest.raises(ScoringError, match="out of memory scoring one photo at a time; use --load-in-4bit true"):
-        score_batch(model, batch, trees, micro_batch)
+    with pytest.raises(UserError, match="out of memory scoring one image at a time; use --load-in-4bit true"):
+        score_batch(model, batch, tries, micro_batch)
 
 
 def test_photos_that_do_not_open_are_left_out_and_named(tiny, caplog):

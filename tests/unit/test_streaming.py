@@ -1,4 +1,4 @@
-"""Photos streamed from parquet files: each once a pass, whatever the number of readers, and a place to go on from."""
+"""Images streamed from parquet files: each once a pass, whatever the number of readers, and a place to go on from."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from torch.utils.data import DataLoader
 
 from config.training_config import parse_config
-from data.dataset import DataError, build_datasets, hash_ids
+from data.dataset import build_datasets, data_fingerprint
 from data.streaming import Stream
 from utils.logging_utils import UserError
 
@@ -23,14 +23,14 @@ def no_sleep(monkeypatch):
 
 
 def write_parquet(folder, files: int, rows: int, names=NAMES, path="{split}/{number}.jpg", columns=("image", "label")):
-    """`files` train files of `rows` photos each that do not open, one file each for val and test."""
+    """`files` train files of `rows` images each that do not open, one file each for val and test."""
     features = {columns[0]: Image(decode=False), columns[1]: ClassLabel(names=names) if names else "int64"}
     features = Features(features) if names else None
     folder.mkdir(exist_ok=True)
     for split, count in (("train", files), ("validation", 1), ("test", 1)):
         for file in range(count):
             numbers = range(file * rows, (file + 1) * rows) if split == "train" else range(5)
-            photos = [
+            images = [
                 {
                     columns[0]: {
                         "bytes": f"{split} {number}".encode(),
@@ -41,8 +41,8 @@ def write_parquet(folder, files: int, rows: int, names=NAMES, path="{split}/{num
                 for number in numbers
             ]
             table = (
-                Dataset.from_list(photos, features=features)
-                if photos
+                Dataset.from_list(images, features=features)
+                if images
                 else Dataset.from_dict({name: [] for name in columns}, features=features)
             )
             table.to_parquet(folder / f"{split}-{file:02d}.parquet")
@@ -53,17 +53,17 @@ def ids_of(stream: Stream, workers: int, batches: int) -> list[list[str]]:
     loader = DataLoader(
         stream, stream.batch_size, num_workers=workers, collate_fn=lambda rows: [row["id"] for row in rows]
     )
-    return list(itertools.islice(skip_first_batches(loader, stream.left_over(workers)), batches))
+    return list(itertools.islice(skip_first_batches(loader, stream.batches_to_skip(workers)), batches))
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0)])
 def test_a_pass_gives_every_photo_once_to_one_reader(processes, workers, tmp_path):
-    files = write_parquet(tmp_path / "photos", 12, 5)  # each reader has the same number of files, so passes end alike
+    files = write_parquet(tmp_path / "images", 12, 5)  # each reader has the same number of files, so passes end alike
     passes = [[], []]
     for process in range(processes):
         stream = Stream(files, seed=1)
-        stream.share(process, processes, processes)
-        assert stream.photos == 60 and stream.batch_size == 1
+        stream.set_rank(process, processes, processes)
+        assert stream.images == 60 and stream.batch_size == 1
         batches = ids_of(stream, workers, 120 // processes)
         found = list(itertools.chain(*batches))
         passes[0] += found[: 60 // processes]
@@ -76,59 +76,59 @@ def test_a_pass_gives_every_photo_once_to_one_reader(processes, workers, tmp_pat
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("step", [1, 4, 11])
 def test_it_goes_on_where_it_was_left(step, workers, tmp_path):
-    """In the second pass too: a process has 30 photos, and takes 4 of the 7 of a step."""
-    files = write_parquet(tmp_path / "photos", 6, 10)
+    """In the second pass too: a process has 30 images, and takes 4 of the 7 of a step."""
+    files = write_parquet(tmp_path / "images", 6, 10)
     stream = Stream(files, seed=1)
-    stream.share(0, 2, 7)
+    stream.set_rank(0, 2, 7)
     whole = ids_of(stream, workers, 14)
     assert {len(batch) for batch in whole} == {4}
-    stream.begin_at(step)
+    stream.skip_steps(step)
     assert ids_of(stream, workers, 14 - step) == whole[step:]
 
 
 def test_photos_of_a_step_are_shared_out(tmp_path):
-    files = write_parquet(tmp_path / "photos", 3, 2)
+    files = write_parquet(tmp_path / "images", 3, 2)
     stream, sizes = Stream(files, seed=1), []
     for process in range(3):
-        stream.share(process, 3, 16)
+        stream.set_rank(process, 3, 16)
         sizes.append(stream.batch_size)
         assert stream.own == [files[process]]
     assert sizes == [6, 5, 5]
     with pytest.raises(
-        UserError, match="3 parquet files with photos for 4 processes, and each needs one of its own; write the"
+        UserError, match="3 parquet files with images for 4 processes, and each needs one of its own; write the"
     ):
-        stream.share(0, 4, 16)
+        stream.set_rank(0, 4, 16)
 
 
 def test_a_file_without_photos_gives_nobody_nothing_to_read(tmp_path):
-    files = write_parquet(tmp_path / "photos", 3, 2)
+    files = write_parquet(tmp_path / "images", 3, 2)
     empty = write_parquet(tmp_path / "empty", 1, 0)
     stream = Stream([files[0], *empty, *files[1:]], seed=1)
-    assert stream.files == files and stream.photos == 6
+    assert stream.files == files and stream.images == 6
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_files_emptied_since_the_start_are_told_not_read_for_ever(workers, tmp_path):
-    stream = Stream(write_parquet(tmp_path / "photos", 2, 3), seed=1)
-    stream.share(0, 1, 3)
-    write_parquet(tmp_path / "photos", 2, 0)
-    with pytest.raises(UserError, match="no photos for one reader of the 2 files from .*train-00.parquet on: emptied"):
+    stream = Stream(write_parquet(tmp_path / "images", 2, 3), seed=1)
+    stream.set_rank(0, 1, 3)
+    write_parquet(tmp_path / "images", 2, 0)
+    with pytest.raises(UserError, match="no images for one reader of the 2 files from .*train-00.parquet on: emptied"):
         ids_of(stream, workers, 1)
 
 
 def test_names_in_another_order_are_not_mixed_up(tmp_path):
-    write_parquet(tmp_path / "photos", 2, 4)
+    write_parquet(tmp_path / "images", 2, 4)
     write_parquet(tmp_path / "other", 1, 4, names=NAMES[::-1])
     for name in ("validation-00.parquet", "test-00.parquet"):
-        (tmp_path / "other" / name).rename(tmp_path / "photos" / name)
+        (tmp_path / "other" / name).rename(tmp_path / "images" / name)
     with pytest.raises(
-        DataError, match="the labels of validation in .* have other names, or another order of them, than"
+        UserError, match="the labels of validation in .* have other names, or another order of them, than"
     ):
-        streamed(tmp_path / "photos")
+        streamed(tmp_path / "images")
 
 
 def test_photos_without_a_path_are_known_by_their_bytes(tmp_path):
-    files = write_parquet(tmp_path / "photos", 2, 3, path="")
+    files = write_parquet(tmp_path / "images", 2, 3, path="")
     found = [row["id"] for row in Stream(files, seed=1).head(10)]
     assert len(set(found)) == 6 and all(len(one) == 16 for one in found)
 
@@ -138,44 +138,44 @@ def streamed(folder, *flags):
 
 
 def test_the_other_splits_are_as_ever_and_a_changed_file_is_noticed(tmp_path):
-    folder = tmp_path / "photos [1]*"  # no pattern
+    folder = tmp_path / "images [1]*"  # no pattern
     write_parquet(folder, 4, 5)
     assert len(build_datasets(parse_config(["--dataset", str(folder)])).train) == 20
     data = streamed(folder)
-    assert (data.train.photos, len(data.validation), len(data.test)) == (20, 5, 5) and data.class_names == NAMES
+    assert (data.train.images, len(data.validation), len(data.test)) == (20, 5, 5) and data.class_names == NAMES
     assert data.source == f"stream of 4 parquet files in {folder}"
     assert data.train.head(2)[1] == {
         "image": {"bytes": b"train 1", "path": "train/1.jpg"},
         "label": 1,
         "id": "train/1.jpg",
     }
-    before = hash_ids(data)
-    assert hash_ids(streamed(folder)) == before
+    before = data_fingerprint(data)
+    assert data_fingerprint(streamed(folder)) == before
     write_parquet(folder, 4, 6)
-    assert hash_ids(streamed(folder)) != before
+    assert data_fingerprint(streamed(folder)) != before
 
 
 BAD = [
     ({"names": None}, "carry no names; write them as a ClassLabel, or use false"),
     ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label, rename them"),
-    ({"rows": 0}, "split train has no photos; add some"),
+    ({"rows": 0}, "split train has no images; add some"),
 ]
 
 
 @pytest.mark.parametrize(("how", "words"), BAD, ids=[words[:20] for _, words in BAD])
 def test_bad_files(how, words, tmp_path):
-    write_parquet(tmp_path / "photos", **({"files": 2, "rows": 4} | how))
-    with pytest.raises(DataError, match=words):
-        streamed(tmp_path / "photos")
+    write_parquet(tmp_path / "images", **({"files": 2, "rows": 4} | how))
+    with pytest.raises(UserError, match=words):
+        streamed(tmp_path / "images")
 
 
-def test_other_folders_are_not_streamed(photo_folder):
-    with pytest.raises(DataError, match="holds no parquet files, and nothing else is streamed; use false"):
-        streamed(photo_folder({"oak": 3, "ash": 3}))
+def test_other_folders_are_not_streamed(image_folder):
+    with pytest.raises(UserError, match="holds no parquet files, and nothing else is streamed; use false"):
+        streamed(image_folder({"oak": 3, "ash": 3}))
 
 
 def test_a_file_that_is_none_is_told(tmp_path):
-    files = write_parquet(tmp_path / "photos", 2, 4)
+    files = write_parquet(tmp_path / "images", 2, 4)
     files[1].write_bytes(b"torn")
-    with pytest.raises(DataError, match="train-01.parquet: is no parquet file .*; write it again"):
-        streamed(tmp_path / "photos")
+    with pytest.raises(UserError, match="train-01.parquet: is no parquet file .*; write it again"):
+        streamed(tmp_path / "images")

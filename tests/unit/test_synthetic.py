@@ -9,8 +9,8 @@ from data.synthetic import SIDE, SPECIES, draw_split
 
 def mean_colours(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = draw_split(split)[:count]
-    colours = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean((0, 1)) / 255 for row in rows]
-    return torch.tensor(np.array(colours), dtype=torch.float32), torch.tensor([row["label"] for row in rows])
+    colors = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean((0, 1)) / 255 for row in rows]
+    return torch.tensor(np.array(colors), dtype=torch.float32), torch.tensor([row["label"] for row in rows])
 
 
 def test_species_differ_in_two_features_or_in_shape_alone():
@@ -31,11 +31,11 @@ def test_drawings_are_the_same_every_time_and_differ_among_themselves(monkeypatc
 
 def test_mean_colour_alone_names_fewer_than_half():
     """Softmax regression on the three mean channels, fitted to convergence."""
-    colours, labels = mean_colours("train", 1000)
-    held_out, truth = mean_colours("test", 300)
-    mean, spread = colours.mean(0), colours.std(0)
+    colors, labels = mean_colours("train", 1000)
+    load_validation_rows, truth = mean_colours("test", 300)
+    mean, spread = colors.mean(0), colors.std(0)
     one = torch.ones(1)
-    features = torch.cat([(colours - mean) / spread, one.expand(len(colours), 1)], dim=1)
+    features = torch.cat([(colors - mean) / spread, one.expand(len(colors), 1)], dim=1)
     weights = torch.zeros(4, len(SPECIES), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200)
 
@@ -46,7 +46,7 @@ def test_mean_colour_alone_names_fewer_than_half():
         return loss
 
     optimizer.step(closure)
-    seen = torch.cat([(held_out - mean) / spread, one.expand(len(held_out), 1)], dim=1)
+    seen = torch.cat([(load_validation_rows - mean) / spread, one.expand(len(load_validation_rows), 1)], dim=1)
     accuracy = ((seen @ weights).argmax(1) == truth).float().mean().item()
-    print(f"top-1 from mean colour: {accuracy:.3f}")
+    print(f"top-1 from mean color: {accuracy:.3f}")
     assert 0.15 < accuracy < 0.5

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from utils.tensor_utils import ShapeError, check_tensor
+from utils.logging_utils import UserError
+from utils.tensor_utils import check_tensor
 
 PIXELS = torch.zeros(2, 3, 3, 14, 14)
 
@@ -21,5 +22,5 @@ def test_a_tensor_as_promised_passes():
     ],
 )
 def test_what_differs_is_told(tensor, words):
-    with pytest.raises(ShapeError, match=words):
+    with pytest.raises(UserError, match=words):
         check_tensor("pixel_values", tensor, (2, None, 3, 14, 14), torch.float32, torch.device("cpu"))

@@ -3,7 +3,8 @@ import torch
 from transformers import AutoProcessor
 
 from tests.conftest import FAMILIES, QUESTION
-from utils.tokenizer_utils import Prompt, PromptError, build_prompt, count_image_tokens, probe_ids
+from utils.logging_utils import UserError
+from utils.tokenizer_utils import Prompt, build_prompt, count_image_tokens, tokenizer_probe
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 EXPECTED = {
@@ -22,7 +23,7 @@ def test_prompt_pieces_come_from_the_template(family, checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint(family))
     tokenizer = processor.tokenizer
     prompt = build_prompt(processor, QUESTION, [tokenizer.eos_token_id])
-    assert (prompt.prompt, prompt.joiner, prompt.end) == EXPECTED[family]
+    assert (prompt.prompt, prompt.response_prefix, prompt.end) == EXPECTED[family]
     ids = tokenizer(prompt.text("oak")).input_ids
     assert ids[-1] == prompt.end_id and (tokenizer.bos_token is None or ids.count(tokenizer.bos_token_id) == 1)
 
@@ -45,7 +46,7 @@ def processor_with(template, checkpoint):
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used(template, words, checkpoint):
-    with pytest.raises(PromptError, match=words):
+    with pytest.raises(UserError, match=words):
         build_prompt(processor_with(template, checkpoint), QUESTION, [1])
 
 
@@ -55,7 +56,7 @@ def test_a_prompt_that_ends_in_a_space_gives_it_to_the_joiner(checkpoint):
         "{% endfor %}"
     )
     prompt = build_prompt(processor_with(template, checkpoint), QUESTION, [1])
-    assert (prompt.prompt, prompt.joiner) == ("<image> Q:", " ")
+    assert (prompt.prompt, prompt.response_prefix) == ("<image> Q:", " ")
 
 
 def test_the_end_is_a_token_generation_stops_at(checkpoint):
@@ -63,14 +64,14 @@ def test_the_end_is_a_token_generation_stops_at(checkpoint):
     other, end = 7, processor.tokenizer.eos_token_id
     assert build_prompt(processor, QUESTION, [other, end]).end_id == end
     assert build_prompt(processor, QUESTION, [other]).end_id == other
-    with pytest.raises(PromptError, match="names no token that generation stops at"):
+    with pytest.raises(UserError, match="names no token that generation stops at"):
         build_prompt(processor, QUESTION, [])
 
 
 def test_a_probe_survives_saving(checkpoint, tmp_path):
     processor = AutoProcessor.from_pretrained(checkpoint("mistral"))
     processor.save_pretrained(tmp_path)
-    assert probe_ids(AutoProcessor.from_pretrained(tmp_path).tokenizer) == probe_ids(processor.tokenizer)
+    assert tokenizer_probe(AutoProcessor.from_pretrained(tmp_path).tokenizer) == tokenizer_probe(processor.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +83,13 @@ def test_image_tokens_of_known_sizes(size, tokens, tiles):
 
 
 def test_our_arithmetic_agrees_with_the_model_and_the_processor(tiny):
-    """Photos of many shapes through the real processor and the model's own packing of features."""
+    """Images of many shapes through the real processor and the model's own packing of features."""
     from PIL import Image
 
     model = tiny.model()
     for size in [(1, 300), (300, 1), (2, 2), (70, 70), (69, 71), (35, 140), (211, 97), (97, 211)]:
-        photo = Image.new("RGB", size[::-1])
-        encoded = tiny.processor(images=[photo], text=[tiny.prompt.prompt], return_tensors="pt")
+        image = Image.new("RGB", size[::-1])
+        encoded = tiny.processor(images=[image], text=[tiny.prompt.prompt], return_tensors="pt")
         tokens, tiles = tiny.native.count_tokens(size)
         with torch.no_grad():
             features = model.get_image_features(encoded["pixel_values"], encoded["image_sizes"]).pooler_output

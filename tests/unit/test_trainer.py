@@ -17,19 +17,18 @@ from config.training_config import PRESETS, TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
 from data.streaming import Stream
-from models.builder import choose_trainables
+from models.builder import set_trainable
 from models.callbacks import RunLog
-from models.fused_layers import FusedLayer, fuse_layers, keep_activations
-from models.microbatch import cut
-from models.scoring import MicroBatch, score_batch
-from models.trainer import StepError, build_arguments, build_trainer
+from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
+from models.microbatch import split_batch
+from models.scoring import MicroBatchSize, score_batch
+from models.trainer import build_arguments, build_trainer
 from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import SIGNALS, Interrupted, StopRequest
 from runtime.run_dir import read_metrics
 from tests.unit.test_collator import SIZES, rows_of
-from utils.image_utils import PhotoError
+from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
-from utils.tensor_utils import ShapeError
 
 CPU = torch.device("cpu")
 
@@ -52,7 +51,7 @@ def make_trainer(tiny, folder, train_set=None, model=None, **settings):
 
 def make_fused(tiny, folder, **settings):
     set_seed(0)
-    model = choose_trainables(tiny.model(), "adapter", 4, 8, 0.0)
+    model = set_trainable(tiny.model(), "adapter", 4, 8, 0.0)
     fuse_layers(model.get_base_model().model.language_model.layers)
     return make_trainer(tiny, folder, model=model, **{"trainable": "adapter"} | settings)
 
@@ -71,7 +70,7 @@ def same(one, other, tolerance=0.0) -> bool:
 @pytest.mark.parametrize("size", [1, 3, 4, 16])
 def test_pieces_hold_every_supervised_token_once_and_pad_little(size, tiny):
     batch = tiny.native(rows_of(tiny, SIZES * 2))
-    pieces = cut(batch, size)
+    pieces = split_batch(batch, size)
     assert sum(len(piece["input_ids"]) for piece in pieces) == 8
     assert sum((piece["labels"] != -100).sum() for piece in pieces) == (batch["labels"] != -100).sum()
     for piece, start in zip(pieces, range(0, 8, size)):
@@ -90,7 +89,7 @@ def test_loss_and_gradients_are_equal_for_micro_batches_of_16_4_and_1(tiny, tmp_
         trainer.create_optimizer()
         loss = trainer.training_step(trainer.model, batch, tokens)
         found[size] = loss.item(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
-    whole = tiny.model()(**cut(batch, 16)[0])
+    whole = tiny.model()(**split_batch(batch, 16)[0])
     assert found[16][0] == pytest.approx(whole.loss.item(), abs=1e-6)
     for size in (4, 1):
         assert found[size][0] == pytest.approx(found[16][0], abs=1e-5)
@@ -146,7 +145,7 @@ def test_several_cards_in_sight_change_nothing(tmp_path, monkeypatch):
 
 def test_more_processes_than_photos_of_a_step(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "17")
-    with pytest.raises(UserError, match="16 photos per optimizer step leave some of 17 processes without any"):
+    with pytest.raises(UserError, match="16 images per optimizer step leave some of 17 processes without any"):
         build_arguments(TrainingConfig(output_dir="runs/x"), "no", CPU, 0)
 
 
@@ -186,7 +185,7 @@ def test_the_first_value_that_is_not_finite_stops_before_the_weights_move(value,
 
     trainer.add_callback(Break(3, poison))
     with pytest.raises(
-        StepError, match=r"step 3: loss (nan|inf).*nothing was learned from it.*samples: test-000\d\d"
+        UserError, match=r"step 3: loss (nan|inf).*nothing was learned from it.*samples: test-000\d\d"
     ) as stopped:
         trainer.train()
     assert len(re.findall(r"test-000\d\d", str(stopped.value))) == 16
@@ -205,7 +204,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
         hook["of"] = model.lm_head.weight.register_hook(lambda gradient: gradient * float("nan"))
 
     trainer.add_callback(Break(2, poison))
-    with pytest.raises(StepError, match=r"step 2: loss \d.*, gradient norm nan"):
+    with pytest.raises(UserError, match=r"step 2: loss \d.*, gradient norm nan"):
         trainer.train()
 
 
@@ -221,17 +220,17 @@ def test_with_a_loss_scaler_an_overflow_is_a_skipped_step_until_no_scale_helps(t
             return self.scale
 
     trainer.accelerator.scaler = Scaler()
-    trainer._judge_not_finite(2.0, math.inf, "a, b")
+    trainer.handle_non_finite_step(2.0, math.inf, "a, b")
     assert trainer.last_step["skipped"] == "overflow"
     assert (
         "warning: step 7: gradient overflow at loss scale 65536; the scaler skips the step" in capsys.readouterr().out
     )
     Scaler.scale = 1.0
-    with pytest.raises(StepError, match="step 7"):
-        trainer._judge_not_finite(2.0, math.inf, "a, b")
+    with pytest.raises(UserError, match="step 7"):
+        trainer.handle_non_finite_step(2.0, math.inf, "a, b")
     Scaler.scale = 65536.0
-    with pytest.raises(StepError, match="loss nan"):
-        trainer._judge_not_finite(math.nan, 1.0, "a, b")
+    with pytest.raises(UserError, match="loss nan"):
+        trainer.handle_non_finite_step(math.nan, 1.0, "a, b")
 
 
 class Poison(TrainerCallback):
@@ -272,7 +271,7 @@ def test_a_poisoned_step_is_skipped_counted_and_leaves_no_trace(tiny, tmp_path, 
 def test_poisoned_steps_in_a_row_stop_the_run_with_all_their_samples(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path, max_skipped_steps=2, save_steps=2, max_steps=8)
     trainer.add_callback(Poison(trainer.model, {1, 3, 4, 5}))
-    with pytest.raises(StepError, match="step 5: loss nan.*nothing was learned from the last steps") as stopped:
+    with pytest.raises(UserError, match="step 5: loss nan.*nothing was learned from the last steps") as stopped:
         trainer.train()
     assert len(re.findall(r"test-000\d\d", str(stopped.value))) == 48
     assert last_checkpoint(tmp_path).name == "checkpoint-4"  # its weights are those of step 2
@@ -360,7 +359,7 @@ def test_a_signal_in_an_evaluation_that_is_interrupted_again_leaves_one_line_of_
     trainer.add_callback(Signal("on_step_end", 4 if every is None else 2))
     with pytest.raises(Interrupted):
         trainer.train_from(None)
-        trainer.evaluate_here()
+        trainer.evaluate_if_needed()
     checkpoint = last_checkpoint(tmp_path)
     before = (checkpoint / "trainer_state.json").read_bytes()
     for last in (False, True):
@@ -369,11 +368,11 @@ def test_a_signal_in_an_evaluation_that_is_interrupted_again_leaves_one_line_of_
             again.add_callback(Signal("on_evaluate", again.state.global_step or (4 if every is None else 2)))
             with contextlib.suppress(Interrupted, KeyboardInterrupt):
                 again.train_from(checkpoint)
-                again.evaluate_here()
+                again.evaluate_if_needed()
             assert (checkpoint / "trainer_state.json").read_bytes() == before  # a good checkpoint is not written to
             continue
         again.train_from(checkpoint)
-        again.evaluate_here()
+        again.evaluate_if_needed()
     evaluated = [line["step"] for line in read_metrics(tmp_path) if "eval_loss" in line]
     assert evaluated == ([4] if every is None else [2, 4])
     assert [entry["step"] for entry in again.state.log_history if "eval_loss" in entry] == evaluated
@@ -425,7 +424,7 @@ def test_a_batch_that_lost_image_tokens_on_its_way_stops_before_the_weights_move
         return batch
 
     trainer.data_collator = lose_one
-    with pytest.raises(StepError, match=r"step 1: 1 samples changed their image tokens.*nothing was learned from it"):
+    with pytest.raises(UserError, match=r"step 1: 1 samples changed their image tokens.*nothing was learned from it"):
         trainer.train()
     assert same(before, weights(trainer))
 
@@ -445,23 +444,23 @@ def test_a_batch_of_another_shape_is_refused_at_the_door(name, change, tiny, tmp
     trainer = make_trainer(tiny, tmp_path)
     batch = tiny.collator(tiny.rows(4))
     batch[name] = change(batch[name])
-    with pytest.raises(ShapeError, match=name):
+    with pytest.raises(UserError, match=name):
         trainer.training_step(trainer.model, batch, 12)
 
 
 def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path, capsys):
     setup_logging()
-    drawn = [row | {"image": {"bytes": b"not a photo", "path": f"{row['id']}.jpg"}} if index in (3, 9) else row
+    drawn = [row | {"image": {"bytes": b"not a image", "path": f"{row['id']}.jpg"}} if index in (3, 9) else row
              for index, row in enumerate(tiny.rows(32))]  # fmt: skip
     train_set = Dataset.from_list(drawn, features=ROW)
-    trainer = make_trainer(tiny, tmp_path / "few", train_set, max_bad_fraction=0.1)
+    trainer = make_trainer(tiny, tmp_path / "few", train_set, max_unreadable_fraction=0.1)
     trainer.train()
     told = capsys.readouterr().out
     assert (
-        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not a photo" in told
+        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not a image" in told
     )
-    assert sum(step["photos"] for step in read_metrics(tmp_path / "few")) == 60
-    with pytest.raises(PhotoError, match=r"\d of 32 photos cannot be opened, above max_bad_fraction=0.01"):
+    assert sum(step["images"] for step in read_metrics(tmp_path / "few")) == 60
+    with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_unreadable_fraction=0.01"):
         make_trainer(tiny, tmp_path / "many", train_set).train()
 
 
@@ -469,7 +468,7 @@ def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path,
 
 
 class Cramped(TrainerCallback):
-    """Forwards of more than `room` photos run out of memory after drawing random numbers; the first `spared` do not."""
+    """Forwards of more than `room` images run out of memory after drawing random numbers; the first `spared` do not."""
 
     def __init__(self, model, room, spared=0):
         self.calls = 0
@@ -501,7 +500,7 @@ def test_out_of_memory_redoes_the_same_step_in_smaller_pieces(tiny, tmp_path, ca
     )
     Cramped(model, room=5, spared=1)  # the first of two pieces has left its gradients
     cramped.train()
-    assert "step 1: out of memory; the step is redone with 4 photos at a time" in capsys.readouterr().out
+    assert "step 1: out of memory; the step is redone with 4 images at a time" in capsys.readouterr().out
     assert cramped.micro_batch_size == 4 and cramped.state.global_step == 4
     assert same(weights(undisturbed), weights(cramped))
 
@@ -510,7 +509,7 @@ def test_out_of_memory_with_one_photo_is_told(tiny, tmp_path):
     model = tiny.model()
     trainer = make_trainer(tiny, tmp_path, model=model)
     Cramped(model, room=0)
-    with pytest.raises(StepError, match="step 1: out of memory with one photo at a time; use --gradient"):
+    with pytest.raises(UserError, match="step 1: out of memory with one image at a time; use --gradient"):
         trainer.train()
 
 
@@ -521,10 +520,10 @@ def test_other_errors_of_the_forward_are_not_taken_for_it(tiny, tmp_path):
         make_trainer(tiny, tmp_path, model=model).train()
 
 
-def test_with_one_photo_layers_stop_keeping_before_the_run_stops(tiny, tmp_path, capsys, on_a_card):
+def test_with_one_photo_layers_stop_keeping_before_the_run_stops(tiny, tmp_path, capsys, on_a_gpu):
     setup_logging()
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16)
-    keep_activations(trainer.fused, 3)
+    set_activation_checkpointing(trainer.fused, 3)
     real = FusedLayer.run
 
     def refuse(self, *args, keep=True, needs_output=True, **kwargs):
@@ -532,21 +531,21 @@ def test_with_one_photo_layers_stop_keeping_before_the_run_stops(tiny, tmp_path,
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return real(self, *args, keep=keep, needs_output=needs_output, **kwargs)
 
-    on_a_card.setattr(FusedLayer, "run", refuse)
+    on_a_gpu.setattr(FusedLayer, "run", refuse)
     trainer.train()
-    told = "redone with 1 photos at a time, activations recomputed and their inputs in the host's memory, and so are"
+    told = "redone with 1 images at a time, activations recomputed and their inputs in the host's memory, and so are"
     assert told in capsys.readouterr().out
     assert trainer.state.global_step == 4 and all(one.offload for one in trainer.fused)
 
 
-def test_with_one_photo_that_is_recomputed_its_inputs_leave_the_card_next(tiny, tmp_path, on_a_card):
+def test_with_one_photo_that_is_recomputed_its_inputs_leave_the_card_next(tiny, tmp_path, on_a_gpu):
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16)
-    keep_activations(trainer.fused, 0)
+    set_activation_checkpointing(trainer.fused, 0)
     full = torch.OutOfMemoryError("CUDA out of memory.")
-    trainer._step_down(full)
+    trainer.halve_micro_batch(full)
     assert trainer.micro_batch_size == 1 and all(one.offload for one in trainer.fused)
-    with pytest.raises(StepError, match="use --gradient-checkpointing offload, --load-in-4bit true"):
-        trainer._step_down(full)
+    with pytest.raises(UserError, match="use --gradient-checkpointing offload, --load-in-4bit true"):
+        trainer.halve_micro_batch(full)
 
 
 def test_out_of_memory_in_an_evaluation_goes_on_in_smaller_pieces(tiny, tmp_path, capsys):
@@ -558,7 +557,7 @@ def test_out_of_memory_in_an_evaluation_goes_on_in_smaller_pieces(tiny, tmp_path
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert trainer.eval_micro_batch.size == 2
-    assert "out of memory while scoring; going on with 2 photos at a time" in capsys.readouterr().out
+    assert "out of memory while scoring; going on with 2 images at a time" in capsys.readouterr().out
 
 
 # ---- evaluation
@@ -568,7 +567,7 @@ def test_eval_loss_is_the_exact_token_mean_whatever_the_batch_size(tiny, tmp_pat
     losses = [
         make_trainer(tiny, tmp_path, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 4, 10)
     ]
-    piece = cut(tiny.collator(tiny.rows(10)), 10)[0]
+    piece = split_batch(tiny.collator(tiny.rows(10)), 10)[0]
     with torch.no_grad():
         expected = tiny.model().eval()(**piece).loss.item()
     assert losses == pytest.approx([expected] * 3, abs=1e-5)
@@ -638,7 +637,7 @@ def fake_scores(monkeypatch, top1: list[float], losses: list[float] | None = Non
 
     def measured(self, *args, **kwargs):
         name, loss = next(told)
-        metrics = {"eval_loss": loss, "eval_top1": name, "eval_top5": 1.0, "eval_bad_photos": 0}
+        metrics = {"eval_loss": loss, "eval_top1": name, "eval_top5": 1.0, "eval_unreadable_images": 0}
         self.log(dict(metrics))
         self.keep_if_best(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -672,7 +671,7 @@ def test_best_is_what_names_best_and_among_equals_loses_least(tiny, tmp_path, mo
     [
         (2, 0.05, [0.5, 0.6, 0.62, 0.64, 0.7], 4),  # each rise is measured against the last one that counted
         (2, 0.05, [0.5, 0.6, 0.6, 0.7, 0.7, 0.7], 6),
-        (1, None, [0.5, 0.6], 2),  # ten photos resolve no less than 0.158 at 0.5
+        (1, None, [0.5, 0.6], 2),  # ten images resolve no less than 0.158 at 0.5
         (1, None, [0.5, 0.7, 0.7], 3),
         (2, 0.0, [0.5] * 6, 3),  # no gain is no gain
     ],
@@ -711,14 +710,14 @@ def test_a_run_that_was_killed_after_it_stopped_is_over(tiny, tmp_path, monkeypa
     make_trainer(tiny, tmp_path, **settings).train_from(None)
     again = make_trainer(tiny, tmp_path, **settings)
     again.train_from(last_checkpoint(tmp_path))  # a fourth evaluation would have nothing to tell
-    again.evaluate_here()
+    again.evaluate_if_needed()
     assert again.state.global_step == 3 and len([x for x in read_metrics(tmp_path) if "eval_top1" in x]) == 3
 
 
 def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     metrics = trainer.evaluate()
-    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.trees, MicroBatch(10))
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.tries, MicroBatchSize(10))
     truth = [sample.label for sample in tiny.collator(tiny.rows(10))["samples"]]
     assert metrics["eval_top1"] == sum(a == b for a, b in zip(scores.argmax(dim=1).tolist(), truth)) / 10
 
@@ -728,13 +727,15 @@ def test_bad_photos_of_val_are_named_and_capped(tiny, tmp_path, capsys):
     drawn = tiny.rows(10)
     drawn[9] = drawn[9] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     some = Dataset.from_list(drawn, features=ROW)
-    trainer = make_trainer(tiny, tmp_path, max_bad_fraction=0.2, per_device_eval_batch_size=1)
+    trainer = make_trainer(tiny, tmp_path, max_unreadable_fraction=0.2, per_device_eval_batch_size=1)
     trainer.eval_dataset = some
-    assert trainer.evaluate()["eval_bad_photos"] == 1
+    assert trainer.evaluate()["eval_unreadable_images"] == 1
     assert "photo left out (1 of val so far): test-00009: gone.jpg: is empty" in capsys.readouterr().out
-    capped = make_trainer(tiny, tmp_path, max_bad_fraction=0.05)
+    capped = make_trainer(tiny, tmp_path, max_unreadable_fraction=0.05)
     capped.eval_dataset = some
-    with pytest.raises(PhotoError, match="1 of 10 photos cannot be opened, above max_bad_fraction=0.05 .test-00009"):
+    with pytest.raises(
+        ImageError, match="1 of 10 images cannot be opened, above max_unreadable_fraction=0.05 .test-00009"
+    ):
         capped.evaluate()
 
 
@@ -747,7 +748,7 @@ def test_an_overflow_is_no_number_and_mutes_no_warning(tiny, tmp_path, capsys):
 
 
 def test_the_logged_rate_is_that_of_what_learns(tiny, tmp_path):
-    model = choose_trainables(tiny.model(), "projector", 2, 4, 0.0)
+    model = set_trainable(tiny.model(), "projector", 2, 4, 0.0)
     settings = {"trainable": "projector", "projector_learning_rate": 1e-3, "warmup_steps": 0.0, "eval_steps": None}
     trainer = make_trainer(tiny, tmp_path, model=model, lr_scheduler_type="constant_with_warmup", **settings)
     trainer.train()

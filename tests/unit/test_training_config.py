@@ -77,11 +77,11 @@ BAD_FLAGS = [
     (["--mixed-precision", "fp8"], "mixed_precision=fp8: not one of auto, bf16, fp16, no"),
     (["--max-steps", "0"], "max_steps=0: nothing would be trained; use -1"),
     (["--save-total-limit", "1"], "save_total_limit=1: must be at least 2"),
-    (["--streaming", "true", "--dataset", "photos"], "streaming=true with max_steps=-1: a stream has no end; give a"),
+    (["--streaming", "true", "--dataset", "images"], "streaming=true with max_steps=-1: a stream has no end; give a"),
     (["--streaming", "true", "--max-steps", "5"], "dataset=oxford_flowers102: only a folder of parquet files is stre"),
     (
-        ["--streaming", "true", "--max-steps", "5", "--dataset", "photos", "--sample-fraction", "0.5"],
-        "streaming=true with sample_fraction=0.5 and train_on_val=false: both need all photos at once; use 1 and",
+        ["--streaming", "true", "--max-steps", "5", "--dataset", "images", "--sample-fraction", "0.5"],
+        "streaming=true with sample_fraction=0.5 and train_on_val=false: both need all images at once; use 1 and",
     ),
     (
         ["--trainable", "everything", "--load-in-4bit", "false", "--sharding", "fsdp"],
@@ -89,7 +89,7 @@ BAD_FLAGS = [
     ),
     (["--trainable", "everything"], "trainable=everything with load_in_4bit=true: 4-bit weights cannot learn"),
     (["--projector-learning-rate", "1e-5"], "trainable=adapter leaves the projector as it is"),
-    (["--train-on-val", "true"], "eval_steps=100 with train_on_val=true: photos that are learned from measure nothing"),
+    (["--train-on-val", "true"], "eval_steps=100 with train_on_val=true: images that are learned from measure nothing"),
     (["--question", "What  is it?"], "with spaces at an end or doubled"),
     (["--question", ""], "question='': empty"),
     (["--report-to", "wandb, x"], "report_to='wandb, x': use none, all, or names with commas"),
@@ -139,7 +139,7 @@ def test_a_saved_config_comes_back(tmp_path):
         (None, "not a run, training_config.json is missing"),
         ("{", "cannot be read as the config of a run"),
         ("[]", "cannot be read as the config of a run"),
-        (json.dumps({"config": {"colour": 1}, "recorded": {}}), "unexpected keyword argument 'colour'"),
+        (json.dumps({"config": {"color": 1}, "recorded": {}}), "unexpected keyword argument 'color'"),
     ],
 )
 def test_a_folder_that_is_no_run_is_told(text, words, tmp_path):
