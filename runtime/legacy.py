@@ -1,0 +1,25 @@
+"""Keys of files that runs wrote before 2026-11-26, and what they are called now: such runs still load."""
+
+RENAMED = {
+    "answered": "coverage",
+    "answered_precision": "selective_accuracy",
+    "bad_photos": "unreadable_images",
+    "eval_bad_photos": "eval_unreadable_images",
+    "finished": "completed",
+    "look_alikes": "confusions",
+    "max_bad_fraction": "max_unreadable_fraction",
+    "not_sure": "abstention_rate",
+    "photo": "image",
+    "photos": "images",
+    "photos_per_s": "images_per_s",
+    "probe_ids": "tokenizer_probe",
+    "processes": "ranks",
+    "strangers": "ood",
+    "target_precision": "target_selective_accuracy",
+    "twins": "duplicates",
+}
+
+
+def renamed(entry: dict) -> dict:
+    """An object of a run's JSON under today's keys; for json.loads as `object_hook`."""
+    return {RENAMED.get(key, key): value for key, value in entry.items()}
