@@ -23,7 +23,7 @@ import time
 from typing import NamedTuple
 
 from config.benchmark_options import parse_benchmark
-from config.training_config import CPU_MODELS, ConfigError, TrainingConfig
+from config.training_config import ConfigError, TrainingConfig
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         from models.memory import is_out_of_memory
         from runtime.device import GIB, choose_device, choose_precision, peak_memory
 
-        device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
+        device = choose_device(config.model, config.gpu_memory_fraction)
         precision = choose_precision(config.mixed_precision, device)
         steps = WARM_UP + options.steps
         # A run of a few steps would not compile its kernels; what is measured here is a long one.

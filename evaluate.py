@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from config.evaluation_options import base_folder, parse_evaluation
-from config.training_config import CPU_MODELS, ConfigError, load_config, save_config
+from config.training_config import ConfigError, load_config, save_config
 from runtime.run_dir import BEST, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -51,29 +51,28 @@ def main(argv: list[str] | None = None) -> int:
             describe_model,
         )
         from runtime.checkpoint import CARD, describe_best
-        from runtime.device import choose_device, choose_precision
+        from runtime.device import choose_precision
         from runtime.distributed import assert_same_across_ranks, init_distributed
 
-        device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction, several=True)
+        # Weights are whole on every rank here, so a run that was sharded is scored by one rank too.
+        dist = held.enter_context(init_distributed(dataclasses.replace(config, sharding="none")))
+        device = dist.device
         precision = choose_precision(config.mixed_precision, device)
-        processes = held.enter_context(init_distributed(device))
-        assert_same_across_ranks(
-            {"run": f"{folder}"} | dataclasses.asdict(config) | dataclasses.asdict(options), processes
-        )
-        with processes.main_process_first():
+        assert_same_across_ranks({"run": f"{folder}"} | dataclasses.asdict(options), dist)
+        with dist.main_process_first():
             adapter = None if is_base else describe_best(folder / BEST)
             data = build_datasets(config)
             processor, prompt = build_processor(config, data.class_names)
             if not is_base:
                 check_data(data, recorded, config, folder)
-        assert_same_across_ranks({"images": data_fingerprint(data)}, processes)
+        assert_same_across_ranks({"images": data_fingerprint(data)}, dist)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         ood = collect_ood_images(options.ood)
         if is_base:
             model = build_model(config, processor, device, precision)
             check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
             facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
-            if processes.is_main:
+            if dist.is_main_process:
                 save_config(config, folder, facts | {"base": True})
         else:
             model = build_trained(config, recorded, folder, processor, prompt, device, precision)
@@ -85,14 +84,14 @@ def main(argv: list[str] | None = None) -> int:
             f"run    {folder}: {'the untouched ' if is_base else ''}{config.model}{f', {adapter}' if adapter else ''}"
         )
         logger.info(f"data   {data.source}: {len(rows):,} images of {options.split}, {len(data.class_names)} classes")
-        if not processes.is_main:
+        if not dist.is_main_process:
             logger.setLevel(logging.WARNING)  # what it meets from here on is its own, such as bad images
-        worth = len(rows) / processes.count >= WORTH_COMPILING
+        worth = len(rows) / dist.world_size >= WORTH_COMPILING
         if config.compile == "auto" and device.type == "cuda" and worth:
             compile_layers(model)
         with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
             evaluator = build_evaluator(
-                *(config, model, collator, precision, folder, adapter, processes),
+                *(config, model, collator, precision, folder, adapter, dist),
                 per_token=options.per_token,
                 prior_calibration=options.prior_calibration,
                 limit=options.limit,
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
                     ood=ood,
                     duplicates=known_duplicates(rows["id"]),
                 )
-                if not is_base and processes.is_main:
+                if not is_base and dist.is_main_process:
                     card = build_model_card(*open_run(folder), folder, prompt)
                     (folder / BEST / CARD).write_text(card, encoding="utf-8")
     return 0

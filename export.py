@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.training_config import CPU_MODELS, RANDOM_MODELS, ConfigError
+from config.training_config import RANDOM_MODELS, ConfigError
 from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
 from runtime.run_dir import BEST, is_finished, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def check_can_export(use: Use, out: Path) -> None:
     """What can be known before any weight is read. Raises UserError."""
     from runtime.checkpoint import describe_best
-    from runtime.device import refuse_several
+    from runtime.device import refuse_several_ranks
 
-    refuse_several()  # before they meet over the same draft
+    refuse_several_ranks()  # before they meet over the same draft
     built, is_whole = use.config.model in RANDOM_MODELS, use.config.trainable == "everything"
     if use.recorded.get("base"):
         raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")
@@ -143,7 +143,7 @@ def export_whole(use: Use, draft: Path) -> None:
 
     folder, _, config, recorded, options = use
     dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
-    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
+    device = choose_device(config.model, config.gpu_memory_fraction)
     rows, validated = load_validation_rows(use)
     processor, prompt = build_processor(config, names)
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
@@ -197,7 +197,7 @@ def export_adapter(use: Use, draft: Path) -> None:
     from runtime.device import choose_device, choose_precision, collect_memory
 
     folder, _, config, recorded, _ = use
-    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
+    device = choose_device(config.model, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     dtype = DTYPE_OF[precision]
     rows, _ = load_validation_rows(use)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.training_config import CPU_MODELS, ConfigError
+from config.training_config import ConfigError
 from config.use_options import COMPUTING, PredictionOptions, Use, parse_use
 from runtime.run_dir import BEST
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
@@ -54,7 +54,7 @@ def load_predictor(use: Use):
 
     folder, _, config, recorded, _ = use
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
-    device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction)
+    device = choose_device(config.model, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     processor, prompt = build_processor(config, recorded["class_names"])
     collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
-from config.training_config import CPU_MODELS, RANDOM_MODELS, parse_config
+from config.training_config import RANDOM_MODELS, parse_config
 from utils.logging_utils import UserError, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -118,7 +118,7 @@ def check_device(ready) -> str:
 
     from runtime.device import choose_device, choose_precision
 
-    device = choose_device(ready.config.model, ready.config.model in CPU_MODELS, ready.config.gpu_memory_fraction)
+    device = choose_device(ready.config.model, ready.config.gpu_memory_fraction)
     ready.precision = choose_precision(ready.config.mixed_precision, device)
     ready.device = device
     if device.type != "cuda":

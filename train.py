@@ -16,7 +16,7 @@ import time
 import uuid
 from pathlib import Path
 
-from config.training_config import CPU_MODELS, ConfigError, TrainingConfig, load_config, parse_config, save_config
+from config.training_config import ConfigError, TrainingConfig, load_config, parse_config, save_config
 from runtime.run_dir import BEST, LOCK_FILE, append_metrics, check_same_run, choose_run_folder, step_of
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -28,19 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with report_errors(ConfigError), contextlib.ExitStack() as held:
-        from runtime.device import choose_device, choose_precision
-        from runtime.distributed import assert_same_across_ranks, init_distributed
+        from runtime.device import choose_precision
+        from runtime.distributed import init_distributed
 
-        device = choose_device(config.model, config.model in CPU_MODELS, config.gpu_memory_fraction, several=True)
+        dist = held.enter_context(init_distributed(config))
+        device = dist.device
         precision = choose_precision(config.mixed_precision, device)
-        processes = held.enter_context(init_distributed(device))
-        if config.sharding == "fsdp" and processes.count == 1:
-            raise UserError(
-                "--sharding fsdp: a single process has nobody to spread weights over; start several with torchrun, or "
-                "use --sharding none"
-            )
-        assert_same_across_ranks(dataclasses.asdict(config), processes)
-        config, state, origin = open_run_folder(config, processes, held)
+        config, state, origin = open_run_folder(config, dist, held)
         if state == "finished":
             return 0
         from transformers import set_seed
@@ -52,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         from models.trainer import build_trainer
         from runtime.checkpoint import check_disk, fork_checkpoint, last_checkpoint, recover_interrupted_replace
 
-        with processes.main_process_first():
+        with dist.main_process_first():
             data = build_datasets(config)
             processor, prompt = build_processor(config, data.class_names)
         collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
@@ -60,19 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         model = build_model(config, processor, device, precision)
         checks = check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
         recorded = load_config(config.output_dir)[1] if state == "unfinished" else {"run_id": uuid.uuid4().hex}
-        run_id = processes.broadcast_object(
-            recorded.get("run_id", "")
-        )  # runs that began before it was recorded have none
+        run_id = dist.broadcast_object(recorded.get("run_id", ""))  # runs that began before it was recorded have none
         if origin is None and recorded.get("origin"):
             origin = Path(recorded["origin"])
         trainer = build_trainer(
             *(config, model, processor, collator, data.train, data.validation, precision, device, run_id)
         )
         checkpoint = None
-        if processes.is_main:
+        if dist.is_main_process:
             check_disk(config.output_dir, model, config.save_total_limit)
             facts = describe_model(model, processor, precision, device)
-            facts |= {"class_names": data.class_names, "images": data_fingerprint(data), "processes": processes.count}
+            facts |= {"class_names": data.class_names, "images": data_fingerprint(data), "processes": dist.world_size}
             facts["stream_workers"] = trainer.args.dataloader_num_workers if config.streaming else None
             began = config.output_dir if state == "unfinished" else origin and origin.parent
             for note in check_same_run(facts, began, config.allow_changed) if began else ():
@@ -83,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
                 config,
                 data,
                 trainer,
-                f"{'fp32' if precision == 'no' else precision} on {place_of(device, processes.count)}, "
+                f"{'fp32' if precision == 'no' else precision} on {place_of(device, dist.world_size)}, "
                 f"{len(checks)} checks hold, {len(trainer.fused) or 'no'} layers fused",
             )
             recover_interrupted_replace(Path(config.output_dir) / BEST)
@@ -92,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
                 checkpoint = fork_checkpoint(origin, config.output_dir, run_id)
             if checkpoint is None and state == "unfinished":
                 logger.info("plan   no checkpoint to go on from: beginning at step 1")
-        checkpoint = processes.broadcast_object(checkpoint and str(checkpoint))
+        checkpoint = dist.broadcast_object(checkpoint and str(checkpoint))
         checkpoint = checkpoint and Path(checkpoint)
-        if not processes.is_main:
+        if not dist.is_main_process:
             logger.setLevel(logging.WARNING)  # from here on what it meets is its own, such as want of memory
         largest = collator.largest_row(data.train.head(SAMPLED) if config.streaming else data.train)
         if config.sharding == "fsdp":
@@ -108,13 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train_from(checkpoint)
         if data.validation is not None:
             trainer.evaluate_if_needed()
-        best_step = processes.broadcast_object(trainer.load_best() if processes.is_main else None)
-        if not processes.is_main and best_step != trainer.state.global_step:
+        best_step = dist.broadcast_object(trainer.load_best() if dist.is_main_process else None)
+        if not dist.is_main_process and best_step != trainer.state.global_step:
             load_weights(trainer.model, trainer.best_folder)
         unshard_weights(trainer)  # after it: reading or writing a state dict would let them go again
         if data.validation is not None:
-            report_val(config, data.validation, model, collator, precision, processes)
-        if processes.is_main:  # the others are done
+            report_val(config, data.validation, model, collator, precision, dist)
+        if dist.is_main_process:  # the others are done
             steps = trainer.state.global_step
             few, expected = describe_run(config, data, model, collator, precision, prompt)
             del trainer, model  # a GPU has room for one
@@ -127,7 +119,7 @@ def place_of(device, processes: int) -> str:
     return f"{device}" if processes == 1 else f"{processes} x {device.type}"
 
 
-def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStack) -> tuple:
+def open_run_folder(config: TrainingConfig, dist, held: contextlib.ExitStack) -> tuple:
     """(config with its folder, fresh, unfinished or finished, checkpoint of another run to begin at or None).
 
     The main process decides, locks the folder and writes the log.
@@ -135,7 +127,7 @@ def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStac
     from runtime.checkpoint import lock_folder, require_valid_checkpoint
 
     chosen = None
-    if processes.is_main:
+    if dist.is_main_process:
         config, state, notes, origin = choose_run_folder(config)
         if state != "finished":
             held.enter_context(lock_folder(config.output_dir))
@@ -145,10 +137,10 @@ def open_run_folder(config: TrainingConfig, processes, held: contextlib.ExitStac
         for note in notes:
             logger.info(note)
         chosen = config.output_dir, state, origin and str(origin)
-    folder, state, origin = processes.broadcast_object(chosen)
+    folder, state, origin = dist.broadcast_object(chosen)
     if state != "finished" and not wait_for(Path(folder) / LOCK_FILE):
         raise UserError(
-            f"{folder}: process {processes.rank} does not see it; several machines need the run folder on a disk that "
+            f"{folder}: rank {dist.rank} does not see it; several machines need the run folder on a disk that "
             "they share"
         )
     return dataclasses.replace(config, output_dir=folder), state, origin and Path(origin)
@@ -162,7 +154,7 @@ def wait_for(path: Path, seconds: float = 10) -> bool:
     return path.exists()
 
 
-def report_val(config: TrainingConfig, rows, model, collator, precision: str, processes) -> None:
+def report_val(config: TrainingConfig, rows, model, collator, precision: str, dist) -> None:
     """Score val with the best weights, shared out over the processes, and write the reports."""
     from data.dataset import known_duplicates
     from data.synthetic import draw_ood_images
@@ -170,7 +162,7 @@ def report_val(config: TrainingConfig, rows, model, collator, precision: str, pr
     from runtime.checkpoint import describe_best
 
     adapter = describe_best(Path(config.output_dir) / BEST)
-    evaluator = build_evaluator(config, model, collator, precision, config.output_dir, adapter, processes)
+    evaluator = build_evaluator(config, model, collator, precision, config.output_dir, adapter, dist)
     calibration = evaluator.calibrate(rows)
     evaluator.report(rows, "val", calibration, ood=draw_ood_images(), duplicates=known_duplicates(rows["id"]))
 

@@ -37,7 +37,7 @@ from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"
-ROUND = 16  # images of each of several processes between two exchanges, which a kill loses
+ROUND = 16  # images of each rank between two gathers, which a kill loses
 DIGITS = 4  # of a stored log-probability, in nats: far below what 16-bit weights resolve
 
 
@@ -54,17 +54,17 @@ def score_with_cache(
     path: Path,
     header: dict,
     max_unreadable_fraction: float = 1.0,
-    processes: Distributed | None = None,
+    dist: Distributed | None = None,
 ) -> tuple[list[dict], float | None]:
     """(entry of each image, photos/s): those that the file of the same header holds are not computed again.
 
     `compute(rows)` yields an entry with the "id" for each of these rows whose image opens. A image that was replaced is
-    computed again, and a label is always that of the row. Of several `processes` each computes a part; the main one
+    computed again, and a label is always that of the row. Of several ranks each computes a part; the main one
     keeps and returns all entries, and the others return ([], None).
     """
-    processes = processes or Distributed()
-    if not processes.is_main:
-        left = processes.gather([])
+    dist = dist or Distributed()
+    if not dist.is_main_process:
+        left = dist.gather_object([])
         collections.deque(compute(rows.select(left)) if left else (), maxlen=0)
         return [], None
     found, entries = read_entries(path)
@@ -78,7 +78,7 @@ def score_with_cache(
     left = [index for index, image in enumerate(rows["id"]) if image not in by_id]
     if len(left) < len(rows):
         logger.info("%s images were done before (%s)", f"{len(rows) - len(left):,}", path)
-    processes.gather(left)
+    dist.gather_object(left)
     began, count = time.perf_counter(), 0
     with open(path, "a", encoding="utf-8") as file:
         for computed in compute(rows.select(left)) if left else ():
@@ -144,7 +144,7 @@ def build_evaluator(
     precision: str,
     folder: str | Path,
     adapter: str | None,
-    processes: Distributed,
+    dist: Distributed,
     **options,
 ) -> "Evaluator":
     """An Evaluator whose facts are all that its scores depend on but the images themselves."""
@@ -165,11 +165,11 @@ def build_evaluator(
         "names": hashlib.sha256(names.encode()).hexdigest()[:12],
         "seed": config.seed,
     }
-    assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, processes)
+    assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
     batch_bytes = collator.batch_bytes(config.per_device_eval_batch_size) * get_local_world_size()
     workers = fit_workers(config.num_workers, batch_bytes)
     batches = config.per_device_eval_batch_size, workers, DTYPES[precision], config.max_unreadable_fraction
-    return Evaluator(model, collator, folder, facts, *batches, processes=processes, **options)
+    return Evaluator(model, collator, folder, facts, *batches, dist=dist, **options)
 
 
 class Evaluator:
@@ -178,7 +178,7 @@ class Evaluator:
     `facts` say what is scored (model, adapter, question, ...): they stand in each report, and scores kept on disk are
     used again only if they are the same. `per_token` divides scores by each name's tokens; `prior_calibration`
     subtracts those under a image of plain grey; `limit`, the number of images that the caller took, is only recorded.
-    Of several `processes` all make the same calls; the main one writes, and the others get nothing back.
+    Of several ranks all make the same calls; the main one writes, and the others get nothing back.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Evaluator:
         prior_calibration: bool = False,
         limit: int | None = None,
         target_selective_accuracy: float = 0.95,
-        processes: Distributed | None = None,
+        dist: Distributed | None = None,
     ):
         self.model = model
         self.collator = collator
@@ -208,7 +208,7 @@ class Evaluator:
         self.prior = None
         self.max_unreadable_fraction = max_unreadable_fraction
         self.target_selective_accuracy = target_selective_accuracy
-        self.processes = processes or Distributed()
+        self.dist = dist or Distributed()
         self.how = {"per_token": per_token, "prior_calibration": prior_calibration, "limit": limit}
         self._scored: dict[str, tuple[Scored, float | None]] = {}
         if prior_calibration:
@@ -217,13 +217,13 @@ class Evaluator:
 
     def _by_all(self, compute: Callable, rows) -> Iterator[dict]:
         """What compute(rows) yields, in equal parts by all processes, all of which get it, unreadable images aside."""
-        count = self.processes.count
-        own = compute(Subset(rows, range(self.processes.rank, len(rows), count)))
-        while some := self.processes.gather(list(itertools.islice(own, ROUND if count > 1 else 1))):
+        count = self.dist.world_size
+        own = compute(Subset(rows, range(self.dist.rank, len(rows), count)))
+        while some := self.dist.gather_object(list(itertools.islice(own, ROUND if count > 1 else 1))):
             for one in some:
                 if "unreadable" not in one:
                     yield one
-                elif self.processes.is_main:
+                elif self.dist.is_main_process:
                     logger.warning("photo left out: %s", one["unreadable"])
 
     def _raw_scores(self, rows) -> Iterator[dict]:
@@ -246,9 +246,9 @@ class Evaluator:
         """Scores of a split, computed once, and photos/s where any were computed now."""
         if split not in self._scored:
             path = self.folder / f"eval_{split}.scores.jsonl"
-            how = self.facts, self.max_unreadable_fraction, self.processes
+            how = self.facts, self.max_unreadable_fraction, self.dist
             entries, rate = score_with_cache(rows, self._raw_scores, path, *how)
-            self._scored[split] = self._adjust(entries) if self.processes.is_main else None, rate
+            self._scored[split] = self._adjust(entries) if self.dist.is_main_process else None, rate
         return self._scored[split]
 
     def _adjust(self, entries: Sequence[dict]) -> Scored:
@@ -281,7 +281,7 @@ class Evaluator:
         if scored is None:
             return {}
         names = self.collator.class_names
-        report = {"split": split, **self.facts, **self.how, "images_per_s": rate, "processes": self.processes.count}
+        report = {"split": split, **self.facts, **self.how, "images_per_s": rate, "processes": self.dist.world_size}
         report |= {"unreadable_images": len(rows) - len(scored.ids), "exact_match": None, "substring_match": None}
         report |= self._replies_of(rows, split)
         report |= compute_metrics(scored, calibration, names) | {
@@ -318,9 +318,9 @@ class Evaluator:
             path,
             self.facts | {"longest": longest},
             self.max_unreadable_fraction,
-            self.processes,
+            self.dist,
         )
-        if not self.processes.is_main:
+        if not self.dist.is_main_process:
             return {}
         names, texts = self.collator.class_names, [entry["text"] for entry in entries]
         labels = [entry["label"] for entry in entries]

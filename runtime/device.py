@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from config.training_config import CPU_MODELS
 from runtime.distributed import get_local_rank, get_world_size
 from utils.logging_utils import UserError, logger
 
@@ -17,14 +18,14 @@ CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a
 BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts that as support
 
 
-def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, several: bool = False) -> torch.device:
-    """CUDA, held to its share of the GPU; else the CPU for what fits it, or Apple's MPS for a model built here.
+def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = False) -> torch.device:
+    """CUDA, limited to its share of the GPU; else the CPU for small models, or Apple's MPS for one of CPU_MODELS.
 
-    Raises UserError for a model that needs a GPU where torch sees none, for a process too many, and for several
-    processes unless the caller can do with them.
+    Raises UserError for a model that needs a GPU where torch sees none, for more ranks than GPUs, and for several ranks
+    unless the caller can use them.
     """
-    if not several:
-        refuse_several()
+    if not several_ranks:
+        refuse_several_ranks()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UserError(
             f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
@@ -33,8 +34,8 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
         num_gpus, index = torch.cuda.device_count(), get_local_rank()
         if index >= num_gpus:
             raise UserError(
-                f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine; start at most so many processes "
-                f"(torchrun --nproc-per-node {num_gpus}), or see CUDA_VISIBLE_DEVICES"
+                f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. Start one rank per GPU "
+                f"(torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
@@ -42,7 +43,7 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
         # cuDNN's attention (torch 2.11, H100) gave the stock layers gradients 1,300 times too large (docs/LOG.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
-    if is_built:
+    if model in CPU_MODELS:
         return torch.device("mps" if torch.backends.mps.is_available() and get_world_size() == 1 else "cpu")
     if (
         Path(model).is_dir()
@@ -56,12 +57,13 @@ def choose_device(model: str, is_built: bool, gpu_memory_fraction: float, severa
     )
 
 
-def refuse_several() -> None:
-    """Raise UserError in one of several processes."""
-    count = get_world_size()
-    if count > 1:
+def refuse_several_ranks() -> None:
+    """Raise UserError in one of several ranks."""
+    world_size = get_world_size()
+    if world_size > 1:
         raise UserError(
-            f"WORLD_SIZE={count}: this program is one process; several are train.py and evaluate.py; start it alone"
+            f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun; only train.py "
+            "and evaluate.py run on several ranks."
         )
 
 

@@ -1,13 +1,15 @@
-"""Several processes that train or score one model: how they find each other, and how the fault of one ends all.
+"""Several ranks that train or score one model: how they find each other, and how the failure of one ends all.
 
-A launcher (torchrun, accelerate launch, Slurm) starts them and says in environment variables which is which.
+A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and sets the environment variables that
+say which is which.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
-import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -18,285 +20,212 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from utils.logging_utils import UserError, logger
+from config.training_config import TrainingConfig
+from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
+from utils.logging_utils import UserError, logger, report_as_rank
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-START_S = 60  # seconds in which all must have found each other
-COLLECTIVE_S = 3600  # seconds that one may wait for the others: for a image set to be read, a checkpoint to be written
-POLL_S = 0.5  # seconds between two looks at whether another one failed
-SILENT_S = 120  # seconds after which one that gives no sign is taken for gone, as with its machine
-GONE = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
-NO_STORE = (
-    "the store through which all talk is gone, with the launcher or the machine that held it; look there, and give the "
-    "same command again"
+RENDEZVOUS_S = 60  # seconds in which all ranks must have found each other
+COLLECTIVE_S = (
+    3600  # seconds that a rank may wait for the others: for a data set to be read, a checkpoint to be written
 )
-INTERRUPTED = "interrupted; the same command goes on from what was saved"
-FAILED = "failed"
-DONE = "done"
+LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")  # says gloo, or NCCL
+HOW_TO_START = "Start with torchrun, or under Slurm as the README shows."
 
 
 def get_world_size() -> int:
-    """As the launcher says; 1 without one."""
+    """Number of ranks, by the launcher's variables; 1 without a launcher."""
     return _number("WORLD_SIZE", 1)
 
 
 def get_local_rank() -> int:
-    """Which of this machine's processes, and so of its GPUs."""
+    """Index of this rank, and so of its GPU, on its machine."""
     return _number("LOCAL_RANK", 0)
 
 
 def get_local_world_size() -> int:
-    """How many processes this machine has."""
+    """Number of ranks on this machine."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise UserError(f"{name}={text}: is not a number; start with torchrun, or unset it")
+        raise UserError(f"{name}={text}: is not a number. Start with torchrun, or unset it.")
     return int(text)
 
 
 class Distributed:
-    """Those that work on one model; the main one, of rank 0, writes the run folder."""
+    """The ranks that work on one model, as one of them sees it. Rank 0, the main process, writes the run directory."""
 
-    def __init__(self, rank: int = 0, count: int = 1, store=None):
+    def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, store=None):
         self.rank = rank
-        self.count = count
-        self.is_main = rank == 0
+        self.world_size = world_size
+        self.device = device or torch.device("cpu")
+        self.is_main_process = rank == 0
         self._store = store
-        self._shared = 0
-        self._rounds = 0  # of `watch`
-        self._over = threading.Event()
+        self._broadcasts = 0
 
     def broadcast_object(self, value):
-        """What the main one gives here, as JSON takes it; the others' is not looked at."""
-        if self.count == 1:
+        """The main process's value, as JSON takes it; those of other ranks are ignored. All ranks call it.
+
+        It goes through the store: a wait inside a collective would end after its timeout, however long a data set takes
+        to read, and one inside the store would keep the watchdog from it.
+        """
+        if self.world_size == 1:
             return value
-        self._shared += 1
-        key = f"shared {self._shared}"
-        if self.is_main:
+        self._broadcasts += 1
+        key = f"broadcast {self._broadcasts}"
+        if self.is_main_process:
             self._store.set(key, json.dumps(value))
             return value
-        while not self._store.check([key]):  # a wait for it would keep `watch` from the store
+        while not self._store.check([key]):
             time.sleep(0.05)
         return json.loads(self._store.get(key))
 
-    def gather(self, own: list) -> list:
-        """What all give here, one process after the other. All call it together."""
-        if self.count == 1:
-            return own
-        given = [None] * self.count
-        torch.distributed.all_gather_object(given, own)
-        return [one for some in given for one in some]
+    def gather_object(self, items: list) -> list:
+        """The items of all ranks, in the order of ranks, on every rank. All ranks call it."""
+        if self.world_size == 1:
+            return items
+        gathered = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, items)
+        return [item for items in gathered for item in items]
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The others come in once the main one is out again, and find in the cache what it made."""
-        if not self.is_main:
+        """Other ranks enter once the main process has left, and find what it cached."""
+        if not self.is_main_process:
             self.broadcast_object(None)
         yield
-        if self.is_main:
+        if self.is_main_process:
             self.broadcast_object(True)
-
-    def told_by_another(self) -> str | None:
-        """What another one said when it failed, or NO_STORE."""
-        with contextlib.suppress(RuntimeError):
-            return self._store.get(FAILED).decode() if self._store.check([FAILED]) else None
-        return NO_STORE
-
-    def send_heartbeat(self, sign: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"sign {self.rank}", sign)
-
-    def watch(self) -> None:
-        """In a thread: a process that waits for one that is gone would wait for ever."""
-        seen = {}  # of each other process its last sign, and how often that was seen
-        while not self._over.wait(POLL_S):
-            self._rounds += 1
-            self.send_heartbeat(f"{self._rounds}")
-            told = self.told_by_another()
-            if told is None:
-                told = self._find_stalled_rank(seen)
-                if told is not None:
-                    logger.error(told)
-                    self._store.set(FAILED, told)
-            if told is not None and not self._over.is_set():
-                _pass_on(told)
-                os._exit(1)
-
-    def watch_watchdog(self) -> None:
-        """In a thread of its own: with the machine that holds the store gone, `watch` waits for an answer for ever."""
-        last, looks = -1, 0
-        while not self._over.wait(POLL_S):
-            last, looks = self._rounds, looks + 1 if self._rounds == last else 0
-            if looks * POLL_S > SILENT_S:
-                self.end_without_store()
-
-    def end_without_store(self) -> None:
-        logger.error(
-            f"the store through which all talk gave no answer for {SILENT_S} s; look at the first machine and the "
-            "network, and give the same command again"
-        )
-        os._exit(1)
-
-    def _find_stalled_rank(self, seen: dict[int, tuple[str, int]]) -> str | None:
-        """Who gave no sign for too long, in a sentence. NCCL itself would wait for COLLECTIVE_S.
-
-        The main process looks at all, the others at the main one. Looks are counted, not seconds, which pass for a
-        job that is suspended too.
-        """
-        for rank in range(1, self.count) if self.is_main else (0,):
-            with contextlib.suppress(RuntimeError):
-                sign = self._store.get(f"sign {rank}").decode()
-                last, times = seen.get(rank, (sign, 0))
-                seen[rank] = sign, times + 1 if sign == last else 0
-                if sign != DONE and seen[rank][1] * POLL_S > SILENT_S:
-                    return (
-                        f"process {rank} gave no sign for {SILENT_S} s; look at its machine and the network, and give "
-                        "the same command again"
-                    )
-        return None
 
 
 @contextlib.contextmanager
-def init_distributed(device: torch.device) -> Iterator[Distributed]:
-    """Find the others within a minute; whatever is raised inside ends them all. Raises UserError."""
-    count = get_world_size()
+def init_distributed(config: TrainingConfig) -> Iterator[Distributed]:
+    """Choose the device and join the other ranks, which must have the same config; an error inside ends all ranks.
+
+    Raises UserError.
+    """
+    from runtime.device import choose_device  # which asks this module for the rank
+
+    rank, world_size = _read_environment()
+    if world_size > 1:
+        report_as_rank(rank)
+    device = choose_device(config.model, config.gpu_memory_fraction, several_ranks=True)
+    if world_size == 1:
+        for name in VARIABLES:  # of torchrun with one rank: transformers would make a process group of it
+            os.environ.pop(name, None)
+        if config.sharding == "fsdp":
+            raise UserError(
+                "--sharding fsdp: needs several ranks to shard the weights across, and this is one. Start several with "
+                "torchrun, or use --sharding none."
+            )
+        yield Distributed(device=device)
+        return
+    with _process_group(rank, world_size, device) as dist:
+        assert_same_across_ranks(dataclasses.asdict(config), dist)
+        yield dist
+
+
+def _read_environment() -> tuple[int, int]:
+    """(rank, number of ranks). Raises UserError for variables that contradict each other."""
+    world_size = get_world_size()
     if "WORLD_SIZE" not in os.environ:
         tasks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
         if _number("SLURM_STEP_NUM_TASKS", 1) > 1:
             tasks["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_STEP_NUM_TASKS"]
         if tasks:
-            raise UserError(
-                f"{' '.join(f'{name}={value}' for name, value in tasks.items())}: one of several processes, and "
-                "WORLD_SIZE is missing; start with torchrun, or under Slurm as the README shows"
-            )
-    if count == 1:
-        for name in VARIABLES:  # of torchrun with one process: transformers would make a group of it
-            os.environ.pop(name, None)
-        yield Distributed()
-        return
+            found = " ".join(f"{name}={value}" for name, value in tasks.items())
+            raise UserError(f"{found}: one of several ranks, but WORLD_SIZE is missing. {HOW_TO_START}")
+    if world_size == 1:
+        return 0, 1
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
-        raise UserError(
-            f"WORLD_SIZE={count}: {' and '.join(missing)} missing from the environment; start with torchrun, or under "
-            "Slurm as the README shows"
-        )
-    for name, asked in OTHER_ENGINES.items():
+        raise UserError(f"WORLD_SIZE={world_size}: {', '.join(missing)} missing from the environment. {HOW_TO_START}")
+    for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
             raise UserError(
-                f"{name}=true: the launcher asks for {asked}, which is not set up from outside here; use accelerate "
-                "launch --multi_gpu, or torchrun, and --sharding fsdp to spread the weights"
+                f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside. Use accelerate "
+                "launch --multi_gpu, or torchrun, and --sharding fsdp to shard the weights."
             )
-    rank = _number("RANK", 0)
-    store = _rendezvous(rank, count)
-    processes = Distributed(rank, count, torch.distributed.PrefixStore("plants", store))
-    kind = "nccl" if device.type == "cuda" else "gloo"
-    processes.send_heartbeat("")
-    waits = datetime.timedelta(seconds=COLLECTIVE_S)
-    with _starting(rank, count):
-        torch.distributed.init_process_group(kind, store=store, rank=rank, world_size=count, timeout=waits)
+    return _number("RANK", 0), world_size
+
+
+@contextlib.contextmanager
+def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator[Distributed]:
+    """The process group under its watchdog; what is raised inside is passed on to all ranks, which then exit."""
+    group_store = _rendezvous(rank, world_size)
+    store = torch.distributed.PrefixStore("plants", group_store)
+    watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
+    watchdog.heartbeat("")
+    with _first_all_reduce_limited(world_size):
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=group_store,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_S),
+        )
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    watcher = threading.Thread(target=processes.watch, daemon=True)
-    watcher.start()
-    threading.Thread(target=processes.watch_watchdog, daemon=True).start()
     try:
-        try:
-            with _losses_told():
-                yield processes
-        finally:
-            processes._over.set()
-            watcher.join(SILENT_S)  # a thread that still talks to the store when Python ends aborts the process
-            if watcher.is_alive():
-                processes.end_without_store()
-        processes.send_heartbeat(DONE)  # not after a fault: then the others shall miss it
+        with watchdog, _lost_rank_as_user_error():
+            yield Distributed(rank, world_size, device, store)
         torch.distributed.destroy_process_group()
-        if not processes.is_main:
-            # Nothing is left to do, and weights that are spread hold threads of gloo with which Python's own end aborts
-            # now and then: the launcher would take that for a failure and end the main process too.
+        if rank != 0:
+            # Nothing is left to do, and sharded weights hold threads of gloo with which Python's own end aborts now and
+            # then: the launcher would take that for a failure and end the main process too.
             sys.stdout.flush()
             os._exit(0)
     except KeyboardInterrupt as stop:
-        if type(stop) is KeyboardInterrupt:  # an Interrupted is known to all, and this to none
-            with contextlib.suppress(RuntimeError):
-                processes._store.set(FAILED, f"process {rank}: {INTERRUPTED}")
+        if type(stop) is KeyboardInterrupt:  # all ranks know of an Interrupted, and none of this
+            watchdog.fail(f"rank {rank}: {INTERRUPTED}")
         raise
     except Exception as error:
-        told = processes.told_by_another()
-        if told is not None:  # that the connection broke is what followed from it
-            _pass_on(told)
+        failure = watchdog.read_failure()
+        if failure is not None:  # a broken connection is only what followed from it
+            watchdog.log_failure(failure)
             sys.exit(1)
-        with contextlib.suppress(RuntimeError):
-            trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
-            processes._store.set(FAILED, f"process {rank}: {type(error).__name__}: {error}{trace}")
+        trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
+        watchdog.fail(f"rank {rank}: {type(error).__name__}: {error}{trace}")
         raise
 
 
-def assert_same_across_ranks(mine: dict, processes: Distributed) -> None:
-    """Raise UserError where this process has other settings or weights, name by name, than the main one.
-
-    Folders may lie elsewhere on another machine; they are told apart by their own names.
-    """
-    theirs = processes.broadcast_object(mine)
-    for name in {"model", "dataset", "run"} & mine.keys():
-        paths = Path(mine[name]), Path(theirs[name])
-        if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
-            mine = mine | {name: theirs[name]}
-    other = [f"{name}={value} and not {theirs[name]}" for name, value in mine.items() if value != theirs[name]]
-    if other:
-        raise UserError(
-            f"other settings than those of process 0: {', '.join(other)}; give all machines the same command, "
-            "files and config/training_config.py"
-        )
-
-
-@contextlib.contextmanager
-def _losses_told() -> Iterator[None]:
-    """Another process that is gone, in gloo's words or NCCL's, becomes a UserError."""
+def _rendezvous(rank: int, world_size: int):
+    """The store through which all ranks talk, once all have joined. Raises UserError."""
+    wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in GONE):
-            raise
+        store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
+        keys = [f"joined {number}" for number in range(world_size)]
+        store.set(keys[rank], "")
+        store.wait(keys, wait)
+        return store
+    except (RuntimeError, ValueError, OSError) as error:  # those of torch are kinds of RuntimeError
+        reason = str(error).splitlines()[0][:160]
+        joined = re.search(r"(\d+)/\d+ clients joined", reason)
+        outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined." if joined else ""
         raise UserError(
-            "another process is gone: killed, most often by the system for want of memory, or with its machine; give "
-            "the same command again"
+            f"rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"{outcome or f'failed for rank {rank} of {world_size}: {reason}'} "
+            "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
         ) from error
 
 
-def _rendezvous(rank: int, count: int):
-    """The store through which all talk, once all are there."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    wait = datetime.timedelta(seconds=START_S)
-    try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", rank, count, timeout=wait))
-        here = [f"here {number}" for number in range(count)]
-        store.set(here[rank], "")
-        store.wait(here, wait)
-    except (RuntimeError, ValueError, OSError) as error:  # torch's own are kinds of RuntimeError
-        raise UserError(
-            f"not all {count} processes met at {place} within {START_S} s "
-            f"({str(error).splitlines()[0][:160]}); start the missing ones, or check MASTER_ADDR, MASTER_PORT and RANK"
-        ) from error
-    return store
-
-
 @contextlib.contextmanager
-def _starting(rank: int, count: int) -> Iterator[None]:
-    """Ends the process unless it is done in a minute: nothing else stops a first message between GPUs that hangs."""
+def _first_all_reduce_limited(world_size: int) -> Iterator[None]:
+    """Exit unless done within RENDEZVOUS_S: nothing else stops a first message between GPUs that hangs."""
 
     def end() -> None:
         logger.error(
-            f"the first message between {count} processes did not arrive within {START_S} s; check the network between "
-            "the machines (NCCL_SOCKET_IFNAME), and try NCCL_P2P_DISABLE=1"
+            f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the "
+            "network between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
         )
         os._exit(1)
 
-    timer = threading.Timer(START_S, end)
+    timer = threading.Timer(RENDEZVOUS_S, end)
     timer.daemon = True
     timer.start()
     try:
@@ -305,12 +234,32 @@ def _starting(rank: int, count: int) -> Iterator[None]:
         timer.cancel()
 
 
-def _pass_on(told: str) -> None:
-    """Into the log file; on the screen too, unless the one that failed has said it on the same one."""
-    if told == NO_STORE or told.endswith(INTERRUPTED) or get_local_world_size() < get_world_size():
-        logger.error(told)
-        return
-    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, told, (), None)
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
+@contextlib.contextmanager
+def _lost_rank_as_user_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_RANK):
+            raise
+        raise UserError(
+            "lost the connection to another rank: killed, most often by the system for lack of memory, or its machine "
+            f"went down. {RESUME}"
+        ) from error
+
+
+def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
+    """Raise UserError where this rank's settings or weights differ from those of rank 0, with their names.
+
+    Paths may differ between machines; then the last part of each is compared.
+    """
+    expected = dist.broadcast_object(mine)
+    for name in {"model", "dataset", "run"} & mine.keys():
+        paths = Path(mine[name]), Path(expected[name])
+        if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
+            mine = mine | {name: expected[name]}
+    differences = [f"{name}={value}, not {expected[name]}" for name, value in mine.items() if value != expected[name]]
+    if differences:
+        raise UserError(
+            f"settings differ from rank 0: {'; '.join(differences)}. Give all machines the same command, files and "
+            "config/training_config.py."
+        )

@@ -58,28 +58,39 @@ def _tell_unraisable(error) -> None:
 def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
     """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks.
 
-    `stream` is the screen, none: stdout. Of several processes the main one says what is to say and writes the log, and
-    the others say their errors alone.
+    `stream` is the screen, none: stdout.
     """
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     screen = logging.StreamHandler(stream or sys.stdout)
-    screen.setFormatter(_ScreenFormatter("%(message)s" if rank == "0" else f"process {rank}: %(message)s"))
+    screen.setFormatter(_ScreenFormatter("%(message)s"))
     logger.addHandler(screen)
-    if folder is not None and rank == "0":
+    if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(Path(folder) / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
 
+def report_as_rank(rank: int) -> None:
+    """Of several ranks, rank 0 logs for all; the others log their errors alone, with their rank, and write no file."""
+    if rank == 0:
+        return
+    logger.setLevel(logging.ERROR)
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
+        else:
+            handler.setFormatter(_ScreenFormatter(f"rank {rank}: %(message)s"))
+
+
 def is_watched() -> bool:
-    """Whether this process's progress is for someone at a terminal: of several processes, the main one's alone."""
+    """Whether this process's progress is for someone at a terminal: of several ranks, rank 0's alone."""
     return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
 
 

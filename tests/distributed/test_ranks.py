@@ -167,7 +167,7 @@ def test_two_score_what_one_does_through_a_fault(here, one):
     )
     argv = ["run", "--split", "test", "--limit", "19", "--max-unreadable-fraction", "0.1"]
     status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=ids[13]))
-    assert status != 0 and told.count("critical: process 1: OSError: no such image") == 1, told
+    assert status != 0 and told.count("critical: rank 1: OSError: no such image") == 1, told
     scores = here / "run" / "eval_test.scores.jsonl"
     before = read_entries(scores)[1]
     assert sorted(entry["id"] for entry in before) == sorted(
@@ -204,7 +204,7 @@ def test_every_way_of_scoring_is_shared_out(argv, here, one):
     shutil.copytree(one, here / "run")
     for _ in range(2):
         status, told = end_of(launch(here, argv, program=ROOT / "evaluate.py"))
-        assert status == 0 and told.count("result ") >= 1 and "process 1" not in told, told
+        assert status == 0 and told.count("result ") >= 1 and "rank 1" not in told, told
     assert "images were done before" in told
 
 
@@ -226,9 +226,9 @@ def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one
     )
     nodes = [launch(here, ["run", "--split", "test"], place, script) for place in two_places()]
     ends = [end_of(node) for node in nodes]
-    assert all(status != 0 for status, _ in ends) and "warning: process 1: interrupted" in ends[1][1], ends
-    assert "error: process 1: interrupted; the same command goes on" in ends[0][1]
-    assert "process 1: interrupted" in (here / "run" / "evaluate.log").read_text()
+    assert all(status != 0 for status, _ in ends) and "warning: rank 1: interrupted" in ends[1][1], ends
+    assert "error: rank 1: interrupted. Re-run the same command to resume." in ends[0][1]
+    assert "rank 1: interrupted" in (here / "run" / "evaluate.log").read_text()
 
 
 def test_a_machine_with_other_weights_is_told(here, one):
@@ -245,7 +245,7 @@ def test_a_machine_with_other_weights_is_told(here, one):
         """)
     )
     status, told = end_of(launch(here, ["run"], program=script))
-    assert status != 0 and "other settings than those of process 0: adapter=step 7, manifest 0 and not step 20" in told
+    assert status != 0 and "settings differ from rank 0: adapter=step 7, manifest 0, not step 20" in told
 
 
 def test_out_of_memory_of_one_is_its_own_affair(here, one):
@@ -260,7 +260,7 @@ def test_out_of_memory_of_one_is_its_own_affair(here, one):
     """)  # fmt: skip
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
     assert status == 0 and (here / "met").exists(), told
-    assert "warning: process 1: step 4: out of memory; the step is redone with" in told
+    assert "warning: rank 1: step 4: out of memory; the step is redone with" in told
     assert_as_one(here / "run", one)
 
 
@@ -274,9 +274,9 @@ def test_the_fault_of_one_ends_all_with_its_message(here):
     """)  # fmt: skip
     began = time.monotonic()
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
-    assert status != 0 and "error: process 1: step 7: broken on purpose" in told
+    assert status != 0 and "error: rank 1: step 7: broken on purpose" in told
     assert "Connection closed" not in told and time.monotonic() - began < 90
-    assert "process 1: UserError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
+    assert "rank 1: UserError: step 7: broken on purpose" in (here / "run" / "train.log").read_text()
     assert max(steps_of(here / "run")) == 6
 
 
@@ -349,7 +349,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
     wait_for_step(here / "run", 12)
     rank_of(process, "0").kill()
     status, told = end_of(process)
-    assert status != 0 and "error: process 1: another process is gone: killed" in told, told
+    assert status != 0 and "error: rank 1: lost the connection to another rank: killed" in told, told
     status, told = end_of(launch(here, argv))
     assert status == 0 and "going on from run/checkpoint-10" in told, told
     assert_as_one(here / "run", one)
@@ -403,9 +403,7 @@ def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantize
         trainer.PlantTrainer._forward_backward = once
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
-    assert (
-        status != 0 and "error: process 1: step 3: out of memory with 7 images at a time, and weights that are" in told
-    )
+    assert status != 0 and "error: rank 1: step 3: out of memory with 7 images at a time, and weights that are" in told
     assert max(steps_of(here / "run")) == 2
 
 
@@ -423,9 +421,9 @@ def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     argv, _ = quantized
     script = with_fault(here, """
         from models import fitting
-        spread = fitting.shard_frozen_parameters
+        real_shard = fitting.shard_frozen_parameters
         def altered(model):
-            parts = spread(model)
+            parts = real_shard(model)
             if rank == 1:
                 weight = fitting.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
                 weight.to_local().view(torch.int32)[7] += 1
@@ -440,17 +438,17 @@ def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
 @pytest.mark.parametrize(
     ("who", "words"),
     [
-        ("1", "error: process 1 gave no sign for 3 s; look at its machine and the network"),
-        ("0", "error: process 1: process 0 gave no sign for 3 s; look at its machine and the network"),
-        ("the launcher", "the store through which all talk gave no answer for 3 s; look at the first machine"),
+        ("1", "error: rank 1 sent no heartbeat for 3 s. Check its machine and the network"),
+        ("0", "error: rank 1: rank 0 sent no heartbeat for 3 s. Check its machine and the network"),
+        ("the launcher", "the store that connects the ranks did not answer for 3 s. Check the first machine"),
     ],
 )
 def test_one_that_gives_no_sign_ends_all(who, words, here):
     """As when its machine or its network is gone: nothing tells the others."""
     script = with_fault(here, """
         import signal
-        from runtime import distributed
-        distributed.SILENT_S = 3
+        from runtime import watchdog
+        watchdog.STALLED_S = 3
         def stands_still(self, *args):
             if str(rank) == os.environ["STOPS"] and self.state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -542,22 +540,19 @@ def test_machines_with_other_settings_are_told(here):
     first, second = two_places()
     processes = [launch(here, [*RUN, "--output-dir", "run"], first), launch(here, [*RUN, "--seed", "7"], second)]
     (status, there), (other, told) = [end_of(process) for process in processes]
-    assert status != 0 and other != 0 and "process 1: UserError: other settings than" in there
-    assert (
-        "error: process 1: other settings than those of process 0: output_dir=None and not run, seed=7 and not 42"
-        in told
-    )
+    assert status != 0 and other != 0 and "rank 1: UserError: settings differ" in there
+    assert "error: rank 1: settings differ from rank 0: output_dir=None, not run; seed=7, not 42" in told
     assert not (here / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("there", "is_same"),
-    [("/disk/photos", True), ("images", True), ("/here/others", False), ("oxford_flowers102", False)],
+    [("/disk/plants", True), ("plants", True), ("/here/others", False), ("oxford_flowers102", False)],
 )
 def test_folders_may_lie_elsewhere_on_another_machine(there, is_same):
-    config = TrainingConfig(dataset="/here/photos")
-    others = SimpleNamespace(share=lambda mine: mine | {"dataset": there})
-    with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/photos and not"):
+    config = TrainingConfig(dataset="/here/plants")
+    others = SimpleNamespace(broadcast_object=lambda mine: mine | {"dataset": there})
+    with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/plants, not"):
         distributed.assert_same_across_ranks(dataclasses.asdict(config), others)
 
 
@@ -568,7 +563,10 @@ def test_two_nodes_over_loopback(here, one):
     def nodes():
         return [launch(here, argv, flags) for flags in two_places()]
 
-    for gone, step, words in ((1, 6, "another process is gone"), (0, 12, "the store through which all talk is gone")):
+    for gone, step, words in (
+        (1, 6, "lost the connection to another rank"),
+        (0, 12, "the store that connects the ranks is gone"),
+    ):
         started = nodes()
         wait_for_step(here / "run", step)
         node = psutil.Process(started[gone].pid)
@@ -598,20 +596,14 @@ def test_shares_are_the_batches_of_one(images, size, processes):
 
 HERE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}"}
 BAD_STARTS = [
-    (
-        {"RANK": "1", "LOCAL_RANK": "1"},
-        "RANK=1 LOCAL_RANK=1: one of several processes, and WORLD_SIZE is missing; start",
-    ),
-    (
-        {"SLURM_STEP_NUM_TASKS": "2"},
-        "SLURM_STEP_NUM_TASKS=2: one of several processes, and WORLD_SIZE is missing; start",
-    ),
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT missing from the environ"),
-    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number; start with torchrun, or unset it"),
-    (HERE, "not all 2 processes met at 127.0.0.1:{port} within 2 s ("),
+    ({"RANK": "1", "LOCAL_RANK": "1"}, "RANK=1 LOCAL_RANK=1: one of several ranks, but WORLD_SIZE is missing. Start"),
+    ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: one of several ranks, but WORLD_SIZE is missing. Start"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing from the environ"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number. Start with torchrun, or unset it"),
+    (HERE, "rendezvous at 127.0.0.1:{port} timed out after 2 s: 1 of 2 ranks joined. Start the missing rank"),
     (
         HERE | {"ACCELERATE_USE_FSDP": "true"},
-        "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP, which is not set up",
+        "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP, which cannot be set up",
     ),
 ]
 
@@ -621,7 +613,7 @@ BAD_STARTS = [
 )
 def test_a_bad_start_is_told_and_does_not_hang(variables, words, here, monkeypatch, capsys):
     port = a_free_port()
-    monkeypatch.setattr(distributed, "START_S", 2)
+    monkeypatch.setattr(distributed, "RENDEZVOUS_S", 2)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(port=port))
     began = time.monotonic()
@@ -640,11 +632,14 @@ def test_a_card_too_many_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"LOCAL_RANK=2: torch sees 2 GPUs .*\(torchrun --nproc-per-node 2\)"):
-        choose_device("tiny", True, 0.9, several=True)
+        choose_device("tiny", 0.9, several_ranks=True)
 
 
 def test_other_programs_are_one_process(trained, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         export.main(["one", "out"])
-    assert "error: WORLD_SIZE=2: this program is one process; several are train.py and evalu" in capsys.readouterr().out
+    assert (
+        "error: WORLD_SIZE=2: this program runs as a single process. Start it without torchrun"
+        in capsys.readouterr().out
+    )

@@ -25,16 +25,16 @@ def test_fp16_without_a_card_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
-    assert choose_device("tiny", True, 0.9).type in ("cpu", "mps")
+    assert choose_device("tiny", 0.9).type in ("cpu", "mps")
     (tmp_path / "model.safetensors").write_bytes(b"small")
-    assert choose_device(str(tmp_path), False, 0.9).type == "cpu"
+    assert choose_device(str(tmp_path), 0.9).type == "cpu"
     monkeypatch.setattr("runtime.device.CPU_LIMIT_BYTES", 3)
     with pytest.raises(UserError, match="needs a CUDA GPU and torch sees none; .*--preset tiny"):
-        choose_device(str(tmp_path), False, 0.9)
+        choose_device(str(tmp_path), 0.9)
     with pytest.raises(UserError, match="--model ./gone: no such folder"):
-        choose_device("./gone", False, 0.9)
+        choose_device("./gone", 0.9)
     with pytest.raises(UserError, match="--model llava-hf/some: needs a CUDA GPU"):
-        choose_device("llava-hf/some", False, 0.9)
+        choose_device("llava-hf/some", 0.9)
 
 
 def test_the_share_of_the_card_is_enforced(monkeypatch):
@@ -43,7 +43,7 @@ def test_the_share_of_the_card_is_enforced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
-    assert choose_device("tiny", True, 0.7) == torch.device("cuda", 0)
+    assert choose_device("tiny", 0.7) == torch.device("cuda", 0)
     assert asked == [(0.7, torch.device("cuda", 0))]
 
 
@@ -53,7 +53,7 @@ def test_attention_is_never_cudnns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: None)
-    choose_device("tiny", True, 0.7)
+    choose_device("tiny", 0.7)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -69,8 +69,8 @@ def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="this program is one process"):
-        choose_device("tiny", True, 0.9)
+    with pytest.raises(UserError, match="this program runs as a single process"):
+        choose_device("tiny", 0.9)
 
 
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started(tmp_path, monkeypatch, caplog):

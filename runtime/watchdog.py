@@ -1,0 +1,118 @@
+"""Heartbeats and failures of the ranks, exchanged through their store: the failure or loss of one ends all.
+
+NCCL and gloo have timeouts of their own, but a rank may rightly wait an hour in a collective, and neither
+says which rank failed or why.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+
+from utils.logging_utils import logger
+
+POLL_S = 0.5  # seconds between two heartbeats, and two looks at those of others
+STALLED_S = 120  # seconds without a heartbeat after which a rank counts as lost, as with its machine
+FAILED = "failed"  # key in the store: what the first rank that failed said
+DONE = "done"  # heartbeat of a rank that ended well
+RESUME = "Re-run the same command to resume."
+INTERRUPTED = f"interrupted. {RESUME}"
+STORE_GONE = f"the store that connects the ranks is gone, with the launcher or machine that hosted it. {RESUME}"
+
+
+class Watchdog:
+    """Inside, two threads watch: one the other ranks, the other the first thread, which may hang on a lost store."""
+
+    def __init__(self, store, rank: int, world_size: int, shares_screen: bool):
+        self.store = store
+        self.rank = rank
+        self.others = range(1, world_size) if rank == 0 else (0,)  # whom this rank watches
+        self.shares_screen = shares_screen  # with all other ranks, so that a failure is on it already
+        self._beats = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        threading.Thread(target=self._watch_watchdog, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._stop.set()
+        self._thread.join(STALLED_S)  # a thread that still uses the store when Python ends aborts the process
+        if self._thread.is_alive():
+            self._exit_without_store()
+        if error is None:  # no DONE heartbeat after an error, so that the other ranks abort
+            self.heartbeat(DONE)
+
+    def heartbeat(self, value: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"heartbeat {self.rank}", value)
+
+    def fail(self, message: str) -> None:
+        """Tell all ranks, which then exit with this message."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(FAILED, message)
+
+    def read_failure(self) -> str | None:
+        """The message of the rank that failed, or STORE_GONE."""
+        with contextlib.suppress(RuntimeError):
+            return self.store.get(FAILED).decode() if self.store.check([FAILED]) else None
+        return STORE_GONE
+
+    def log_failure(self, message: str) -> None:
+        """To the log file; to the screen too, unless the failed rank wrote it on the same one."""
+        if not self.shares_screen or message == STORE_GONE or message.endswith(INTERRUPTED):
+            logger.error(message)
+            return
+        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, message, (), None)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+
+    def _watch(self) -> None:
+        seen: dict[int, tuple[str, int]] = {}
+        while not self._stop.wait(POLL_S):
+            self._beats += 1
+            self.heartbeat(f"{self._beats}")
+            message = self.read_failure()
+            if message is None:
+                message = self._find_stalled_rank(seen)
+                if message is not None:
+                    logger.error(message)
+                    self.fail(message)
+            if message is not None and not self._stop.is_set():
+                self.log_failure(message)
+                os._exit(1)  # the main thread may be waiting in a collective, which nothing interrupts
+
+    def _find_stalled_rank(self, seen: dict[int, tuple[str, int]]) -> str | None:
+        """A sentence about a rank without a heartbeat for STALLED_S. `seen`: last heartbeat of each, times seen.
+
+        Rank 0 watches all others, and they watch rank 0. Looks are counted and not seconds, which also pass while a job
+        is suspended.
+        """
+        for rank in self.others:
+            with contextlib.suppress(RuntimeError):
+                beat = self.store.get(f"heartbeat {rank}").decode()
+                last, times = seen.get(rank, (beat, 0))
+                seen[rank] = beat, times + 1 if beat == last else 0
+                if beat != DONE and seen[rank][1] * POLL_S > STALLED_S:
+                    return (
+                        f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network. {RESUME}"
+                    )
+        return None
+
+    def _watch_watchdog(self) -> None:
+        """If the machine that hosts the store is lost, `_watch` waits for its answer for ever."""
+        last, looks = -1, 0
+        while not self._stop.wait(POLL_S):
+            last, looks = self._beats, looks + 1 if self._beats == last else 0
+            if looks * POLL_S > STALLED_S:
+                self._exit_without_store()
+
+    def _exit_without_store(self) -> None:
+        logger.error(
+            f"the store that connects the ranks did not answer for {STALLED_S} s. Check the first machine and the "
+            f"network. {RESUME}"
+        )
+        os._exit(1)
