@@ -124,7 +124,7 @@ def export_whole(use: Use, draft: Path) -> None:
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from evaluation.model_card import CODE_OF_A_WHOLE_MODEL, build_model_card
+    from evaluation.model_card import build_model_card
     from evaluation.verify import (
         LOGIT_IMAGES,
         check_merge,
@@ -177,9 +177,9 @@ def export_whole(use: Use, draft: Path) -> None:
     if validated is None:
         told += "; its accuracy is not known, since the run learned from val"
     logger.info(f"result proven: {told}")
-    proof = f"## Proof\n\nMerged in {options.dtype} and loaded afresh: {told}."
     # The run's own config: what was given here beside it is not what it was trained with.
-    card = build_model_card(*open_run(folder), folder, prompt, CODE_OF_A_WHOLE_MODEL, proof)
+    verification = f"Merged in {options.dtype} and loaded afresh: {told}."
+    card = build_model_card(*open_run(folder), folder, prompt, verification, is_merged=True)
     (draft / CARD).write_text(card, encoding="utf-8")
 
 

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image
 from scipy.special import softmax
@@ -95,13 +97,41 @@ def abstention_rate(scores: np.ndarray, calibration: Calibration) -> float:
     return 1 - sure["coverage"]
 
 
+def render(template: str, **facts) -> str:
+    """A Markdown template of this folder, filled in. What users wrote must pass `text`, `code` or `repr` there."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"text": escape_markdown, "code": code_span, "number": format_number, "repr": repr}
+    return environment.get_template(template).render(**facts)
+
+
+def escape_markdown(text: str) -> str:
+    """On a single line, and without the meaning that Markdown, HTML or a table would give its characters."""
+    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", " ".join(text.split()))
+
+
+def code_span(text: str) -> str:
+    """A backtick would end it, so that it becomes an apostrophe."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """ "-" for None, 1,234 for an integer."""
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
 def write_report(
     report: dict, scored: Scored, calibration: Calibration | None, rows, names: Sequence[str], folder: str | Path
 ) -> None:
     """eval_<split>.json, .md and .png."""
     stem = Path(folder) / f"eval_{report['split']}"
     write_whole(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+    stem.with_suffix(".md").write_text(render("report.md.j2", report=report), encoding="utf-8")
     temperature = calibration.temperature if calibration else 1.0
     correct = scored.scores.argmax(axis=1) == scored.labels
     place = {image: index for index, image in enumerate(rows["id"])}
@@ -177,54 +207,3 @@ def result_lines(report: dict) -> Iterator[str]:
         in_vain = [kind for kind, own in report["ood"].items() if own["abstention_rate"] <= unsure < 1]
         doubt = f"; no more than of the classes' own images: {', '.join(in_vain)}; do not rely on it" * bool(in_vain)
         yield f'"not sure" of pictures that show none of the classes: {kinds}{doubt}'
-
-
-def as_markdown(report: dict) -> str:
-    """The report for reading."""
-
-    def show(value) -> str:
-        return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-    low, high = report["top1_interval"]
-    fitted = report["calibration"] and ("these very images" if report["split"] == "val" else "val")
-    meanings = {
-        "top1": f"share right (95 % interval {low:.3f} to {high:.3f})",
-        "top5": "truth among the five likeliest",
-        "mean_per_class": "mean of each class's share right",
-        "exact_match": "free reply is the name",
-        "substring_match": "free reply contains the name (published protocol)",
-        "ece": "expected calibration error" + (f", after temperature fitted on {fitted}" if fitted else ""),
-        "ece_uncalibrated": "the same without temperature",
-        "coverage": 'share answered, the rest is "not sure"',
-        "selective_accuracy": "share right among the answered",
-        "images_per_s": "speed of scoring",
-        "unreadable_images": "images that could not be opened",
-    }
-    lines = [f"# {report['split']}: {report['n']:,} images, top-1 {report['top1']:.3f}", ""]
-    lines += [f'model `{report["model"]}`, adapter `{report["adapter"]}`, question "{report["question"]}"', ""]
-    changed = {"per_token": "per token", "prior_calibration": "less their scores on plain grey", "limit": "of a part"}
-    if any(report[name] for name in changed):
-        lines += [f"Scores {', '.join(words for name, words in changed.items() if report[name])}.", ""]
-    lines += ["| figure | value | what |", "|---|---|---|"]
-    lines += [f"| {name} | {show(report.get(name))} | {what} |" for name, what in meanings.items()]
-    if report["calibration"] is None:
-        lines += ["", f"Not calibrated: {report['not_calibrated']}."]
-    if report.get("ood"):
-        lines += ["", 'Images that show none of the classes, and how many came out "not sure":', ""]
-        lines += ["| images | n | not sure |", "|---|---|---|"]
-        lines += [f"| {kind} | {own['n']} | {show(own['abstention_rate'])} |" for kind, own in report["ood"].items()]
-    lines += confusion_lines(report)
-    if report.get("duplicates"):
-        lines += ["", f"Byte-identical pictures in two splits, kept as published: {', '.join(report['duplicates'])}."]
-    return "\n".join(lines) + "\n"
-
-
-def confusion_lines(report: dict) -> list[str]:
-    """Two tables in Markdown: look-alikes, and each class's share right, worst first."""
-    lines = []
-    if report["confusions"]:
-        lines += ["", "Most often taken for each other:", "", "| one | other | images |", "|---|---|---|"]
-        lines += [f"| {' | '.join(pair['names'])} | {pair['confused']} |" for pair in report["confusions"]]
-    worst = sorted(report["per_class"].items(), key=lambda item: (item[1]["top1"], item[0]))
-    lines += ["", "Classes, worst first:", "", "| class | images | top-1 |", "|---|---|---|"]
-    return lines + [f"| {name} | {own['n']} | {own['top1']:.3f} |" for name, own in worst]

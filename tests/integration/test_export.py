@@ -218,9 +218,9 @@ def test_a_calibration_of_other_weights_is_not_handed_on(trained, here, capsys):
     assert "temperature" not in json.loads((here / "out" / "class_names.json").read_text())
 
 
-def test_the_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
+def test_the_model_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
     assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
-    assert "base in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
+    assert "base model in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
 
 
 # ---- what must not be exported

@@ -34,6 +34,7 @@ def report(folder, split, **changed):
     pair = {"names": ["ash", "oak"], "confused": 3}
     own = {"ash": {"n": 10, "top1": 0.7}, "oak": {"n": 10, "top1": 0.9}}
     found = {
+        "split": split,
         "adapter": describe_best(folder / "best"),
         "n": 20,
         "top1": 0.8,
@@ -63,9 +64,10 @@ def test_a_card_says_what_the_run_found(folder):
     for words in (
         "Not for deciding whether a plant is edible or poisonous", "`me/base` at commit `c0ffee`", "336 x 336 pixels",
         "| test | 20 | 0.750 (0.580 to 0.920) | 1.000 | 0.800 | 0.040 | 0.600 | 1.000 |", "| ash | oak | 3 |",
-        "| ash | 10 | 0.700 |", "/ 1.500; below never reached", "noise 50%", "2 x NVIDIA H100: 1.0 minutes of steps",
-        "The weights are those of step 2; 2 steps of 16 images were taken, LoRA rank 16",
-        "peak 5.2 GiB", "Nilsback and Zisserman 2008", "its license could not be read", "in its own splits",
+        "| ash | 10 | 0.700 |", "/ 1.500; no confidence reached a selective accuracy of 0.95 on 20", "noise 50%.",
+        "Trained on 2 x NVIDIA H100: 1.0 minutes of optimizer steps, peak memory 5.2 GiB. torch 2.13.0.",
+        "The weights are those of step 2 of 2 steps; global batch size 16, LoRA rank 16",
+        "Nilsback and Zisserman 2008", "its license could not be read", "in its own splits",
     ):  # fmt: skip
         assert words in text, words
 
@@ -80,7 +82,7 @@ def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
     assert "It was not measured." in text and "| val |" not in text
 
 
-def test_a_report_that_a_kill_tore_is_left_out(folder):
+def test_a_truncated_report_is_left_out(folder):
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
     assert list(read_reports(folder, describe_best(folder / "best"), "oxford_flowers102")) == ["val"]
@@ -91,19 +93,55 @@ def test_an_adapter_of_a_base_that_is_saved_nowhere_has_no_code(folder):
     assert "saved nowhere" in text and "```" not in text
 
 
-def test_a_base_in_a_folder_is_named_and_its_licence_read(folder, tmp_path):
+def test_a_base_in_a_folder_is_named_and_its_license_read(folder, tmp_path):
     base = tmp_path / "secret place" / "llava"
     base.mkdir(parents=True)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
     config = TrainingConfig(model=str(base), dataset=str(tmp_path / "secret place" / "my plants"), image_size=None)
     text = build_model_card(dataclasses.replace(config, question="What tree?"), RECORDED, folder, PROMPT)
-    assert "apache-2.0, as its card states" in text and ModelCard(text).data.license == "apache-2.0"
+    assert "apache-2.0, as its model card states" in text and ModelCard(text).data.license == "apache-2.0"
     assert "secret place" not in text and "`my plants`" in text and "at their own size" in text
 
 
 @pytest.mark.parametrize("size", [336, None])
-def test_its_code_is_python(folder, size):
+def test_the_code_is_python(folder, size):
     config = TrainingConfig(image_size=size, trainable="everything", load_in_4bit=False)
     (code,) = re.findall(r"```python\n(.*?)```", build_model_card(config, RECORDED, folder, PROMPT), re.DOTALL)
     compile(code, "card", "exec")
     assert (".resize((336, 336), Image.Resampling.BICUBIC)" in code) == (size == 336) and "peft" not in code
+
+
+def test_text_of_users_is_data_and_never_markup(tmp_path, folder):
+    named = folder.rename(tmp_path / "a: [b] `c` {{ 7 * 7 }} --- | # *d*")
+    names = ["oak | {{ 7 * 7 }}", "<script>*ash*</script>"]
+    pair = {"names": names, "confused": 1}
+    report(named, "val", confusions=[pair], per_class={name: {"n": 1, "top1": 0.5} for name in names}, dataset="x`y")
+    config = TrainingConfig(dataset="x`y", question='What\nis "this" | ---\n# it?')
+    prompt = PROMPT._replace(prompt='[INST] "<image>"\n```\n\'\\ {{ 7 * 7 }}')
+    text = build_model_card(config, RECORDED | {"class_names": names}, named, prompt)
+    card = ModelCard(text)
+    assert card.data.model_name == named.name and card.data.eval_results[0].dataset_name == "x`y"
+    assert card.text.strip().startswith(r"# a: \[b\] \`c\` {{ 7 \* 7 }} --- \| # \*d\*: 2 plants")
+    assert r"| oak \| {{ 7 \* 7 }} | \<script\>\*ash\*\</script\> | 1 |" in text and "`x'y`" in text
+    assert r'the question "What is "this" \| --- # it?".' in text and "49" not in text
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert repr(prompt.prompt) in code
+    compile(code, "card", "exec")
+
+
+def test_a_report_of_an_older_run_is_read_under_its_new_keys(folder):
+    report(folder, "val")
+    path = folder / "eval_val.json"
+    old = {"coverage": "answered", "selective_accuracy": "answered_precision", "confusions": "look_alikes"}
+    old |= {"ood": "strangers", "abstention_rate": "not_sure", "images": "photos"}
+    old |= {"target_selective_accuracy": "target_precision"}
+    new_text = build_model_card(TrainingConfig(), RECORDED, folder, PROMPT)
+    path.write_text(
+        json.dumps(
+            json.loads(
+                path.read_text(), object_hook=lambda entry: {old.get(key, key): value for key, value in entry.items()}
+            )
+        )
+    )
+    assert "answered_precision" in path.read_text() and "look_alikes" in path.read_text()
+    assert build_model_card(TrainingConfig(), RECORDED, folder, PROMPT) == new_text
