@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = make_rows(image, len(CLASS_NAMES), count)
         processor, prompt = build_processor(config, CLASS_NAMES)
         collator = PlantCollator(processor, prompt, CLASS_NAMES, config.image_size)
-        (sample,) = collator([rows[0]])["samples"]
+        (sample,) = collator([rows[0]]).samples
         for line in describe(config, device, precision, image, sample):
             print(line, flush=True)
         began = time.perf_counter()
@@ -302,7 +302,7 @@ def load_rate(trainer, images: int) -> float:
     next(batches)
     began, count = time.perf_counter(), 0
     for batch in batches:
-        count += len(batch["samples"])
+        count += len(batch.samples)
         if time.perf_counter() - began > 10:
             break
     return count / (time.perf_counter() - began)

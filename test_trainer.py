@@ -237,7 +237,7 @@ def check_lengths(ready) -> str:
 
 def check_sample(ready) -> str:
     batch = ready.collator([ready.data.train[0]])
-    sample, token = batch["samples"][0], ready.processor.image_token
+    sample, token = batch.samples[0], ready.processor.image_token
     ids = batch["input_ids"][0].tolist()
     decode = ready.processor.tokenizer.decode
     question = decode(ids[: sample.prompt_length]).replace(
@@ -265,9 +265,9 @@ def check_padding(ready) -> str:
     rows = ready.data.train.select(range(min(8, len(ready.data.train))))
     batch = ready.collator(list(rows))
     length = batch["input_ids"].shape[1]
-    pads = [length - sample.length for sample in batch["samples"]]
+    pads = [length - sample.length for sample in batch.samples]
     supervised = (batch["shift_labels"] != -100).sum(dim=1).tolist()
-    expected = [sample.length - sample.prompt_length for sample in batch["samples"]]
+    expected = [sample.length - sample.prompt_length for sample in batch.samples]
     if supervised != expected:
         raise UserError(f"{supervised} tokens are supervised where the answers have {expected}; please report this")
     return (

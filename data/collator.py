@@ -1,28 +1,28 @@
-"""Rows to a padded batch, proven sample by sample before it leaves.
+"""Rows to a padded batch, validated sample by sample before it leaves.
 
 Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K positions supervised in any sample.
 
-The model compares only totals over a batch, and trains without a word on moved image tokens, swapped sizes or NaN
-pixels. So each sample is compared here, on the CPU, with what our own arithmetic says of its image.
+The model compares totals over a batch only: it trains without an error on moved image tokens, swapped sizes or NaN
+pixels. So each sample is compared here, on the CPU, with what independent arithmetic expects of its image.
 """
 
 import contextlib
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
-from utils.image_utils import ImageError, fit_image, fitted_size, open_image, read_image_size
+from utils.image_utils import ImageError, fit_image, fitted_size, grey_image, open_image, read_image_size
 from utils.logging_utils import UserError
+from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt, count_image_tokens
 
 IGNORED = -100  # label of a token that is not supervised
+MAX_SIZES_READ = 2000  # images whose headers are read to find the largest
 
 
 class Answer(NamedTuple):
-    """A class name as training text; ids with the image token once, before it is expanded."""
+    """A class name as training text; `ids` with the image token once, before it is expanded."""
 
     text: str
     ids: list[int]
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What our own arithmetic says of one row; lengths in tokens."""
+    """What independent arithmetic expects of one row; lengths in tokens, image tokens included."""
 
     id: str
     label: int
@@ -41,11 +41,121 @@ class Sample(NamedTuple):
     length: int
 
 
-class PlantCollator:
-    """Rows -> batch for training and scoring. Images that cannot be opened are left out and named in `unreadable`.
+class Batch(dict):
+    """Tensors by key, and the samples in them. Empty of tensors but `labels` if no image could be read.
 
-    Raises UserError-like UserError at construction for a class name that the tokenizer cannot carry, and in a
-    call for a batch that does not hold what it must.
+    - `input_ids` (B, T) int64, right padded; causal attention needs no mask for that
+    - `pixel_values` (B, P, 3, H, W) fp32
+    - `image_sizes` (B, 2) int64, height and width
+    - `logits_to_keep` (K,) int64, positions whose logits predict a supervised token of any sample
+    - `shift_labels`, and the same as `labels` (B, K) int64, the tokens to predict there, or IGNORED
+    - `image_tokens` (B,) int64
+
+    The constructor requires samples, so that a library that rebuilds mappings by their type fails instead of losing
+    them: pin_memory copies and updates, accelerate calls `to`, and both keep them.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], samples: Sequence[Sample], unreadable: Sequence[str]):
+        super().__init__(tensors)
+        self.samples = list(samples)
+        self.unreadable = list(unreadable)  # "id: reason" of each image that could not be read
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()}
+        return Batch(tensors, self.samples, self.unreadable)
+
+    def split(self, size: int) -> list[dict]:
+        """Micro-batches of at most `size` neighbors, as the model takes them; see `trim`."""
+        return [self.trim(slice(start, start + size)) for start in range(0, len(self.samples), size)]
+
+    def trim(self, rows: slice) -> dict:
+        """What the model takes of these samples, trimmed to their longest, most tiles and supervised positions.
+
+        `image_sizes` is a list: the model reads each entry, and each read of a tensor would wait for the device.
+        """
+        samples = self.samples[rows]
+        first = min(sample.prompt_length for sample in samples) - 1
+        last = max(sample.length for sample in samples) - 1
+        positions = _supervised_positions(self.samples)
+        kept = slice(positions.index(first), positions.index(last - 1) + 1)
+        labels = self["shift_labels"][rows, kept].contiguous()
+        return {
+            "input_ids": self["input_ids"][rows, : last + 1],
+            "pixel_values": self["pixel_values"][rows, : max(sample.tiles for sample in samples)],
+            "image_sizes": [list(sample.size) for sample in samples],
+            "logits_to_keep": self["logits_to_keep"][kept],
+            "shift_labels": labels,
+            "labels": labels,
+        }
+
+    def check_tensors(self, tile: int, device: torch.device) -> None:
+        """Raise UserError unless shapes, dtypes and devices are those of the class; reads no values.
+
+        `tile` is the side in pixels of what the vision tower takes.
+        """
+        images, positions = len(self.samples), self["logits_to_keep"].numel()
+        check_tensor("input_ids", self["input_ids"], (images, None), torch.int64, device)
+        check_tensor("pixel_values", self["pixel_values"], (images, None, 3, tile, tile), torch.float32, device)
+        check_tensor("image_sizes", self["image_sizes"], (images, 2), torch.int64, device)
+        check_tensor("logits_to_keep", self["logits_to_keep"], (positions,), torch.int64, device)
+        check_tensor("shift_labels", self["shift_labels"], (images, positions), torch.int64, device)
+        check_tensor("image_tokens", self["image_tokens"], (images,), torch.int64, device)
+
+    def validate(self, collator: "PlantCollator") -> None:
+        """Raise UserError unless the processor's output is, sample by sample, what `collator` expects."""
+        for name in ("input_ids", "pixel_values", "image_sizes"):
+            if name not in self:
+                raise UserError(
+                    f"batch of {self.samples[0].id} and {len(self.samples) - 1} more: {name} is missing; the model "
+                    "would train on text alone, check the processor"
+                )
+        finite = torch.isfinite(self["pixel_values"]).flatten(1).all(dim=1).tolist()
+        for index, sample in enumerate(self.samples):
+            reason = self._find_fault(index, collator)
+            if reason is None and not finite[index]:
+                reason = "a pixel is not a finite number"
+            if reason:
+                raise UserError(
+                    f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
+                    f"{reason}; check that processor and model are of the same checkpoint (python test_trainer.py)"
+                )
+
+    def _find_fault(self, index: int, collator: "PlantCollator") -> str | None:
+        sample, processor, end = self.samples[index], collator.processor, collator.prompt.end_id
+        answer = collator.answers[sample.label]
+        ids, size = self["input_ids"][index], tuple(self["image_sizes"][index].tolist())
+        placeholders = answer.text.count(processor.image_token)
+        filled = self["pixel_values"][index].flatten(1).any(dim=1)  # padding tiles are all zero, black ones are not
+        image_tokens = int((ids == processor.image_token_id).sum())
+        supervised = ids[sample.prompt_length : sample.length].tolist()
+        if placeholders != 1:
+            return f"{placeholders} image placeholders in its text, expected 1"
+        if size != sample.size:
+            return f"image_sizes is {size}"
+        if int(filled.sum()) != sample.tiles or not filled[: sample.tiles].all():
+            return f"{int(filled.sum())} tiles of pixels, expected {sample.tiles}"
+        if image_tokens != sample.image_tokens:
+            return f"{image_tokens} image tokens, expected {sample.image_tokens}, one for each feature row of its image"
+        if len(ids) < sample.length:
+            return f"truncated to {len(ids)} of {sample.length} tokens"
+        if end not in supervised[-1:]:
+            return f"its last token is not the end-of-turn token {collator.prompt.end!r}"
+        if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
+            text = processor.tokenizer.decode(supervised[:-1])
+            return f"its answer is {text!r}, expected {collator.class_names[sample.label]!r}"
+        place = answer.ids.index(processor.image_token_id)
+        expanded = [processor.image_token_id] * sample.image_tokens
+        if ids[: sample.length].tolist() != answer.ids[:place] + expanded + answer.ids[place + 1 :]:
+            return "its prompt's tokens are not those of the prompt"
+        return None
+
+
+class PlantCollator:
+    """Rows -> Batch for training and scoring; images that cannot be read are skipped and listed in `unreadable`.
+
+    Raises UserError at construction for a class name that the tokenizer cannot represent, and in a call for a sample
+    that is not what it must be.
     """
 
     def __init__(self, processor, prompt: Prompt, class_names: Sequence[str], image_size: int | None):
@@ -57,53 +167,38 @@ class PlantCollator:
 
     @property
     def name_ids(self) -> list[list[int]]:
-        """What follows the prompt for each class: the name's tokens, the end token last."""
+        """What follows the prompt for each class: the name's tokens, the end-of-turn token last."""
         return [answer.ids[answer.prompt_length :] for answer in self.answers]
 
-    def __call__(self, rows: Sequence[dict]) -> dict:
-        images, kept, unreadable = self._open(rows)
-        if not images:
-            return {
-                "samples": [],
-                "unreadable": unreadable,
-                "labels": torch.empty(0, dtype=torch.int64),
-            }  # counted in every process
-        samples = [self.describe(row, (image.height, image.width)) for row, image in zip(kept, images)]
-        # Neighbours of like length, so that a micro-batch cut from this batch pads little.
+    def __call__(self, rows: Sequence[dict]) -> Batch:
+        images, samples, unreadable = self._open(rows)
+        if not samples:  # of several ranks, one may get no image; its labels are counted all the same
+            return Batch({"labels": torch.empty(0, dtype=torch.int64)}, [], unreadable)
+        # Neighbors of similar length, so that a micro-batch split from this batch has little padding.
         order = sorted(range(len(samples)), key=lambda index: (samples[index].tiles, samples[index].length))
         samples, images = [samples[index] for index in order], [images[index] for index in order]
         texts = [self.answers[sample.label].text for sample in samples]
-        encoded = self.processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
-        self.validate_batch(encoded, samples, texts)
-        return self._assemble(encoded, samples) | {"unreadable": unreadable}
+        batch = Batch(self._encode(images, texts, "right"), samples, unreadable)
+        batch.pop("attention_mask", None)
+        batch.validate(self)
+        batch.update(_build_labels(batch["input_ids"], samples))
+        batch["image_tokens"] = torch.tensor([sample.image_tokens for sample in samples])
+        return batch
 
-    def prompts(self, rows: Sequence[dict]) -> dict:
-        """Rows -> left-padded prompts for generation, with the true labels beside them."""
-        images, kept, unreadable = self._open(rows)
-        if not images:
-            return {"ids": [], "unreadable": unreadable}
-        encoded = self.processor(
-            images=images,
-            text=[self.prompt.prompt] * len(images),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        return {name: encoded[name] for name in names} | {
-            "labels": [row["label"] for row in kept],
-            "ids": [row["id"] for row in kept],
-            "unreadable": unreadable,
-        }
+    def prompts(self, rows: Sequence[dict]) -> Batch:
+        """Rows -> left-padded prompts for generation, with `attention_mask` (B, T), in the order of the rows."""
+        images, samples, unreadable = self._open(rows)
+        if not samples:
+            return Batch({}, [], unreadable)
+        return Batch(self._encode(images, [self.prompt.prompt] * len(images), "left"), samples, unreadable)
 
     def describe(self, row: dict, size: tuple[int, int]) -> Sample:
-        """The sample that a row of this fitted (H, W) must become."""
+        """The sample that a row must become if its fitted image has this (H, W)."""
         answer = self.answers[row["label"]]
         image_tokens, tiles = self.count_tokens(size)
         extra = image_tokens - 1  # the placeholder becomes this many more
-        return Sample(
-            row["id"], row["label"], size, tiles, image_tokens, answer.prompt_length + extra, len(answer.ids) + extra
-        )
+        lengths = answer.prompt_length + extra, len(answer.ids) + extra
+        return Sample(row["id"], row["label"], size, tiles, image_tokens, *lengths)
 
     def count_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
         """(image tokens, tiles) of a fitted image of this (H, W)."""
@@ -115,25 +210,23 @@ class PlantCollator:
     def largest_row(self, rows: Sequence[dict]) -> dict:
         """A row of plain grey that becomes as many tokens as the largest of `rows` can: image and longest name.
 
-        Sizes are read from the images' headers, of 2,000 images at most; unreadable ones are passed over.
+        Sizes are read from the headers of at most MAX_SIZES_READ images; unreadable ones are ignored.
         """
-        sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else self._sizes(rows)
-        height, width = max(sizes, key=lambda size: self.count_tokens(size)[0])
+        sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else self._read_sizes(rows)
+        largest = max(sizes, key=lambda size: self.count_tokens(size)[0])
         longest = max(range(len(self.answers)), key=lambda label: len(self.answers[label].ids))
-        file = io.BytesIO()
-        Image.new("RGB", (width, height), (128, 128, 128)).save(file, "PNG")
-        return {"image": {"bytes": file.getvalue(), "path": None}, "label": longest, "id": "largest"}
+        return {"image": grey_image(largest), "label": longest, "id": "largest"}
 
     @staticmethod
-    def _sizes(rows) -> set[tuple[int, int]]:
+    def _read_sizes(rows: Sequence[dict]) -> set[tuple[int, int]]:
         found = set()
-        for index in range(0, len(rows), -(-len(rows) // 2000)):
+        for index in range(0, len(rows), -(-len(rows) // MAX_SIZES_READ)):
             with contextlib.suppress(ImageError):
                 found.add(read_image_size(rows[index]["image"]))
         return found or {(500, 500)}
 
     def batch_bytes(self, images: int) -> int:
-        """Bytes of the pixels of a batch, at most: fp32, as many tiles as a image can take."""
+        """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
         image_processor = self.processor.image_processor
         tile = image_processor.crop_size["height"]
         if self.image_size is None:
@@ -142,108 +235,57 @@ class PlantCollator:
             _, most = self.count_tokens((self.image_size, self.image_size))
         return images * most * 3 * tile * tile * 4
 
-    def validate_batch(self, encoded: dict, samples: Sequence[Sample], texts: Sequence[str]) -> None:
-        """Raise UserError unless the processor's output is, sample by sample, what it must be."""
-        for name in ("input_ids", "pixel_values", "image_sizes"):
-            if encoded.get(name) is None:
-                raise UserError(
-                    f"batch of {samples[0].id} and {len(samples) - 1} more: {name} is missing; the model would train "
-                    "on "
-                    "text alone, check the processor"
-                )
-        finite = torch.isfinite(encoded["pixel_values"]).flatten(1).all(dim=1).tolist()
-        for index, (sample, text) in enumerate(zip(samples, texts)):
-            reason = self._find_fault(encoded, index, sample, text) or (
-                "" if finite[index] else "a pixel is not a finite number"
-            )
-            if reason:
-                raise UserError(
-                    f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
-                    f"{reason}; "
-                    "check that processor and model are of one checkpoint (python test_trainer.py)"
-                )
-
-    def _find_fault(self, encoded: dict, index: int, sample: Sample, text: str) -> str | None:
-        ids = encoded["input_ids"][index]
-        tiles = encoded["pixel_values"][index].flatten(1).any(dim=1)  # padding tiles are all zero, black ones are not
-        have = int((ids == self.processor.image_token_id).sum())
-        answer = self.answers[sample.label]
-        expected = torch.tensor(self._expand(answer.ids, sample.image_tokens))
-        supervised = ids[sample.prompt_length : sample.length].tolist()
-        if text.count(self.processor.image_token) != 1:
-            return f"{text.count(self.processor.image_token)} image placeholders in its text where 1 is needed"
-        if tuple(encoded["image_sizes"][index].tolist()) != sample.size:
-            return f"image_sizes says {tuple(encoded['image_sizes'][index].tolist())}"
-        if int(tiles.sum()) != sample.tiles or not tiles[: sample.tiles].all():
-            return f"{int(tiles.sum())} tiles of pixels where {sample.tiles} are expected"
-        if have != sample.image_tokens:
-            return f"{have} image tokens where its image gives {sample.image_tokens} feature rows"
-        if len(ids) < sample.length:
-            return f"truncated to {len(ids)} of {sample.length} tokens"
-        if self.prompt.end_id not in supervised[-1:]:
-            return f"its last token is not the end token {self.prompt.end!r}"
-        if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
-            return (
-                f"its answer reads {self.processor.tokenizer.decode(supervised[:-1])!r} where "
-                f"{self.class_names[sample.label]!r} is expected"
-            )
-        if not torch.equal(ids[: sample.length], expected):
-            return "its prompt's tokens are not those of the prompt"
-        return None
-
-    def _assemble(self, encoded: dict, samples: list[Sample]) -> dict:
-        ids = encoded["input_ids"]
-        # The logits of position p predict token p + 1.
-        spans = [range(sample.prompt_length - 1, sample.length - 1) for sample in samples]
-        keep = sorted(set().union(*spans))
-        shift_labels = torch.full((len(samples), len(keep)), IGNORED)
-        for index, span in enumerate(spans):
-            start = keep.index(span.start)
-            shift_labels[index, start : start + len(span)] = ids[index, span.start + 1 : span.stop + 1]
-        return {
-            "input_ids": ids,  # (B, T), padded on the right; causal attention needs no mask for that
-            "pixel_values": encoded["pixel_values"],  # (B, P, 3, H, W)
-            "image_sizes": encoded["image_sizes"],  # (B, 2)
-            "logits_to_keep": torch.tensor(keep),  # (K,)
-            "shift_labels": shift_labels,  # (B, K)
-            "labels": shift_labels,  # the model computes a loss only if it is given labels; it then uses shift_labels
-            "image_tokens": torch.tensor([sample.image_tokens for sample in samples]),  # (B,)
-            "samples": samples,
-        }
-
-    def _open(self, rows: Sequence[dict]) -> tuple[list, list[dict], list[str]]:
-        images, kept, unreadable = [], [], []
+    def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:
+        """(fitted PIL images, their samples, "id: reason" of the images that cannot be read)."""
+        images, samples, unreadable = [], [], []
         for row in rows:
             try:
-                images.append(fit_image(open_image(row["image"]), self.image_size))
-                kept.append(row)
+                image = fit_image(open_image(row["image"]), self.image_size)
             except ImageError as error:
                 unreadable.append(f"{row['id']}: {error}")
-        return images, kept, unreadable
+                continue
+            images.append(image)
+            samples.append(self.describe(row, (image.height, image.width)))
+        return images, samples, unreadable
+
+    def _encode(self, images: list, texts: list[str], padding_side: str) -> dict[str, torch.Tensor]:
+        encoded = self.processor(
+            images=images, text=texts, return_tensors="pt", padding=True, padding_side=padding_side
+        )
+        names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+        return {name: encoded[name] for name in names if encoded.get(name) is not None}
 
     def _build_answer(self, name: str) -> Answer:
-        """Prove once per class what the masks rely on: prompt and answer are tokenized alike alone and together."""
+        """Check once per class what labels rely on: prompt and answer have the same tokens alone and together."""
         tokenizer = self.processor.tokenizer
         text = self.prompt.text(name)
         ids, prompt_ids = tokenizer(text).input_ids, tokenizer(self.prompt.prompt).input_ids
         supervised = ids[len(prompt_ids) :]
+        placeholders = ids.count(self.processor.image_token_id)
         if ids[: len(prompt_ids)] != prompt_ids or not supervised:
+            raise UserError(f"class name {name!r}: the prompt has other tokens before it than alone; rename the class")
+        if placeholders != 1:
             raise UserError(
-                f"class name {name!r}: the prompt is tokenized otherwise with it than alone; rename the class"
-            )
-        if ids.count(self.processor.image_token_id) != 1:
-            raise UserError(
-                f"class name {name!r}: its training text has {ids.count(self.processor.image_token_id)} image tokens "
-                "where 1 is "
-                "needed; rename the class"
+                f"class name {name!r}: its training text has {placeholders} image tokens, expected 1; rename the class"
             )
         if supervised[-1] != self.prompt.end_id or tokenizer.decode(supervised[:-1]).strip() != name:
             raise UserError(
-                f"class name {name!r}: comes back from the tokenizer as {tokenizer.decode(supervised)!r}; rename the "
-                "class"
+                f"class name {name!r}: the tokenizer decodes its tokens to {tokenizer.decode(supervised)!r}; rename "
+                "the class"
             )
         return Answer(text, ids, len(prompt_ids))
 
-    def _expand(self, ids: list[int], image_tokens: int) -> list[int]:
-        place = ids.index(self.processor.image_token_id)
-        return ids[:place] + [self.processor.image_token_id] * image_tokens + ids[place + 1 :]
+
+def _supervised_positions(samples: Sequence[Sample]) -> list[int]:
+    """Positions whose logits predict a supervised token of any sample: those of position p predict token p + 1."""
+    return sorted({position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)})
+
+
+def _build_labels(input_ids: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    positions = _supervised_positions(samples)
+    labels = torch.full((len(samples), len(positions)), IGNORED)
+    for index, sample in enumerate(samples):
+        start, count = positions.index(sample.prompt_length - 1), sample.length - sample.prompt_length
+        labels[index, start : start + count] = input_ids[index, sample.prompt_length : sample.length]
+    # The model computes a loss only if it is given `labels`; it then uses `shift_labels`.
+    return {"logits_to_keep": torch.tensor(positions), "shift_labels": labels, "labels": labels}

@@ -6,12 +6,13 @@ little (measured in docs/LOG.md).
 """
 
 import colorsys
-import io
 import math
 import random
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+
+from utils.image_utils import png_image
 
 SIDE = 84  # pixels of a drawing
 OVERSAMPLING = 2  # drawn larger and scaled down, since ImageDraw does not smooth edges
@@ -55,9 +56,8 @@ def draw_split(split: str) -> list[dict]:
 
 def _draw_row(split: str, index: int, names: list[str]) -> dict:
     label = index % len(names)
-    file = io.BytesIO()
-    draw_flower(SPECIES[names[label]], random.Random(f"{split} {index}")).save(file, "PNG", compress_level=1)
-    return {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "id": f"{split}-{index:05d}"}
+    flower = draw_flower(SPECIES[names[label]], random.Random(f"{split} {index}"))
+    return {"image": png_image(flower, compress_level=1), "label": label, "id": f"{split}-{index:05d}"}
 
 
 def draw_ood_images(count: int = 40) -> dict[str, list[dict]]:
@@ -75,9 +75,7 @@ def _draw_ood_image(kind: str, index: int) -> dict:
         pen, width = ImageDraw.Draw(image), rng.randint(3, 12)
         for start in range(0, 2 * SIDE, 2 * width):
             pen.line((start, 0, start - SIDE // 2, SIDE), fill=other, width=width)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return {"image": {"bytes": file.getvalue(), "path": None}, "label": 0, "id": f"{kind}-{index:05d}"}
+    return {"image": png_image(image), "label": 0, "id": f"{kind}-{index:05d}"}
 
 
 def draw_flower(species: Species, rng: random.Random) -> Image.Image:

@@ -3,7 +3,6 @@
 import collections
 import functools
 import hashlib
-import io
 import itertools
 import json
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Subset
 
 from config.training_config import TrainingConfig
@@ -33,7 +31,7 @@ from models.scoring import score_batches
 from runtime.checkpoint import BEST, describe_best
 from runtime.device import fit_workers
 from runtime.distributed import Distributed, assert_same_across_ranks, get_local_world_size
-from utils.image_utils import check_unreadable_fraction
+from utils.image_utils import check_unreadable_fraction, grey_image
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"
@@ -212,8 +210,9 @@ class Evaluator:
         self.how = {"per_token": per_token, "prior_calibration": prior_calibration, "limit": limit}
         self._scored: dict[str, tuple[Scored, float | None]] = {}
         if prior_calibration:
-            (neutral,) = self._raw_scores([neutral_row()])
-            self.prior = neutral["scores"]
+            # Plain grey shows nothing: what the names score by themselves.
+            (content_free,) = self._raw_scores([{"image": grey_image((336, 336)), "label": 0, "id": "content-free"}])
+            self.prior = content_free["scores"]
 
     def _by_all(self, compute: Callable, rows) -> Iterator[dict]:
         """What compute(rows) yields, in equal parts by all processes, all of which get it, unreadable images aside."""
@@ -342,10 +341,3 @@ class Evaluator:
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"scored": None}
         is_same = saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows)
         return saved["metrics"] if is_same else {}
-
-
-def neutral_row() -> dict:
-    """Plain grey, which shows nothing: what the names score by themselves."""
-    file = io.BytesIO()
-    Image.new("RGB", (336, 336), (128, 128, 128)).save(file, "PNG")
-    return {"image": {"bytes": file.getvalue(), "path": None}, "label": 0, "id": "neutral"}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn.functional import linear
 from transformers import LlavaNextForConditionalGeneration
@@ -19,7 +18,6 @@ from evaluation.metrics import compare
 from models.builder import load_weights, read_not_mapped, unwrap
 from models.fused_layers import get_fused_layers
 from models.merging import Adapter
-from models.microbatch import split_batch
 from models.scoring import score_rows
 from runtime.device import available_gpu_memory
 from utils.logging_utils import UserError, logger
@@ -35,7 +33,7 @@ CHANCE = 0.01  # p below which the exported model names worse
 
 def first_readable(collator, rows, count: int) -> list[dict]:
     """The first rows whose images open. Raises UserError if none does."""
-    found = list(itertools.islice((row for row in rows if collator([row])["samples"]), count))
+    found = list(itertools.islice((row for row in rows if collator([row]).samples), count))
     if not found:
         raise UserError("no image can be opened, so nothing can be proven; mend or put back the images")
     return found
@@ -82,7 +80,7 @@ def logits_of(model, collator, rows, dtype: torch.dtype, device: torch.device) -
     model.eval()
     found = []
     for row in rows:
-        (micro_batch,) = split_batch(send_to_device(collator([row]), device), 1)
+        (micro_batch,) = collator([row]).to(device).split(1)
         inputs = {name: value for name, value in micro_batch.items() if "labels" not in name}
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found.append(model(**inputs).logits[0].float().cpu())

@@ -7,14 +7,13 @@ import time
 
 import psutil
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer
 
 from models.builder import unwrap
 from models.fused_layers import set_activation_checkpointing
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
-from models.microbatch import split_batch
 from models.parallel import checksum_quantized, shard_frozen_parameters, unshard, unsharded
 from runtime.device import GIB, available_gpu_memory, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from utils.logging_utils import UserError, logger
@@ -79,7 +78,7 @@ def shard_weights(trainer: Trainer, row: dict, compile: str = "auto", steps_done
     bits = checksum_quantized(trainer.model)
     trainer.fsdp_modules = shard_frozen_parameters(trainer.model)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no weights that are spread
-    (trainer.dummy_micro_batch,) = split_batch(send_to_device(trainer.data_collator([row]), device), 1)
+    (trainer.dummy_micro_batch,) = trainer.data_collator([row]).to(device).split(1)
     for name in ("labels", "shift_labels"):
         trainer.dummy_micro_batch[name] = torch.full_like(trainer.dummy_micro_batch[name], -100)  # none is supervised
     clear_device_cache(garbage_collection=True)
@@ -137,7 +136,7 @@ def _is_won_back(trainer: Trainer, seconds: float, steps_done: int) -> bool:
 
 def _plan(trainer: Trainer, row: dict, room: float, recompute: str) -> None:
     """Set the plan that fits. Raises UserError where one image does not fit."""
-    (sample,) = trainer.data_collator([row])["samples"]
+    (sample,) = trainer.data_collator([row]).samples
     images, layers = math.ceil(trainer.total_batch_size / trainer.args.world_size), len(trainer.fused)
     text_config = unwrap(trainer.model).config.text_config
     learning = trainer.model.num_parameters(only_trainable=True)
@@ -190,14 +189,14 @@ def _plan(trainer: Trainer, row: dict, room: float, recompute: str) -> None:
 def _try_micro_batch(trainer: Trainer, row: dict, images: int) -> tuple[float, int]:
     """(seconds a image, peak bytes) of one micro-batch of `row`, the second of two; no weight moves."""
     device = trainer.args.device
-    batch = send_to_device(trainer.data_collator([row] * images), device)
+    batch = trainer.data_collator([row] * images).to(device)
     trainer.model.train()
     try:
         for _ in range(2):  # the first starts libraries and makes the gradients
             reset_peak_memory(device)
             synchronize(device)
             began = time.perf_counter()
-            (micro_batch,) = split_batch(batch, images)
+            (micro_batch,) = batch.split(images)
             with trainer.compute_loss_context_manager():
                 loss = trainer.model(**micro_batch).loss
             loss.backward()

@@ -29,15 +29,14 @@ def generate_batches(
     model.eval()
     loader = DataLoader(rows, batch_size, collate_fn=collator.prompts, num_workers=num_workers)
     for batch in tqdm(loader, desc="naming images", disable=not is_watched(), leave=False):
-        if not batch["ids"]:
-            yield [], batch["unreadable"]
+        if not batch.samples:
+            yield [], batch.unreadable
             continue
-        inputs = {
-            name: batch[name].to(device) for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        }
+        inputs = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             ids = model.generate(
                 **inputs, max_new_tokens=longest, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
             )
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield [Reply(*one) for one in zip(batch["ids"], batch["labels"], texts, strict=True)], batch["unreadable"]
+        replies = [Reply(sample.id, sample.label, text) for sample, text in zip(batch.samples, texts, strict=True)]
+        yield replies, batch.unreadable

@@ -108,7 +108,7 @@ class MicroBatchSize:
 
 
 @torch.no_grad()
-def score_batch(model, batch: dict, tries: Sequence[TokenTrie], micro_batch: MicroBatchSize) -> torch.Tensor:
+def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batch: MicroBatchSize) -> torch.Tensor:
     """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py."""
     base = unwrap(model)
     names = 1 + max(int(trie.pair_names.max()) for trie in tries)
@@ -116,18 +116,18 @@ def score_batch(model, batch: dict, tries: Sequence[TokenTrie], micro_batch: Mic
     device = batch["input_ids"].device
     tries = [TokenTrie(*(part.to(device) for part in trie)) for trie in tries]
     scores, start = [], 0
-    while start < len(batch["samples"]):
+    while start < len(batch.samples):
         rows = slice(start, start + micro_batch.size)
-        samples = batch["samples"][rows]
+        samples, inputs = batch.samples[rows], batch.trim(rows)
         longest = max(sample.prompt_length for sample in samples)
         _check_window(base, longest + tokens)
         try:
             scores.append(
                 _score_images(
                     base,
-                    batch["input_ids"][rows, :longest],
-                    batch["pixel_values"][rows, : max(sample.tiles for sample in samples)],
-                    [list(sample.size) for sample in samples],
+                    inputs["input_ids"][:, :longest],
+                    inputs["pixel_values"],
+                    inputs["image_sizes"],
                     torch.tensor([sample.prompt_length for sample in samples]).to(device),
                     tries,
                     names,
@@ -141,7 +141,7 @@ def score_batch(model, batch: dict, tries: Sequence[TokenTrie], micro_batch: Mic
         clear_device_cache(garbage_collection=True)
     scores = torch.cat(scores)
     if not torch.isfinite(scores).all():
-        ids = ", ".join(sample.id for sample in batch["samples"])
+        ids = ", ".join(sample.id for sample in batch.samples)
         raise UserError(f"a score is not a finite number; try --mixed-precision bf16 or no (images: {ids})")
     return scores
 
@@ -226,12 +226,11 @@ def score_batches(
     loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
     for batch in tqdm(loader, desc="scoring images", disable=not is_watched(), leave=False):
         scores = []
-        if batch["samples"]:
-            moved = batch | {name: batch[name].to(device) for name in ("input_ids", "pixel_values")}
+        if batch.samples:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, moved, tries, micro_batch).tolist()
-            scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch["samples"], values)]
-        yield scores, batch["unreadable"]
+                values = score_batch(model, batch.to(device), tries, micro_batch).tolist()
+            scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch.samples, values)]
+        yield scores, batch.unreadable
 
 
 def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

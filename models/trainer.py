@@ -29,7 +29,6 @@ from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fitting import no_room
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import is_out_of_memory
-from models.microbatch import split_batch
 from models.parallel import all_reduce_gradients, shard_batches, unsharded
 from models.scoring import MicroBatchSize, build_tries, judge_scores, score_batch
 from runtime.checkpoint import (
@@ -49,7 +48,6 @@ from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import BEST, PREFIX, cut_metrics
 from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
-from utils.tensor_utils import check_tensor
 
 
 class PlantTrainer(Trainer):
@@ -127,10 +125,10 @@ class PlantTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
         if self.args.world_size == 1:
-            self.note_unreadable(inputs["unreadable"], "train", self.train_dataset)
-            self.check_any_images(len(inputs["samples"]), inputs["unreadable"])
-        if inputs["samples"]:
-            self.check_batch(inputs)
+            self.note_unreadable(inputs.unreadable, "train", self.train_dataset)
+            self.check_any_images(len(inputs.samples), inputs.unreadable)
+        if inputs.samples:
+            inputs.check_tensors(self.tile, self.args.device)
         self._step_batch = inputs
         random_state = _save_random_state(self.args.device)
         while True:
@@ -149,7 +147,7 @@ class PlantTrainer(Trainer):
 
     def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        micro_batches = split_batch(inputs, self.micro_batch_size)
+        micro_batches = inputs.split(self.micro_batch_size)
         if self.fsdp_modules:  # the weights of each forward come from all processes
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
@@ -187,26 +185,12 @@ class PlantTrainer(Trainer):
             else "",
         )
 
-    def check_batch(self, inputs: dict) -> None:
-        """Shapes, dtypes and devices of a batch, without a look at values. Raises UserError."""
-        device = self.args.device
-        images = len(inputs["samples"])
-        positions = inputs["logits_to_keep"].numel()
-        check_tensor("input_ids", inputs["input_ids"], (images, None), torch.int64, device)
-        check_tensor(
-            "pixel_values", inputs["pixel_values"], (images, None, 3, self.tile, self.tile), torch.float32, device
-        )
-        check_tensor("image_sizes", inputs["image_sizes"], (images, 2), torch.int64, device)
-        check_tensor("logits_to_keep", inputs["logits_to_keep"], (positions,), torch.int64, device)
-        check_tensor("shift_labels", inputs["shift_labels"], (images, positions), torch.int64, device)
-        check_tensor("image_tokens", inputs["image_tokens"], (images,), torch.int64, device)
-
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between clipping and the optimizer's move: the one place of a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         batch, processes = self._step_batch, self.args.world_size
         miscounted = self._count_miscounted(batch)
-        counts = [len(batch["samples"]), sum(one.image_tokens for one in batch["samples"]), len(batch["unreadable"])]
+        counts = [len(batch.samples), sum(one.image_tokens for one in batch.samples), len(batch.unreadable)]
         counts = torch.tensor([*counts, self.stop.signal is not None], dtype=torch.float32).to(self.args.device)
         found = torch.cat([torch.stack([self._step_loss.float(), miscounted.float()]), counts])
         if processes > 1:
@@ -218,7 +202,7 @@ class PlantTrainer(Trainer):
             if stops:
                 raise Interrupted
             if unreadable:
-                told = gather_object(batch["unreadable"])
+                told = gather_object(batch.unreadable)
                 self.note_unreadable(told, "train", self.train_dataset)
                 self.check_any_images(int(images), told)
         self.last_step = {
@@ -230,7 +214,7 @@ class PlantTrainer(Trainer):
             "image_tokens": int(image_tokens),
         }
         is_fine = math.isfinite(loss) and math.isfinite(norm) and not miscounted
-        names = "" if is_fine else ", ".join(gather_object([sample.id for sample in batch["samples"]]))
+        names = "" if is_fine else ", ".join(gather_object([sample.id for sample in batch.samples]))
         if miscounted:
             raise UserError(
                 f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
@@ -244,7 +228,7 @@ class PlantTrainer(Trainer):
         return grad_norm
 
     def _count_miscounted(self, batch: dict) -> torch.Tensor:
-        if not batch["samples"]:
+        if not batch.samples:
             return torch.zeros((), device=self.args.device)
         return ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
 
@@ -468,15 +452,15 @@ class PlantTrainer(Trainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 self._stop_together()
                 if self.args.world_size == 1:  # at once, and not after all of val
-                    self.note_unreadable(batch["unreadable"], "val", self.eval_dataset)
-                unreadable += batch["unreadable"]
-                if not batch["samples"]:
+                    self.note_unreadable(batch.unreadable, "val", self.eval_dataset)
+                unreadable += batch.unreadable
+                if not batch.samples:
                     continue
                 with self.accelerator.autocast():
                     scores = score_batch(self.model, batch, self.tries, self.eval_micro_batch).cpu().double().numpy()
-                labels = np.array([sample.label for sample in batch["samples"]])
+                labels = np.array([sample.label for sample in batch.samples])
                 judged = zip(*(part.tolist() for part in judge_scores(scores, labels)))
-                for sample, own in zip(batch["samples"], judged):
+                for sample, own in zip(batch.samples, judged):
                     entries.append((sample.id, sample.length - sample.prompt_length, *own))
         unreadable = gather_object(unreadable)
         self.note_unreadable(unreadable, "val", self.eval_dataset)

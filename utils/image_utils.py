@@ -76,6 +76,18 @@ def fit_image(image: Image.Image, image_size: int | None) -> Image.Image:
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
+def png_image(image: Image.Image, compress_level: int = -1) -> dict:
+    """The image of a row, {"bytes": PNG, "path": None}; a compression level of 0 to 9, -1: zlib's default."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=compress_level)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def grey_image(size: tuple[int, int]) -> dict:
+    """The image of a row: plain grey of this (H, W)."""
+    return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
+
+
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
     """(H, W) that fit_image gives a image of this (H, W)."""
     return size if image_size is None else (image_size, image_size)

@@ -85,15 +85,16 @@ def _train(folder: str, argv: list[str], fault: Callable[[], None] | None) -> No
 
     for split, count in {"train": 48, "validation": 20, "test": 20}.items():
         dataset.SPLIT_SIZES[split] = count
-    check = PlantTrainer.check_batch
+    training_step = PlantTrainer.training_step
 
-    def record(self, inputs):
-        check(self, inputs)
-        with open(ORDER, "a") as file:
-            ids = [sample.id for sample in inputs["samples"]]
-            file.write(json.dumps({"step": self.state.global_step + 1, "ids": ids}) + "\n")
+    def record(self, model, inputs, num_items_in_batch=None):
+        if inputs.samples:
+            with open(ORDER, "a") as file:
+                ids = [sample.id for sample in inputs.samples]
+                file.write(json.dumps({"step": self.state.global_step + 1, "ids": ids}) + "\n")
+        return training_step(self, model, inputs, num_items_in_batch)
 
-    PlantTrainer.check_batch = record
+    PlantTrainer.training_step = record
     if fault is not None:
         fault()
     sys.exit(main(argv))

@@ -10,7 +10,6 @@ from data.synthetic import SPECIES
 from models import builder
 from models.builder import build_model, build_processor, check_model, set_trainable, unwrap
 from models.fused_layers import get_fused_layers
-from models.microbatch import split_batch
 from tests.conftest import FAMILIES
 from utils.logging_utils import UserError
 
@@ -246,8 +245,8 @@ def test_random_weights_of_the_full_shape_pass_the_assertions(load_in_4bit, monk
     assert not [name for name, part in [*model.named_parameters(), *model.named_buffers()] if part.is_meta]
     collator = PlantCollator(processor, prompt, NAMES, 336)
     batch = collator(tiny.rows(1))
-    assert batch["samples"][0].image_tokens == 1176
-    assert torch.isfinite(model(**split_batch(batch, 1)[0]).loss)
+    assert batch.samples[0].image_tokens == 1176
+    assert torch.isfinite(model(**batch.split(1)[0]).loss)
 
 
 def test_an_evaluation_between_steps_loses_no_gradient(checkpoint, batch_of):

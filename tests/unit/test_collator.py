@@ -2,7 +2,11 @@ import re
 
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import send_to_device
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from data.collator import IGNORED, PlantCollator
 from utils.logging_utils import UserError
@@ -45,11 +49,11 @@ def test_batch_holds_the_contract(tiny):
     batch = tiny.native(rows_of(tiny, SIZES))
     images, length = batch["input_ids"].shape
     kept = batch["logits_to_keep"]
-    assert images == 4 and length == max(sample.length for sample in batch["samples"])
+    assert images == 4 and length == max(sample.length for sample in batch.samples)
     assert batch["pixel_values"].shape == (4, 2, 3, 70, 70) and batch["image_sizes"].shape == (4, 2)
-    assert batch["shift_labels"].shape == (4, len(kept)) and "attention_mask" not in batch and batch["unreadable"] == []
-    assert len({sample.image_tokens for sample in batch["samples"]}) > 1
-    for index, sample in enumerate(batch["samples"]):
+    assert batch["shift_labels"].shape == (4, len(kept)) and "attention_mask" not in batch and batch.unreadable == []
+    assert len({sample.image_tokens for sample in batch.samples}) > 1
+    for index, sample in enumerate(batch.samples):
         supervised = {
             position for position, label in zip(kept.tolist(), batch["shift_labels"][index]) if label != IGNORED
         }
@@ -58,6 +62,49 @@ def test_batch_holds_the_contract(tiny):
         assert tiny.processor.tokenizer.decode(answer[:-1]).strip() == tiny.names[sample.label]
         assert answer[-1] == tiny.prompt.end_id
         assert (batch["input_ids"][index, sample.length :] == tiny.processor.tokenizer.pad_token_id).all()
+
+
+def same(one, other):
+    return (type(one), one.samples, one.unreadable, list(one)) == (
+        type(other),
+        other.samples,
+        other.unreadable,
+        list(other),
+    ) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_batch_survives_workers_pinning_and_accelerate(tiny, monkeypatch):
+    """All three rebuild mappings; a batch must keep its samples, and one without any its unreadable images."""
+    broken = tiny.rows(1)[0] | {"image": {"bytes": b"", "path": "lily.jpg"}}
+    for rows in (rows_of(tiny, SIZES), [broken]):
+        batch = tiny.native(rows)
+        (loaded,) = DataLoader(rows, batch_size=4, collate_fn=tiny.native, num_workers=1)
+        (sharded,) = DataLoaderShard(rows, device=torch.device("cpu"), batch_size=4, collate_fn=tiny.native)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # the real one needs a GPU
+        pinned = pin_memory(batch)
+        assert all(
+            same(batch, other) for other in (loaded, sharded, pinned, send_to_device(batch, "cpu"), batch.to("cpu"))
+        )
+        assert pinned["labels"].data_ptr() != batch["labels"].data_ptr() or not batch.samples
+        assert {tensor.device.type for tensor in send_to_device(batch, "meta").values()} == {"meta"}
+    with pytest.raises(TypeError):
+        type(batch)(
+            {"labels": batch["labels"]}
+        )  # how recursive helpers rebuild one: an error, no batch without samples
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 16])
+def test_micro_batches_hold_every_supervised_token_once_and_little_padding(size, tiny):
+    batch = tiny.native(rows_of(tiny, SIZES * 2))
+    micro_batches = batch.split(size)
+    assert sum(len(micro_batch["input_ids"]) for micro_batch in micro_batches) == 8
+    supervised = sum((micro_batch["labels"] != IGNORED).sum() for micro_batch in micro_batches)
+    assert supervised == (batch["labels"] != IGNORED).sum()
+    for micro_batch, start in zip(micro_batches, range(0, 8, size)):
+        samples = batch.samples[start : start + size]
+        assert micro_batch["input_ids"].shape[1] == max(sample.length for sample in samples)
+        assert micro_batch["shift_labels"].shape == (len(samples), len(micro_batch["logits_to_keep"]))
+        assert micro_batch["image_sizes"] == [list(sample.size) for sample in samples]
 
 
 def test_the_tokenizer_is_left_padding_left(tiny):
@@ -77,8 +124,8 @@ def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
     ours.loss.backward()
     our_gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    lengths = torch.tensor([sample.length for sample in batch["samples"]])
-    starts = torch.tensor([sample.prompt_length for sample in batch["samples"]])
+    lengths = torch.tensor([sample.length for sample in batch.samples])
+    starts = torch.tensor([sample.prompt_length for sample in batch.samples])
     place = torch.arange(batch["input_ids"].shape[1])
     mask = place < lengths[:, None]
     labels = batch["input_ids"].masked_fill(~mask | (place < starts[:, None]), IGNORED)
@@ -140,15 +187,15 @@ def other_question(encoded):
 
 
 FAULTS = [
-    (moved_token, "image tokens where its image gives"),
-    (swapped_sizes, "image_sizes says"),
+    (moved_token, "image tokens, expected"),
+    (swapped_sizes, "image_sizes is (70, 70)"),
     (dropped_pixels, "pixel_values is missing"),
-    (dropped_tile, "1 tiles of pixels where 2 are expected"),
+    (dropped_tile, "1 tiles of pixels, expected 2"),
     (nan_pixel, "a pixel is not a finite number"),
     (infinite_pixel, "a pixel is not a finite number"),
     (truncated, "truncated to"),
-    (other_answer, "its answer reads"),
-    (no_end_token, "its last token is not the end token '</s>'"),
+    (other_answer, "its answer is"),
+    (no_end_token, "its last token is not the end-of-turn token '</s>'"),
     (other_question, "its prompt's tokens are not those of the prompt"),
 ]
 
@@ -169,17 +216,19 @@ def test_a_photo_without_its_placeholder_or_with_two_is_refused(change, count, t
     collator.answers = [answer._replace(text=change(answer.text)) for answer in collator.answers]
     # The processor is given a sound text, so that it is not the library that refuses.
     collator.processor = Tampered(tiny.processor, text=lambda text: tiny.prompt.text(tiny.names[0]))
-    with pytest.raises(UserError, match=f"sample test-00000.*{count} image placeholders in its text where 1 is"):
+    with pytest.raises(UserError, match=f"sample test-00000.*{count} image placeholders in its text, expected 1"):
         collator(tiny.rows(1))
 
 
 def test_a_name_the_tokenizer_cannot_carry_is_refused(tiny):
-    with pytest.raises(UserError, match="class name 'a <image> lily': its training text has 2 image tokens"):
+    with pytest.raises(
+        UserError, match="class name 'a <image> lily': its training text has 2 image tokens, expected 1"
+    ):
         PlantCollator(tiny.processor, tiny.prompt, ["a <image> lily"], 70)
     spaced = tiny.prompt._replace(prompt=tiny.prompt.prompt + " ", response_prefix="")
-    with pytest.raises(UserError, match="class name 'ivory trillet': the prompt is tokenized otherwise with it"):
+    with pytest.raises(UserError, match="class name 'ivory trillet': the prompt has other tokens before it than alone"):
         PlantCollator(tiny.processor, spaced, ["ivory trillet"], 70)
-    with pytest.raises(UserError, match="class name ' rose ': comes back from the tokenizer"):
+    with pytest.raises(UserError, match="class name ' rose ': the tokenizer decodes its tokens to '"):
         PlantCollator(tiny.processor, tiny.prompt, [" rose "], 70)
 
 
@@ -190,13 +239,14 @@ def test_a_bad_photo_is_left_out_and_named(tiny):
     rows = tiny.rows(4)
     broken = rows[1] | {"image": {"bytes": b"", "path": "lily.jpg"}}
     batch = tiny.collator([rows[0], broken, rows[2]])
-    assert sorted(sample.id for sample in batch["samples"]) == ["test-00000", "test-00002"]
-    assert batch["unreadable"] == ["test-00001: lily.jpg: is empty (0 bytes)"]
-    assert tiny.collator.prompts([rows[0], broken])["unreadable"] == batch["unreadable"]
+    assert sorted(sample.id for sample in batch.samples) == ["test-00000", "test-00002"]
+    assert batch.unreadable == ["test-00001: lily.jpg: is empty (0 bytes)"]
+    assert tiny.collator.prompts([rows[0], broken]).unreadable == batch.unreadable
     empty = tiny.collator([broken, broken])
-    assert empty["samples"] == [] and empty["unreadable"] == 2 * batch["unreadable"] and empty["labels"].numel() == 0
-    assert tiny.collator([])["samples"] == []  # the share of a process that a short batch leaves none
-    assert tiny.collator.prompts([broken]) == {"ids": [], "unreadable": batch["unreadable"]}
+    assert empty.samples == [] and empty.unreadable == 2 * batch.unreadable and empty["labels"].numel() == 0
+    assert tiny.collator([]).samples == []  # of a rank that a short batch leaves without images
+    prompts = tiny.collator.prompts([broken])
+    assert not prompts and prompts.samples == [] and prompts.unreadable == batch.unreadable
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(70, [(70, 70)]), (None, SIZES)])
@@ -212,7 +262,7 @@ def test_the_largest_row_becomes_as_many_tokens_as_any(image_size, size, tiny):
     collator = PlantCollator(tiny.processor, tiny.prompt, names, image_size)
     rows = [*rows_of(tiny, SIZES), tiny.rows(1)[0] | {"image": {"bytes": b"broken", "path": None}}]
     row = collator.largest_row(rows)
-    (largest,) = collator([row])["samples"]
+    (largest,) = collator([row]).samples
     assert largest.size == size and row["label"] == 3
     others = [collator.describe(row | {"label": label}, other) for other in SIZES for label in range(len(names))]
     assert image_size or largest.length == max(sample.length for sample in others)
@@ -221,8 +271,7 @@ def test_the_largest_row_becomes_as_many_tokens_as_any(image_size, size, tiny):
 def test_prompts_are_padded_left_and_end_where_the_answer_begins(tiny):
     rows = rows_of(tiny, SIZES)
     batch = tiny.native.prompts(rows)
-    assert batch["labels"] == [row["label"] for row in rows]
-    samples = [tiny.native.describe(row, size) for row, size in zip(rows, SIZES)]
-    for ids, mask, sample in zip(batch["input_ids"], batch["attention_mask"], samples):
+    assert batch.samples == [tiny.native.describe(row, size) for row, size in zip(rows, SIZES)]
+    for ids, mask, sample in zip(batch["input_ids"], batch["attention_mask"], batch.samples):
         assert mask.sum() == sample.prompt_length and mask[-1] == 1
         assert (ids == tiny.processor.image_token_id).sum() == sample.image_tokens

@@ -11,7 +11,6 @@ from data.dataset import ROW
 from data.labels import CLASS_NAMES
 from models.builder import build_processor, load_base, set_trainable
 from models.fused_layers import fuse_layers
-from models.microbatch import split_batch
 from models.scoring import MicroBatchSize, build_tries, score_batch, score_rows
 from tests.conftest import FLOWERS
 from tests.unit.test_collator import SIZES, rows_of
@@ -27,7 +26,7 @@ def one_by_one(model, collator, row) -> torch.Tensor:
     scores = []
     for label in range(len(collator.class_names)):
         batch = collator([row | {"label": label}])
-        sample = batch["samples"][0]
+        sample = batch.samples[0]
         logits = model(
             input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_sizes=batch["image_sizes"]
         ).logits[0]
@@ -60,10 +59,10 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
     model.set_attn_implementation(attention)
     rows = rows_of(tiny, SIZES)
     batch = collator(rows)
-    assert len({sample.prompt_length for sample in batch["samples"]}) > 1
+    assert len({sample.prompt_length for sample in batch.samples}) > 1
     scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(len(rows)))
     by_id = {row["id"]: row for row in rows}
-    expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
+    expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch.samples])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
     assert (expected.max(dim=1).values - expected.min(dim=1).values > 1).all()
 
@@ -86,10 +85,10 @@ def test_the_loss_follows_from_the_scores(tiny, flowers):
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
     scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(4))
-    tokens = sum(sample.length - sample.prompt_length for sample in batch["samples"])
-    labels = torch.tensor([sample.label for sample in batch["samples"]])
+    tokens = sum(sample.length - sample.prompt_length for sample in batch.samples)
+    labels = torch.tensor([sample.label for sample in batch.samples])
     loss = -scores[torch.arange(len(labels)), labels].sum() / tokens
-    (piece,) = split_batch(batch, len(labels))
+    (piece,) = batch.split(len(labels))
     torch.testing.assert_close(loss, model(**piece).loss, atol=1e-5, rtol=0)
 
 
@@ -150,7 +149,7 @@ def test_an_adapter_and_sixteen_bits_are_scored_too(tiny, flowers):
             parameter.normal_(std=0.05)
     scores = score_batch(model, batch, tries, MicroBatchSize(4))
     by_id = {row["id"]: row for row in rows}
-    expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch["samples"]])
+    expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch.samples])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
     assert (scores - before).abs().max() > 0.01
     with model.disable_adapter():

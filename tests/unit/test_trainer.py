@@ -20,7 +20,6 @@ from data.streaming import Stream
 from models.builder import set_trainable
 from models.callbacks import RunLog
 from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
-from models.microbatch import split_batch
 from models.scoring import MicroBatchSize, score_batch
 from models.trainer import build_arguments, build_trainer
 from runtime.checkpoint import last_checkpoint, read_best
@@ -64,20 +63,7 @@ def same(one, other, tolerance=0.0) -> bool:
     return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(one, other, strict=True))
 
 
-# ---- cutting a batch
-
-
-@pytest.mark.parametrize("size", [1, 3, 4, 16])
-def test_pieces_hold_every_supervised_token_once_and_pad_little(size, tiny):
-    batch = tiny.native(rows_of(tiny, SIZES * 2))
-    pieces = split_batch(batch, size)
-    assert sum(len(piece["input_ids"]) for piece in pieces) == 8
-    assert sum((piece["labels"] != -100).sum() for piece in pieces) == (batch["labels"] != -100).sum()
-    for piece, start in zip(pieces, range(0, 8, size)):
-        mine = batch["samples"][start : start + size]
-        assert piece["input_ids"].shape[1] == max(sample.length for sample in mine)
-        assert piece["shift_labels"].shape == (len(mine), len(piece["logits_to_keep"]))
-        assert piece["image_sizes"] == [list(sample.size) for sample in mine]
+# ---- micro-batches
 
 
 def test_loss_and_gradients_are_equal_for_micro_batches_of_16_4_and_1(tiny, tmp_path):
@@ -89,7 +75,7 @@ def test_loss_and_gradients_are_equal_for_micro_batches_of_16_4_and_1(tiny, tmp_
         trainer.create_optimizer()
         loss = trainer.training_step(trainer.model, batch, tokens)
         found[size] = loss.item(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
-    whole = tiny.model()(**split_batch(batch, 16)[0])
+    whole = tiny.model()(**batch.split(16)[0])
     assert found[16][0] == pytest.approx(whole.loss.item(), abs=1e-6)
     for size in (4, 1):
         assert found[size][0] == pytest.approx(found[16][0], abs=1e-5)
@@ -407,7 +393,7 @@ def test_workers_let_their_parent_decide(tiny, tmp_path):
     for number in SIGNALS:
         subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)  # not its parent
     time.sleep(0.3)
-    assert worker.is_alive() and len(next(batches)["samples"]) == 2
+    assert worker.is_alive() and len(next(batches).samples) == 2
     worker.terminate()
     worker.join(5)
     assert worker.exitcode == 0
@@ -567,7 +553,7 @@ def test_eval_loss_is_the_exact_token_mean_whatever_the_batch_size(tiny, tmp_pat
     losses = [
         make_trainer(tiny, tmp_path, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 4, 10)
     ]
-    piece = split_batch(tiny.collator(tiny.rows(10)), 10)[0]
+    piece = tiny.collator(tiny.rows(10)).split(10)[0]
     with torch.no_grad():
         expected = tiny.model().eval()(**piece).loss.item()
     assert losses == pytest.approx([expected] * 3, abs=1e-5)
@@ -718,7 +704,7 @@ def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     metrics = trainer.evaluate()
     scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.tries, MicroBatchSize(10))
-    truth = [sample.label for sample in tiny.collator(tiny.rows(10))["samples"]]
+    truth = [sample.label for sample in tiny.collator(tiny.rows(10)).samples]
     assert metrics["eval_top1"] == sum(a == b for a, b in zip(scores.argmax(dim=1).tolist(), truth)) / 10
 
 
