@@ -1,88 +1,145 @@
-"""Every command that the README shows exists and parses; every file it names is there."""
+"""README and docs/ are true where a test can tell: commands parse, names exist, defaults are those of the code."""
 
+import dataclasses
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from config.benchmark_options import parse_benchmark
-from config.evaluation_options import parse_evaluation
-from config.training_config import TrainingConfig, parse_config, save_config
-from config.use_options import COMPUTING, ExportOptions, PageOptions, PredictionOptions, parse_use
+from config.training_config import PRESETS, TrainingConfig, save_config
 
-USES = {
-    "predict.py": (PredictionOptions, COMPUTING, "PHOTO ..."),
-    "export.py": (ExportOptions, COMPUTING, "OUT", 1),
-    "app.py": (PageOptions, COMPUTING),
-}
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *[path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]]
-COMMANDS = re.findall(r"^    (?:python|make) .*?(?=  |$)", "\n".join(PAGES), re.MULTILINE)
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+EVERY = {"README.md": README} | {f"docs/{name}": text for name, text in PAGES.items()}
+INDENTED = re.findall(r"^    (\w.*(?:(?<=\\)\n.*)*)", "\n".join(EVERY.values()), re.MULTILINE)
+COMMANDS = sorted({re.split("  +#?", line)[0] for line in INDENTED if re.match(r"(python|make) ", line)})
+LAUNCHES = sorted({line for line in INDENTED if re.match(r"(torchrun|accelerate|srun) ", line)})
+MODULES = [
+    path.relative_to(ROOT)
+    for room in ("", "config", "data", "models", "evaluation", "runtime", "utils")
+    for path in sorted((ROOT / room).glob("[a-z]*.py"))
+]
 
 
-def test_the_readme_shows_both_ways():
-    shown = {command.strip() for command in COMMANDS}
-    assert {"make demo", "make test", "make setup", "python test_trainer.py", "python train.py"} <= shown
-    assert "conda create -n plant_vision python=3.10" in README and "pip install -r requirements.txt" in README
+def errors_of(script: str, flags: list[str], capsys) -> list[str]:
+    """What a script reports about its command line: it reports all problems at once, before it does anything."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--no-such-flag"])
+    assert stopped.value.code == 2
+    reported = re.findall(r"^error: .*", "".join(capsys.readouterr()), re.MULTILINE)
+    return [error for error in reported if "no-such-flag" not in error]
 
 
-def test_launchers_of_the_readme_start_train_with_flags_that_parse():
-    lines = re.findall(r"^    (?:torchrun|accelerate|srun) (?:.*\\\n)*.*$", README, re.MULTILINE)
-    assert len(lines) == 6
-    for line in lines:
-        program, _, flags = line.partition(" train.py")
-        assert "--nproc-per-node" in program or "--num_processes" in program
-        parse_config(shlex.split(flags.strip("'")), "")
+def test_readme_is_short():
+    assert len(README.split()) <= 1100
 
 
-@pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
-def test_commands_of_the_readme_parse(command, capsys, tmp_path, monkeypatch):
+def test_readme_shows_the_documented_setup():
+    assert {"make demo", "python test_trainer.py", "python train.py"} <= set(COMMANDS)
+    assert "conda create -n plant_vision python=3.10" in INDENTED and "pip install -r requirements.txt" in INDENTED
+    assert "HUGGINGFACE_TOKEN" in README and "Number of image tokens: 1" in re.sub(r"\s+", " ", README)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, target, *flags = shlex.split(command)
     if program == "make":
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif "--help" in flags:
+        assert re.search(rf"^{target.split('=')[0] if '=' not in target else flags[0]}:", makefile(), re.MULTILINE)
+        return
+    for word in flags:
+        if word.startswith("runs/") and not Path(word).exists():
+            Path(word).mkdir(parents=True)
+            save_config(TrainingConfig(), word, {})
+    if "--help" in flags:
         with pytest.raises(SystemExit) as stopped:
-            parse_config(flags, "")
+            importlib.import_module(target.removesuffix(".py")).main(flags)
         assert stopped.value.code == 0 and "--learning-rate" in capsys.readouterr().out
-    elif target == "evaluate.py":
-        for word in flags:
-            if word.startswith("runs/"):
-                Path(word).mkdir(parents=True)
-                save_config(TrainingConfig(), word, {})
-        parse_evaluation(flags, "")
-    elif target in USES:
-        Path(flags[0]).mkdir(parents=True)
-        save_config(TrainingConfig(), flags[0], {})
-        parse_use(flags, "", *USES[target])
-    elif target == "benchmark.py":
-        parse_benchmark(flags, "")
     else:
-        assert (ROOT / target).is_file()
-        parse_config(flags, "")
+        assert errors_of(target, flags, capsys) == []
 
 
-def test_files_of_the_readme_exist():
-    tree = README.partition("## The code")[2]
-    folder = ""
-    for start, names in re.findall(r"^    (\S+)? +(.*)$", tree, re.MULTILINE):
-        folder = start if start else folder  # a line without a start goes on with the folder above
-        for name in re.findall(r"\w+\.py", names if folder.endswith("/") else folder):
-            assert (ROOT / (folder if folder.endswith("/") else "") / name).is_file(), f"{folder}{name}"
+def test_launchers_start_scripts_with_flags_that_parse(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/default").mkdir(parents=True)
+    save_config(TrainingConfig(), "runs/default", {})
+    assert any("srun" in line for line in LAUNCHES) and any("--sharding fsdp" in line for line in LAUNCHES)
+    for line in LAUNCHES:
+        launcher, script, flags = re.split(r" (\w+\.py)", line, maxsplit=1)
+        assert "--nproc-per-node" in launcher or "--num_processes" in launcher
+        assert errors_of(script, shlex.split(flags.strip("'")), capsys) == []
 
 
-def test_pages_that_the_readme_links_are_there():
-    linked = re.findall(r"\]\((docs/\w+\.md)\)", README)
-    assert sorted(set(linked)) == sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+def test_usage_lists_every_option_with_its_default():
+    rows = re.findall(r"^\| `--([\w-]+)` \| `([^|]+)` \| (yes|no) \|", PAGES["usage.md"], re.MULTILINE)
+    shown = {name.replace("-", "_"): (default, resumable) for name, default, resumable in rows}
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    assert set(shown) == set(fields)
+    for name, field in fields.items():
+        default = str(field.default).lower() if field.default in (None, True, False) else str(field.default)
+        assert shown[name] == (default, "yes" if field.metadata["resumable"] else "no"), name
+    assert all(f"| `{name}` |" in PAGES["usage.md"] for name in PRESETS)
 
 
-def test_pictures_of_the_readme_are_there_and_small():
-    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
-    assert len(pictures) == 2 and all((ROOT / path).stat().st_size < 150_000 for path in pictures)
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [("usage.md", "predict"), ("usage.md", "app"), ("evaluation.md", "evaluate"), ("export.md", "export")]
+    + [("speed.md", "benchmark")],
+)
+def test_pages_list_every_option_of_their_script(page, script):
+    (options,) = [
+        value
+        for name, value in vars(importlib.import_module(script)).items()
+        if name.endswith("Options") and dataclasses.is_dataclass(value)
+    ]
+    for field in dataclasses.fields(options):
+        default = str(field.default).lower() if field.default in (None, True, False) else str(field.default)
+        assert f"| `--{field.name.replace('_', '-')}` | `{default}` |" in PAGES[page], field.name
 
 
-def test_every_module_stands_in_the_readme():
-    modules = {path.name for part in ("config", "data", "models", "utils") for path in (ROOT / part).glob("[a-z]*.py")}
-    assert not [module for module in sorted(modules) if module not in README]
+def test_readme_links_every_page_and_links_lead_somewhere():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)", README))
+    assert linked == set(PAGES)
+    for page, text in EVERY.items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            file = (ROOT / page).parent / target if target else ROOT / page
+            assert file.is_file(), f"{page} links {target}"
+            headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE) if anchor else ()
+            assert not anchor or anchor in [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in headings]
+
+
+def test_pictures_are_there_and_small():
+    for page, text in EVERY.items():
+        for picture in re.findall(r"!\[.+?\]\((.+?)\)", text):
+            assert (ROOT / page).parent.joinpath(picture).stat().st_size < 150_000
+    assert len(re.findall(r"!\[", README)) == 2
+
+
+def test_names_in_the_file_tree_exist():
+    tree = README.partition("## Code")[2]
+    names = re.findall(r"^    (\S+)  +\S", tree, re.MULTILINE)
+    assert len(names) > 10 and not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_readme_lists_the_core_path_in_reading_order():
+    shown = re.findall(r"^    (\w+\.py|\w+/\w+\.py)  ", README.partition("## Code")[2], re.MULTILINE)
+    assert [Path(name).stem for name in shown] == [
+        *("train", "training_config", "dataset", "collator", "builder", "trainer", "scoring"),
+        *("evaluator", "metrics", "run_dir", "checkpoint"),
+    ]
+
+
+def test_every_module_is_mentioned_and_every_mention_exists():
+    text = README + PAGES["architecture.md"]
+    assert not [str(module) for module in MODULES if module.name not in text]
+    names = {module.name for module in MODULES} | {path.name for path in (ROOT / "tests").rglob("*.py")}
+    mentioned = re.findall(r"\b(\w+\.py)\b", "\n".join(EVERY.values()))
+    assert not sorted(set(mentioned) - names - {"modeling_llava_next.py", "masking_utils.py"})
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
