@@ -17,12 +17,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from config.training_config import ConfigError
-from config.use_options import COMPUTING, PageOptions, parse_use
-from runtime.run_dir import BEST
+from config.cli import COMPUTE_OPTIONS, parse_run_command
+from config.training_config import ConfigError, option
+from runtime.run_dir import BEST, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 UPLOAD = "20mb"
@@ -30,8 +31,15 @@ KEPT_S = 3600  # uploads, in seconds
 WAITING = 20  # photos in the queue; the next one is told to come back
 
 
+@dataclass(frozen=True)
+class PageOptions:
+    host: str = option("127.0.0.1", "0.0.0.0 serves the page to the whole network")
+    port: int = option(7860, "of the page; 0: any free port", low=0, high=65535)
+    open: bool = option(False, "open the page in this machine's browser")
+
+
 def main(argv: list[str] | None = None) -> int:
-    use = parse_use(argv, __doc__, PageOptions, COMPUTING)
+    use = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, open_run)
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():

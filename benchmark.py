@@ -14,20 +14,69 @@ import contextlib
 import dataclasses
 import io
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from config.benchmark_options import parse_benchmark
-from config.training_config import ConfigError, TrainingConfig
+from config.cli import CommandLine
+from config.training_config import ConfigError, TrainingConfig, option
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
 IMAGES = 64  # that are made, and used in turn
+DATA_OPTIONS = (
+    "dataset",
+    "dataset_revision",
+    "streaming",
+    "train_on_val",
+    "sample_fraction",
+    "val_fraction",
+    "test_fraction",
+    "allow_missing",
+    "max_unreadable_fraction",
+)
+RUN_OPTIONS = (
+    "output_dir",
+    "resume",
+    "allow_changed",
+    "num_train_epochs",
+    "max_steps",
+    "eval_steps",
+    "early_stopping_patience",
+    "early_stopping_min_gain",
+    "save_steps",
+    "save_total_limit",
+    "max_skipped_steps",
+    "report_to",
+)
+# Options of train.py that this script does not offer, and why.
+REFUSED = dict.fromkeys(DATA_OPTIONS, "has no effect, images are generated; use --image WIDTHxHEIGHT")
+REFUSED |= dict.fromkeys(RUN_OPTIONS, "has no effect, a benchmark runs --steps optimizer steps and saves nothing")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    steps: int = option(6, "optimizer steps that are timed, after two that are not", low=2)
+    image: str = option("500x667", "width x height of the generated images, before image_size")
+    scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
+    against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
+
+
+def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, BenchmarkOptions, tuple[int, int]]:
+    """(config, options, (width, height) of the generated images)."""
+    line = CommandLine(argv, __doc__, BenchmarkOptions, refused=REFUSED)
+    options, config = line.apply(BenchmarkOptions()), line.apply(TrainingConfig())
+    size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", options.image)
+    if not size:
+        line.problems.append(f"image={options.image}: width x height of 1 to 9999 pixels is needed, such as 500x667")
+    line.exit_on_problems()
+    return config, options, (int(size[1]), int(size[2]))
 
 
 class Result(NamedTuple):
@@ -41,7 +90,7 @@ class Result(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, options, image = parse_benchmark(argv, __doc__)
+    config, options, image = parse_benchmark(argv)
     set_environment()
     setup_logging()
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:

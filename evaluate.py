@@ -14,19 +14,94 @@ import contextlib
 import dataclasses
 import logging
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from config.evaluation_options import base_folder, parse_evaluation
-from config.training_config import ConfigError, load_config, save_config
-from runtime.run_dir import BEST, open_run
+from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, CommandLine, list_runs
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config, option, save_config
+from runtime.run_dir import BEST, changed_fields, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
 WORTH_COMPILING = 2000  # images of a split from which compiled kernels win back their compilation (docs/LOG.md)
+PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415, asked of a base model
+# Options of a run that may differ in its evaluation.
+OVERRIDABLE = (*DATA_OPTIONS, *COMPUTE_OPTIONS, "compile", "streaming")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    split: str = option("val", "held-out images", choices=("val", "test"))
+    protocol: str = option(
+        "scoring",
+        "scoring: log-likelihoods of all class names; generation: open-ended replies",
+        choices=("scoring", "generation", "both"),
+    )
+    limit: int | None = option(None, "images of the split, sampled with a fixed seed; none: all", low=1)
+    per_token: bool = option(False, "divide each name's log-likelihood by its number of tokens")
+    prior_calibration: bool = option(False, "subtract each name's log-likelihood on a plain gray image")
+    target_selective_accuracy: float = option(
+        0.95, "accuracy on the images that are not rejected, for which val's threshold is chosen", above=0, high=1
+    )
+    ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
+
+
+class Evaluation(NamedTuple):
+    """A command line of evaluate.py."""
+
+    folders: list[Path]  # none: the base model; one: a run; two: compare their scores
+    config: TrainingConfig
+    recorded: dict  # by the run; empty for the base model
+    options: EvaluationOptions
+
+
+def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
+    """No run (a base model), one, or two, with flags over the run's saved config."""
+    line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
+    config, recorded = TrainingConfig(question=PUBLISHED_QUESTION), {}
+    for folder in line.words:
+        config, recorded = line.load_run(folder, open_run, (config, recorded))
+    if len(line.words) > 2:
+        line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
+    elif not line.words and not {"model", "preset"} & set(line.given):
+        line.problems.append(
+            f"RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: {list_runs()}"
+        )
+    if line.words:
+        names = [field.name for field in (*dataclasses.fields(EvaluationOptions), *dataclasses.fields(TrainingConfig))]
+        own = [field.name for field in dataclasses.fields(EvaluationOptions)]
+        allowed = {"split"} if len(line.words) == 2 else {*own, *OVERRIDABLE}
+        reason = "has no effect when runs are compared" if len(line.words) == 2 else "is fixed by the run"
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(allowed))
+        line.refuse({name: f"{reason}; options here: {flags}" for name in names if name not in allowed})
+    options, config = line.apply(EvaluationOptions()), line.apply(config)
+    if not line.words and not line.problems:
+        line.problems += _find_other_base(config)
+    line.exit_on_problems()
+    return Evaluation([Path(word) for word in line.words], config, recorded, options)
+
+
+def base_folder(config: TrainingConfig) -> Path:
+    """Where the scores of a base model are written."""
+    return Path(config.output_dir or f"runs/base-{Path(config.model).name}")
+
+
+def _find_other_base(config: TrainingConfig) -> list[str]:
+    """Why the folder of this base model cannot be used: it holds a run, or another base model or data set."""
+    folder = base_folder(config)
+    if not (folder / CONFIG_FILE).exists():
+        return []
+    try:
+        saved, recorded = load_config(folder)
+    except ConfigError as error:
+        return [str(error)]
+    changed = changed_fields(config, saved) if recorded.get("base") else ["a run"]
+    return [f"{folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
 
 
 def main(argv: list[str] | None = None) -> int:
-    folders, config, recorded, options = parse_evaluation(argv, __doc__)
+    folders, config, recorded, options = parse_evaluation(argv)
     set_environment()
     is_base = not folders or bool(recorded.get("base"))
     folder = folders[0] if folders else base_folder(config)

@@ -15,10 +15,11 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from config.training_config import RANDOM_MODELS, ConfigError
-from config.use_options import COMPUTING, OF_THE_DATA, ExportOptions, Use, parse_use
+from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, RunCommand, parse_run_command
+from config.training_config import RANDOM_MODELS, ConfigError, option
 from runtime.run_dir import BEST, is_finished, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -27,8 +28,16 @@ MARK = ".exporting"  # in a draft, locked while it is written
 MARGIN_BYTES = 50e6  # processor and GPU
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    dtype: str = option("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
+    adapter_only: bool = option(False, "export the adapter, for the base model it was trained on")
+    push_to_hub: str | None = option(None, "OWNER/NAME: upload the same files there; a new repository is private")
+    limit: int | None = option(None, "val images that the exported model is scored on; none: all", low=1)
+
+
 def main(argv: list[str] | None = None) -> int:
-    use = parse_use(argv, __doc__, ExportOptions, (*COMPUTING, *OF_THE_DATA), "OUT", most=1)
+    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), open_run, "OUT")
     set_environment()
     setup_logging()
     out, repository = Path(use.words[0]), use.options.push_to_hub
@@ -52,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_can_export(use: Use, out: Path) -> None:
+def check_can_export(use: RunCommand, out: Path) -> None:
     """What can be known before any weight is read. Raises UserError."""
     from runtime.checkpoint import describe_best
     from runtime.device import refuse_several_ranks
@@ -118,7 +127,7 @@ def staging_dir(out: Path) -> Iterator[Path]:
 # ---- the two kinds of export
 
 
-def export_whole(use: Use, draft: Path) -> None:
+def export_whole(use: RunCommand, draft: Path) -> None:
     """The merged model, its processor and GPU in `draft`, proven."""
     import torch
     from transformers import AutoProcessor
@@ -141,7 +150,7 @@ def export_whole(use: Use, draft: Path) -> None:
     from runtime.device import choose_device, collect_memory, fit_workers
     from utils.tokenizer_utils import tokenizer_probe
 
-    folder, _, config, recorded, options = use
+    folder, config, recorded, options = use.folder, use.config, use.recorded, use.options
     dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
     device = choose_device(config.model, config.gpu_memory_fraction)
     rows, validated = load_validation_rows(use)
@@ -183,7 +192,7 @@ def export_whole(use: Use, draft: Path) -> None:
     (draft / CARD).write_text(card, encoding="utf-8")
 
 
-def export_adapter(use: Use, draft: Path) -> None:
+def export_adapter(use: RunCommand, draft: Path) -> None:
     """The adapter, its processor and GPU in `draft`, proven beside a base that PEFT attached it to."""
     from peft import PeftModel
 
@@ -196,7 +205,7 @@ def export_adapter(use: Use, draft: Path) -> None:
     from runtime.checkpoint import CARD
     from runtime.device import choose_device, choose_precision, collect_memory
 
-    folder, _, config, recorded, _ = use
+    folder, config, recorded = use.folder, use.config, use.recorded
     device = choose_device(config.model, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     dtype = DTYPE_OF[precision]
@@ -225,7 +234,7 @@ def export_adapter(use: Use, draft: Path) -> None:
 # ---- what they share
 
 
-def load_validation_rows(use: Use) -> tuple:
+def load_validation_rows(use: RunCommand) -> tuple:
     """(rows of val, {image: was it named right when validated}); of a run that learned from val: train rows, None."""
     from data.dataset import build_datasets, take
     from evaluate import check_data
@@ -239,7 +248,7 @@ def load_validation_rows(use: Use) -> tuple:
 
 
 @contextlib.contextmanager
-def base_weights(use: Use, processor) -> Iterator[Path]:
+def base_weights(use: RunCommand, processor) -> Iterator[Path]:
     """The folder of what is merged into: the base's safetensors, or those of best/ where all weights learned."""
     import torch
 
@@ -263,7 +272,7 @@ def base_weights(use: Use, processor) -> Iterator[Path]:
         yield Path(downloaded)
 
 
-def save_classes(use: Use, prompt, draft: Path) -> None:
+def save_classes(use: RunCommand, prompt, draft: Path) -> None:
     """class_names.json: all that is needed to name images as this project does."""
     from evaluation.evaluator import read_calibration
     from runtime.checkpoint import describe_best

@@ -13,16 +13,23 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from config.training_config import ConfigError
-from config.use_options import COMPUTING, PredictionOptions, Use, parse_use
-from runtime.run_dir import BEST
+from config.cli import COMPUTE_OPTIONS, RunCommand, parse_run_command
+from config.training_config import ConfigError, option
+from runtime.run_dir import BEST, open_run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 
+@dataclass(frozen=True)
+class PredictionOptions:
+    top: int = option(5, "most likely classes shown for each image", low=1)
+    json: bool = option(False, "print one JSON object per line")
+
+
 def main(argv: list[str] | None = None) -> int:
-    use = parse_use(argv, __doc__, PredictionOptions, COMPUTING, "PHOTO ...")
+    use = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, open_run, "IMAGE ...")
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="what was named stands above"):
@@ -44,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def load_predictor(use: Use):
+def load_predictor(use: RunCommand):
     """The evaluation.predictor.Predictor of a run."""
     from data.collator import PlantCollator
     from evaluation.predictor import build_predictor
@@ -52,7 +59,7 @@ def load_predictor(use: Use):
     from runtime.checkpoint import describe_best
     from runtime.device import choose_device, choose_precision
 
-    folder, _, config, recorded, _ = use
+    folder, config, recorded = use.folder, use.config, use.recorded
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
     device = choose_device(config.model, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)

@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
-from config.training_config import RANDOM_MODELS, parse_config
+from config.cli import parse_config
+from config.training_config import RANDOM_MODELS
 from utils.logging_utils import UserError, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate

@@ -16,7 +16,8 @@ import time
 import uuid
 from pathlib import Path
 
-from config.training_config import ConfigError, TrainingConfig, load_config, parse_config, save_config
+from config.cli import parse_config
+from config.training_config import ConfigError, TrainingConfig, load_config, save_config
 from runtime.run_dir import BEST, LOCK_FILE, append_metrics, check_same_run, choose_run_folder, step_of
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 

@@ -55,11 +55,6 @@ def open_run(folder: str | Path) -> tuple[TrainingConfig, dict]:
     return config, recorded
 
 
-def runs_here() -> str:
-    """Their folders, for a message."""
-    return ", ".join(sorted(str(path.parent) for path in Path("runs").glob(f"*/{CONFIG_FILE}"))) or "no runs here yet"
-
-
 def _explicit_folder(config: TrainingConfig, folder: Path) -> RunFolder:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder}: is a file; name a folder")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from config.cli import parse_config
 from config.training_config import (
     CONFIG_FILE,
     PRESETS,
@@ -20,7 +21,6 @@ from config.training_config import (
     find_problems,
     find_range_problems,
     load_config,
-    parse_config,
     save_config,
 )
 from data.dataset import tidy_name

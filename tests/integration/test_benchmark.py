@@ -49,18 +49,18 @@ def test_work_of_a_photo_is_that_of_the_full_size_shape():
 
 
 BAD_INPUT = [
-    (["--image", "big"], "photo=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
-    (["--image", "0x9"], "photo=0x9: width x height of 1 to 9999 pixels is needed"),
-    (["--dataset", "mine"], "dataset=mine: has no effect, images are made here: --image WIDTHxHEIGHT"),
-    (["--max-steps", "5"], "max_steps=5: has no effect, a benchmark runs --steps optimizer steps"),
-    (["--compile"], "error: --compile: expected one argument"),
+    (["--image", "big"], "image=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
+    (["--image", "0x9"], "image=0x9: width x height of 1 to 9999 pixels is needed"),
+    (["--dataset", "mine"], "--dataset mine: has no effect, images are generated; use --image WIDTHxHEIGHT"),
+    (["--max-steps", "5"], "--max-steps 5: has no effect, a benchmark runs --steps optimizer steps"),
+    (["--compile"], "error: --compile: a value is needed"),
     (["--steps", "1"], "steps=1: must be at least 2"),
     (["--against", "trl"], "against=trl: not one of none, stock"),
     (["--bench"], "--bench: unknown flag"),
-    (["runs/default"], "runs/default: stands alone"),
+    (["runs/default"], "runs/default: unexpected argument"),
     (["--model", "./gone"], "--model ./gone: no such folder"),
     (["--model", "full"], "--model full: needs a CUDA GPU and torch sees none"),
-    (["--preset", "tiny", "--load-in-4bit", "true"], "nothing to load in 4 bit"),
+    (["--preset", "tiny", "--load-in-4bit", "true"], "a randomly initialized model is not loaded in 4 bit"),
 ]
 
 

@@ -94,9 +94,7 @@ def test_a_base_of_other_photos_takes_no_folder_of_another(here, few_drawings, i
     assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
     root = image_folder({"oak": 10, "ash": 10})
     status, told = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
-    assert (
-        status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in told and "name another --output-dir" in told
-    )
+    assert status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in told and "use another --output-dir" in told
 
 
 def other_weights(folder):
@@ -125,16 +123,16 @@ def nothing(folder):
 
 
 BAD_INPUT = [
-    (nothing, [], "name a run (one), or the untouched base: --model ID_OR_FOLDER"),
+    (nothing, [], "RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: runs/one"),
     (nothing, ["two"], "two: not a run, training_config.json is missing"),
     (no_config, ["one"], "one: not a run"),
     (no_weights, ["one"], "one/best: holds no finished weights (manifest.json is missing"),
     (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (tokenizer_probe differ); put back"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
-    (nothing, ["one", "two", "three"], "name one run, or two to compare"),
-    (nothing, ["one", "--learning-rate", "1"], "--learning-rate: is the run's own here; beside one may stand --allow"),
-    (nothing, ["one", "one", "--limit", "3"], "--limit: is the run's own here; beside one one may stand --split"),
-    (nothing, ["--preset", "tiny", "--output-dir", "one"], "one: holds a run; name another --output-dir"),
+    (nothing, ["one", "two", "three"], "one two three: pass one run, or two to compare"),
+    (nothing, ["one", "--learning-rate", "1"], "--learning-rate 1: is fixed by the run; options here: --allow"),
+    (nothing, ["one", "one", "--limit", "3"], "--limit 3: has no effect when runs are compared; options here: --split"),
+    (nothing, ["--preset", "tiny", "--output-dir", "one"], "one: holds a run; use another --output-dir"),
     (nothing, ["one", "--split", "train"], "split=train: not one of val, test"),
     (nothing, ["one", "--limit", "0"], "limit=0: "),
     (nothing, ["one", "--target-selective-accuracy", "1.5"], "target_selective_accuracy=1.5: "),
@@ -154,7 +152,7 @@ def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
     if argv:
         damage(trained)
     status, told = run(capsys, *[word.format(**places) for word in argv])
-    assert status != 0 and words.replace("(one)", "(runs/one)").format(**places) in told and "Traceback" not in told
+    assert status != 0 and words.format(**places) in told and "Traceback" not in told
 
 
 @pytest.mark.slow

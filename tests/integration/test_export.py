@@ -336,9 +336,9 @@ def other_images(folder):
 
 
 BAD_INPUT = [
-    (nothing, [], "error: name a run (no runs here yet) and OUT"),
-    (nothing, ["one"], "error: one: name OUT behind it"),
-    (nothing, ["one", "out", "more"], "error: more: one too many; usage: RUN OUT"),
+    (nothing, [], "error: RUN is missing; usage: RUN OUT. Runs here: none yet"),
+    (nothing, ["one"], "error: one: OUT is missing after it; usage: RUN OUT"),
+    (nothing, ["one", "out", "more"], "error: more: unexpected argument; usage: RUN OUT"),
     (nothing, ["none", "out"], "error: none: not a run, training_config.json is missing"),
     (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
     (nothing, ["one", "out", "--adapter-only"], "error: one: all weights learned, there is no adapter"),

@@ -180,14 +180,14 @@ def torn_calibration(folder):
 
 
 BAD_INPUT = [
-    (nothing, [], "error: name a run (no runs here yet) and PHOTO ..."),
-    (nothing, ["one"], "error: one: name PHOTO ... behind it"),
+    (nothing, [], "error: RUN is missing; usage: RUN IMAGE .... Runs here: none yet"),
+    (nothing, ["one"], "error: one: IMAGE ... is missing after it; usage: RUN IMAGE ..."),
     (nothing, ["photos/00.png", "x.png"], "error: photos/00.png: not a run, training_config.json is missing"),
     (gone, ["one", "x.png"], "error: one: not a run, training_config.json is missing"),
     (nothing, ["one", "x.png", "--top", "0"], "error: top=0: must be at least 1"),
     (nothing, ["one", "x.png", "--topp", "3"], "error: --topp: unknown flag; did you mean --top?"),
     (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
-    (nothing, ["one", "x.png", "--question", "What?"], "error: --question: unknown flag"),
+    (nothing, ["one", "x.png", "--question", "What?"], "error: --question What?: is fixed by the run"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
     (unfinished, ["one", "images"], "error: one/best: holds no finished weights (manifest.json is missing"),
     (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be read (JSONDecodeError"),

@@ -8,7 +8,7 @@ import pytest
 import scipy.io
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from config.training_config import parse_config
+from config.cli import parse_config
 from data import dataset
 from data.dataset import build_datasets, check_official_counts, load_vgg_folder
 from data.labels import CLASS_NAMES, official_counts

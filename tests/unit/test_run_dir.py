@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from config.training_config import ConfigError, parse_config, save_config
+from config.cli import parse_config
+from config.training_config import ConfigError, save_config
 from runtime.run_dir import append_metrics, check_same_run, choose_run_folder, cut_metrics, read_metrics
 
 
@@ -236,5 +237,5 @@ def test_a_saved_config_with_values_that_cannot_be(value):
     saved = json.loads(path.read_text())
     saved["config"]["learning_rate"] = value
     path.write_text(json.dumps(saved))
-    with pytest.raises(ConfigError, match="training_config.json: learning_rate=.*put back what was saved"):
+    with pytest.raises(ConfigError, match=r"training_config.json: cannot be .*\(learning_rate=.*; restore the file"):
         choose_run_folder(parse_config(["--output-dir", "mine"]))

@@ -8,7 +8,7 @@ from accelerate import skip_first_batches
 from datasets import ClassLabel, Dataset, Features, Image
 from torch.utils.data import DataLoader
 
-from config.training_config import parse_config
+from config.cli import parse_config
 from data.dataset import build_datasets, data_fingerprint
 from data.streaming import Stream
 from utils.logging_utils import UserError
