@@ -26,9 +26,11 @@ from config.training_config import ConfigError, option
 from runtime.run_dir import BEST, open_run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
-UPLOAD = "20mb"
-KEPT_S = 3600  # uploads, in seconds
-WAITING = 20  # photos in the queue; the next one is told to come back
+WEB = Path(__file__).parent / "web"
+MAX_UPLOAD = "20mb"
+UPLOADS_KEPT_S = 3600
+MAX_QUEUE = 20  # photos; whoever sends the next one is asked to come back
+SHOWN = 5  # names of an answer
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,39 @@ def find_port(host: str, port: int) -> int:
         ) from error
 
 
+def load_texts():
+    """The macros of web/page.html.j2: header, start, answer, refusal, footer."""
+    import jinja2
+
+    from evaluation.predictor import percent
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(WEB),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("page.html.j2").module
+
+
 def build_page(predictor, folder: Path, recorded: dict, dataset: str):
     import gradio as gr
 
-    from evaluation.model_card import read_reports
-    from evaluation.page import START, as_footer
+    from evaluation.model_card import WARNING, read_reports
     from evaluation.report import EXAMPLES_FOLDER
     from runtime.checkpoint import describe_best
 
-    # gradio would decode photos by itself, without the limits and the sentences of open_image. Said to the class: for a
-    # subclass it writes a .pyi file beside this one, and of one object it makes others on the way.
+    # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
+    # subclass gradio writes a .pyi file beside this one, and an instance it copies.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
-    names = recorded["class_names"]
+    names, texts = recorded["class_names"], load_texts()
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
     report = next(reversed(read_reports(folder, adapter, dataset).values()), None)  # test, if that was measured
-    with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
-        gr.HTML(f"<h1>LLaVA Plants</h1><p class='quiet'>Names plants in photos. It knows {len(names):,} kinds.</p>")
+    is_calibrated = predictor.calibration is not None
+    with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as page:
+        gr.HTML(texts.header(len(names)))
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(
@@ -111,24 +130,22 @@ def build_page(predictor, folder: Path, recorded: dict, dataset: str):
                     elem_id="photo",
                 )
             with gr.Column():
-                answer = gr.HTML(START, elem_id="answer")
+                answer = gr.HTML(texts.start(), elem_id="answer")
         # Of two photos in quick succession the later one's name stays. photo.change would come twice for some.
-        way = dict(fn=partial(answer_to, predictor), inputs=photo, outputs=answer, trigger_mode="always_last")
-        way |= dict(concurrency_id="model", api_visibility="private")
-        gr.on([photo.input, photo.clear], **way)
-        photos = [str(path) for path in sorted((folder / EXAMPLES_FOLDER).glob("*.jpg"))]
-        if photos:
-            shown = gr.Examples(photos, photo, label="Photos to try, not learned from", api_visibility="private")
-            shown.load_input_event.then(**way)
-        gr.HTML(as_footer(folder.resolve().name, names, report, predictor.calibration is not None), elem_id="foot")
-    return page.queue(default_concurrency_limit=1, max_size=WAITING)
+        event = {"fn": partial(answer_to, predictor, texts), "inputs": photo, "outputs": answer}
+        event |= {"trigger_mode": "always_last", "concurrency_id": "model", "api_visibility": "private"}
+        gr.on([photo.input, photo.clear], **event)
+        examples = [str(path) for path in sorted((folder / EXAMPLES_FOLDER).glob("*.jpg"))]
+        if examples:
+            shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
+            shown.load_input_event.then(**event)
+        gr.HTML(texts.footer(folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
+    return page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
 
 
 def serve(page, options: PageOptions) -> None:
     """Until Ctrl-C or SIGTERM."""
     import gradio as gr
-
-    from evaluation.page import CSS, HEAD
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # gradio asks itself whether it runs, and would send that through a proxy
@@ -142,35 +159,34 @@ def serve(page, options: PageOptions) -> None:
         prevent_thread_lock=True,
         share=False,
         quiet=True,
-        max_file_size=UPLOAD,
+        max_file_size=MAX_UPLOAD,
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         theme=gr.themes.Default(primary_hue="emerald", secondary_hue="emerald", font=font, font_mono=["monospace"]),
-        css=CSS,
-        head=HEAD,
+        css_paths=WEB / "page.css",
+        head=f"<script>{(WEB / 'page.js').read_text(encoding='utf-8')}</script>",
     )
     logger.info(f"page   {address} (Ctrl-C ends it)")
     threading.Event().wait()
 
 
-def answer_to(predictor, upload: tuple[str, str | None] | None) -> str:
-    """HTML for an upload, (path, its own name); none if the photo was taken away."""
-    from evaluation.page import START, as_answer, as_refusal
+def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
+    """HTML for an upload, (path, its own name), or for None, after the photo was removed."""
     from utils.image_utils import printable
 
     if upload is None:
-        return START
+        return texts.start()
     path, name = upload
     try:
         found = next(predictor.name([path]))
-    except Exception:  # the page lives on, and an older photo's name must not stand beside this one
-        logger.exception("a photo could not be named")
-        return as_refusal("This photo could not be named: the program failed; its own output says why")
-    if isinstance(found, str):  # it begins with the path, which is no one's business
-        return as_refusal(found.replace(printable(path), printable(name or Path(path).name)))
-    return as_answer(found)
+    except Exception:  # the page stays up, and an older photo's name must not stand beside this one
+        logger.exception("a photo could not be classified")
+        return texts.refusal("This photo could not be named: the program failed; its own output says why")
+    if isinstance(found, str):  # it begins with the path, which is private
+        return texts.refusal(found.replace(printable(path), printable(name or Path(path).name)))
+    return texts.answer(found, SHOWN)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def score_with_cache(
 ) -> tuple[list[dict], float | None]:
     """(entry of each image, photos/s): those that the file of the same header holds are not computed again.
 
-    `compute(rows)` yields an entry with the "id" for each of these rows whose image opens. A image that was replaced is
+    `compute(rows)` yields an entry with the "id" for each of these rows whose image opens. An image that was replaced is
     computed again, and a label is always that of the row. Of several ranks each computes a part; the main one
     keeps and returns all entries, and the others return ([], None).
     """
@@ -93,7 +93,7 @@ def score_with_cache(
 
 
 def image_fingerprint(image: dict) -> list[int]:
-    """What tells a image from another one under the same name: checksum of its bytes, or size and time of its file.
+    """What tells an image from another one under the same name: checksum of its bytes, or size and time of its file.
 
     Empty for a file that is not there: opening it says so, and counts it among the unreadable images.
     """
@@ -175,7 +175,7 @@ class Evaluator:
 
     `facts` say what is scored (model, adapter, question, ...): they stand in each report, and scores kept on disk are
     used again only if they are the same. `per_token` divides scores by each name's tokens; `prior_calibration`
-    subtracts those under a image of plain grey; `limit`, the number of images that the caller took, is only recorded.
+    subtracts those under an image of plain grey; `limit`, the number of images that the caller took, is only recorded.
     Of several ranks all make the same calls; the main one writes, and the others get nothing back.
     """
 

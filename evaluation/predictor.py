@@ -20,7 +20,7 @@ FEW = 30  # images of val, with which a threshold says little
 
 
 class Prediction(NamedTuple):
-    """What a image shows: all class names with their probabilities, likeliest first."""
+    """What an image shows: all class names with their probabilities, likeliest first."""
 
     likeliest: list[tuple[str, float]]
     is_confident: bool  # the likeliest reaches the threshold that was fitted on val

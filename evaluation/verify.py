@@ -27,7 +27,7 @@ LOGIT_IMAGES = 8  # of an export, whose logits are compared
 SAME = 1e-3  # nats between scores of the same weights
 # Relative difference of logits that rounding the merged weights to a dtype may make (docs/LOG.md).
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
-SCORING_BYTES = 3e9  # of a GPU, kept free for a image beside 16-bit weights
+SCORING_BYTES = 3e9  # of a GPU, kept free for an image beside 16-bit weights
 CHANCE = 0.01  # p below which the exported model names worse
 
 

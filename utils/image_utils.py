@@ -22,7 +22,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class ImageError(UserError):
-    """A image that cannot be used; the message names the file and the reason."""
+    """An image that cannot be used; the message names the file and the reason."""
 
 
 def is_image_name(path: Path) -> bool:
@@ -89,7 +89,7 @@ def grey_image(size: tuple[int, int]) -> dict:
 
 
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
-    """(H, W) that fit_image gives a image of this (H, W)."""
+    """(H, W) that fit_image gives an image of this (H, W)."""
     return size if image_size is None else (image_size, image_size)
 
 
@@ -111,7 +111,7 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: is not a image in any of the formats {', '.join(FORMATS)}") from None
+        raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error
     if image.width * image.height > max_pixels:

@@ -62,7 +62,7 @@ def plot_report(
     title: str,
     path: str | Path,
 ) -> None:
-    """Each class's share right, reliability, look-alikes with a image of each, and mistakes with the likeliest names.
+    """Each class's share right, reliability, look-alikes with an image of each, and mistakes with the likeliest names.
 
     `bins` are (mean confidence, share right, images); a pair is (name, name, times confused, image, image); a mistake
     is (image, truth, [(name, probability), ...]).

@@ -1,6 +1,6 @@
 """Prompt pieces from the checkpoint's own chat template, and our own arithmetic of image tokens.
 
-H, W: height and width of a image in pixels. A tile is the square the vision tower sees, cut into patches.
+H, W: height and width of an image in pixels. A tile is the square the vision tower sees, cut into patches.
 """
 
 from typing import NamedTuple
@@ -71,7 +71,7 @@ def _end_of_turn(tokenizer, tail: str, stop_ids: list[int]) -> int:
 
 
 def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:
-    """(image tokens, tiles) that LLaVA-NeXT makes of a image of this (H, W).
+    """(image tokens, tiles) that LLaVA-NeXT makes of an image of this (H, W).
 
     One tile shows the whole image, (tile / patch)^2 tokens. The others show it at the pinpoint (H, W) that keeps most
     of its pixels and, among those, wastes least; rows and columns that only pad it are dropped, and each row that is

@@ -408,7 +408,7 @@ def vanish() -> None:
 
 
 def vanished(folder: Path) -> Outcome:
-    """A image of an image folder is deleted while the run goes on: it is named, and the run ends without it."""
+    """An image of an image folder is deleted while the run goes on: it is named, and the run ends without it."""
     argv = own_images(folder)
     status = finish(start(folder, argv, vanish))
     told = screen_of(folder)

@@ -91,7 +91,7 @@ def test_every_fault(expected, half, tmp_path, may_mount):
     table.add("a worker killed", [faults.worker_killed(tmp_path / f"worker{n}", end) for n in range(3)])
     table.add("disk full inside a save", [faults.disk_full(tmp_path / "full", end)])
     table.add("run folder read-only", [faults.read_only(tmp_path / "ro", half, end)])
-    table.add("a image vanished", [faults.vanished(tmp_path / "vanished")])
+    table.add("an image vanished", [faults.vanished(tmp_path / "vanished")])
     table.add("/dev/shm too small", [faults.cramped_shared_memory(tmp_path / "shm", end)])
     table.add("a second training in the folder", [faults.two_at_once(tmp_path / "two", end)])
     print(table)

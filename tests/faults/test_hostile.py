@@ -33,7 +33,7 @@ def left_out(told: str) -> list[str]:
 
 def test_hostile_photos_through_training_and_evaluation(images, tmp_path, monkeypatch, capsys):
     folder, expected = images
-    del expected["folder.jpg"]  # is not taken for a image
+    del expected["folder.jpg"]  # is not taken for an image
     refused = sorted(name for name, words in expected.items() if words != OPENS)
     monkeypatch.chdir(tmp_path)
     tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-unreadable-fraction", "1", "--output-dir", "run"]

@@ -167,7 +167,7 @@ def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_d
 
 @pytest.mark.parametrize("trainable", ["adapter", "projector"])
 def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint, capsys):
-    """With a image of val that does not open among the first, and a base that would draw names by lot."""
+    """With an image of val that does not open among the first, and a base that would draw names by lot."""
     import train
     from tests.conftest import TINY
 

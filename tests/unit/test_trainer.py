@@ -436,14 +436,14 @@ def test_a_batch_of_another_shape_is_refused_at_the_door(name, change, tiny, tmp
 
 def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path, capsys):
     setup_logging()
-    drawn = [row | {"image": {"bytes": b"not a image", "path": f"{row['id']}.jpg"}} if index in (3, 9) else row
+    drawn = [row | {"image": {"bytes": b"not an image", "path": f"{row['id']}.jpg"}} if index in (3, 9) else row
              for index, row in enumerate(tiny.rows(32))]  # fmt: skip
     train_set = Dataset.from_list(drawn, features=ROW)
     trainer = make_trainer(tiny, tmp_path / "few", train_set, max_unreadable_fraction=0.1)
     trainer.train()
     told = capsys.readouterr().out
     assert (
-        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not a image" in told
+        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not an image" in told
     )
     assert sum(step["images"] for step in read_metrics(tmp_path / "few")) == 60
     with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_unreadable_fraction=0.01"):

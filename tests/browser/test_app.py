@@ -1,0 +1,226 @@
+"""The web demo in a real browser: make test-browser."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evaluation.model_card import WARNING
+from tests.conftest import ROOT
+from tests.faults.corpus import OPENS, contents
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+QUIET += " --disable-component-update --disable-sync"
+CAMERA = "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """Address of the page of a run of six steps, app.py beside it as its own process."""
+    pytest.importorskip("gradio", reason="the page needs gradio: make test-browser installs it")
+    import train
+    from data import dataset
+
+    folder = tmp_path_factory.mktemp("app")
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in {"train": 48, "validation": 20, "test": 20}.items():
+            patch.setitem(dataset.SPLIT_SIZES, split, count)
+        tiny = ["--preset", "tiny", "--max-steps", "6", "--num-workers", "0", "--output-dir", str(folder / "run")]
+        assert train.main(tiny) == 0
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    # a proxy that is not there: neither the page nor its start may need it
+    environment = os.environ | {"TMPDIR": str(temporary), "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    with open(folder / "log", "w") as log:
+        argv = [sys.executable, str(ROOT / "app.py"), str(folder / "run"), "--port", "0"]
+        server = subprocess.Popen(argv, stdout=log, stderr=log, env=environment, cwd=folder)
+    try:
+        until = time.monotonic() + 120
+        while not (found := re.search(r"page   (\S+)", (folder / "log").read_text())):
+            assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield found[1]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 130
+        text = (folder / "log").read_text()
+        assert "the page is closed" in text and "Traceback" not in text
+        assert not list(temporary.glob("llava_plants_*")) and not list(ROOT.glob("*.pyi"))
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api", reason="make test-browser installs Playwright")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"{CHROMIUM}: no such browser; name one in CHROMIUM")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=f"{QUIET} {CAMERA}".split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(shown, chromium):
+    """open_page(width, height) shows the page; at the end nothing has failed in it or been asked of another host."""
+    contexts, wrong = [], []
+
+    def show(width: int = 1100, height: int = 850):
+        context = chromium.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda one: one.url.startswith((shown, "data:", "blob:")) or wrong.append(one.url))
+        page.on("console", lambda one: one.type == "error" and wrong.append(one.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(dialog.message))
+        page.goto(shown)
+        page.wait_for_selector("#photo input[type=file]", state="attached")
+        page.wait_for_selector(".gallery button >> nth=5")
+        return page
+
+    yield show
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "plain.jpg"
+    path.write_bytes(contents()["plain.jpg"][0])
+    return path
+
+
+def choose(page, path: Path) -> None:
+    page.set_input_files("#photo input[type=file]", path)
+
+
+def answer(page) -> str:
+    page.wait_for_selector("#answer h2")
+    return page.inner_text("#answer")
+
+
+DROP = """([place, kind, name, type]) => {
+    const files = new DataTransfer();
+    files.items.add(new File(["no photo"], name, {type}));
+    const more = {bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files};
+    const event = kind === "paste" ? new ClipboardEvent(kind, more) : new DragEvent(kind, more);
+    document.querySelector(place).dispatchEvent(event);
+}"""
+
+
+def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo):
+    page = open_page()
+    choose(page, photo)
+    answer(page)
+    lines = page.query_selector_all("#answer li")
+    assert len(lines) == 5
+    for line in lines:
+        text = line.query_selector("b").inner_text()
+        whole, part = (one.bounding_box()["width"] for one in line.query_selector_all("span"))
+        share = {"<1%": 0.0, ">99%": 1.0}.get(text) if text[0] in "<>" else int(text[:-1]) / 100
+        assert abs(part / whole - share) < 0.011
+    page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").click()
+    page.wait_for_selector("#answer h2", state="detached")
+    assert page.inner_text("#answer").strip() == "The name appears here."
+    assert WARNING in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
+
+
+def test_an_example_is_named(open_page):
+    page = open_page()
+    page.click(".gallery button >> nth=2")
+    answer(page)
+    assert page.locator("#answer li").count() == 5
+    assert "/3%20" in page.get_attribute("#photo img", "src")
+
+
+@pytest.mark.parametrize("name", ["holiday.jpg", "letter.txt"])
+def test_a_file_that_is_no_photo_gets_a_sentence(name, open_page, tmp_path):
+    (tmp_path / name).write_text("no photo at all")
+    page = open_page()
+    choose(page, tmp_path / name)
+    assert f"{name}: is not an image in any of the formats JPEG, PNG" in answer(page)
+
+
+def test_dropped_and_pasted_anywhere(open_page):
+    page = open_page()
+    for place, kind, name, type in [
+        ("#photo button", "drop", "one.pdf", "application/pdf"),
+        ("#photo img", "drop", "two.txt", "text/plain"),
+        ("#foot", "drop", "three.png", "image/png"),
+        ("body", "paste", "four.png", "image/png"),
+    ]:
+        page.evaluate(DROP, [place, kind, name, type])
+        page.wait_for_selector(f"#answer >> text={name}: is not an image")
+
+
+def test_a_photo_is_taken_with_the_camera(open_page):
+    page = open_page()
+    page.click("[aria-label='Capture from camera']")
+    page.click("text=Click to Access Webcam")
+    page.wait_for_function("document.querySelector('#photo video')?.videoWidth > 0")
+    page.wait_for_timeout(500)  # and then it shows its first frame
+    page.click("[aria-label='capture photo']")
+    answer(page)
+    assert page.locator("#answer li").count() == 5
+
+
+def test_the_name_is_that_of_the_last_of_two_photos_in_a_hurry(open_page, tmp_path, photo):
+    (tmp_path / "not.jpg").write_text("no photo")
+    page = open_page()
+    page.click(".gallery button >> nth=1")
+    page.click(".gallery button >> nth=3")
+    choose(page, photo)
+    choose(page, tmp_path / "not.jpg")
+    page.wait_for_selector("#answer >> text=not.jpg: is not an image")
+    page.wait_for_timeout(1000)
+    assert "not.jpg: is not an image" in page.inner_text("#answer")
+
+
+def test_a_phone_shows_the_answer_without_scrolling_sideways(open_page, photo):
+    page = open_page(390, 844)
+    choose(page, photo)
+    answer(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    last = page.locator("#answer li").last.bounding_box()
+    assert last["y"] + last["height"] <= 844 and last["x"] + last["width"] <= 390
+
+
+def test_two_at_once_both_get_answers(open_page, photo):
+    pages = [open_page(), open_page()]
+    for page in pages:
+        choose(page, photo)
+    assert answer(pages[0]) == answer(pages[1])
+
+
+HOSTILE = ["half.jpg", "bomb.png", "16 bit.png", "page.jpg", "empty.jpg", "sideways.jpg", "pages.tiff", "text bomb.png"]
+HOSTILE += ["-rf {0} %s $(x) 'q'.jpg", "\u202egpj.jpg", f"{'long' * 60}.jpg", "loop.tiff"]
+
+
+def test_hostile_files_get_names_or_a_sentence(open_page, tmp_path):
+    for name in HOSTILE:
+        data, words = contents()[name]
+        (tmp_path / name).write_bytes(data)
+        page = open_page()
+        choose(page, tmp_path / name)
+        text = answer(page)
+        assert (page.locator("#answer li").count() == 5) if words == OPENS else (words in text), (name, text)
+        assert "llava_plants_" not in text and page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_file_above_the_upload_limit_is_refused(shown, chromium, tmp_path):
+    (tmp_path / "big.jpg").write_bytes(bytes(21_000_000))
+    page = chromium.new_page()
+    page.goto(shown)
+    page.wait_for_selector("#photo input[type=file]", state="attached")
+    choose(page, tmp_path / "big.jpg")
+    page.wait_for_selector("text=exceed the maximum allowed size")
+    page.close()
