@@ -56,7 +56,7 @@ def score_with_cache(
 ) -> tuple[list[dict], float | None]:
     """(entry of each image, photos/s): those that the file of the same header holds are not computed again.
 
-    `compute(rows)` yields an entry with the "id" for each of these rows whose image opens. An image that was replaced is
+    `compute(rows)` yields an entry with the "id" for each of these rows whose image opens. A replaced image is
     computed again, and a label is always that of the row. Of several ranks each computes a part; the main one
     keeps and returns all entries, and the others return ([], None).
     """

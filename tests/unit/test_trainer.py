@@ -442,9 +442,7 @@ def test_bad_photos_are_counted_named_and_above_a_share_an_error(tiny, tmp_path,
     trainer = make_trainer(tiny, tmp_path / "few", train_set, max_unreadable_fraction=0.1)
     trainer.train()
     told = capsys.readouterr().out
-    assert (
-        told.count("photo left out") == 2 and "(2 of train so far)" in told and "test-00003.jpg: is not an image" in told
-    )
+    assert told.count("photo left out") == 2 and "(2 of train so far)" in told and "00003.jpg: is not an image" in told
     assert sum(step["images"] for step in read_metrics(tmp_path / "few")) == 60
     with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_unreadable_fraction=0.01"):
         make_trainer(tiny, tmp_path / "many", train_set).train()
