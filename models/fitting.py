@@ -14,8 +14,8 @@ from transformers import Trainer
 from models.builder import unwrap
 from models.fused_layers import set_activation_checkpointing
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
-from models.parallel import checksum_quantized, shard_frozen_parameters, unshard, unsharded
 from runtime.device import GIB, available_gpu_memory, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from runtime.distributed import checksum_quantized, shard_frozen_parameters, unshard, unsharded
 from utils.logging_utils import UserError, logger
 
 COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (docs/LOG.md)
@@ -75,8 +75,9 @@ def shard_weights(trainer: Trainer, row: dict, compile: str = "auto", steps_done
     """
     device = trainer.args.device
     whole = peak_memory(device)
-    bits = checksum_quantized(trainer.model)
-    trainer.fsdp_modules = shard_frozen_parameters(trainer.model)
+    base = unwrap(trainer.model)
+    bits = checksum_quantized(base)
+    trainer.fsdp_modules = shard_frozen_parameters(base)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no weights that are spread
     (trainer.dummy_micro_batch,) = trainer.data_collator([row]).to(device).split(1)
     for name in ("labels", "shift_labels"):
@@ -99,7 +100,7 @@ def shard_weights(trainer: Trainer, row: dict, compile: str = "auto", steps_done
                 raise
             raise UserError(f"plan: {no_room(trainer)}") from error
     with unsharded(trainer.fsdp_modules):
-        if checksum_quantized(trainer.model) != bits:
+        if checksum_quantized(base) != bits:
             raise UserError(
                 "plan: 4-bit weights come back altered from the other processes; use --sharding none, and report it"
             )

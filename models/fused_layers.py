@@ -191,7 +191,7 @@ class Kernels:
     def dequantize(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its adapter's B at `start`."""
         weight = linear.weight
-        # A weight that was spread over several GPUs comes back without it; models/parallel.py left it at the module.
+        # A weight that FSDP unshards comes back without it; runtime/distributed.py left it at the module.
         state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
         if self.has_triton and can_dequantize(weight, state):
             try:

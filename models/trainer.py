@@ -29,7 +29,6 @@ from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fitting import no_room
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import is_out_of_memory
-from models.parallel import all_reduce_gradients, shard_batches, unsharded
 from models.scoring import MicroBatchSize, build_tries, judge_scores, score_batch
 from runtime.checkpoint import (
     CARD,
@@ -43,7 +42,7 @@ from runtime.checkpoint import (
     write_manifest,
 )
 from runtime.device import fit_workers
-from runtime.distributed import get_world_size
+from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import BEST, PREFIX, cut_metrics
 from utils.image_utils import check_unreadable_fraction
@@ -155,7 +154,7 @@ class PlantTrainer(Trainer):
         for micro_batch in micro_batches:
             if self.args.world_size == 1:  # several stop together, at the end of a step
                 self.stop.check()
-            with self.accelerator.no_sync(model):  # DDP's own sum; models/parallel.py says why
+            with self.accelerator.no_sync(model):  # DDP's own sum; runtime/distributed.py says why
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
@@ -284,7 +283,7 @@ class PlantTrainer(Trainer):
     @property
     def total_batch_size(self) -> int:
         """Images per optimizer step over all processes."""
-        return self.args.per_device_train_batch_size  # models/parallel.py shares a batch out
+        return self.args.per_device_train_batch_size  # runtime/distributed.py shares a batch out
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the planned steps, from a checkpoint if there is one.

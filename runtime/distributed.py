@@ -1,7 +1,14 @@
-"""Several ranks that train or score one model: how they find each other, and how the failure of one ends all.
+"""Several ranks that train or score one model: the process group, shards of batches and of weights, gradient sums.
 
-A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and sets the environment variables that
-say which is which.
+A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and says by environment variables which is
+which. Each rank takes every n-th sample of the same batches, so the order of samples and a step's exact token mean are
+those of a single rank, whatever is left over at the end. Gradients are all-reduced once, after the last micro-batch,
+and not by DDP's hooks in its backward pass: a rank that runs out of memory there could not retry it, for the others
+would wait in the middle of the reduction.
+
+Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank: an adapter is small, so
+gradients, optimizer and checkpoints are the same with and without sharding, and either resumes from the other's.
+accelerate's FSDP would shard those too, and then all ranks have to take part in all forwards and saves.
 """
 
 import contextlib
@@ -14,11 +21,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed
+from torch import nn
+from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
 from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
@@ -263,3 +272,102 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
             f"settings differ from rank 0: {'; '.join(differences)}. Give all machines the same command, files and "
             "config/training_config.py."
         )
+
+
+# ---- data and gradients
+
+
+class ShardedBatchSampler(BatchSampler):
+    """Every n-th sample of each batch; of a batch with fewer samples than ranks some ranks get none."""
+
+    def __init__(self, batches: BatchSampler, rank: int, world_size: int):
+        self.batches = batches
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def sampler(self):
+        return self.batches.sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def shard_batches(loader, rank: int, world_size: int) -> None:
+    """Replace the sharding of a loader that accelerate prepared, which fills the last batch up with other samples."""
+    sampler = loader.batch_sampler
+    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, rank, world_size)
+    sampler.num_processes, sampler.process_index = 1, 0
+    sampler.even_batches, sampler.batch_size = False, None
+
+
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
+    """Each gradient becomes its mean over the ranks, zero for those without samples, in one all-reduce."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in trainable])
+    torch.distributed.all_reduce(flat)
+    flat /= world_size
+    for parameter, mean in zip(trainable, flat.split([parameter.numel() for parameter in trainable])):
+        parameter.grad.copy_(mean.view_as(parameter))
+
+
+# ---- frozen weights (FSDP)
+
+
+def shard_frozen_parameters(base) -> list[nn.Module]:
+    """Shard the frozen weights of a LLaVA-NeXT across all ranks: layer by layer, embeddings, head, and the rest.
+
+    Returns the FSDP modules, each of which is unsharded for its forward and its backward; the first forward after this
+    must be of the whole model.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for module in _quantized_modules(base):
+        module.quant_state = module.weight.quant_state  # a weight that was unsharded is a plain tensor without it
+        # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
+        packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
+        module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+    tower = base.model.vision_tower
+    # Their layers and not the towers: transformers knows by its class which module records hidden states.
+    modules = [*base.model.language_model.layers, *getattr(tower, "vision_model", tower).encoder.layers]
+    if base.get_input_embeddings().weight is not base.lm_head.weight:
+        modules += [base.get_input_embeddings(), base.lm_head]
+    trainable = {parameter for parameter in base.parameters() if parameter.requires_grad}
+    return [fully_shard(module, ignored_params=trainable) for module in (*modules, base)]
+
+
+def _quantized_modules(base) -> list[nn.Module]:
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in base.modules() if isinstance(module, Linear4bit)]
+
+
+def checksum_quantized(base) -> list[int]:
+    """One number for each 4-bit weight: whether it comes back from the other ranks as it was."""
+    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _quantized_modules(base)]
+
+
+@contextlib.contextmanager
+def unsharded(fsdp_modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, all weights are whole on each rank, which may then compute what the others do not."""
+    unshard(fsdp_modules)
+    try:
+        yield
+    finally:
+        for module in fsdp_modules:
+            module.set_reshard_after_forward(module is not fsdp_modules[-1], recurse=False)  # FSDP's own default
+            module.reshard()
+
+
+def unshard(fsdp_modules: Sequence[nn.Module]) -> None:
+    """Make all weights whole on each rank, for good. All ranks call it together."""
+    for module in fsdp_modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()

@@ -26,8 +26,8 @@ import train
 from config.training_config import TrainingConfig, load_config
 from data.dataset import build_datasets, take
 from evaluation.evaluator import read_entries
-from models.parallel import ShardedBatchSampler
 from runtime import distributed
+from runtime.distributed import ShardedBatchSampler
 from runtime.run_dir import read_metrics
 from tests.conftest import ROOT
 from utils.logging_utils import UserError
@@ -422,10 +422,10 @@ def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     script = with_fault(here, """
         from models import fitting
         real_shard = fitting.shard_frozen_parameters
-        def altered(model):
-            parts = real_shard(model)
+        def altered(base):
+            parts = real_shard(base)
             if rank == 1:
-                weight = fitting.unwrap(model).model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
+                weight = base.model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
                 weight.to_local().view(torch.int32)[7] += 1
             return parts
         fitting.shard_frozen_parameters = altered

@@ -238,7 +238,7 @@ for dtype in (torch.float32, torch.float16):
     packed, state = quantize_4bit(torch.randn(32, 2048, dtype=dtype), quant_type="nf4", compress_statistics=True)
     up = torch.randn(32, 16)
     out = torch.full((32, 2048 + 64), 7.0, dtype=dtype)
-    dequantize(packed.view(-1).view(torch.float32), state, up, 16, out)  # as models/parallel.py has it
+    dequantize(packed.view(-1).view(torch.float32), state, up, 16, out)  # as runtime/distributed.py has it
     assert torch.equal(out[:, :2048], dequantize_4bit(packed, state))
     assert torch.equal(out[:, 2064:2080], up.to(dtype)) and not out[:, 2048:2064].any() and not out[:, 2080:].any()
     out = torch.full((32, 2048), 7.0, dtype=dtype)
