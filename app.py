@@ -23,7 +23,8 @@ from pathlib import Path
 
 from config.cli import COMPUTE_OPTIONS, parse_run_command
 from config.training_config import ConfigError, option
-from runtime.run_dir import BEST, open_run
+from runtime.run_dir import load_run
+from runtime.run_files import BEST
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
@@ -41,7 +42,7 @@ class PageOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, open_run)
+    use = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, load_run)
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():

@@ -200,10 +200,15 @@ def describe(config: TrainingConfig, device, precision: str, image, sample) -> l
 
 def train_ours(config, model, processor, collator, rows, precision, device):
     """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
+    from data.dataset import PlantData
+    from models.builder import PlantModel
     from models.fitting import plan_memory
     from models.trainer import build_trainer
+    from runtime.run_dir import Run
 
-    trainer = build_trainer(config, model, processor, collator, rows, None, precision, device)
+    plant = PlantModel(model, processor, collator.prompt, collator, precision, device)
+    data = PlantData(rows, None, rows, list(collator.class_names), "made images")
+    trainer = build_trainer(Run(config), plant, data)
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
     plan_memory(

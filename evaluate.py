@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, CommandLine, list_runs
-from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config, option, save_config
-from runtime.run_dir import BEST, changed_fields, open_run
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
+from runtime.resume import changed_fields
+from runtime.run_dir import Run, load_run
+from runtime.run_files import BEST, load_config, save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
@@ -61,7 +63,7 @@ def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
     line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
     config, recorded = TrainingConfig(question=PUBLISHED_QUESTION), {}
     for folder in line.words:
-        config, recorded = line.load_run(folder, open_run, (config, recorded))
+        config, recorded = line.load_run(folder, load_run, (config, recorded))
     if len(line.words) > 2:
         line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
     elif not line.words and not {"model", "preset"} & set(line.given):
@@ -112,45 +114,32 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from peft import PeftModel
 
-        from data.collator import PlantCollator
         from data.dataset import build_datasets, data_fingerprint, known_duplicates, take
         from data.labels import parse_reply
         from evaluation.evaluator import build_evaluator
         from evaluation.model_card import build_model_card
-        from models.builder import (
-            build_model,
-            build_processor,
-            build_trained,
-            check_model,
-            compile_layers,
-            describe_model,
-        )
+        from models.builder import PlantModel
         from runtime.checkpoint import CARD, describe_best
-        from runtime.device import choose_precision
         from runtime.distributed import assert_same_across_ranks, init_distributed
 
         # Weights are whole on every rank here, so a run that was sharded is scored by one rank too.
         dist = held.enter_context(init_distributed(dataclasses.replace(config, sharding="none")))
         device = dist.device
-        precision = choose_precision(config.mixed_precision, device)
         assert_same_across_ranks({"run": f"{folder}"} | dataclasses.asdict(options), dist)
         with dist.main_process_first():
             adapter = None if is_base else describe_best(folder / BEST)
             data = build_datasets(config)
-            processor, prompt = build_processor(config, data.class_names)
             if not is_base:
                 check_data(data, recorded, config, folder)
         assert_same_across_ranks({"images": data_fingerprint(data)}, dist)
-        collator = PlantCollator(processor, prompt, data.class_names, config.image_size)
         ood = collect_ood_images(options.ood)
         if is_base:
-            model = build_model(config, processor, device, precision)
-            check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-            facts = describe_model(model, processor, precision, device) | {"class_names": data.class_names}
+            plant = PlantModel.from_config(config, data.class_names, device)
             if dist.is_main_process:
-                save_config(config, folder, facts | {"base": True})
+                save_config(config, folder, plant.facts() | {"class_names": data.class_names, "base": True})
         else:
-            model = build_trained(config, recorded, folder, processor, prompt, device, precision)
+            plant = PlantModel.from_run(Run(config, recorded), device)
+        model, collator, precision = plant.model, plant.collator, plant.precision
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)
         if rows is None:
@@ -163,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             logger.setLevel(logging.WARNING)  # what it meets from here on is its own, such as bad images
         worth = len(rows) / dist.world_size >= WORTH_COMPILING
         if config.compile == "auto" and device.type == "cuda" and worth:
-            compile_layers(model)
+            plant.compile()
         with model.disable_adapter() if is_base and isinstance(model, PeftModel) else contextlib.nullcontext():
             evaluator = build_evaluator(
                 *(config, model, collator, precision, folder, adapter, dist),
@@ -184,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
                     duplicates=known_duplicates(rows["id"]),
                 )
                 if not is_base and dist.is_main_process:
-                    card = build_model_card(*open_run(folder), folder, prompt)
+                    run = Run.load(folder)
+                    card = build_model_card(run.config, run.recorded, folder, plant.prompt)
                     (folder / BEST / CARD).write_text(card, encoding="utf-8")
     return 0
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, RunCommand, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
-from runtime.run_dir import BEST, is_finished, open_run
+from runtime.run_dir import Run, load_run
+from runtime.run_files import BEST, is_completed
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -37,7 +38,7 @@ class ExportOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), open_run, "OUT")
+    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), load_run, "OUT")
     set_environment()
     setup_logging()
     out, repository = Path(use.words[0]), use.options.push_to_hub
@@ -75,7 +76,7 @@ def check_can_export(use: RunCommand, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new folder")
     describe_best(use.folder / BEST)
-    if not is_finished(use.folder):
+    if not is_completed(use.folder):
         logger.warning(f"{use.folder}: is not finished; exported is what named val best so far")
     if use.options.adapter_only and is_whole:
         raise UserError(f"{use.folder}: all weights learned, there is no adapter; leave out --adapter-only")
@@ -157,7 +158,7 @@ def export_whole(use: RunCommand, draft: Path) -> None:
     processor, prompt = build_processor(config, names)
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
     found = {"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}
-    check_same_base(found, recorded, config.model, folder)
+    check_same_base(found, Run(config, recorded))
     collator = PlantCollator(processor, prompt, names, config.image_size)
     few = first_readable(collator, rows, LOGIT_IMAGES)
     adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
@@ -188,7 +189,8 @@ def export_whole(use: RunCommand, draft: Path) -> None:
     logger.info(f"result proven: {told}")
     # The run's own config: what was given here beside it is not what it was trained with.
     verification = f"Merged in {options.dtype} and loaded afresh: {told}."
-    card = build_model_card(*open_run(folder), folder, prompt, verification, is_merged=True)
+    run = Run.load(folder)
+    card = build_model_card(run.config, run.recorded, folder, prompt, verification, is_merged=True)
     (draft / CARD).write_text(card, encoding="utf-8")
 
 
@@ -200,7 +202,7 @@ def export_adapter(use: RunCommand, draft: Path) -> None:
     from evaluation.model_card import base_name, build_model_card
     from evaluation.verify import LOGIT_IMAGES, check_merge, first_readable, logits_of, relative_difference
     from models.builder import DTYPES as DTYPE_OF
-    from models.builder import build_base, build_processor, build_trained
+    from models.builder import PlantModel, build_base, build_processor
     from models.merging import save_processor
     from runtime.checkpoint import CARD
     from runtime.device import choose_device, choose_precision, collect_memory
@@ -219,16 +221,17 @@ def export_adapter(use: RunCommand, draft: Path) -> None:
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_processor(processor, draft)
     save_classes(use, prompt, draft)
-    model = build_trained(config, recorded, folder, processor, prompt, device, precision)
-    expected = logits_of(model, collator, few, dtype, device)
-    del model
+    plant = PlantModel.from_run(Run(config, recorded), device)
+    expected = logits_of(plant.model, collator, few, dtype, device)
+    del plant
     collect_memory(device)
     model = PeftModel.from_pretrained(build_base(config, processor, device, dtype), draft)
     with model.disable_adapter():
         untouched = relative_difference(logits_of(model, collator, few, dtype, device), expected)
     rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
     logger.info(f"result proven: {check_merge(rounding, untouched, dtype)}")
-    (draft / CARD).write_text(build_model_card(*open_run(folder), folder, prompt), encoding="utf-8")
+    run = Run.load(folder)
+    (draft / CARD).write_text(build_model_card(run.config, run.recorded, folder, prompt), encoding="utf-8")
 
 
 # ---- what they share

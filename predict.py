@@ -18,7 +18,8 @@ from pathlib import Path
 
 from config.cli import COMPUTE_OPTIONS, RunCommand, parse_run_command
 from config.training_config import ConfigError, option
-from runtime.run_dir import BEST, open_run
+from runtime.run_dir import load_run
+from runtime.run_files import BEST
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 
@@ -29,7 +30,7 @@ class PredictionOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, open_run, "IMAGE ...")
+    use = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, load_run, "IMAGE ...")
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="what was named stands above"):
@@ -53,20 +54,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_predictor(use: RunCommand):
     """The evaluation.predictor.Predictor of a run."""
-    from data.collator import PlantCollator
     from evaluation.predictor import build_predictor
-    from models.builder import build_processor, build_trained
+    from models.builder import PlantModel
     from runtime.checkpoint import describe_best
-    from runtime.device import choose_device, choose_precision
+    from runtime.device import choose_device
+    from runtime.run_dir import Run
 
     folder, config, recorded = use.folder, use.config, use.recorded
     adapter = None if recorded.get("base") else describe_best(folder / BEST)
     device = choose_device(config.model, config.gpu_memory_fraction)
-    precision = choose_precision(config.mixed_precision, device)
-    processor, prompt = build_processor(config, recorded["class_names"])
-    collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
-    model = build_trained(config, recorded, folder, processor, prompt, device, precision)
-    return build_predictor(config, model, collator, precision, folder, adapter)
+    plant = PlantModel.from_run(Run(config, recorded), device)
+    return build_predictor(config, plant.model, plant.collator, plant.precision, folder, adapter)
 
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:

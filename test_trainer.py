@@ -298,17 +298,18 @@ def check_model(ready) -> str:
 
 
 def check_steps(ready) -> str:
+    from models.builder import PlantModel
     from models.fitting import plan_memory
     from models.trainer import build_trainer
-    from runtime.run_dir import read_metrics
+    from runtime.run_dir import Run
+    from runtime.run_files import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(
             ready.config, output_dir=folder, max_steps=STEPS, save_steps=10 * STEPS, eval_steps=None, report_to="none"
         )
-        trainer = build_trainer(
-            config, ready.model, ready.processor, ready.collator, ready.data.train, None, ready.precision, ready.device
-        )
+        plant = PlantModel(ready.model, ready.processor, ready.prompt, ready.collator, ready.precision, ready.device)
+        trainer = build_trainer(Run(config), plant, ready.data._replace(validation=None))
         trainer.args.save_strategy = "no"
         plan_memory(
             *(trainer, ready.collator.largest_row(ready.data.train)),

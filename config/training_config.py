@@ -6,14 +6,12 @@ tenth of a second and not the import of torch.
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 CONFIG_FILE = "training_config.json"
 RANDOM_MODELS = ("tiny", "scratch", "full")  # values of `model`: built from a config with random weights, no download
@@ -374,35 +372,3 @@ def config_from_dict(saved: dict) -> TrainingConfig:
     if problems:
         raise ConfigError("; ".join(problems))
     return resolve_paths(config)
-
-
-def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> None:
-    """Write the resolved config beside the weights, with the facts that the run recorded: commit, class names, ..."""
-    text = json.dumps({"config": dataclasses.asdict(config), "recorded": recorded}, indent=2)
-    write_whole(Path(folder) / CONFIG_FILE, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
-    """(config, recorded facts) of a run. Raises ConfigError if the file is missing, torn, or has wrong values."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return config_from_dict(dict(saved["config"])), dict(saved["recorded"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as the config of a run ({error}); restore the file, or use another --output-dir"
-        ) from error

@@ -51,6 +51,13 @@ class PlantData(NamedTuple):
     class_names: list[str]
     source: str  # for the header
 
+    @property
+    def num_train(self) -> int:
+        return self.train.images if isinstance(self.train, Stream) else len(self.train)
+
+    def fingerprint(self) -> str:
+        return data_fingerprint(self)
+
 
 def build_datasets(config: TrainingConfig) -> PlantData:
     """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""

@@ -28,9 +28,10 @@ from evaluation.report import (
 from models.builder import DTYPES, unwrap
 from models.generation import generate_batches
 from models.scoring import score_batches
-from runtime.checkpoint import BEST, describe_best
+from runtime.checkpoint import describe_best
 from runtime.device import fit_workers
 from runtime.distributed import Distributed, assert_same_across_ranks, get_local_world_size
+from runtime.run_files import BEST
 from utils.image_utils import check_unreadable_fraction, grey_image
 from utils.logging_utils import UserError, logger
 

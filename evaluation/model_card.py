@@ -13,7 +13,7 @@ from config.training_config import RANDOM_MODELS, TrainingConfig
 from evaluation.report import render
 from runtime.checkpoint import CARD, describe_best, read_best
 from runtime.legacy import renamed
-from runtime.run_dir import BEST, read_metrics
+from runtime.run_files import BEST, read_metrics
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."

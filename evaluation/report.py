@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from config.training_config import write_whole
 from evaluation.metrics import (
     calibration_bins,
     choose_threshold,
@@ -24,6 +23,7 @@ from evaluation.metrics import (
     measure_selective,
     per_class,
 )
+from runtime.atomic import write_file
 from utils.image_utils import open_image
 from utils.logging_utils import logger
 from utils.plot_utils import plot_answers, plot_report
@@ -130,7 +130,7 @@ def write_report(
 ) -> None:
     """eval_<split>.json, .md and .png."""
     stem = Path(folder) / f"eval_{report['split']}"
-    write_whole(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
+    write_file(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(render("report.md.j2", report=report), encoding="utf-8")
     temperature = calibration.temperature if calibration else 1.0
     correct = scored.scores.argmax(axis=1) == scored.labels

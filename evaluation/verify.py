@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers import LlavaNextForConditionalGeneration
 
 from evaluation.metrics import compare
-from models.builder import load_weights, read_not_mapped, unwrap
+from models.builder import load_weights, read_without_mmap, unwrap
 from models.fused_layers import get_fused_layers
 from models.merging import Adapter
 from models.scoring import score_rows
@@ -101,7 +101,7 @@ def load_whole(
     place = {"device_map": {"": device}}
     if room is not None:
         place = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
-    with read_not_mapped():
+    with read_without_mmap():
         return LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **place)
 
 

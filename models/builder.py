@@ -1,19 +1,17 @@
-"""Processor, base model, adapter, and the assertions that what was loaded is what was asked for."""
+"""Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
 import contextlib
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -25,26 +23,146 @@ from transformers import (
     LlavaNextProcessor,
     PreTrainedModel,
     modeling_utils,
+    set_seed,
 )
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
-from models.fused_layers import can_fuse, fuse_layers, get_fused_layers, set_activation_checkpointing
+from data.collator import PlantCollator
+from models.checks import DTYPES, LORA_TARGETS, check_model
+from models.fused_layers import (
+    FusedLayer,
+    can_fuse,
+    fuse_layers,
+    get_fused_layers,
+    set_activation_checkpointing,
+    unwrap,
+)
+from models.generation import Reply, generate_batches
+from models.scoring import Score, score_batches
 from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
-from runtime.run_dir import BEST
-from utils.logging_utils import UserError
+from runtime.device import choose_precision, fit_workers
+from runtime.distributed import get_local_world_size
+from runtime.run_dir import Run
+from utils.logging_utils import UserError, first_line
 from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_TARGETS = (
-    rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"  # leaf names alone would match the vision tower too
-)
-IN_16_BIT = [
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "lm_head",
-]  # the list replaces the default, so lm_head is in it
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for its weights_fingerprint
+# The list replaces the default of transformers, so lm_head is in it.
+IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprint
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
+
+
+@dataclass
+class PlantModel:
+    """A LLaVA-NeXT with everything that travels with it: processor, prompt, collator, precision and device."""
+
+    model: PreTrainedModel | PeftModel | None  # None once released
+    processor: LlavaNextProcessor
+    prompt: Prompt
+    collator: PlantCollator
+    precision: str  # bf16, fp16 or no
+    device: torch.device
+    eval_batch_size: int = 4  # images per forward pass of an evaluation
+    num_workers: int = 0  # processes that decode images for an evaluation
+    checks: list[str] = field(default_factory=list)  # what check_model found true
+
+    @classmethod
+    def from_config(cls, config: TrainingConfig, class_names: Sequence[str], device: torch.device) -> "PlantModel":
+        """The base model of a config, with a new adapter if it has one, checked. Raises UserError."""
+        precision = choose_precision(config.mixed_precision, device)
+        processor, prompt = build_processor(config, class_names)
+        collator = PlantCollator(processor, prompt, class_names, config.image_size)
+        set_seed(config.seed)  # LoRA's A matrices are initialized at random
+        model = build_model(config, processor, device, precision)
+        batch_bytes = collator.batch_bytes(config.per_device_eval_batch_size) * get_local_world_size()
+        return cls(
+            model,
+            processor,
+            prompt,
+            collator,
+            precision,
+            device,
+            config.per_device_eval_batch_size,
+            fit_workers(config.num_workers, batch_bytes),
+            check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision),
+        )
+
+    @classmethod
+    def from_run(cls, run: Run, device: torch.device) -> "PlantModel":
+        """A run's model with the weights of its best/, on the base it was trained on. Raises UserError."""
+        plant = cls.from_config(run.config, run.recorded["class_names"], device)
+        check_same_base(plant.facts(), run)
+        if not run.is_base_model:
+            plant.load_weights(run.best_folder)
+        return plant
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.collator.class_names
+
+    @property
+    def base(self) -> LlavaNextForConditionalGeneration:
+        return unwrap(self.model)
+
+    @property
+    def fused(self) -> list[FusedLayer]:
+        """Its fused decoder layers; empty where the stock ones compute."""
+        return get_fused_layers(self.base.model.language_model.layers)
+
+    def facts(self) -> dict:
+        """What a run records beside its config, so that other scripts can tell whether they loaded the same model."""
+        is_cuda = self.device.type == "cuda"
+        return {
+            "model_commit": getattr(self.base.config, "_commit_hash", None),
+            "model_files": weights_fingerprint(self.base.config._name_or_path),
+            "image_processor": type(self.processor.image_processor).__name__,
+            "tokenizer_probe": tokenizer_probe(self.processor.tokenizer),
+            "precision": self.precision,
+            "device": torch.cuda.get_device_name(self.device) if is_cuda else self.device.type,
+            "packages": {name: version(name) for name in PACKAGES},
+        }
+
+    def describe(self, trainable: str, load_in_4bit: bool) -> str:
+        """Size, trainable share and precision, for the log."""
+        train, total = self.model.num_parameters(only_trainable=True), self.model.num_parameters()
+        return (
+            f"{total:,} parameters | {train:,} trainable ({train / total:.2%}, {trainable}) | "
+            f"{'4-bit nf4' if load_in_4bit else 'not quantized'} | {str(self.dtype).removeprefix('torch.')} | "
+            f"{len(self.fused)} fused layers | {len(self.checks)} checks passed"
+        )
+
+    def score(
+        self, rows, batch_size: int | None = None, num_workers: int | None = None
+    ) -> Iterator[tuple[list[Score], list[str]]]:
+        """For each batch of rows: the log-probability of every class name, and the unreadable images."""
+        size = self.eval_batch_size if batch_size is None else batch_size
+        workers = self.num_workers if num_workers is None else num_workers
+        return score_batches(self.model, self.collator, rows, self.collator.name_ids, size, workers, self.dtype)
+
+    def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[Reply], list[str]]]:
+        """For each batch of rows: greedy replies, and the unreadable images."""
+        loading = self.eval_batch_size, self.num_workers
+        return generate_batches(self.model, self.collator, rows, *loading, self.dtype, max_new_tokens)
+
+    def load_weights(self, folder: str | Path) -> None:
+        load_weights(self.model, folder)
+
+    def save(self, folder: str | Path) -> None:
+        """The trainable weights (of a full fine-tune the whole model) as safetensors, and the processor."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def compile(self) -> None:
+        compile_layers(self.model)
+
+    def eager(self) -> None:
+        """Plain kernels from now on: equal weights give equal numbers."""
+        for layer in self.fused[:1]:  # they share their kernels
+            layer.kernels.eager()
 
 
 # ---- the processor
@@ -55,26 +173,21 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
-    model_config = load_model_config(config.model, config.model_revision)
+    model, revision = config.model, config.model_revision
+    model_config = load_model_config(model, revision)
     try:
-        processor = AutoProcessor.from_pretrained(config.model, revision=config.model_revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
         # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
-        processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(
-            config.model, revision=config.model_revision
-        )
+        processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(model, revision=revision)
     except Exception as error:
-        raise UserError(_loading_failed(config.model, "processor", error)) from error
+        raise UserError(_loading_failed(model, "processor", error)) from error
     if not isinstance(processor, LlavaNextProcessor):
-        raise UserError(
-            f"--model {config.model}: its processor is a {type(processor).__name__}; a LlavaNextProcessor is needed"
-        )
+        raise UserError(f"--model {model}: has a {type(processor).__name__}; use one with a LlavaNextProcessor")
     # Some revisions on the hub lack these, and then every image is one token off.
     processor.patch_size = model_config.vision_config.patch_size
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1  # CLIP's CLS
-    return processor, build_prompt(
-        processor, config.question, load_stop_ids(config.model, config.model_revision, model_config)
-    )
+    return processor, build_prompt(processor, config.question, load_stop_ids(model, revision, model_config))
 
 
 def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
@@ -84,9 +197,7 @@ def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
     except Exception as error:
         raise UserError(_loading_failed(model, "config", error)) from error
     if not isinstance(config, LlavaNextConfig):
-        raise UserError(
-            f"--model {model}: is a {config.model_type} checkpoint; this program fine-tunes llava_next ones"
-        )
+        raise UserError(f"--model {model}: is a {config.model_type} checkpoint; use a llava_next one")
     return config
 
 
@@ -101,9 +212,9 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
 
 
 def weights_fingerprint(model: str) -> str | None:
-    """Of the weights in a folder, from a few KB of each file: other weights differ everywhere. None: no folder.
+    """Hash of a few KB of each weights file of a folder: other weights differ everywhere. None for a hub model.
 
-    A model of the hub has its commit; it is in the cache, in files of other names on every machine.
+    A model of the hub has its commit; its cached files have other names on every machine.
     """
     files = sorted(Path(model).glob("*.safetensors")) if model and Path(model).is_dir() else []
     digest = hashlib.sha256()
@@ -111,35 +222,32 @@ def weights_fingerprint(model: str) -> str | None:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
-            for piece in range(SAMPLES):
-                file.seek(piece * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            for sample in range(SAMPLES):
+                file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest() if files else None
 
 
 def _loading_failed(model: str, part: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    chain = {type(link).__name__ for link in _causes(error)}
-    refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in _causes(error))
-    if refused or chain & {"GatedRepoError", "RepositoryNotFoundError"}:
-        move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
-    elif chain & {
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    kinds = {type(link).__name__ for link in chain}
+    refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in chain)
+    unreachable = {
         "LocalEntryNotFoundError",
         "OfflineModeIsEnabled",
         "ConnectError",
         "ConnectTimeout",
         "ConnectionError",
-    }:
-        move = "the hub cannot be reached: check the network, or name a folder that holds the model"
+    }
+    if refused or kinds & {"GatedRepoError", "RepositoryNotFoundError"}:
+        move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
+    elif kinds & unreachable:
+        move = "the hub cannot be reached: check the network, or give a folder that holds the model"
     else:
-        move = "check the name and --model-revision, or name a folder that holds the model"
-    return f"--model {model}: its {part} cannot be loaded ({reason[:200]}); {move}"
-
-
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+        move = "check the name and --model-revision, or give a folder that holds the model"
+    return f"--model {model}: its {part} cannot be loaded ({first_line(error)[:200]}); {move}"
 
 
 # ---- the model
@@ -148,57 +256,39 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 def build_model(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, precision: str
 ) -> PreTrainedModel | PeftModel:
-    """Base model with what learns attached: language model in 4 bit, adapter in fp32, the rest frozen in 16 bit."""
-    # What learns is fp32: a whole model must not be rounded to 16 bit on its way there.
+    """The base model with its trainable parameters: 4-bit language model, LoRA in fp32, the rest frozen in 16 bit."""
+    # Trainable parameters are fp32: a full fine-tune must not round the weights to 16 bit first.
     dtype = torch.float32 if config.trainable == "everything" else DTYPES[precision]
     base = build_base(config, processor, device, dtype)
     model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
     layers = base.model.language_model.layers
-    recompute = config.gradient_checkpointing != "false"
+    checkpointing = config.gradient_checkpointing != "false"
     if can_fuse(layers):
-        offload = config.gradient_checkpointing == "offload"
         fused = fuse_layers(layers)
-        set_activation_checkpointing(fused, 0 if recompute else len(layers), offload)
+        offload = config.gradient_checkpointing == "offload"
+        set_activation_checkpointing(fused, 0 if checkpointing else len(layers), offload)
         if config.compile == "true":
             compile_layers(model)
-    elif recompute:
-        recompute_activations(model)
+    elif checkpointing:
+        enable_gradient_checkpointing(model)
     return model
 
 
-def build_trained(
-    config: TrainingConfig,
-    recorded: dict,
-    folder: str | Path,
-    processor: LlavaNextProcessor,
-    prompt: Prompt,
-    device: torch.device,
-    precision: str,
-) -> PreTrainedModel | PeftModel:
-    """The model of a run with the weights of its best/, on the base that was trained on. Raises UserError."""
-    model = build_model(config, processor, device, precision)
-    check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision)
-    check_same_base(describe_model(model, processor, precision, device), recorded, config.model, folder)
-    if not recorded.get("base"):
-        load_weights(model, Path(folder) / BEST)
-    return model
-
-
-def check_same_base(found: dict, recorded: dict, model: str, folder: str | Path) -> None:
-    """Raise UserError unless tokenizer, commit and files, as far as they were found, are those a run recorded."""
-    names = [name for name in ("tokenizer_probe", "model_commit", "model_files") if name in found and name in recorded]
-    moved = [name for name in names if found[name] != recorded[name]]
-    if moved:
+def check_same_base(found: dict, run: Run) -> None:
+    """Raise UserError unless tokenizer, commit and weights, as far as they were found, are those the run recorded."""
+    names = [name for name in ("tokenizer_probe", "model_commit", "model_files") if name in found]
+    changed = [name for name in names if name in run.recorded and found[name] != run.recorded[name]]
+    if changed:
         raise UserError(
-            f"--model {model}: is not what {folder} was trained on ({', '.join(moved)} differ); put back that "
-            "checkpoint"
+            f"--model {run.config.model}: is not what {run.folder} was trained on ({', '.join(changed)} differ); put "
+            "that checkpoint back"
         )
 
 
 def build_base(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
-    """The config's base model on the device: loaded, or made with random weights. Raises UserError."""
+    """The config's base model on the device: loaded, or randomly initialized. Raises UserError."""
     try:
         if config.model == "full":
             return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
@@ -218,10 +308,10 @@ def load_base(
     """The checkpoint on the device, from safetensors alone; its language model in nf4, doubly quantized, if asked."""
     if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
         raise UserError(
-            f"--model {model}: holds no *.safetensors weights; download them (git lfs pull), or name another folder"
+            f"--model {model}: holds no *.safetensors; download them (git lfs pull), or give another folder"
         )
     try:
-        with read_not_mapped():
+        with read_without_mmap():
             base = LlavaNextForConditionalGeneration.from_pretrained(
                 model,
                 revision=revision,
@@ -255,8 +345,8 @@ def _quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig 
 
 
 @contextlib.contextmanager
-def read_not_mapped() -> Iterator[None]:
-    """Weights are read one by one and let go: in mapped files they stay resident, all 15 GB of a checkpoint."""
+def read_without_mmap() -> Iterator[None]:
+    """Read tensors one by one and free them: pages of a mapped file stay resident, all 15 GB of a checkpoint."""
     mapped = modeling_utils.safe_open
     modeling_utils.safe_open = lambda *args, **kwargs: mapped(*args, **kwargs | {"backend": "pread"})
     try:
@@ -268,35 +358,33 @@ def read_not_mapped() -> Iterator[None]:
 def set_trainable(
     base: LlavaNextForConditionalGeneration, trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float
 ) -> PreTrainedModel | PeftModel:
-    """Freeze the base, then let learn in fp32 what `trainable` says: adapter, adapter+projector, projector, everything.
+    """Freeze the base, then make trainable in fp32: adapter, adapter+projector, projector, or everything.
 
-    `projector` attaches an adapter too, frozen at zero: PEFT and Trainer refuse a 4-bit base without one.
+    `projector` attaches a LoRA adapter too, frozen at zero: PEFT and Trainer refuse a 4-bit base without one.
     """
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
         _freeze_unused(base)
         return base
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=lora_r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            target_modules=LORA_TARGETS,
-            task_type="CAUSAL_LM",
-            modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
-        ),
+    settings = LoraConfig(
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+        modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
     )
+    model = get_peft_model(base, settings)
     for name, parameter in model.named_parameters():
         if trainable == "projector" and "lora_" in name:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # fp16 gradients could not be unscaled
+            parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     return model
 
 
 def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
-    """Vision weights behind the feature layer get no gradient: DDP would wait for one, decay would shrink them."""
+    """Freeze the vision layers behind the feature layer: DDP would wait for their gradient, decay would shrink them."""
     vision = base.model.vision_tower
     layer = base.config.vision_feature_layer
     if isinstance(layer, int) and layer < 0:
@@ -307,10 +395,10 @@ def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
-    """Put the weights that save_pretrained left in `folder` into a model built alike.
+    """Load the weights that save_pretrained wrote to `folder` into a model built alike.
 
-    Raises UserError unless every saved weight found its place and all that learns was saved. The libraries load what
-    fits by name and go on without a word: a whole model, saved under the hub's names, by PEFT's and by Trainer's ways.
+    Raises UserError unless every saved tensor found its place and every trainable parameter was saved. The libraries
+    load what matches by name and ignore the rest without a word.
     """
     try:
         if isinstance(model, PeftModel):
@@ -319,16 +407,14 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
             saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); only *.safetensors are "
-            "read"
+            f"{folder}: its weights cannot be loaded ({first_line(error)}); only *.safetensors are read"
         ) from error
     if not isinstance(model, PeftModel):
         try:
             model.load_state_dict(saved)
         except RuntimeError as error:  # names and sizes, line by line
-            raise UserError(
-                f"{folder}: its weights do not fit the model ({str(error).splitlines()[-1].strip()})"
-            ) from error
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{folder}: its weights do not fit the model ({reason})") from error
         return
     result = set_peft_model_state_dict(model, saved)
     missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
@@ -340,8 +426,8 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
         )
 
 
-def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
-    """Gradient checkpointing of the language model; a frozen tower keeps nothing to recompute."""
+def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
+    """Of the language model alone: a frozen vision tower keeps no activations."""
     language_model = unwrap(model).model.language_model
     language_model.gradient_checkpointing_enable({"use_reentrant": False})
     # Only reentrant checkpointing needs the embeddings to require a gradient.
@@ -349,143 +435,6 @@ def recompute_activations(model: PreTrainedModel | PeftModel) -> None:
 
 
 def compile_layers(model: PreTrainedModel | PeftModel) -> None:
-    """One kernel for what stands between two products of a fused layer, each compiled when it is first needed."""
-    for one in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
-        one.kernels.compile()
-
-
-def unwrap(model: PreTrainedModel | PeftModel) -> LlavaNextForConditionalGeneration:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-# ---- the assertions
-
-
-def check_model(
-    model: PreTrainedModel | PeftModel,
-    processor: LlavaNextProcessor,
-    prompt: Prompt,
-    load_in_4bit: bool,
-    trainable: str,
-    precision: str,
-) -> list[str]:
-    """Walk the loaded model. Returns what was found true, a sentence each; raises UserError with all that was not."""
-    found = [
-        *_check_processor(unwrap(model), processor, prompt),
-        *_check_weights(model, load_in_4bit, trainable, DTYPES[precision]),
-    ]
-    wrong = [sentence for holds, sentence in found if not holds]
-    if wrong:
-        raise UserError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
-    return [sentence for _, sentence in found]
-
-
-def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
-    config, image_processor = base.config, processor.image_processor
-    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-    patches = (tile // patch) ** 2
-    positions = [
-        module.num_embeddings
-        for name, module in base.model.vision_tower.named_modules()
-        if name.endswith("position_embedding")
-    ]
-    stop_ids = base.generation_config.eos_token_id
-    yield (
-        type(image_processor).__name__.endswith("Pil"),
-        f"image processor is the PIL back end ({type(image_processor).__name__})",
-    )
-    yield (
-        processor.image_token_id == config.image_token_id,
-        f"image token {processor.image_token_id} is the model's {config.image_token_id}",
-    )
-    yield (
-        image_processor.crop_size["height"] == tile,
-        f"tiles of {image_processor.crop_size['height']} pixels are the vision tower's {tile}",
-    )
-    yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
-    yield positions == [patches + 1], f"a tile is {patches} patches + 1 CLS, the vision tower has {positions} positions"
-    yield (
-        list(map(list, image_processor.image_grid_pinpoints)) == list(map(list, config.image_grid_pinpoints)),
-        "pinpoints are the model's",
-    )
-    yield (
-        (processor.vision_feature_select_strategy, processor.num_additional_image_tokens) == ("default", 1),
-        "CLS is counted and dropped",
-    )
-    rows = base.get_input_embeddings().num_embeddings
-    yield len(processor.tokenizer) <= rows, f"all {len(processor.tokenizer)} tokens have one of {rows} embeddings"
-    yield (
-        prompt.end_id in ([stop_ids] if isinstance(stop_ids, int) else stop_ids or []),
-        f"generation stops at {prompt.end!r}",
-    )
-
-
-def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype) -> Iterable[tuple[bool, str]]:
-    base = unwrap(model)
-    linears = {
-        name
-        for name, module in base.named_modules()
-        if re.fullmatch(LORA_TARGETS, name) and isinstance(module, (nn.Linear, LoraLayer))
-    }
-    expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
-    yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
-    quantized = {
-        name.removesuffix(".base_layer"): module
-        for name, module in base.named_modules()
-        if type(module).__name__ == "Linear4bit" and not isinstance(module, LoraLayer)
-    }
-    yield (
-        set(quantized) == (linears if load_in_4bit else set()),
-        f"{len(quantized)} linears in 4 bit, the language model's alone",
-    )
-    states = [module.weight.quant_state for module in quantized.values()]
-    yield (
-        all(state.quant_type == "nf4" and state.nested for state in states),
-        "4-bit weights are nf4 with double quantization",
-    )
-    for part in (base.model.vision_tower, base.model.multi_modal_projector, base.lm_head):
-        kept = {parameter.dtype for parameter in part.parameters() if not parameter.requires_grad}
-        wanted = torch.float32 if trainable == "everything" else dtype
-        yield kept <= {wanted}, f"{type(part).__name__} is kept in {wanted}"
-    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    yield (
-        adapted == (set() if trainable == "everything" else linears),
-        f"the adapter sits on {len(adapted)} language-model projections, nowhere else",
-    )
-    learning = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
-    yield (
-        bool(learning) and all(parameter.dtype == torch.float32 for parameter in learning.values()),
-        "what learns is in fp32",
-    )
-    unexpected = [name for name in learning if not _may_learn(name, trainable)]
-    yield (
-        not unexpected,
-        f"{sum(map(torch.numel, learning.values())):,} weights learn ({trainable}), no others"
-        + f": {unexpected[:3]}" * bool(unexpected),
-    )
-
-
-def _may_learn(name: str, trainable: str) -> bool:
-    in_projector = ".multi_modal_projector.modules_to_save." in name
-    in_adapter = ".language_model." in name and ".lora_" in name
-    return (
-        trainable == "everything"
-        or ("adapter" in trainable and in_adapter)
-        or ("projector" in trainable and in_projector)
-    )
-
-
-def describe_model(model, processor: LlavaNextProcessor, precision: str, device: torch.device) -> dict:
-    """What a run records beside its config, so that other scripts can load it back and see that they got the same."""
-    return {
-        "model_commit": getattr(unwrap(model).config, "_commit_hash", None),
-        "model_files": weights_fingerprint(unwrap(model).config._name_or_path),
-        "image_processor": type(processor.image_processor).__name__,
-        "tokenizer_probe": tokenizer_probe(processor.tokenizer),
-        "precision": precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "packages": {
-            name: version(name)
-            for name in ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
-        },
-    }
+    """Compile the elementwise kernels of the fused layers, each when it is first needed."""
+    for layer in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
+        layer.kernels.compile()

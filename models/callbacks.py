@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_dir import append_metrics, cut_metrics, read_metrics
+from runtime.run_files import append_metrics, cut_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 

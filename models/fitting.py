@@ -11,8 +11,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer
 
-from models.builder import unwrap
-from models.fused_layers import set_activation_checkpointing
+from models.fused_layers import set_activation_checkpointing, unwrap
 from models.memory import FRAGMENTATION, choose_plan, is_out_of_memory, optimizer_bytes, step_cost
 from runtime.device import GIB, available_gpu_memory, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from runtime.distributed import checksum_quantized, shard_frozen_parameters, unshard, unsharded

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
@@ -529,6 +530,11 @@ def fuse_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
     for one in fused:
         one.layer.forward = one
     return fused
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The LLaVA-NeXT below PEFT's wrapper, if there is one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def get_fused_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from models.builder import unwrap
+from models.fused_layers import unwrap
 from models.memory import is_out_of_memory
 from utils.logging_utils import UserError, is_watched, logger
 

@@ -24,7 +24,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.training_args import OptimizerNames
 
 from config.training_config import TrainingConfig
-from models.builder import load_weights, unwrap
+from data.dataset import PlantData
+from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fitting import no_room
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
@@ -44,7 +45,8 @@ from runtime.checkpoint import (
 from runtime.device import fit_workers
 from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
-from runtime.run_dir import BEST, PREFIX, cut_metrics
+from runtime.run_dir import Run
+from runtime.run_files import BEST, PREFIX, cut_metrics
 from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
 
@@ -514,38 +516,25 @@ def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> N
 # ---- config -> Trainer
 
 
-def build_trainer(
-    config: TrainingConfig,
-    model,
-    processor,
-    collator,
-    train_set,
-    val_set,
-    precision: str,
-    device: torch.device,
-    run_id: str = "",
-) -> PlantTrainer:
-    """The trainer of a config, with its callbacks. `run_id` marks the checkpoints that it may resume and delete."""
+def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
+    """The trainer of a run, with its callbacks. The run's id marks the checkpoints that it may resume and delete."""
+    config, collator = run.config, plant.collator
+    batch_bytes = collator.batch_bytes(max(config.effective_batch_size, config.per_device_eval_batch_size))
     try:
         trainer = PlantTrainer(
-            model=model,
-            args=build_arguments(
-                config,
-                precision,
-                device,
-                collator.batch_bytes(max(config.effective_batch_size, config.per_device_eval_batch_size)),
-            ),
+            model=plant.model,
+            args=build_arguments(config, plant.precision, plant.device, batch_bytes),
             data_collator=collator,
-            train_dataset=train_set,
-            eval_dataset=val_set,
-            processing_class=processor,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=plant.processor,
             micro_batch_size=config.per_device_train_batch_size,
-            image_token_id=processor.image_token_id,
+            image_token_id=plant.processor.image_token_id,
             names=collator.name_ids,
             projector_learning_rate=config.projector_learning_rate,
             max_unreadable_fraction=config.max_unreadable_fraction,
             max_skipped_steps=config.max_skipped_steps,
-            run_id=run_id,
+            run_id=run.run_id,
         )
     except RuntimeError as error:
         if "Callback requires" not in str(error):
@@ -553,12 +542,12 @@ def build_trainer(
         raise UserError(f"--report-to {config.report_to}: {error}") from error
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
-    keeper = CheckpointKeeper(run_id, config.save_total_limit)
+    keeper = CheckpointKeeper(run.run_id, config.save_total_limit)
     for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar(), StepState(trainer)):
         trainer.add_callback(callback)
     if config.early_stopping_patience is not None:
         trainer.add_callback(
-            EarlyStopping(config.early_stopping_patience, config.early_stopping_min_gain, len(val_set))
+            EarlyStopping(config.early_stopping_patience, config.early_stopping_min_gain, len(data.validation))
         )
     return trainer
 

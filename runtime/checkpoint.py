@@ -10,14 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 from transformers import TrainerCallback
 
-from runtime.run_dir import BEST, LOCK_FILE, PREFIX, checkpoints_in, cut_metrics, step_of
+from runtime.run_files import BEST, PREFIX, checkpoints_in, cut_metrics, step_of
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
@@ -26,26 +24,6 @@ DELETED = ".deleted"  # end of the name of a folder that is being deleted
 METRICS_OF_BEST = "best.json"
 CARD = "README.md"  # is written anew after every evaluation, so no manifest has it
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
-
-
-@contextlib.contextmanager
-def lock_folder(run_folder: str | Path) -> Iterator[None]:
-    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
-
-    Raises UserError that names the process which has it.
-    """
-    Path(run_folder).mkdir(parents=True, exist_ok=True)
-    path = Path(run_folder) / LOCK_FILE
-    try:
-        with filelock.FileLock(path, timeout=0):
-            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            yield
-    except filelock.Timeout as error:
-        holder = path.read_text(encoding="utf-8") or "that has just begun"
-        raise UserError(
-            f"{run_folder}: another training, process {holder}, writes to it; wait for its end, or name another "
-            "--output-dir"
-        ) from error
 
 
 def write_manifest(folder: str | Path) -> None:

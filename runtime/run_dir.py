@@ -1,273 +1,226 @@
-"""Which folder a run writes to, and whether it goes on there. Standard library only."""
+"""A run on disk and its lock: opened by train.py, loaded by the other scripts.
 
+Nothing heavy is imported here, so that every script can read a run before it imports torch.
+"""
+
+import contextlib
 import dataclasses
-import itertools
-import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, load_config, write_whole
+from config.training_config import CONFIG_FILE, TrainingConfig
+from runtime.resume import check_same_facts, decide_run
+from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, save_config
+from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
 
-METRICS_FILE = "metrics.jsonl"
-PREFIX = "checkpoint-"
-BEST = "best"  # the weights that name best on val, or the last ones
-LOCK_FILE = "run.lock"  # held by the training that writes to the folder
-OF_THE_WEIGHTS = ("model", "trainable", "lora_r", "optim")  # settings that a checkpoint's tensors are made for
-NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # settings that say where and how a run goes on
+if TYPE_CHECKING:
+    from runtime.distributed import Distributed
 
 
-class RunFolder(NamedTuple):
-    """What was decided about the run folder, and what the user should hear of it."""
+@dataclass
+class Run:
+    """A run directory with its config and recorded facts; `open_run` makes one for training, `Run.load` for use."""
 
     config: TrainingConfig  # with output_dir filled in
-    state: str  # fresh, unfinished or finished
-    notes: list[str]
-    origin: Path | None = None  # another run's checkpoint, where this run begins
+    recorded: dict = field(default_factory=dict)
+    dist: "Distributed | None" = None
+    completed: bool = False
+    resume_from: Path | None = None  # checkpoint; known once `record` was called
+    fork_from: Path | None = None  # another run's checkpoint, where this one begins
+    is_new: bool = True
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """A run that train.py or evaluate.py made, its base model at the very commit it was trained on.
+
+        Raises ConfigError.
+        """
+        config, recorded = load_config(folder)
+        config = dataclasses.replace(config, output_dir=str(folder))
+        if recorded.get("model_commit") and not recorded.get("base"):
+            config = dataclasses.replace(config, model_revision=recorded["model_commit"])
+        return cls(config, recorded, completed=is_completed(folder), is_new=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir or ".")
+
+    @property
+    def best_folder(self) -> Path:
+        return self.folder / BEST
+
+    @property
+    def run_id(self) -> str:
+        return self.recorded.get("run_id", "")
+
+    @property
+    def is_base_model(self) -> bool:
+        """Whether it holds the scores of a base model, of which nothing was trained."""
+        return bool(self.recorded.get("base"))
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.dist is None or self.dist.is_main_process
+
+    def record(self, plant, data, trainer) -> None:
+        """Check that disk, data and model allow the run to start or resume; write its config and facts.
+
+        `plant` is a PlantModel (models/builder.py), `data` a PlantData, `trainer` a PlantTrainer.
+        Sets `resume_from`. Raises ConfigError for other data, base or precision than the run began with, UserError for
+        a full disk.
+        """
+        if self.is_main_process:
+            self._record(plant, data, trainer)
+        if self.dist is not None:
+            found = self.dist.broadcast_object(self.resume_from and str(self.resume_from))
+            self.resume_from = found and Path(found)
+
+    def _record(self, plant, data, trainer) -> None:
+        from runtime.checkpoint import check_disk, fork_checkpoint, last_checkpoint, recover_interrupted_replace
+
+        check_disk(self.folder, plant.model, self.config.save_total_limit)
+        facts = plant.facts() | {
+            "class_names": data.class_names,
+            "data_fingerprint": data.fingerprint(),
+            "ranks": self.dist.world_size if self.dist else 1,
+            "stream_workers": trainer.args.dataloader_num_workers if self.config.streaming else None,
+        }
+        began = self.fork_from.parent if self.is_new and self.fork_from else self.folder
+        if not self.is_new or self.fork_from:
+            for note in check_same_facts(facts, began, self.config.allow_changed):
+                logger.warning(note)
+        origin = str(self.fork_from.resolve()) if self.fork_from else None
+        self.recorded = facts | {"run_id": self.run_id, "origin": origin}
+        save_config(self.config, self.folder, self.recorded)
+        recover_interrupted_replace(self.best_folder)
+        self.resume_from = last_checkpoint(self.folder, self.run_id)
+        if self.resume_from is None and self.fork_from is not None:
+            self.resume_from = fork_checkpoint(self.fork_from, self.folder, self.run_id)
+        if self.resume_from is None and not self.is_new:
+            logger.info("plan | no checkpoint to resume from: starting at step 1")
+
+    def log_header(self, plant, data, trainer) -> None:
+        """What the run is, before it starts; then ranks other than 0 log warnings only, such as an OOM on that rank."""
+        if not self.is_main_process:
+            logger.setLevel(logging.WARNING)
+            return
+        config, steps, count = self.config, trainer.planned_steps(), data.num_train
+        size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
+        val = "no val (it is in train)" if data.validation is None else f"{len(data.validation):,} val"
+        ranks = 1 if self.dist is None else self.dist.world_size
+        where = str(plant.device) if ranks == 1 else f"{ranks} x {plant.device.type}"
+        untested = ", untested on MPS" if plant.device.type == "mps" else ""
+        epochs = steps * config.effective_batch_size / count
+        logger.info("run | %s | preset %s | seed %d", self.folder, config.preset, config.seed)
+        logger.info(
+            f"data | {data.source} | {count:,} train, {val}, {len(data.test):,} test images of "
+            f"{len(data.class_names)} classes | {size}"
+        )
+        described = plant.describe(config.trainable, config.load_in_4bit)
+        logger.info(f"model | {config.model} | {described} | {where}{untested}")
+        logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
+
+    def append_metrics(self, entry: dict) -> None:
+        append_metrics(self.folder, entry)
+
+    def complete(self, step: int) -> None:
+        """The last line of metrics.jsonl: only a run that has it is complete."""
+        if self.is_main_process:
+            self.append_metrics({"step": step, "completed": True})
+
+    def discard_if_never_started(self) -> None:
+        """Remove the folder of a new run that failed before its first step, unless it holds anything else."""
+        ours = {LOG_FILE, LOCK_FILE, CONFIG_FILE}
+        if self.is_new and self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
+            setup_logging()  # closes the log
+            for name in ours:
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
-def choose_run_folder(config: TrainingConfig) -> RunFolder:
-    """A fresh folder, or the folder of the same run where it was left unfinished.
+def load_run(folder: str | Path) -> tuple[TrainingConfig, dict]:
+    """Config and recorded facts of a run, for command lines that use one. Raises ConfigError."""
+    run = Run.load(folder)
+    return run.config, run.recorded
 
-    With output_dir=None: runs/<preset>, and if that is finished or another config's, runs/<preset>-2, -3, ... With an
-    explicit folder nothing is guessed: ConfigError names what differs. What leaves the mathematics alone may differ.
+
+@contextlib.contextmanager
+def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
+    """The run that a config asks for: new, interrupted (resumes) or completed (nothing to do).
+
+    Rank 0 decides, locks the folder and writes the log. Raises ConfigError or UserError for a folder of no use.
     """
-    if config.resume not in ("auto", "never"):
-        return _named_start(config, Path(config.resume))
-    if config.output_dir is not None:
-        return _explicit_folder(config, Path(config.output_dir))
-    notes = []
-    for number in itertools.count(1):
-        folder = Path("runs") / (config.preset if number == 1 else f"{config.preset}-{number}")
-        candidate = dataclasses.replace(config, output_dir=str(folder))
-        if is_fresh(folder):
-            return RunFolder(candidate, "fresh", [*notes, f"using {folder}"] if notes else [])
-        reason = "is left alone" if config.resume == "never" else _why_not_resumable(candidate, folder)
-        if reason is None:
-            return RunFolder(candidate, "unfinished", notes + _going_on(config, folder))
-        notes.append(f"{folder} {reason}")
+    with contextlib.ExitStack() as stack:
+        decided = None
+        if dist.is_main_process:
+            decision = decide_run(config)
+            folder = Path(decision.config.output_dir or "")
+            recorded: dict = {}
+            if decision.state != "completed":
+                if decision.fork_from is not None:
+                    from runtime.checkpoint import require_valid_checkpoint
 
-
-def open_run(folder: str | Path) -> tuple[TrainingConfig, dict]:
-    """Config and recorded facts of a run, its base model at the very commit that was trained on. Raises ConfigError."""
-    config, recorded = load_config(folder)
-    if recorded.get("model_commit") and not recorded.get("base"):
-        config = dataclasses.replace(config, model_revision=recorded["model_commit"])
-    return config, recorded
-
-
-def _explicit_folder(config: TrainingConfig, folder: Path) -> RunFolder:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder}: is a file; name a folder")
-    if is_fresh(folder):
-        return RunFolder(config, "fresh", [])
-    if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(
-            f"--output-dir {folder}: holds files but is not a run ({CONFIG_FILE} is missing); name a new folder"
-        )
-    if config.resume == "never":
-        raise ConfigError(f"--output-dir {folder}: holds a run, and --resume never begins a new one; name a new folder")
-    saved, _ = load_config(folder)
-    notes = _check_settings(config, saved, folder)
-    if is_finished(folder) and (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs):
-        return RunFolder(
-            config, "finished", [f"{folder} is finished; name a new folder, or a larger --max-steps to go on"]
-        )
-    return RunFolder(config, "unfinished", notes + _going_on(config, folder))
-
-
-def _check_settings(config: TrainingConfig, saved: TrainingConfig, folder: Path) -> list[str]:
-    changed = "; ".join(changed_fields(config, saved))
-    if any(getattr(config, name) != getattr(saved, name) for name in OF_THE_WEIGHTS) or (
-        changed and not config.allow_changed
-    ):
-        raise ConfigError(
-            f"--output-dir {folder}: holds a run with another config ({changed}); name a new folder, run with the old "
-            f"settings to go on there, or with --allow-changed (not for {', '.join(OF_THE_WEIGHTS)})"
-            + (f"; it was begun with --preset {saved.preset}" if saved.preset != config.preset else "")
-        )
-    return [f"changed, as --allow-changed says: {changed}"] if changed else []
-
-
-def _named_start(config: TrainingConfig, start: Path) -> RunFolder:
-    """--resume PATH: a run goes on in its folder; from a checkpoint it does too, or a new run begins elsewhere."""
-    run = start if (start / CONFIG_FILE).exists() else start.parent
-    folder = Path(config.output_dir or run)
-    if (folder / CONFIG_FILE).exists() and load_config(folder)[0].resume == config.resume:
-        return _explicit_folder(dataclasses.replace(config, output_dir=str(folder)), folder)  # the same command again
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder}: is a file; name a folder")
-    known = checkpoints_in(run) if (run / CONFIG_FILE).exists() else []
-    if (start != run or not (run / CONFIG_FILE).exists()) and start not in known:
-        there = ", ".join(path.name for path in known)
-        raise ConfigError(
-            f"--resume {start}: is no run and no checkpoint of one; "
-            + (f"{run} has {there}" if there else "use auto, never, or such as runs/default/checkpoint-50")
-        )
-    config = dataclasses.replace(config, output_dir=str(folder))
-    if folder.resolve() == run.resolve():
-        later = max((step_of(path) for path in checkpoints_in(run)), default=0)
-        if start != run and later > step_of(start):
-            raise ConfigError(
-                f"--resume {start}: the run went on to step {later} from there; leave --resume out to go on, or name "
-                "a new --output-dir to begin again from that checkpoint"
+                    require_valid_checkpoint(decision.fork_from)
+                stack.enter_context(lock_folder(folder))
+                setup_logging(folder)
+            recorded = load_config(folder)[1] if decision.state == "interrupted" else {"run_id": uuid.uuid4().hex}
+            for note in decision.notes:
+                logger.info("run | %s", note)
+            fork_from = decision.fork_from or recorded.get("origin")
+            decided = [str(folder), decision.state, str(fork_from) if fork_from else None, recorded]
+        folder, state, fork_from, recorded = dist.broadcast_object(decided)
+        if state != "completed" and not _appears(Path(folder) / LOCK_FILE):
+            raise UserError(
+                f"{folder}: rank {dist.rank} does not see it; several machines need the run folder on a shared disk"
             )
-        return _explicit_folder(config, folder)
-    if start == run:
-        raise ConfigError(
-            f"--resume {start} with --output-dir {folder}: a run goes on in its own folder; name one of its "
-            "checkpoints, or leave --output-dir out"
+        run = Run(
+            dataclasses.replace(config, output_dir=folder),
+            recorded,
+            dist,
+            completed=state == "completed",
+            fork_from=fork_from and Path(fork_from),
+            is_new=state == "new",
         )
-    if not is_fresh(folder):
-        raise ConfigError(f"--output-dir {folder}: holds what did not begin from {start}; name a new folder")
-    notes = _check_settings(config, load_config(run)[0], run)
-    return RunFolder(config, "fresh", [*notes, f"beginning {folder} from {start}"], start)
+        try:
+            yield run
+        except BaseException:
+            if run.is_main_process:
+                run.discard_if_never_started()
+            raise
 
 
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Folders that are named as checkpoints, the newest first."""
-    paths = Path(folder).glob(f"{PREFIX}*")
-    found = [path for path in paths if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
 
-
-def step_of(checkpoint: Path | None) -> int:
-    """Optimizer steps that were done at a checkpoint; none without one."""
-    number = checkpoint.name.removeprefix(PREFIX) if checkpoint else ""
-    return int(number) if number.isdecimal() else 0
-
-
-def _going_on(config: TrainingConfig, folder: Path) -> list[str]:
-    mentioned = resumable_changes(config, load_config(folder)[0])
-    return [
-        f"going on in {folder}"
-        + (f"; changed, which leaves the mathematics alone: {'; '.join(mentioned)}" if mentioned else "")
-    ]
-
-
-def is_fresh(folder: Path) -> bool:
-    """True if nothing is there but, maybe, the log and lock of a start that failed."""
-    left = {"train.log", LOCK_FILE, f"{CONFIG_FILE}.draft"}
-    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
-
-
-def is_finished(folder: str | Path) -> bool:
-    """True once the result line, which is written last, stands in metrics.jsonl."""
-    return any(line.get("finished") for line in read_metrics(folder))
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl; what a kill or a crash of the machine left of one is left out."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [entry for entry in map(_read_line, lines) if entry is not None]
-
-
-def _read_line(line: str) -> dict | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
-
-
-def append_metrics(folder: str | Path, entry: dict) -> None:
-    """One more object a line, on a line of its own even behind one that a kill cut off."""
-    with open(Path(folder) / METRICS_FILE, "a+b") as file:
-        end = file.seek(0, 2)
-        file.seek(max(end - 1, 0))
-        torn = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        file.write(torn + json.dumps(entry).encode() + b"\n")
-
-
-def cut_metrics(source: str | Path, folder: str | Path, step: int, is_evaluated: bool = True) -> None:
-    """metrics.jsonl of `folder` becomes what that of `source` holds up to a step, its evaluation included or not."""
-    kept = [
-        line
-        for line in read_metrics(source)
-        if line["step"] <= step
-        and not line.get("finished")
-        and (is_evaluated or line["step"] < step or "eval_loss" not in line)
-    ]
-    write_whole(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _why_not_resumable(config: TrainingConfig, folder: Path) -> str | None:
-    try:
-        saved, _ = load_config(folder)
-    except ConfigError:
-        return "holds something else"
-    if is_finished(folder):
-        return "is finished"
-    changed = changed_fields(config, saved)
-    return f"has another config ({'; '.join(changed)})" if changed else None
-
-
-def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
-    """`name: old -> new` of every setting that changes what a run computes."""
-    changed = _differences(new, old, resumable=False)
-    if _ends_earlier(new, old):  # its end would be written over a longer run that is still to be done
-        changed += [
-            f"{name}: {getattr(old, name)} -> {getattr(new, name)}"
-            for name in ("max_steps", "num_train_epochs")
-            if getattr(new, name) != getattr(old, name)
-        ]
-    if new.effective_batch_size != old.effective_batch_size:
-        changed.append(f"images per optimizer step: {old.effective_batch_size} -> {new.effective_batch_size}")
-    return changed
-
-
-def _ends_earlier(new: TrainingConfig, old: TrainingConfig) -> bool:
-    """Fewer steps, or fewer epochs where steps do not decide; between the two kinds nothing is known."""
-    if (new.max_steps > 0) != (old.max_steps > 0):
-        return True
-    return new.max_steps < old.max_steps if new.max_steps > 0 else new.num_train_epochs < old.num_train_epochs
-
-
-def check_same_run(facts: dict, folder: str | Path, allow_changed: bool = False) -> list[str]:
-    """Notes of what is no longer as the run in `folder` recorded when it began: data, model, precision, processes.
-
-    Raises ConfigError instead unless that is allowed.
+    Raises UserError that names the process which has it.
     """
-    _, recorded = load_config(folder)
-    words = {
-        "class_names": "the classes",
-        "images": "the images of train and val",
-        "tokenizer_probe": "the tokenizer",
-        "model_commit": "the model's commit",
-        "model_files": "the model's files",
-        "precision": "the precision",
-        "processes": "the number of processes",
-        "stream_workers": "the number of loader workers, on which a stream depends,",
-    }
-    later = {"processes": 1, "model_files": facts["model_files"], "stream_workers": facts["stream_workers"]}
-    recorded = later | recorded  # runs that began without them
-    changed = [
-        told
-        if name in ("class_names", "images", "tokenizer_probe", "model_files")
-        else f"{told} ({recorded.get(name)} -> {facts[name]})"
-        for name, told in words.items()
-        if facts[name] != recorded.get(name)
-    ]
-    if changed and allow_changed:
-        return [f"changed since the run began, as --allow-changed says: {' and '.join(changed)}"]
-    if changed:
-        raise ConfigError(
-            f"{folder}: cannot go on, {' and '.join(changed)} changed since the run began; put back what it began "
-            "with, go on all the same with --allow-changed, or start anew with another --output-dir"
-        )
-    return []
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    try:
+        with filelock.FileLock(path, timeout=0):
+            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            yield
+    except filelock.Timeout as error:
+        holder = path.read_text(encoding="utf-8") or "that has just started"
+        raise UserError(
+            f"{folder}: another training, process {holder}, writes to it; wait for it to end, or use another "
+            "--output-dir"
+        ) from error
 
 
-def resumable_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:
-    """`name: old -> new` of every setting that leaves what a run computes alone."""
-    return _differences(new, old, resumable=True)
-
-
-def _differences(new: TrainingConfig, old: TrainingConfig, resumable: bool) -> list[str]:
-    return [
-        f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
-        for field in dataclasses.fields(TrainingConfig)
-        if field.metadata["resumable"] == resumable
-        and field.name not in NOT_COMPARED
-        and getattr(new, field.name) != getattr(old, field.name)
-    ]
+def _appears(path: Path, seconds: float = 10) -> bool:
+    """Whether a file is there; other machines may see it a little later."""
+    until = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return path.exists()

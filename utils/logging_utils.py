@@ -167,3 +167,8 @@ def _move(number: int) -> str:
     if number in FULL:
         return "make room, and give the same command again; or write to another disk (--output-dir, HF_HOME)"
     return "name a place that you may use (--output-dir, HF_HOME), or change its permissions"
+
+
+def first_line(error: BaseException) -> str:
+    """Of the error's message, or its kind where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import psutil
 
-from runtime.run_dir import checkpoints_in, read_metrics, step_of
+from runtime.run_files import checkpoints_in, read_metrics, step_of
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVES = 12, 3
@@ -147,7 +147,7 @@ def go_on(folder: Path, expected: dict | None, argv: Sequence[str] = RUN) -> Out
     told, done = screen_of(folder), steps_done(folder)
     status = finish(start(folder, argv))
     found = re.search(r"going on from \S+checkpoint-(\d+)", screen_of(folder))
-    lost = status != 0 or not any(line.get("finished") for line in read_metrics(folder / "run"))
+    lost = status != 0 or not any(line.get("completed") for line in read_metrics(folder / "run"))
     again = 0 if "is finished" in screen_of(folder) else max(done - (int(found[1]) if found else 0), 0)
     return Outcome(lost, again, None if expected is None or lost else end_of(folder) == expected, told)
 

@@ -13,20 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config.cli import parse_config
-from config.training_config import (
-    CONFIG_FILE,
-    PRESETS,
-    ConfigError,
-    TrainingConfig,
-    find_problems,
-    find_range_problems,
-    load_config,
-    save_config,
-)
+from config.training_config import CONFIG_FILE, PRESETS, ConfigError, TrainingConfig, find_problems, find_range_problems
 from data.dataset import tidy_name
 from data.labels import CLASS_NAMES, parse_reply
 from runtime.checkpoint import MANIFEST, verify_checkpoint, write_manifest
-from runtime.run_dir import append_metrics, cut_metrics, read_metrics
+from runtime.run_files import append_metrics, cut_metrics, load_config, read_metrics, save_config
 from tests.faults.corpus import contents
 from utils.image_utils import ImageError, fit_image, open_image, read_image_size
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import app
-from config.training_config import TrainingConfig, save_config
+from config.training_config import TrainingConfig
 from evaluation.model_card import WARNING
 from evaluation.predictor import Prediction
+from runtime.run_files import save_config
 from utils.logging_utils import UserError
 
 LIKELIEST = [("oak", 0.6234), ("<b>ash</b>", 0.3), ("elm", 0.0764), ("fir", 0.0001), ("yew", 0.0001), ("box", 0.0)]

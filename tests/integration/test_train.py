@@ -19,7 +19,7 @@ from evaluation import verify
 from models import callbacks
 from models.trainer import PlantTrainer
 from runtime.checkpoint import verify_checkpoint
-from runtime.run_dir import read_metrics
+from runtime.run_files import read_metrics
 from tests.conftest import FLOWERS, ROOT
 from utils.logging_utils import UserError
 
@@ -64,7 +64,7 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     recorded = json.loads((folder / "training_config.json").read_text())["recorded"]
     assert recorded["image_processor"] == "LlavaNextImageProcessorPil" and len(recorded["class_names"]) == 10
     lines = read_metrics(folder)
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6] and lines[-1]["finished"]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6] and lines[-1]["completed"]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     for word in ("run    runs/tiny", "data   drawn flowers", "model  tiny", "plan   6 steps of 16 images", "step 2/6",
                  "step 3 | val loss", "result val: top-1"):  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_run_stopped_after_its_last_step_is_only_finished(here, few_drawings, 
         assert run(capsys, *TINY, "--output-dir", "mine")[0] == 130
     before = load_file(here / "mine" / "best" / "model.safetensors")
     assert run(capsys, *TINY, "--output-dir", "mine")[0] == 0
-    assert read_metrics(here / "mine")[-1]["finished"] and len(losses(here / "mine")) == 6
+    assert read_metrics(here / "mine")[-1]["completed"] and len(losses(here / "mine")) == 6
     after = load_file(here / "mine" / "best" / "model.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
     status, told = run(capsys, *TINY, "--output-dir", "mine")
@@ -135,7 +135,7 @@ def test_a_four_bit_run_on_your_own_plants(here, checkpoint, image_folder, capsy
 def test_a_run_that_learns_from_val_measures_nothing_on_it(here, few_drawings, capsys):
     status, told = run(capsys, *TINY, "--train-on-val", "true", "--output-dir", "mine")
     assert status == 0 and "68 train, no val (it is in train)" in told
-    assert not (here / "mine" / "eval_val.json").exists() and read_metrics(here / "mine")[-1]["finished"]
+    assert not (here / "mine" / "eval_val.json").exists() and read_metrics(here / "mine")[-1]["completed"]
     assert not [line for line in read_metrics(here / "mine") if "eval_loss" in line]
     longer = [*TINY, "--train-on-val", "true", "--output-dir", "mine", "--max-steps", "8"]
     assert "mine/best holds the weights of step 8" in run(capsys, *longer)[1]
@@ -251,7 +251,7 @@ def test_photos_that_changed_are_refused_unless_that_is_allowed(here, image_fold
 
 
 def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, few_drawings, capsys):
-    from runtime.checkpoint import lock_folder
+    from runtime.run_dir import lock_folder
 
     with lock_folder("mine"):
         status, told = run(capsys, *TINY, "--output-dir", "mine")
@@ -264,7 +264,7 @@ def test_the_lock_of_a_killed_training_is_free(here):
     """The operating system gives it back; no file must be removed by hand."""
     code = "from runtime.checkpoint import lock_folder\nwith lock_folder('mine'):\n    print(flush=True)\n    input()"
     where = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    from runtime.checkpoint import lock_folder
+    from runtime.run_dir import lock_folder
 
     with subprocess.Popen([sys.executable, "-c", code], **where) as other:
         other.stdout.readline()

@@ -36,15 +36,15 @@ def checked(folder: str, precision: str = "no", **settings) -> list[str]:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_four_bit_model_passes_its_assertions(trainable, precision, checkpoint):
     found = checked(checkpoint(), precision, trainable=trainable)
-    assert "21 linears in 4 bit, the language model's alone" in found
-    assert "the adapter sits on 21 language-model projections, nowhere else" in found
+    assert "21 linears in 4 bit, only in the language model" in found
+    assert "LoRA sits on 21 language-model projections, nowhere else" in found
     assert any(f"({trainable}), no others" in sentence for sentence in found)
 
 
 def test_sixteen_bit_and_everything(checkpoint):
-    assert "0 linears in 4 bit, the language model's alone" in checked(checkpoint(), "bf16", load_in_4bit=False)
+    assert "0 linears in 4 bit, only in the language model" in checked(checkpoint(), "bf16", load_in_4bit=False)
     found = checked(checkpoint(), trainable="everything", load_in_4bit=False)
-    assert "the adapter sits on 0 language-model projections, nowhere else" in found
+    assert "LoRA sits on 0 language-model projections, nowhere else" in found
 
 
 def break_adapter_place(model, processor):
@@ -61,7 +61,7 @@ def break_trainables(model, processor):
     unwrap(model).model.image_newline.requires_grad_(True)
 
 
-def break_dtype_of_what_learns(model, processor):
+def break_dtype_of_trainables(model, processor):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
@@ -88,15 +88,15 @@ def break_vocabulary(model, processor):
 
 
 BREAKS = [
-    (break_adapter_place, "the adapter sits on"),
+    (break_adapter_place, "LoRA sits on"),
     (break_precision, "CLIPVisionModel is kept in torch.bfloat16"),
     (break_trainables, "image_newline"),
-    (break_dtype_of_what_learns, "what learns is in fp32"),
+    (break_dtype_of_trainables, "trainable parameters are fp32"),
     (break_patch, "patches of 7 pixels are the vision tower's 14"),
     (break_pinpoints, "pinpoints are the model's"),
     (break_image_token, "is the model's 9"),
     (break_stop, "generation stops at '</s>'"),
-    (break_vocabulary, "tokens have one of"),
+    (break_vocabulary, "tokens have an embedding of"),
 ]
 
 
@@ -113,11 +113,11 @@ def test_a_vision_tower_in_four_bit_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(
         builder, "IN_16_BIT", ["vision_tower", "multi_modal_projector", "lm_head"]
     )  # the short names do nothing
-    with pytest.raises(UserError, match="linears in 4 bit, the language model's alone"):
+    with pytest.raises(UserError, match="linears in 4 bit, only in the language model"):
         checked(checkpoint())
 
 
-# ---- what learns, and what does not
+# ---- trainable and frozen parameters
 
 
 def steps(model, processor, collator_of, count=2, rate=0.05):
@@ -159,7 +159,7 @@ def batch_of(tiny):
         ("adapter+projector", {"lora_A", "lora_B", "modules_to_save"}),
     ],
 )
-def test_two_steps_on_a_four_bit_base_move_what_learns_alone(trainable, parts, checkpoint, batch_of):
+def test_two_steps_on_a_four_bit_base_move_only_trainable_parameters(trainable, parts, checkpoint, batch_of):
     model, processor, prompt, _ = built(checkpoint(), trainable=trainable)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     moved, losses = steps(model, processor, batch_of(prompt))
@@ -336,8 +336,8 @@ def no_tokenizer(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (without_weights, "holds no *.safetensors weights"),
-        (other_kind, "is a llava checkpoint; this program fine-tunes llava_next ones"),
+        (without_weights, "holds no *.safetensors"),
+        (other_kind, "is a llava checkpoint; use a llava_next one"),
         (no_config, "its config cannot be loaded"),
         (torn_weights, "its weights cannot be loaded"),
         (no_tokenizer, "its processor cannot be loaded"),
@@ -399,7 +399,7 @@ def test_a_whole_model_is_not_rounded_on_its_way(precision, checkpoint, tiny):
     assert torch.equal(made.lm_head.weight, tiny.model(tiny.config.seed).lm_head.weight)
 
 
-# ---- learned weights, saved and put back
+# ---- trained weights, saved and loaded
 
 
 @torch.no_grad()
@@ -444,7 +444,7 @@ def test_an_adapter_that_does_not_fit_is_refused(change, words, checkpoint, tmp_
 
 
 @pytest.mark.parametrize("model", ["tiny", "full", "a checkpoint"])
-def test_a_card_that_is_too_small_is_told(model, checkpoint, tiny, monkeypatch):
+def test_a_gpu_that_is_too_small_is_reported(model, checkpoint, tiny, monkeypatch):
     def fill(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from models.callbacks import RunLog
-from runtime.run_dir import append_metrics, read_metrics
+from runtime.run_files import append_metrics, read_metrics
 from tests.unit.test_trainer import make_trainer
 from utils.logging_utils import setup_logging
 
@@ -61,7 +61,7 @@ def test_a_gradient_norm_above_one_is_told_once_and_again_when_it_doubles(log, c
 
 def test_on_resume_what_came_after_the_checkpoint_is_dropped(log, tmp_path):
     wanted = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.0}]
-    for entry in [*wanted, {"step": 3, "loss": 0.5}, {"step": 2, "finished": True}]:
+    for entry in [*wanted, {"step": 3, "loss": 0.5}, {"step": 2, "completed": True}]:
         append_metrics(tmp_path, entry)
     log.on_train_begin(None, SimpleNamespace(global_step=2, is_world_process_zero=True), None)
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from runtime.checkpoint import (
     verify_checkpoint,
     write_manifest,
 )
-from runtime.run_dir import append_metrics, read_metrics
+from runtime.run_files import append_metrics, read_metrics
 from utils.logging_utils import UserError, setup_logging
 
 

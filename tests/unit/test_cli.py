@@ -8,8 +8,9 @@ import pytest
 import benchmark
 import evaluate
 from config.cli import BOOLEAN_WORDS, CommandLine, parse_config, parse_run_command
-from config.training_config import PRESETS, TrainingConfig, option, save_config
-from runtime.run_dir import open_run
+from config.training_config import PRESETS, TrainingConfig, option
+from runtime.run_dir import load_run
+from runtime.run_files import save_config
 from tests.conftest import ROOT
 
 
@@ -126,7 +127,7 @@ def run_folder(here):
 
 
 def parse_use(*argv, words=""):
-    return parse_run_command(list(argv), "", Options, ("num_workers", "load_in_4bit"), open_run, words)
+    return parse_run_command(list(argv), "", Options, ("num_workers", "load_in_4bit"), load_run, words)
 
 
 def test_flags_override_the_config_of_the_run(run_folder):

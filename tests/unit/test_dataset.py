@@ -74,7 +74,7 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns": ("photo", "label")}, "has the columns image, label; expected are image and label, rename them"),
+        ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label, rename them"),
         ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
         ({"splits": ("train", "test")}, "no parquet file for validation"),
         ({"labels": range(1, 103)}, "labels run from 1 to 102; expected are 0 to 101"),

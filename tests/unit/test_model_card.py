@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from config.training_config import TrainingConfig
 from evaluation.model_card import build_model_card, read_reports
 from runtime.checkpoint import describe_best, write_manifest
-from runtime.run_dir import append_metrics
+from runtime.run_files import append_metrics
 from utils.tokenizer_utils import Prompt
 
 PROMPT = Prompt("[INST] <image>\nWhat? [/INST]", " ", "</s>", 2)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from config.training_config import PRESETS, TrainingConfig, save_config
+from config.training_config import PRESETS, TrainingConfig
+from runtime.run_files import save_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

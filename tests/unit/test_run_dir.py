@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from config.cli import parse_config
-from config.training_config import ConfigError, save_config
-from runtime.run_dir import append_metrics, check_same_run, choose_run_folder, cut_metrics, read_metrics
+from config.training_config import ConfigError
+from runtime.resume import check_same_facts, decide_run
+from runtime.run_files import append_metrics, cut_metrics, read_metrics, save_config
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 def start(argv):
     """A run that was started with these flags and left."""
-    chosen = choose_run_folder(parse_config(argv))
+    chosen = decide_run(parse_config(argv))
     folder = chosen.config.output_dir
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_config(chosen.config, folder, {})
@@ -25,17 +26,17 @@ def start(argv):
 
 def test_default_folder_is_fresh_then_resumed_then_numbered():
     assert start(["--preset", "tiny"]) == "runs/tiny"
-    again = choose_run_folder(parse_config(["--preset", "tiny"]))
-    assert (again.state, again.config.output_dir) == ("unfinished", "runs/tiny")
-    append_metrics("runs/tiny", {"step": 1, "finished": True})
-    third = choose_run_folder(parse_config(["--preset", "tiny"]))
-    assert (third.state, third.config.output_dir) == ("fresh", "runs/tiny-2")
-    assert third.notes == ["runs/tiny is finished", "using runs/tiny-2"]
+    again = decide_run(parse_config(["--preset", "tiny"]))
+    assert (again.state, again.config.output_dir) == ("interrupted", "runs/tiny")
+    append_metrics("runs/tiny", {"step": 1, "completed": True})
+    third = decide_run(parse_config(["--preset", "tiny"]))
+    assert (third.state, third.config.output_dir) == ("new", "runs/tiny-2")
+    assert third.notes == ["runs/tiny is complete", "using runs/tiny-2"]
 
 
 def test_another_config_takes_the_next_folder_and_says_why():
     start(["--preset", "tiny"])
-    chosen = choose_run_folder(parse_config(["--preset", "tiny", "--seed", "7"]))
+    chosen = decide_run(parse_config(["--preset", "tiny", "--seed", "7"]))
     assert chosen.config.output_dir == "runs/tiny-2"
     assert chosen.notes == ["runs/tiny has another config (seed: 42 -> 7)", "using runs/tiny-2"]
 
@@ -44,36 +45,34 @@ def test_what_leaves_the_mathematics_alone_is_only_mentioned():
     start(["--output-dir", "mine"])
     flags = ["--output-dir", "mine", "--logging-steps", "5", "--per-device-train-batch-size", "4",
              "--gradient-accumulation-steps", "4"]  # fmt: skip
-    chosen = choose_run_folder(parse_config(flags))
-    assert chosen.state == "unfinished" and "logging_steps: 10 -> 5" in chosen.notes[0]
+    chosen = decide_run(parse_config(flags))
+    assert chosen.state == "interrupted" and "logging_steps: 10 -> 5" in chosen.notes[0]
 
 
 def test_an_explicit_folder_of_another_config_is_refused():
     start(["--output-dir", "mine"])
-    with pytest.raises(ConfigError, match=r"another config \(lora_r: 16 -> 8; images per optimizer step: 16 -> 32\)"):
-        choose_run_folder(
-            parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"])
-        )
+    with pytest.raises(ConfigError, match=r"another config \(lora_r: 16 -> 8; global batch size: 16 -> 32\)"):
+        decide_run(parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"]))
 
 
 def test_a_finished_explicit_folder_says_so_or_goes_on_for_more_steps():
     start(["--output-dir", "mine", "--max-steps", "5"])
-    append_metrics("mine", {"step": 5, "finished": True})
-    assert choose_run_folder(parse_config(["--output-dir", "mine", "--max-steps", "5"])).state == "finished"
-    assert choose_run_folder(parse_config(["--output-dir", "mine", "--max-steps", "9"])).state == "unfinished"
+    append_metrics("mine", {"step": 5, "completed": True})
+    assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "5"])).state == "completed"
+    assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "9"])).state == "interrupted"
 
 
 def test_folders_that_are_no_runs(in_tmp):
     (in_tmp / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        choose_run_folder(parse_config(["--output-dir", "file"]))
+        decide_run(parse_config(["--output-dir", "file"]))
     (in_tmp / "full").mkdir()
     (in_tmp / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="holds files but is not a run"):
-        choose_run_folder(parse_config(["--output-dir", "full"]))
+        decide_run(parse_config(["--output-dir", "full"]))
     (in_tmp / "failed").mkdir()
     (in_tmp / "failed" / "train.log").write_text("a start that failed")
-    assert choose_run_folder(parse_config(["--output-dir", "failed"])).state == "fresh"
+    assert decide_run(parse_config(["--output-dir", "failed"])).state == "new"
 
 
 def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
@@ -85,7 +84,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
     assert read_metrics(in_tmp) == [{"step": 1}, {"step": 2}]
     with open(in_tmp / "metrics.jsonl", "ab") as file:
         file.write(b"\0" * 9 + b"\xff\n5\n")  # a crash of the machine
-    append_metrics(in_tmp, {"step": 3, "finished": True})
+    append_metrics(in_tmp, {"step": 3, "completed": True})
     cut_metrics(in_tmp, in_tmp, 2)
     assert (in_tmp / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -102,33 +101,30 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
 )
 def test_a_shorter_run_does_not_take_over_a_longer_one(before, after, goes_on):
     start([*before, "--output-dir", "runs/default"])
-    chosen = choose_run_folder(parse_config(after))
+    chosen = decide_run(parse_config(after))
     assert chosen.config.output_dir == ("runs/default" if goes_on else "runs/default-2")
 
 
 def test_a_run_folder_that_is_a_file_is_passed_over():
     Path("runs").mkdir()
     Path("runs/default").write_text("x")
-    assert choose_run_folder(parse_config([])).config.output_dir == "runs/default-2"
+    assert decide_run(parse_config([])).config.output_dir == "runs/default-2"
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"class_names": ["a", "b", "c"]}, "the classes changed since the run began"),
+        ({"class_names": ["a", "b", "c"]}, "the class names changed since the run started"),
         (
-            {"images": "other", "precision": "fp16"},
+            {"data_fingerprint": "other", "precision": "fp16"},
             r"the images of train and val and the precision \(bf16 -> fp16\) cha",
         ),
-        ({"model_files": "f00"}, "the model's files changed since the run began"),
+        ({"model_files": "f00"}, "the model's files changed since the run started"),
         (
             {"stream_workers": 2},
-            r"the number of loader workers, on which a stream depends, \(None -> 2\) changed since the run began",
+            r"the number of loader workers, which orders a streamed data set, \(None -> 2\) changed since the run",
         ),
-        (
-            {"processes": 4},
-            r"the number of processes \(1 -> 4\) changed since the run began; put back .*--allow-changed",
-        ),
+        ({"ranks": 4}, r"the number of ranks \(1 -> 4\) changed since the run started; restore .*--allow-changed"),
         ({"tokenizer_probe": [9]}, "the tokenizer changed"),
         ({"model_commit": "abc"}, r"the model's commit \(None -> abc\) changed"),
     ],
@@ -136,15 +132,15 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
 def test_data_or_model_that_changed_stop_a_resume(changed, words):
     facts = {
         "class_names": ["a", "b"],
-        "images": "x", "tokenizer_probe": [1], "model_commit": None, "precision": "bf16",
-             "processes": 1, "model_files": None, "stream_workers": None}  # fmt: skip
+        "data_fingerprint": "x", "tokenizer_probe": [1], "model_commit": None, "precision": "bf16",
+             "ranks": 1, "model_files": None, "stream_workers": None}  # fmt: skip
     Path("mine").mkdir()
     save_config(parse_config([]), "mine", facts)
-    check_same_run(facts, "mine")
+    check_same_facts(facts, "mine")
     with pytest.raises(ConfigError, match=words):
-        check_same_run(facts | changed, "mine")
-    (note,) = check_same_run(facts | changed, "mine", allow_changed=True)
-    assert note.startswith("changed since the run began, as --allow-changed says: the ")
+        check_same_facts(facts | changed, "mine")
+    (note,) = check_same_facts(facts | changed, "mine", allow_changed=True)
+    assert note.startswith("changed since the run started, as --allow-changed says: the ")
 
 
 # ---- --resume
@@ -158,11 +154,11 @@ def checkpoint_of(run: str, step: int) -> str:
 
 def test_never_begins_a_new_run():
     start(["--preset", "tiny"])
-    chosen = choose_run_folder(parse_config(["--preset", "tiny", "--resume", "never"]))
-    assert (chosen.state, chosen.config.output_dir) == ("fresh", "runs/tiny-2")
-    assert chosen.notes == ["runs/tiny is left alone", "using runs/tiny-2"]
-    with pytest.raises(ConfigError, match="holds a run, and --resume never begins a new one; name a new folder"):
-        choose_run_folder(parse_config(["--preset", "tiny", "--resume", "never", "--output-dir", "runs/tiny"]))
+    chosen = decide_run(parse_config(["--preset", "tiny", "--resume", "never"]))
+    assert (chosen.state, chosen.config.output_dir) == ("new", "runs/tiny-2")
+    assert chosen.notes == ["runs/tiny is kept (--resume never)", "using runs/tiny-2"]
+    with pytest.raises(ConfigError, match="holds a run, and --resume never starts a new one; give a new folder"):
+        decide_run(parse_config(["--preset", "tiny", "--resume", "never", "--output-dir", "runs/tiny"]))
 
 
 @pytest.mark.parametrize("named", ["mine", "mine/checkpoint-50"])
@@ -170,14 +166,14 @@ def test_a_named_run_or_its_newest_checkpoint_goes_on_in_its_folder(named):
     start(["--output-dir", "mine"])
     for step in (9, 50):
         checkpoint_of("mine", step)
-    chosen = choose_run_folder(parse_config(["--resume", named]))
-    assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("unfinished", "mine", None)
+    chosen = decide_run(parse_config(["--resume", named]))
+    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("interrupted", "mine", None)
     with pytest.raises(ConfigError, match="another config .seed: 42 -> 7"):
-        choose_run_folder(parse_config(["--resume", named, "--seed", "7"]))
-    with pytest.raises(ConfigError, match=r"with --allow-changed .not for model, trainable, lora_r, optim."):
-        choose_run_folder(parse_config(["--resume", named, "--lora-r", "8", "--allow-changed"]))
-    changed = choose_run_folder(parse_config(["--resume", named, "--seed", "7", "--allow-changed"]))
-    assert changed.state == "unfinished" and changed.notes[0] == "changed, as --allow-changed says: seed: 42 -> 7"
+        decide_run(parse_config(["--resume", named, "--seed", "7"]))
+    with pytest.raises(ConfigError, match=r"or --allow-changed .not for model, trainable, lora_r, optim."):
+        decide_run(parse_config(["--resume", named, "--lora-r", "8", "--allow-changed"]))
+    changed = decide_run(parse_config(["--resume", named, "--seed", "7", "--allow-changed"]))
+    assert changed.state == "interrupted" and changed.notes[0] == "changed, as --allow-changed says: seed: 42 -> 7"
 
 
 def test_a_checkpoint_begins_another_run_and_the_same_command_goes_on_there():
@@ -185,38 +181,44 @@ def test_a_checkpoint_begins_another_run_and_the_same_command_goes_on_there():
     named = checkpoint_of("mine", 50)
     checkpoint_of("mine", 100)
     flags = ["--resume", named, "--output-dir", "other"]
-    chosen = choose_run_folder(parse_config(flags))
-    assert (chosen.state, chosen.config.output_dir, chosen.origin) == ("fresh", "other", Path(named))
+    chosen = decide_run(parse_config(flags))
+    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("new", "other", Path(named))
     Path("other").mkdir()
     save_config(chosen.config, "other", {})
     Path(named).rmdir()  # the old run goes on and lets it go
-    again = choose_run_folder(parse_config(flags))
-    assert (again.state, again.config.output_dir) == ("unfinished", "other")
-    with pytest.raises(ConfigError, match="holds what did not begin from mine/checkpoint-100; name a new folder"):
-        choose_run_folder(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
+    again = decide_run(parse_config(flags))
+    assert (again.state, again.config.output_dir) == ("interrupted", "other")
+    with pytest.raises(ConfigError, match="holds what did not start from mine/checkpoint-100; give a new folder"):
+        decide_run(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
 
 
 def test_the_same_command_goes_on_though_the_run_is_past_the_named_checkpoint():
     start(["--output-dir", "mine"])
     command = parse_config(["--resume", checkpoint_of("mine", 50)])
-    save_config(choose_run_folder(command).config, "mine", {})
+    save_config(decide_run(command).config, "mine", {})
     checkpoint_of("mine", 100)
-    assert choose_run_folder(command).state == "unfinished"
+    assert decide_run(command).state == "interrupted"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--resume", "nowhere"], "--resume nowhere: is no run and no checkpoint of one; use auto, never, or such as"),
+        (
+            ["--resume", "nowhere"],
+            "--resume nowhere: is no run and no checkpoint of one; use auto, never, or a path like",
+        ),
         (["--resume", "mine/file"], "--resume mine/file: is no run and no checkpoint of one"),
         (["--resume", "mine/checkpoint-7"], "is no run and no checkpoint of one; mine has checkpoint-50, checkpoint-9"),
         (
             ["--resume", "mine/checkpoint-9", "--output-dir", "mine/file"],
-            "--output-dir mine/file: is a file; name a fo",
+            "--output-dir mine/file: is a file; give a fo",
         ),
-        (["--resume", "mine", "--preset", "projector"], "another config .*; it was begun with --preset default"),
-        (["--resume", "mine/checkpoint-9"], "the run went on to step 50 from there; leave --resume out to go on, or"),
-        (["--resume", "mine", "--output-dir", "new"], "a run goes on in its own folder; name one of its checkpoints"),
+        (["--resume", "mine", "--preset", "projector"], "another config .*; it was started with --preset default"),
+        (
+            ["--resume", "mine/checkpoint-9"],
+            "the run continued to step 50 from there; leave --resume out to resume it, or",
+        ),
+        (["--resume", "mine", "--output-dir", "new"], "a run resumes in its own folder; give one of its checkpoints"),
         (["--resume", "mine/checkpoint-9", "--output-dir", "new", "--seed", "7"], "another config .seed: 42 -> 7"),
     ],
 )
@@ -226,7 +228,7 @@ def test_starts_that_cannot_be(flags, words):
     for step in (9, 50):
         checkpoint_of("mine", step)
     with pytest.raises(ConfigError, match=words):
-        choose_run_folder(parse_config(flags))
+        decide_run(parse_config(flags))
     assert sorted(path.name for path in Path(".").iterdir()) == ["mine"]
 
 
@@ -238,4 +240,4 @@ def test_a_saved_config_with_values_that_cannot_be(value):
     saved["config"]["learning_rate"] = value
     path.write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"training_config.json: cannot be .*\(learning_rate=.*; restore the file"):
-        choose_run_folder(parse_config(["--output-dir", "mine"]))
+        decide_run(parse_config(["--output-dir", "mine"]))

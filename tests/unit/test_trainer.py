@@ -15,16 +15,17 @@ from transformers import TrainerCallback, set_seed
 
 from config.training_config import PRESETS, TrainingConfig
 from data.collator import PlantCollator
-from data.dataset import ROW
+from data.dataset import ROW, PlantData
 from data.streaming import Stream
-from models.builder import set_trainable
+from models.builder import PlantModel, set_trainable
 from models.callbacks import RunLog
 from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
 from models.scoring import MicroBatchSize, score_batch
 from models.trainer import build_arguments, build_trainer
 from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import SIGNALS, Interrupted, StopRequest
-from runtime.run_dir import read_metrics
+from runtime.run_dir import Run
+from runtime.run_files import read_metrics
 from tests.unit.test_collator import SIZES, rows_of
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
@@ -45,7 +46,9 @@ def make_trainer(tiny, folder, train_set=None, model=None, **settings):
     set_seed(config.seed)
     train_set = rows(tiny) if train_set is None else train_set
     collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, config.image_size)
-    return build_trainer(config, model or tiny.model(), tiny.processor, collator, train_set, rows(tiny, 10), "no", CPU)
+    plant = PlantModel(model or tiny.model(), tiny.processor, tiny.prompt, collator, "no", CPU)
+    data = PlantData(train_set, rows(tiny, 10), rows(tiny, 10), tiny.names, "synthetic")
+    return build_trainer(Run(config), plant, data)
 
 
 def make_fused(tiny, folder, **settings):

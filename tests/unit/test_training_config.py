@@ -3,16 +3,8 @@ import json
 import pytest
 
 from config.cli import parse_config
-from config.training_config import (
-    CONFIG_FILE,
-    PRESETS,
-    ConfigError,
-    TrainingConfig,
-    config_from_dict,
-    find_problems,
-    load_config,
-    save_config,
-)
+from config.training_config import CONFIG_FILE, PRESETS, ConfigError, TrainingConfig, config_from_dict, find_problems
+from runtime.run_files import load_config, save_config
 
 
 def problems_of(**values) -> str:
@@ -107,8 +99,8 @@ def test_all_wrong_fields_of_a_saved_config_are_reported():
     ("text", "message"),
     [
         (None, "not a run, training_config.json is missing"),
-        ("{", "cannot be read as the config of a run"),
-        ("[]", "cannot be read as the config of a run"),
+        ("{", "cannot be read as a run's config"),
+        ("[]", "cannot be read as a run's config"),
         (json.dumps({"config": {"color": 1}, "recorded": {}}), "color: no such option"),
         (json.dumps({"config": {"seed": "x"}, "recorded": {}}), "seed='x': a whole number is needed"),
     ],

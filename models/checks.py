@@ -1,0 +1,111 @@
+"""The assertions on a loaded model: that it is what was asked for, walked module by module."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
+
+from models.fused_layers import unwrap
+from utils.logging_utils import UserError
+from utils.tokenizer_utils import Prompt
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Leaf names alone would match the vision tower too.
+LORA_TARGETS = rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"
+
+
+def check_model(
+    model: PreTrainedModel | PeftModel,
+    processor: LlavaNextProcessor,
+    prompt: Prompt,
+    load_in_4bit: bool,
+    trainable: str,
+    precision: str,
+) -> list[str]:
+    """Walk the loaded model; returns a sentence for each assertion. Raises UserError with all that do not hold."""
+    found = [
+        *_check_processor(unwrap(model), processor, prompt),
+        *_check_weights(model, load_in_4bit, trainable, DTYPES[precision]),
+    ]
+    wrong = [sentence for holds, sentence in found if not holds]
+    if wrong:
+        raise UserError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
+    return [sentence for _, sentence in found]
+
+
+def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
+    config, image_processor = base.config, processor.image_processor
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    patches, own_tile = (tile // patch) ** 2, image_processor.crop_size["height"]
+    positions = [
+        module.num_embeddings
+        for name, module in base.model.vision_tower.named_modules()
+        if name.endswith("position_embedding")
+    ]
+    pinpoints = [list(map(list, owner.image_grid_pinpoints)) for owner in (image_processor, config)]
+    strategy = processor.vision_feature_select_strategy, processor.num_additional_image_tokens
+    tokens, embeddings = len(processor.tokenizer), base.get_input_embeddings().num_embeddings
+    stop_ids = base.generation_config.eos_token_id
+    stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+    token_id = processor.image_token_id
+    kind = type(image_processor).__name__
+    yield kind.endswith("Pil"), f"image processor is the PIL back end ({kind})"
+    yield token_id == config.image_token_id, f"image token {token_id} is the model's {config.image_token_id}"
+    yield own_tile == tile, f"tiles of {own_tile} pixels are the vision tower's {tile}"
+    yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
+    yield positions == [patches + 1], f"a tile is {patches} patches + 1 CLS, the vision tower has {positions} positions"
+    yield pinpoints[0] == pinpoints[1], "pinpoints are the model's"
+    yield strategy == ("default", 1), "CLS is counted and dropped"
+    yield tokens <= embeddings, f"all {tokens} tokens have an embedding of the model's {embeddings}"
+    yield prompt.end_id in stop_ids, f"generation stops at {prompt.end!r}"
+
+
+def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype) -> Iterable[tuple[bool, str]]:
+    base, is_full = unwrap(model), trainable == "everything"
+    modules = dict(base.named_modules())
+    linears = {
+        name
+        for name, module in modules.items()
+        if re.fullmatch(LORA_TARGETS, name) and isinstance(module, (nn.Linear, LoraLayer))
+    }
+    expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
+    yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
+    quantized = {
+        name.removesuffix(".base_layer"): module
+        for name, module in modules.items()
+        if type(module).__name__ == "Linear4bit" and not isinstance(module, LoraLayer)
+    }
+    in_4bit = linears if load_in_4bit else set()
+    yield set(quantized) == in_4bit, f"{len(quantized)} linears in 4 bit, only in the language model"
+    states = [module.weight.quant_state for module in quantized.values()]
+    is_nested_nf4 = all(state.quant_type == "nf4" and state.nested for state in states)
+    yield is_nested_nf4, "4-bit weights are nf4 with double quantization"
+    wanted = torch.float32 if is_full else dtype
+    for part in (base.model.vision_tower, base.model.multi_modal_projector, base.lm_head):
+        kept = {parameter.dtype for parameter in part.parameters() if not parameter.requires_grad}
+        yield kept <= {wanted}, f"{type(part).__name__} is kept in {wanted}"
+    adapted = {name for name, module in modules.items() if isinstance(module, LoraLayer)}
+    in_adapter = set() if is_full else linears
+    yield adapted == in_adapter, f"LoRA sits on {len(adapted)} language-model projections, nowhere else"
+    train = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+    is_fp32 = bool(train) and all(parameter.dtype == torch.float32 for parameter in train.values())
+    yield is_fp32, "trainable parameters are fp32"
+    unexpected = [name for name in train if not _may_train(name, trainable)]
+    count = sum(map(torch.numel, train.values()))
+    others = f"others too: {unexpected[:3]}" if unexpected else "no others"
+    yield not unexpected, f"{count:,} parameters are trainable ({trainable}), {others}"
+
+
+def _may_train(name: str, trainable: str) -> bool:
+    in_projector = ".multi_modal_projector.modules_to_save." in name
+    in_adapter = ".language_model." in name and ".lora_" in name
+    return (
+        trainable == "everything"
+        or ("adapter" in trainable and in_adapter)
+        or ("projector" in trainable and in_projector)
+    )

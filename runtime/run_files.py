@@ -1,0 +1,99 @@
+"""The files of a run directory: their names, config and recorded facts, checkpoints, metrics.jsonl.
+
+Nothing heavy is imported here, so that every script can read a run before it imports torch.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, config_from_dict
+from runtime.atomic import write_file
+from runtime.legacy import renamed
+
+METRICS_FILE = "metrics.jsonl"
+PREFIX = "checkpoint-"
+BEST = "best"  # the weights with the best validation accuracy, or the last ones
+LOCK_FILE = "run.lock"  # held by the training that writes to the folder
+
+
+def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> None:
+    """Write the resolved config beside the weights, with the recorded facts: commits, versions, class names."""
+    text = json.dumps({"config": dataclasses.asdict(config), "recorded": recorded}, indent=2)
+    write_file(Path(folder) / CONFIG_FILE, text + "\n")
+
+
+def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
+    """The config and the recorded facts of a run folder.
+
+    Raises ConfigError where the file is missing, torn, or of another version of this program.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+        config, recorded = config_from_dict(dict(saved["config"])), dict(saved["recorded"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a run's config ({error}); restore the file, or use another --output-dir"
+        ) from error
+    if "images" in recorded:
+        recorded["data_fingerprint"] = recorded.pop("images")
+    return config, recorded
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Folders that are named as checkpoints, the newest first."""
+    paths = Path(folder).glob(f"{PREFIX}*")
+    found = [path for path in paths if path.name.removeprefix(PREFIX).isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps done at a checkpoint; 0 for None."""
+    number = checkpoint.name.removeprefix(PREFIX) if checkpoint else ""
+    return int(number) if number.isdecimal() else 0
+
+
+def is_completed(folder: str | Path) -> bool:
+    """True once the last line of a run stands in metrics.jsonl."""
+    return any(line.get("completed") for line in read_metrics(folder))
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl, without lines that a kill or a crash tore."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [entry for entry in map(_read_line, lines) if entry is not None]
+
+
+def _read_line(line: str) -> dict | None:
+    try:
+        entry = json.loads(line, object_hook=renamed)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def append_metrics(folder: str | Path, entry: dict) -> None:
+    """One more object on a line of its own, even behind a line that a kill tore."""
+    with open(Path(folder) / METRICS_FILE, "a+b") as file:
+        end = file.seek(0, 2)
+        file.seek(max(end - 1, 0))
+        torn = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(torn + json.dumps(entry).encode() + b"\n")
+
+
+def cut_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
+    """metrics.jsonl of `folder` becomes that of `source` up to a step, with or without the evaluation at that step."""
+    kept = [
+        line
+        for line in read_metrics(source)
+        if line["step"] <= step
+        and not line.get("completed")
+        and (keep_eval or line["step"] < step or "eval_loss" not in line)
+    ]
+    write_file(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
