@@ -266,7 +266,7 @@ def interrupted(monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "judge", stop)
+    monkeypatch.setattr(verify, "check_merge", stop)
 
 
 FAULTS = [
