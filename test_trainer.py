@@ -272,7 +272,7 @@ def check_padding(ready) -> str:
     if supervised != expected:
         raise UserError(f"{supervised} tokens are supervised where the answers have {expected}; please report this")
     return (
-        f"{len(batch['samples'])} images to {length:,} tokens, {min(pads)} to {max(pads)} of padding, "
+        f"{len(batch.samples)} images to {length:,} tokens, {min(pads)} to {max(pads)} of padding, "
         f"{min(expected)} to {max(expected)} supervised"
     )
 
