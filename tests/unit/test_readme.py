@@ -81,6 +81,22 @@ def test_usage_lists_every_option_with_its_default():
     assert all(f"| `{name}` |" in PAGES["usage.md"] for name in PRESETS)
 
 
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [("usage.md", "predict"), ("usage.md", "app"), ("evaluation.md", "evaluate"), ("export.md", "export")]
+    + [("speed.md", "benchmark")],
+)
+def test_pages_list_every_option_of_their_script(page, script):
+    (options,) = [
+        value
+        for name, value in vars(importlib.import_module(script)).items()
+        if name.endswith("Options") and dataclasses.is_dataclass(value)
+    ]
+    for field in dataclasses.fields(options):
+        default = str(field.default).lower() if field.default in (None, True, False) else str(field.default)
+        assert f"| `--{field.name.replace('_', '-')}` | `{default}` |" in PAGES[page], field.name
+
+
 def test_readme_links_every_page_and_links_lead_somewhere():
     linked = set(re.findall(r"\]\(docs/(\w+\.md)", README))
     assert linked == set(PAGES)
