@@ -23,7 +23,7 @@ from pathlib import Path
 
 from config.cli import COMPUTE_OPTIONS, parse_run_command
 from config.training_config import ConfigError, option
-from runtime.run_dir import load_run
+from runtime.run_dir import Run
 from runtime.run_files import BEST
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -42,17 +42,17 @@ class PageOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, load_run)
+    run, _, options = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, Run.load)
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():
         from predict import load_predictor
 
         check_gradio()
-        options = dataclasses.replace(use.options, port=find_port(use.options.host, use.options.port))
-        config = dataclasses.replace(use.config, num_workers=0)  # a process to read one photo takes longer than it
-        predictor = load_predictor(use._replace(config=config))
-        serve(build_page(predictor, use.folder, use.recorded, config.dataset), options)
+        options = dataclasses.replace(options, port=find_port(options.host, options.port))
+        run.config = dataclasses.replace(run.config, num_workers=0)  # a process to read one photo takes longer than it
+        predictor = load_predictor(run)
+        serve(build_page(predictor, run.folder, run.recorded, run.config.dataset), options)
     return 0
 
 

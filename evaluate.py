@@ -21,7 +21,7 @@ from typing import NamedTuple
 from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
 from runtime.resume import changed_fields
-from runtime.run_dir import Run, load_run
+from runtime.run_dir import Run
 from runtime.run_files import BEST, load_config, save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -61,9 +61,9 @@ class Evaluation(NamedTuple):
 def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
     """No run (a base model), one, or two, with flags over the run's saved config."""
     line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
-    config, recorded = TrainingConfig(question=PUBLISHED_QUESTION), {}
+    run = Run(TrainingConfig(question=PUBLISHED_QUESTION))
     for folder in line.words:
-        config, recorded = line.load_run(folder, load_run, (config, recorded))
+        run = line.load_run(folder, Run.load) or run
     if len(line.words) > 2:
         line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
     elif not line.words and not {"model", "preset"} & set(line.given):
@@ -77,11 +77,11 @@ def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
         reason = "has no effect when runs are compared" if len(line.words) == 2 else "is fixed by the run"
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(allowed))
         line.refuse({name: f"{reason}; options here: {flags}" for name in names if name not in allowed})
-    options, config = line.apply(EvaluationOptions()), line.apply(config)
+    options, config = line.apply(EvaluationOptions()), line.apply(run.config)
     if not line.words and not line.problems:
         line.problems += _find_other_base(config)
     line.exit_on_problems()
-    return Evaluation([Path(word) for word in line.words], config, recorded, options)
+    return Evaluation([Path(word) for word in line.words], config, run.recorded, options)
 
 
 def base_folder(config: TrainingConfig) -> Path:
@@ -191,7 +191,7 @@ def check_data(data, recorded: dict, config, folder: Path) -> None:
             "name images of the same classes"
         )
     is_own = config.dataset == load_config(folder)[0].dataset
-    if is_own and data_fingerprint(data) != recorded["images"]:
+    if is_own and data_fingerprint(data) != recorded["data_fingerprint"]:
         raise UserError(
             f"--dataset {config.dataset}: its images changed since {folder} was trained, and are split otherwise: some "
             "that it learned would be scored; put them back, or name new images with --dataset"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, RunCommand, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
-from runtime.run_dir import Run, load_run
+from runtime.run_dir import Run
 from runtime.run_files import BEST, is_completed
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -38,7 +38,7 @@ class ExportOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), load_run, "OUT")
+    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), Run.load, "OUT")
     set_environment()
     setup_logging()
     out, repository = Path(use.words[0]), use.options.push_to_hub
@@ -68,25 +68,25 @@ def check_can_export(use: RunCommand, out: Path) -> None:
     from runtime.device import refuse_several_ranks
 
     refuse_several_ranks()  # before they meet over the same draft
-    built, is_whole = use.config.model in RANDOM_MODELS, use.config.trainable == "everything"
-    if use.recorded.get("base"):
-        raise UserError(f"{use.folder}: is the untouched base, nothing was learned that could be exported")
+    built, is_whole = use.run.config.model in RANDOM_MODELS, use.run.config.trainable == "everything"
+    if use.run.recorded.get("base"):
+        raise UserError(f"{use.run.folder}: is the untouched base, nothing was learned that could be exported")
     if out.name in ("", "..") or out.is_symlink() or out.is_mount():
         raise UserError(f"{out}: is a link, a disk or the folder itself; name a folder that is not there yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already; name a new folder")
-    describe_best(use.folder / BEST)
-    if not is_completed(use.folder):
-        logger.warning(f"{use.folder}: is not finished; exported is what named val best so far")
+    describe_best(use.run.folder / BEST)
+    if not is_completed(use.run.folder):
+        logger.warning(f"{use.run.folder}: is not finished; exported is what named val best so far")
     if use.options.adapter_only and is_whole:
-        raise UserError(f"{use.folder}: all weights learned, there is no adapter; leave out --adapter-only")
+        raise UserError(f"{use.run.folder}: all weights learned, there is no adapter; leave out --adapter-only")
     if use.options.adapter_only and built:
         raise UserError(
-            f"{use.folder}: its base is saved nowhere, an adapter alone is of no use; leave out --adapter-only"
+            f"{use.run.folder}: its base is saved nowhere, an adapter alone is of no use; leave out --adapter-only"
         )
-    if use.config.model == "full" and not is_whole:
+    if use.run.config.model == "full" and not is_whole:
         raise UserError(
-            f"{use.folder}: its base has random weights that existed on a GPU alone; nothing can be exported"
+            f"{use.run.folder}: its base has random weights that existed on a GPU alone; nothing can be exported"
         )
     if use.options.push_to_hub:
         with report_hub_errors(
@@ -151,14 +151,14 @@ def export_whole(use: RunCommand, draft: Path) -> None:
     from runtime.device import choose_device, collect_memory, fit_workers
     from utils.tokenizer_utils import tokenizer_probe
 
-    folder, config, recorded, options = use.folder, use.config, use.recorded, use.options
+    folder, config, recorded, options = use.run.folder, use.run.config, use.run.recorded, use.options
     dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
     device = choose_device(config.model, config.gpu_memory_fraction)
     rows, validated = load_validation_rows(use)
     processor, prompt = build_processor(config, names)
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
     found = {"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}
-    check_same_base(found, Run(config, recorded))
+    check_same_base(found, use.run)
     collator = PlantCollator(processor, prompt, names, config.image_size)
     few = first_readable(collator, rows, LOGIT_IMAGES)
     adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
@@ -207,7 +207,7 @@ def export_adapter(use: RunCommand, draft: Path) -> None:
     from runtime.checkpoint import CARD
     from runtime.device import choose_device, choose_precision, collect_memory
 
-    folder, config, recorded = use.folder, use.config, use.recorded
+    folder, config, recorded = use.run.folder, use.run.config, use.run.recorded
     device = choose_device(config.model, config.gpu_memory_fraction)
     precision = choose_precision(config.mixed_precision, device)
     dtype = DTYPE_OF[precision]
@@ -221,7 +221,7 @@ def export_adapter(use: RunCommand, draft: Path) -> None:
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_processor(processor, draft)
     save_classes(use, prompt, draft)
-    plant = PlantModel.from_run(Run(config, recorded), device)
+    plant = PlantModel.from_run(use.run, device)
     expected = logits_of(plant.model, collator, few, dtype, device)
     del plant
     collect_memory(device)
@@ -243,11 +243,11 @@ def load_validation_rows(use: RunCommand) -> tuple:
     from evaluate import check_data
     from evaluation.evaluator import read_correct
 
-    data = build_datasets(use.config)
-    check_data(data, use.recorded, use.config, use.folder)
+    data = build_datasets(use.run.config)
+    check_data(data, use.run.recorded, use.run.config, use.run.folder)
     if data.validation is None:
         return take(data.train, 100), None  # some of them for the logits
-    return take(data.validation, use.options.limit), read_correct(use.folder, "val")[1]
+    return take(data.validation, use.options.limit), read_correct(use.run.folder, "val")[1]
 
 
 @contextlib.contextmanager
@@ -257,9 +257,9 @@ def base_weights(use: RunCommand, processor) -> Iterator[Path]:
 
     from models.builder import build_base
 
-    config = use.config
+    config = use.run.config
     if config.trainable == "everything":
-        yield use.folder / BEST
+        yield use.run.folder / BEST
     elif config.model in RANDOM_MODELS:
         with tempfile.TemporaryDirectory() as made:
             build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(made)
@@ -280,9 +280,13 @@ def save_classes(use: RunCommand, prompt, draft: Path) -> None:
     from evaluation.evaluator import read_calibration
     from runtime.checkpoint import describe_best
 
-    facts = {"class_names": use.recorded["class_names"], "question": use.config.question, "prompt": prompt.prompt}
-    facts |= {"response_prefix": prompt.response_prefix, "end": prompt.end, "image_size": use.config.image_size}
-    calibration = read_calibration(use.folder, describe_best(use.folder / BEST))
+    facts = {
+        "class_names": use.run.recorded["class_names"],
+        "question": use.run.config.question,
+        "prompt": prompt.prompt,
+    }
+    facts |= {"response_prefix": prompt.response_prefix, "end": prompt.end, "image_size": use.run.config.image_size}
+    calibration = read_calibration(use.run.folder, describe_best(use.run.folder / BEST))
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config.cli import COMPUTE_OPTIONS, RunCommand, parse_run_command
+from config.cli import COMPUTE_OPTIONS, parse_run_command
 from config.training_config import ConfigError, option
-from runtime.run_dir import load_run
-from runtime.run_files import BEST
+from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 
@@ -30,20 +29,20 @@ class PredictionOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, load_run, "IMAGE ...")
+    run, words, options = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, Run.load, "IMAGE ...")
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="what was named stands above"):
-        images = list(find_images(use.words))
+        images = list(find_images(words))
         readable = [image for image, reason in images if reason is None]
-        named = load_predictor(use).name(readable) if readable else iter(())
-        logger.info(f"naming {len(readable):,} images with {use.folder}")
-        tell, failed = as_json if use.options.json else as_line, 0
+        named = load_predictor(run).name(readable) if readable else iter(())
+        logger.info(f"naming {len(readable):,} images with {run.folder}")
+        tell, failed = as_json if options.json else as_line, 0
         for image, reason in images:
             found = reason or next(named)
             failed += isinstance(found, str)
             try:
-                print(tell(image, found, use.options.top), flush=True)
+                print(tell(image, found, options.top), flush=True)
             except BrokenPipeError:  # whoever reads, such as head, has enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
                 return 1
@@ -52,19 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def load_predictor(use: RunCommand):
+def load_predictor(run: Run):
     """The evaluation.predictor.Predictor of a run."""
     from evaluation.predictor import build_predictor
     from models.builder import PlantModel
     from runtime.checkpoint import describe_best
     from runtime.device import choose_device
-    from runtime.run_dir import Run
 
-    folder, config, recorded = use.folder, use.config, use.recorded
-    adapter = None if recorded.get("base") else describe_best(folder / BEST)
-    device = choose_device(config.model, config.gpu_memory_fraction)
-    plant = PlantModel.from_run(Run(config, recorded), device)
-    return build_predictor(config, plant.model, plant.collator, plant.precision, folder, adapter)
+    adapter = None if run.is_base_model else describe_best(run.best_folder)
+    device = choose_device(run.config.model, run.config.gpu_memory_fraction)
+    plant = PlantModel.from_run(run, device)
+    return build_predictor(run.config, plant.model, plant.collator, plant.precision, run.folder, adapter)
 
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:

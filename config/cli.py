@@ -93,13 +93,13 @@ class CommandLine:
         self.problems += find_problems(options)
         return options
 
-    def load_run(self, folder: str, load: Callable, default):
-        """`load(folder)`, or `default` where that raises ConfigError, which is reported."""
+    def load_run(self, folder: str, load: Callable):
+        """`load(folder)`, or None where that raises ConfigError, which is reported."""
         try:
             return load(folder)
         except ConfigError as error:
             self.problems.append(f"{error}. Runs here: {list_runs()}")
-            return default
+            return None
 
     def exit_on_problems(self) -> None:
         if self.problems:
@@ -110,11 +110,9 @@ class CommandLine:
 class RunCommand(typing.NamedTuple):
     """A command line of a script that uses a run."""
 
-    folder: Path
+    run: typing.Any  # a runtime.run_dir.Run, its config overridden by the flags
     words: list[str]  # positional, after the run
-    config: TrainingConfig  # the run's, overridden by the flags
-    recorded: dict  # facts that the run recorded
-    options: typing.Any
+    options: typing.Any  # of the script
 
 
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainingConfig:
@@ -131,28 +129,29 @@ def parse_run_command(
     """RUN, then `words` (none, one, or any number if it ends in "..."), with flags for `options` and for the fields of
     the run's config that are `overridable`.
 
-    `load(folder)` gives (config, recorded) of a run or raises ConfigError. SystemExit with status 2 after printing all
-    problems.
+    `load(folder)` gives the Run, a dataclass with a `config`, or raises ConfigError: config may not import runtime.
+    SystemExit with status 2 if there are problems.
     """
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     fixed = {name: "is fixed by the run" for name in names if name not in overridable}
     usage = f"RUN {words}".rstrip()
     line = CommandLine(argv, description, options, usage, fixed)
     folder, rest = (line.words[0], line.words[1:]) if line.words else (None, [])
-    config, recorded = TrainingConfig(), {}
+    run = None
     if folder is None:
         line.problems.append(f"RUN is missing; usage: {usage}. Runs here: {list_runs()}")
     else:
-        config, recorded = line.load_run(folder, load, (config, recorded))
+        run = line.load_run(folder, load)
         extra = rest if not words else [] if words.endswith("...") else rest[1:]
         if words and not rest:
             line.problems.append(f"{folder}: {words} is missing after it; usage: {usage}")
         if extra:
             line.problems.append(f"{' '.join(extra)}: unexpected argument; usage: {usage}")
-    config = line.apply(dataclasses.replace(config, compile="false"))  # too few images to win the time back
+    saved = TrainingConfig() if run is None else run.config
+    config = line.apply(dataclasses.replace(saved, compile="false"))  # too few images to win the time back
     values = line.apply(options())
     line.exit_on_problems()
-    return RunCommand(Path(folder), rest, config, recorded, values)
+    return RunCommand(dataclasses.replace(run, config=config), rest, values)
 
 
 def list_runs() -> str:

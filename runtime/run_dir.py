@@ -145,12 +145,6 @@ class Run:
             self.folder.rmdir()
 
 
-def load_run(folder: str | Path) -> tuple[TrainingConfig, dict]:
-    """Config and recorded facts of a run, for command lines that use one. Raises ConfigError."""
-    run = Run.load(folder)
-    return run.config, run.recorded
-
-
 @contextlib.contextmanager
 def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
     """The run that a config asks for: new, interrupted (resumes) or completed (nothing to do).

@@ -332,7 +332,7 @@ def link(folder):
 
 def other_images(folder):
     path = folder / "training_config.json"
-    path.write_text(path.read_text().replace('"images": "', '"images": "0'))
+    path.write_text(path.read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0'))
 
 
 BAD_INPUT = [

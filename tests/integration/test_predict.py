@@ -40,11 +40,11 @@ def images(here):
 
 
 def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
-    status, out, err = run(capsys, "one", "photos/08.png", "photos/deep", "photos/*[0-3].png", "**/09.png", *FAST)
+    status, out, err = run(capsys, "one", "images/08.png", "images/deep", "images/*[0-3].png", "**/09.png", *FAST)
     names = [line.partition(": ")[0] for line in out.splitlines()]
     assert status == 0 and "naming 9 images with one" in err
-    deep = [f"photos/deep/{number}.png" for number in ("09", "10", "11")]
-    assert names == ["photos/08.png", *deep, *[f"photos/0{number}.png" for number in range(4)], "photos/deep/09.png"]
+    deep = [f"images/deep/{number}.png" for number in ("09", "10", "11")]
+    assert names == ["images/08.png", *deep, *[f"images/0{number}.png" for number in range(4)], "images/deep/09.png"]
 
 
 def test_scores_are_those_of_the_evaluation(trained, images, capsys):
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_evaluation(trained, images, capsys):
             capsys, "one", "images", "--json", "--top", "10", "--per-device-eval-batch-size", batch, *FAST
         )
         found = json.loads(out.splitlines()[0])
-        assert status == 0 and found["image"] == "photos/00.png"
+        assert status == 0 and found["image"] == "images/00.png"
         for one in found["likeliest"]:
             assert one["confidence"] == pytest.approx(expected[list(SPECIES).index(one["name"])], abs=1e-3)
         is_confident = calibration["threshold"] is not None and found["confidence"] >= calibration["threshold"]
@@ -79,17 +79,17 @@ def set_threshold(folder, threshold):
 
 def test_sure_and_not_sure(trained, images, capsys):
     set_threshold(trained, 0.0)
-    line = run(capsys, "one", "photos/00.png", "--top", "3", *FAST)[1]
+    line = run(capsys, "one", "images/00.png", "--top", "3", *FAST)[1]
     assert line.count("%") == 3 and "not sure" not in line
     set_threshold(trained, 1.1)
-    assert run(capsys, "one", "photos/00.png", "--top", "1", *FAST)[1].startswith("photos/00.png: not sure (")
+    assert run(capsys, "one", "images/00.png", "--top", "1", *FAST)[1].startswith("images/00.png: not sure (")
     set_threshold(trained, None)
     path = trained / "calibration.json"
     assert (
         '"not sure" was fitted on 20 images of val alone; do not rely on it' in run(capsys, "one", "images", *FAST)[2]
     )
     path.write_text(path.read_text().replace('"images": 20', '"images": 300'))
-    _, out, err = run(capsys, "one", "photos/00.png", *FAST)
+    _, out, err = run(capsys, "one", "images/00.png", *FAST)
     assert (
         ": not sure (" in out and 'no confidence reached a precision of 0.95 on val, so that every image is "not' in err
     )
@@ -106,7 +106,7 @@ def calibration_of_others(path):
 @pytest.mark.parametrize("damage", [no_calibration, calibration_of_others])
 def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained, images, capsys):
     damage(trained / "calibration.json")
-    status, out, err = run(capsys, "one", "photos/00.png", *FAST)
+    status, out, err = run(capsys, "one", "images/00.png", *FAST)
     assert status == 0 and "not sure" not in out and "has no calibration for its weights" in err
 
 
@@ -120,15 +120,15 @@ def test_a_bad_file_is_a_line_and_the_rest_is_named(trained, images, capsys):
     status, out, err = run(capsys, "one", *words, "--per-device-eval-batch-size", "5", *FAST)
     lines = out.splitlines()
     assert status == 1 and len(lines) == 16 and "5 of 16 could not be named" in err
-    assert lines[3] == "photos/03.png: is empty (0 bytes)"
+    assert lines[3] == "images/03.png: is empty (0 bytes)"
     assert lines[12:] == [
         "gone.png: cannot be read (No such file or directory)",
         "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
         "empty: holds no images; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
         f"{'a' * 300}: cannot be read (File name too long)",
     ]
-    assert "warning: images: 1 files are not read (photos/notes.heic, ...)" in err
-    _, out, _ = run(capsys, "one", "--json", "gone.png", "photos/00.png", *FAST)
+    assert "warning: images: 1 files are not read (images/notes.heic, ...)" in err
+    _, out, _ = run(capsys, "one", "--json", "gone.png", "images/00.png", *FAST)
     assert json.loads(out.splitlines()[0]) == {"image": "gone.png", "error": lines[12]}
     assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest"}
 
@@ -159,7 +159,7 @@ def test_an_untouched_base_names_too(here, few_drawings, images, checkpoint, cap
 
     argv = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base", "--limit", "4", *FAST]
     assert evaluate.main(argv) == 0
-    status, out, _ = run(capsys, "base", "photos/00.png", *FAST)
+    status, out, _ = run(capsys, "base", "images/00.png", *FAST)
     assert status == 0 and "%" in out
 
 
@@ -182,7 +182,7 @@ def torn_calibration(folder):
 BAD_INPUT = [
     (nothing, [], "error: RUN is missing; usage: RUN IMAGE .... Runs here: none yet"),
     (nothing, ["one"], "error: one: IMAGE ... is missing after it; usage: RUN IMAGE ..."),
-    (nothing, ["photos/00.png", "x.png"], "error: photos/00.png: not a run, training_config.json is missing"),
+    (nothing, ["images/00.png", "x.png"], "error: images/00.png: not a run, training_config.json is missing"),
     (gone, ["one", "x.png"], "error: one: not a run, training_config.json is missing"),
     (nothing, ["one", "x.png", "--top", "0"], "error: top=0: must be at least 1"),
     (nothing, ["one", "x.png", "--topp", "3"], "error: --topp: unknown flag; did you mean --top?"),
@@ -206,7 +206,7 @@ def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, images, capsys)
     path = adapted / "best" / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "r_proj"): weight for name, weight in load_file(path).items()}, path)
     write_manifest(adapted / "best")
-    status, out, err = run(capsys, "two", "photos/00.png", *FAST)
+    status, out, err = run(capsys, "two", "images/00.png", *FAST)
     assert status == 1 and out == "" and "error: two/best: the adapter does not fit the model: " in err
 
 
@@ -214,10 +214,10 @@ def test_a_base_whose_files_changed_is_refused(adapted, images, checkpoint, caps
     config = adapted / "training_config.json"
     other = shutil.copytree(checkpoint(), adapted.parent / "base")
     config.write_text(config.read_text().replace(checkpoint(), str(other)))
-    assert run(capsys, "two", "photos/00.png", *FAST)[0] == 0
+    assert run(capsys, "two", "images/00.png", *FAST)[0] == 0
     weights = load_file(other / "model.safetensors")
     save_file({name: 1.01 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    status, out, err = run(capsys, "two", "photos/00.png", *FAST)
+    status, out, err = run(capsys, "two", "images/00.png", *FAST)
     assert (
         status == 1 and out == "" and "is not what two was trained on (model_files differ); put back that check" in err
     )

@@ -9,7 +9,7 @@ import benchmark
 import evaluate
 from config.cli import BOOLEAN_WORDS, CommandLine, parse_config, parse_run_command
 from config.training_config import PRESETS, TrainingConfig, option
-from runtime.run_dir import load_run
+from runtime.run_dir import Run
 from runtime.run_files import save_config
 from tests.conftest import ROOT
 
@@ -127,14 +127,15 @@ def run_folder(here):
 
 
 def parse_use(*argv, words=""):
-    return parse_run_command(list(argv), "", Options, ("num_workers", "load_in_4bit"), load_run, words)
+    return parse_run_command(list(argv), "", Options, ("num_workers", "load_in_4bit"), Run.load, words)
 
 
 def test_flags_override_the_config_of_the_run(run_folder):
-    use = parse_use(run_folder, "a.jpg", "--num-workers", "0", "--top=3", "b.jpg", words="IMAGE ...")
-    assert (use.config.seed, use.config.num_workers, use.config.compile) == (7, 0, "false")
-    assert (f"{use.folder}", use.words, use.recorded) == (run_folder, ["a.jpg", "b.jpg"], {"class_names": ["oak"]})
-    assert use.options == Options(top=3)
+    argv = [run_folder, "a.jpg", "--num-workers", "0", "--top=3", "b.jpg"]
+    run, words, options = parse_use(*argv, words="IMAGE ...")
+    assert (run.config.seed, run.config.num_workers, run.config.compile) == (7, 0, "false")
+    assert (f"{run.folder}", run.recorded) == (run_folder, {"class_names": ["oak"]})
+    assert (words, options) == (["a.jpg", "b.jpg"], Options(top=3))
 
 
 BAD_COMMANDS = [
