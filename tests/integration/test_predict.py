@@ -218,9 +218,7 @@ def test_a_base_whose_files_changed_is_refused(adapted, images, checkpoint, caps
     weights = load_file(other / "model.safetensors")
     save_file({name: 1.01 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     status, out, err = run(capsys, "two", "images/00.png", *FAST)
-    assert (
-        status == 1 and out == "" and "is not what two was trained on (model_files differ); put back that check" in err
-    )
+    assert status == 1 and out == "" and "is not what two was trained on (model_files differ); put that check" in err
 
 
 def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
