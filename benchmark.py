@@ -13,6 +13,7 @@ matrix-product rate that is reached without counting recomputation, and the most
 import contextlib
 import dataclasses
 import io
+import math
 import platform
 import re
 import shutil
@@ -202,7 +203,6 @@ def train_ours(config, model, processor, collator, rows, precision, device):
     """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
     from data.dataset import PlantData
     from models.builder import PlantModel
-    from models.fitting import plan_memory
     from models.trainer import build_trainer
     from runtime.run_dir import Run
 
@@ -211,10 +211,7 @@ def train_ours(config, model, processor, collator, rows, precision, device):
     trainer = build_trainer(Run(config), plant, data)
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
-    plan_memory(
-        *(trainer, collator.largest_row(rows)),
-        *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
-    )
+    trainer.plan_memory(steps_left=math.inf)  # a run long enough to compile for
     clock = build_clock(device)
     trainer.add_callback(clock)
     with memory_of(device) as memory:
@@ -296,7 +293,7 @@ def score_ours(config, model, collator, rows, precision, device) -> Result:
     rates = []
     with memory_of(device) as memory:
         began, done = None, 0
-        scores = score_rows(model, collator, some, collator.name_ids, size, config.num_workers, DTYPES[precision])
+        scores = score_rows(model, collator, some, size, config.num_workers, DTYPES[precision])
         for count, _ in enumerate(scores, start=1):
             if count % size == 0:  # a batch's scores come all at once
                 now = time.perf_counter()

@@ -299,7 +299,6 @@ def check_model(ready) -> str:
 
 def check_steps(ready) -> str:
     from models.builder import PlantModel
-    from models.fitting import plan_memory
     from models.trainer import build_trainer
     from runtime.run_dir import Run
     from runtime.run_files import read_metrics
@@ -311,10 +310,7 @@ def check_steps(ready) -> str:
         plant = PlantModel(ready.model, ready.processor, ready.prompt, ready.collator, ready.precision, ready.device)
         trainer = build_trainer(Run(config), plant, ready.data._replace(validation=None))
         trainer.args.save_strategy = "no"
-        plan_memory(
-            *(trainer, ready.collator.largest_row(ready.data.train)),
-            *(config.gpu_memory_fraction, config.gradient_checkpointing, config.compile, config.auto_batch),
-        )
+        trainer.plan_memory()
         trainer.train()
         ready.steps = read_metrics(folder)
     losses = [step["loss"] for step in ready.steps]

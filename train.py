@@ -15,10 +15,8 @@ from pathlib import Path
 
 from config.cli import parse_config
 from config.training_config import ConfigError, TrainingConfig
-from runtime.run_files import BEST, load_config, step_of
+from runtime.run_files import BEST, load_config
 from utils.logging_utils import report_errors, set_environment, setup_logging
-
-SAMPLED = 500  # images of a stream whose sizes are read
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError):
         from data.dataset import build_datasets
         from models.builder import PlantModel, load_weights
-        from models.fitting import plan_memory, shard_weights, unshard_weights
+        from models.memory import unshard_weights
         from models.trainer import build_trainer
         from runtime.distributed import init_distributed
         from runtime.run_dir import open_run
@@ -43,19 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer = build_trainer(run, plant, data)
             run.record(plant, data, trainer)
             run.log_header(plant, data, trainer)
-            largest = plant.collator.largest_row(data.train.head(SAMPLED) if config.streaming else data.train)
-            if config.sharding == "fsdp":
-                shard_weights(trainer, largest, config.compile, step_of(run.resume_from))
-            else:
-                plan_memory(
-                    trainer,
-                    largest,
-                    config.gpu_memory_fraction,
-                    config.gradient_checkpointing,
-                    config.compile,
-                    config.auto_batch,
-                    steps_done=step_of(run.resume_from),
-                )
+            trainer.plan_memory(run.resume_from)
             trainer.train_from(run.resume_from)
             if data.validation is not None:
                 trainer.evaluate_if_needed()

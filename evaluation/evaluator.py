@@ -26,8 +26,7 @@ from evaluation.report import (
     write_report,
 )
 from models.builder import DTYPES, unwrap
-from models.generation import generate_batches
-from models.scoring import score_batches
+from models.scoring import generate_batches, score_batches
 from runtime.checkpoint import describe_best
 from runtime.device import fit_workers
 from runtime.distributed import Distributed, assert_same_across_ranks, get_local_world_size
@@ -230,7 +229,7 @@ class Evaluator:
         return self._by_all(self._own_scores, rows)
 
     def _own_scores(self, rows) -> Iterator[dict]:
-        options = self.collator.name_ids, self.batch_size, self.num_workers, self.dtype
+        options = self.batch_size, self.num_workers, self.dtype
         for scores, unreadable in score_batches(self.model, self.collator, rows, *options):
             yield from ({"unreadable": one} for one in unreadable)
             for one in scores:

@@ -80,7 +80,7 @@ class Predictor:
         ]
         workers = min(self.num_workers, len(rows) // self.batch_size)  # they take longer to start than a few images
         options = self.batch_size, workers, self.dtype
-        for scores, unreadable in score_batches(self.model, self.collator, rows, self.collator.name_ids, *options):
+        for scores, unreadable in score_batches(self.model, self.collator, rows, *options):
             found = {int(one.id): self._judge(np.array(one.values)) for one in scores}
             found |= {int(image): reason for image, _, reason in (one.partition(": ") for one in unreadable)}
             yield from (found[index] for index in sorted(found))

@@ -46,7 +46,7 @@ def scores_of(model, collator, rows, dtype: torch.dtype) -> torch.Tensor:
     """(n, C) in nats, computed by plain kernels one image at a time: equal weights give equal numbers."""
     for one in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
         one.kernels.eager()
-    return torch.tensor([one.values for one in score_rows(model, collator, rows, collator.name_ids, 1, 0, dtype)])
+    return torch.tensor([one.values for one in score_rows(model, collator, rows, 1, 0, dtype)])
 
 
 def verify_reload(build: Callable, folder: Path, expected: torch.Tensor, collator, rows, dtype: torch.dtype) -> None:
@@ -181,7 +181,7 @@ def compare_with_validated(validated: dict[str, bool], model, collator, rows: Se
 
     Raises UserError if none of the images was validated.
     """
-    scored = score_rows(model, collator, rows, collator.name_ids, *options)
+    scored = score_rows(model, collator, rows, *options)
     correct = {one.id: int(np.argmax(one.values)) == one.label for one in scored}
     both = [image for image in correct if image in validated]
     if not both:

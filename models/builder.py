@@ -37,8 +37,7 @@ from models.fused_layers import (
     set_activation_checkpointing,
     unwrap,
 )
-from models.generation import Reply, generate_batches
-from models.scoring import Score, score_batches
+from models.scoring import Reply, Score, generate_batches, score_batches
 from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
 from runtime.device import choose_precision, fit_workers
 from runtime.distributed import get_local_world_size
@@ -141,7 +140,7 @@ class PlantModel:
         """For each batch of rows: the log-probability of every class name, and the unreadable images."""
         size = self.eval_batch_size if batch_size is None else batch_size
         workers = self.num_workers if num_workers is None else num_workers
-        return score_batches(self.model, self.collator, rows, self.collator.name_ids, size, workers, self.dtype)
+        return score_batches(self.model, self.collator, rows, size, workers, self.dtype)
 
     def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[Reply], list[str]]]:
         """For each batch of rows: greedy replies, and the unreadable images."""

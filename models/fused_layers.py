@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from models.memory import is_out_of_memory
+from runtime.device import is_out_of_memory
 from utils.logging_utils import logger
 
 try:
@@ -366,7 +366,7 @@ class FusedLayer:
         return out.view(images, tokens, width)
 
     @property
-    def adapter_columns(self) -> int:
+    def lora_columns(self) -> int:
         """Columns that the adapters of a group add to its rows."""
         return self.groups[0].columns
 

@@ -1,122 +1,349 @@
-"""What a micro-batch costs in memory, and which micro-batch and recomputation fit a GPU, by arithmetic.
+"""Memory of a micro-batch: a model of its bytes, and a planner that tries on the GPU what fits before the first step.
 
 Shapes: T tokens of the longest sample, D width of the language model, L its layers.
 
-Holds for fused_layers.py. models/fitting.py tries a plan once before the run begins, and models/trainer.py
-steps down if a step runs out of memory all the same.
+Holds for the layers of models/fused_layers.py. If a step runs out of memory all the same, models/trainer.py retries it
+with half the micro-batch.
 """
 
+import contextlib
 import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+
+from models.fused_layers import FusedLayer, set_activation_checkpointing, unwrap
+from runtime.device import (
+    GIB,
+    available_gpu_memory,
+    is_out_of_memory,
+    memory_in_use,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+)
+from runtime.distributed import checksum_quantized, get_local_world_size, shard_frozen_parameters, unshard, unsharded
+from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
 WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (docs/LOG.md)
 # Dequantization and kernel launches cost a micro-batch as much time as a forward of so many tokens (docs/LOG.md).
 MICRO_BATCH_TOKENS = 800
-RECOMPUTED = 0.8  # of a layer's forward: the recomputation leaves out its last product
-BACKWARD = 1.1  # of a forward: the weights are frozen, so only the gradient of the rows and the adapters' are computed
-# Bytes of optimizer state for each weight that learns, by a part of transformers' name; the first that fits counts.
+RECOMPUTED = 0.8  # of a layer's forward: recomputation leaves out its last matmul
+BACKWARD = 1.1  # of a forward: the weights are frozen, so only rows and LoRA need gradients
+# Bytes of optimizer state per trainable parameter, by a part of transformers' name; the first match counts.
 OPTIMIZER_BYTES = {"paged": 0, "8bit": 2, "4bit": 1, "sgd": 0, "adafactor": 0, "adam": 8}
+COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (docs/LOG.md)
+COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (docs/LOG.md)
+
+
+class MicroBatcher:
+    """The number of images in a forward pass, halved for good when they do not fit."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def halve(self, error: RuntimeError, message: str) -> None:
+        """After an out-of-memory. Raises any other `error` again, and UserError(message) at size 1."""
+        if not is_out_of_memory(error):
+            raise error
+        if self.size == 1:
+            raise UserError(message) from error
+        self.size //= 2
+
+
+# ---- the model of a micro-batch's bytes
+
+
+class LayerShape(NamedTuple):
+    """What the bytes of a decoder layer depend on."""
+
+    text_config: object  # of the language model
+    lora_columns: int  # that LoRA adds to the rows of a group of projections
+    itemsize: int  # bytes of an activation
+    compiled: bool  # whether the elementwise kernels are
+
+    def bytes_per_token(self) -> tuple[int, int]:
+        """(activations that a layer keeps beside its input, transient bytes while its backward is computed).
+
+        What compiled kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
+        """
+        config = self.text_config
+        width, inner = config.hidden_size, config.intermediate_size
+        head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+        # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
+        kept = self.itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * self.lora_columns)
+        kept += 4 * config.num_attention_heads
+        # the MLP's gradient; residual, norm and their gradients
+        transient = self.itemsize * (inner + self.lora_columns + 4 * width)
+        transient += 0 if self.compiled else 6 * 4 * inner
+        return kept, kept + transient
 
 
 class Cost(NamedTuple):
     """Bytes that a step takes."""
 
-    fixed: float  # whatever the micro-batch: weights, gradients, optimizer state, one unpacked weight
-    passing: float  # each image of a micro-batch: what lives while one layer's backward is computed
-    inputs: float  # each image: the inputs of all layers, unless they wait in the host's memory
-    kept_layer: float  # each image in each layer that keeps its activations
+    static: float  # whatever the micro-batch: weights, gradients, optimizer state, one dequantized weight
+    transient: float  # per image: what exists during one layer's backward
+    checkpoint: float  # per image: the inputs of all layers, unless they are offloaded to the CPU
+    activation: float  # per image and layer without activation checkpointing
 
-    def peak(self, images: int, kept: int, offload: bool = False) -> float:
-        return self.fixed + images * (self.passing + kept * self.kept_layer + (0 if offload else self.inputs))
+    def peak(self, micro_batch_size: int, kept: int, offload: bool = False) -> float:
+        per_image = self.transient + kept * self.activation + (0 if offload else self.checkpoint)
+        return self.static + micro_batch_size * per_image
 
 
 class Plan(NamedTuple):
-    """A micro-batch, and the layers that keep their activations; the others are run again in the backward pass."""
+    """A micro-batch size, and how many layers keep their activations; the others use activation checkpointing."""
 
-    images: int
+    micro_batch_size: int
     kept: int
-    offload: bool  # inputs of layers that are run again wait in the host's memory
+    offload: bool  # inputs of checkpointed layers are offloaded to the CPU
     peak: float  # bytes
 
 
-def optimizer_bytes(optim: str, learning: int) -> int:
-    """Bytes of state for so many learning weights; 8 each (two in fp32) for an optimizer not known here."""
-    return learning * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
+def optimizer_bytes(optim: str, trainable: int) -> int:
+    """Bytes of state for so many parameters; 8 each (two in fp32) for an optimizer not known here."""
+    return trainable * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
 
 
-def layer_bytes(text_config, adapter_columns: int, itemsize: int, compiled: bool) -> tuple[int, int]:
-    """(bytes a token that a layer keeps beside its input, bytes a token that pass while its backward is computed).
-
-    What compiled kernels hold in registers, plain torch writes to memory: the MLP's gradient in fp32, six times.
-    """
-    width, inner = text_config.hidden_size, text_config.intermediate_size
-    head = getattr(text_config, "head_dim", None) or width // text_config.num_attention_heads
-    queries, keys = head * text_config.num_attention_heads, head * text_config.num_key_value_heads
-    # q, k, v, attention's output and its log-sum, the second residual, gate and up, the adapters' products
-    kept = itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * adapter_columns)
-    kept += 4 * text_config.num_attention_heads
-    passing = itemsize * (inner + adapter_columns + 4 * width)  # the MLP's gradient; residual, norm and their gradients
-    passing += 0 if compiled else 6 * 4 * inner
-    return kept, kept + passing
-
-
-def step_cost(
-    text_config,
-    tokens: int,
-    held: int,
-    learning: int,
-    optim: str,
-    pixels: int,
-    adapter_columns: int,
-    itemsize: int,
-    compiled: bool,
-) -> Cost:
-    """`held`: bytes in use before the first step; `learning`: weights that learn; `pixels`: bytes of a step's images.
-
-    `compiled`: whether the kernels between the products are.
-    """
-    kept, passing = layer_bytes(text_config, adapter_columns, itemsize, compiled)
-    width, inner = text_config.hidden_size, text_config.intermediate_size
-    unpacked = itemsize * inner * (width + adapter_columns)
-    inputs = text_config.num_hidden_layers * width * itemsize  # each layer's, kept in any case
-    fixed = held + 4 * learning + optimizer_bytes(optim, learning) + pixels + unpacked + WORKSPACE
-    return Cost(fixed, tokens * passing, tokens * inputs, tokens * kept)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whatever says so: torch, cuBLAS, Triton, or the driver where it is asked for page-locked memory of the host."""
-    told = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or (isinstance(error, RuntimeError) and ("out of memory" in told.lower() or "ALLOC_FAILED" in told))
-    )
+def step_cost(layer: LayerShape, tokens: int, held: float) -> Cost:
+    """`held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included."""
+    kept, transient = layer.bytes_per_token()
+    width, inner = layer.text_config.hidden_size, layer.text_config.intermediate_size
+    dequantized = layer.itemsize * inner * (width + layer.lora_columns)
+    checkpoint = layer.text_config.num_hidden_layers * width * layer.itemsize  # each layer's input, kept in any case
+    return Cost(held + dequantized + WORKSPACE, tokens * transient, tokens * checkpoint, tokens * kept)
 
 
 def choose_plan(
-    cost: Cost, budget: float, images: int, layers: int, tokens: int, recompute: str = "auto", host: float = math.inf
+    cost: Cost,
+    budget: float,
+    images: int,
+    layers: int,
+    tokens: int,
+    checkpointing: str = "auto",
+    host: float = math.inf,
 ) -> Plan:
-    """The fastest that fits `budget` bytes of the GPU and, where inputs wait there, `host` bytes, for `images` a step.
+    """The fastest plan within `budget` bytes of the GPU and, with offloading, `host` bytes, for `images` a step.
 
-    `recompute`: of auto, any number of layers; of true and offload, all; of false, none. Where nothing fits the answer
-    is the smallest: one image, and with auto the layers' inputs in the host's memory.
+    `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
+    is the smallest: one image, and with auto all layers' inputs offloaded.
     """
     found = []
-    offload = recompute == "offload"
-    most, least = (0 if recompute in ("true", "offload") else layers), (layers if recompute == "false" else 0)
-    for size in sorted({-(-images // pieces) for pieces in range(1, images + 1)}):
+    offload = checkpointing == "offload"
+    most, least = (0 if checkpointing in ("true", "offload") else layers), (layers if checkpointing == "false" else 0)
+    for size in sorted({-(-images // parts) for parts in range(1, images + 1)}):
         room = budget - cost.peak(size, 0, offload)
-        fits = room > 0 and (not offload or size * cost.inputs <= host)
-        kept = min(most, int(room // (size * cost.kept_layer))) if fits else -1
+        fits = room > 0 and (not offload or size * cost.checkpoint <= host)
+        kept = min(most, int(room // (size * cost.activation))) if fits else -1
         if kept >= least:
             forwards = 1 + BACKWARD + RECOMPUTED * (layers - kept) / layers
-            time = images * tokens * forwards + -(-images // size) * MICRO_BATCH_TOKENS
-            found.append((time, Plan(size, kept, offload, cost.peak(size, kept, offload))))
+            duration = images * tokens * forwards + -(-images // size) * MICRO_BATCH_TOKENS  # in tokens forward
+            found.append((duration, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]
-    offload = recompute in ("auto", "offload")
+    offload = checkpointing in ("auto", "offload")
     return Plan(1, least, offload, cost.peak(1, least, offload))
+
+
+# ---- the planner
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What the config says of memory."""
+
+    gradient_checkpointing: str = "auto"  # auto, true, false or offload
+    compile: str = "auto"  # auto, true or false
+    auto_batch: bool = True
+    sharding: str = "none"  # none or fsdp
+
+
+def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+    """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
+
+    `row` is the largest sample to come. The plan is arithmetic; one micro-batch of such samples, from which no weight
+    moves, then measures it. `steps_left` optimizer steps decide whether compiling is worth its time. Without a CUDA GPU
+    or fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and
+    the micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
+    configured micro-batch, does not fit.
+    """
+    device = trainer.args.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if options.sharding == "fsdp":
+            _shard(trainer, options, row, steps_left)
+            return
+        available = available_gpu_memory(device)
+        if available is None:
+            return
+        if not trainer.fused:
+            logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batch_size)
+            return
+        began = time.perf_counter()
+        if _may_compile(trainer, options) and _is_trial_worth_compiling(trainer, row, steps_left):
+            trainer.fused[0].kernels.compile()
+        if options.auto_batch:
+            _fit(trainer, options, row, available)
+        elif trainer.fused[0].kernels.compiled:
+            with contextlib.suppress(torch.OutOfMemoryError):  # the step itself reports it
+                try_micro_batch(trainer, row, 1)
+        _log_kernels(trainer.fused, options, time.perf_counter() - began)
+
+
+def unshard_weights(trainer) -> None:
+    """Gather the sharded weights on every rank, for what each rank computes alone: its part of the report."""
+    unshard(trainer.fsdp_modules)
+    if trainer.fsdp_modules:  # no rank may go ahead while another still fetches
+        synchronize(trainer.args.device)
+        trainer.accelerator.wait_for_everyone()
+
+
+def _may_compile(trainer, options: MemoryOptions) -> bool:
+    """With one image at a time the CPU is what a step waits for, and nothing is gained (docs/LOG.md)."""
+    several = trainer.micro_batch_size > 1 or (options.auto_batch and options.sharding == "none")
+    return options.compile == "auto" and several
+
+
+def _is_trial_worth_compiling(trainer, row: dict, steps_left: float) -> bool:
+    try:
+        seconds, _ = try_micro_batch(trainer, row, 1)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        seconds = math.inf  # compiled kernels take less memory
+    return is_worth_compiling(trainer, seconds, steps_left)
+
+
+def is_worth_compiling(trainer, seconds_per_image: float, steps_left: float) -> bool:
+    """Whether the rest of the run saves the time that compiling takes; the same answer on all ranks."""
+    images = steps_left * trainer.total_batch_size / trainer.args.world_size
+    return any(gather_object([images > 0 and images * seconds_per_image * COMPILE_SAVES > COMPILE_SECONDS]))
+
+
+def _log_kernels(fused: Sequence[FusedLayer], options: MemoryOptions, seconds: float) -> None:
+    words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+    logger.info("memory | kernels %s | tried in %.0f s", "compiled" if fused[0].kernels.compiled else words, seconds)
+
+
+def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+    """Shard the frozen weights across ranks and try the configured micro-batch."""
+    device, base = trainer.args.device, unwrap(trainer.model)
+    loading = peak_memory(device)
+    checksums = checksum_quantized(base)
+    trainer.fsdp_modules = shard_frozen_parameters(base)
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
+    (dummy,) = trainer.data_collator([row]).to(device).split(1)
+    trainer.dummy_micro_batch = dummy | {
+        name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")
+    }
+    clear_device_cache(garbage_collection=True)
+    held, size = memory_in_use(device), trainer.micro_batch_size
+    try:
+        began = time.perf_counter()
+        seconds, peak = try_micro_batch(trainer, row, size)
+        if trainer.fused and device.type == "cuda":
+            if _may_compile(trainer, options) and is_worth_compiling(trainer, seconds, steps_left):
+                trainer.fused[0].kernels.compile()
+                _, peak = try_micro_batch(trainer, row, size)
+            _log_kernels(trainer.fused, options, time.perf_counter() - began)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"memory: {out_of_memory_message(trainer)}") from error
+    with unsharded(trainer.fsdp_modules):
+        if checksum_quantized(base) != checksums:
+            raise UserError("memory: sharding alters the 4-bit weights; use --sharding none, and report it")
+    logger.info(
+        f"memory | frozen weights sharded across {trainer.args.world_size} ranks: {held / GIB:.2f} GiB each, "
+        f"{loading / GIB:.2f} while loading | micro-batch {size}, as configured | peak {peak / GIB:.2f} GiB measured"
+    )
+
+
+def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
+    """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
+    (sample,) = trainer.data_collator([row]).samples
+    base, optim = unwrap(trainer.model), trainer.args.optim
+    images, layers = math.ceil(trainer.total_batch_size / trainer.args.world_size), len(trainer.fused)
+    trainable = trainer.model.num_parameters(only_trainable=True)
+    state = optimizer_bytes(optim, trainable)  # allocated in the first step, so after the trial
+    held = memory_in_use(trainer.args.device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
+    itemsize = base.get_input_embeddings().weight.element_size()
+    kernels, columns = trainer.fused[0].kernels, trainer.fused[0].lora_columns
+    shape = LayerShape(base.config.text_config, columns, itemsize, kernels.compiled)
+    cost = step_cost(shape, sample.length, held)
+    budget = allowed = available * (1 - FRAGMENTATION)
+    # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
+    host = psutil.virtual_memory().available / (4 * get_local_world_size())
+    asked = images, layers, sample.length, options.gradient_checkpointing
+    smallest = choose_plan(cost, 0, *asked)
+    while True:
+        plan = choose_plan(cost, budget, *asked, host)
+        trainer.micro_batch_size = plan.micro_batch_size
+        set_activation_checkpointing(trainer.fused, plan.kept, plan.offload)
+        try:
+            _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if plan == smallest:
+                raise UserError(f"memory: {out_of_memory_message(trainer)}") from error
+            peak = math.inf
+        clear_device_cache(garbage_collection=True)
+        if peak + state <= budget or (plan == smallest and peak < math.inf):
+            break
+        logger.warning(
+            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {layers - plan.kept} of "
+            f"{layers} layers does not fit; trying less"
+        )
+        budget = cost.static + 0.8 * (plan.peak - cost.static)
+    if peak + state > allowed:
+        logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
+    logger.info(
+        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {layers - plan.kept}/{layers} layers"
+        f"{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB predicted, "
+        f"{(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
+    )
+
+
+def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
+    """(seconds per image, peak bytes) of a micro-batch of `row`, the second of two; no weight moves."""
+    device = trainer.args.device
+    batch = trainer.data_collator([row] * size).to(device)
+    trainer.model.train()
+    try:
+        for _ in range(2):  # the first one starts libraries and allocates the gradients
+            reset_peak_memory(device)
+            synchronize(device)
+            began = time.perf_counter()
+            (micro_batch,) = batch.split(size)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.model(**micro_batch).loss
+            loss.backward()
+            synchronize(device)
+        return (time.perf_counter() - began) / size, peak_memory(device)
+    finally:
+        trainer.model.zero_grad()
+
+
+def out_of_memory_message(trainer) -> str:
+    """What to do about a micro-batch that does not fit and cannot be made smaller."""
+    checkpointing = f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}"
+    if not trainer.fsdp_modules:
+        return (
+            f"out of memory with micro-batch 1; use {checkpointing}, --load-in-4bit true, --image-size 336, "
+            "--optim paged_adamw_8bit, or a GPU with more memory"
+        )
+    smaller = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or "
+    return (
+        f"out of memory with micro-batch {trainer.micro_batch_size}, which is not planned with sharded weights; "
+        f"{smaller if trainer.micro_batch_size > 1 else ''}use {checkpointing}, --image-size 336, --optim "
+        "paged_adamw_8bit"
+    )

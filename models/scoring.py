@@ -1,12 +1,12 @@
-"""Exact log-probability of every class name, for a batch of images.
+"""Closed-set log-likelihood scoring of all class names, and open-ended generation.
 
-Shapes: B images, T prompt tokens with image tokens, right padded, N inner nodes of a trie, C names, V vocabulary.
+Shapes: B images, T prompt tokens with image tokens, right padded, N inner nodes of a trie, C classes, V vocabulary.
 
-The names form a trie of tokens. One prefill of image and question fills a cache; one forward over the trie's inner
-nodes, each of which sees the prompt and its own ancestors, gives what may follow every beginning of a name.
+The class names form a token trie. One prefill of image and question fills a KV cache; one forward over the trie's
+inner nodes, each of which attends to the prompt and its ancestors, gives the exact log-probability of every name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +16,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from data.collator import Batch, PlantCollator
 from models.fused_layers import unwrap
-from models.memory import is_out_of_memory
+from models.memory import MicroBatcher
 from utils.logging_utils import UserError, is_watched, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
+OUT_OF_MEMORY = (
+    "out of memory scoring one image; use --load-in-4bit true or a GPU with more memory (--gpu-memory-fraction)"
+)
 
 
 class TokenTrie(NamedTuple):
@@ -37,17 +41,25 @@ class TokenTrie(NamedTuple):
 
 
 class Score(NamedTuple):
-    """One image: the log-probability of each name, in nats."""
+    """The log-probability of each class name for one image, in nats."""
 
     id: str
     label: int
     values: list[float]
 
 
-def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
-    """Trees that hold each name (its token ids, end token included) once, of at most `max_nodes` inner nodes each.
+class Reply(NamedTuple):
+    """What the model generated for one image."""
 
-    Neighbours in token order share a trie, so that few beginnings stand in two. A name longer than that has its own.
+    id: str
+    label: int
+    text: str
+
+
+def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
+    """Tries that hold each name (its token ids, EOS included) once, of at most `max_nodes` inner nodes each.
+
+    Neighbors in token order share a trie, so that few prefixes are in two. A name longer than that has its own.
     """
     if len(set(map(tuple, names))) < len(names):
         raise UserError("two class names are the same tokens; rename one")
@@ -88,28 +100,9 @@ def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     )
 
 
-class MicroBatchSize:
-    """Images of one forward; halved for good when they do not fit."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def halve(self, error: RuntimeError) -> None:
-        """Raise `error` again unless it says out of memory, and UserError where a single image does not fit."""
-        if not is_out_of_memory(error):
-            raise error
-        if self.size == 1:
-            raise UserError(
-                "out of memory scoring one image at a time; use --load-in-4bit true, a larger --gpu-memory-fraction, "
-                "or a GPU with more memory"
-            ) from error
-        self.size //= 2
-        logger.warning("out of memory while scoring; going on with %d images at a time", self.size)
-
-
 @torch.no_grad()
-def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batch: MicroBatchSize) -> torch.Tensor:
-    """(B, C) log-probabilities in fp32, on the device, of a batch of data/collator.py."""
+def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher) -> torch.Tensor:
+    """(B, C) log-probabilities in fp32, on the batch's device. Raises UserError for one that is not finite."""
     base = unwrap(model)
     names = 1 + max(int(trie.pair_names.max()) for trie in tries)
     tokens = max(int(trie.pair_names.bincount().max()) for trie in tries)  # of the longest name; read on the CPU
@@ -117,7 +110,7 @@ def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batch: MicroBatc
     tries = [TokenTrie(*(part.to(device) for part in trie)) for trie in tries]
     scores, start = [], 0
     while start < len(batch.samples):
-        rows = slice(start, start + micro_batch.size)
+        rows = slice(start, start + micro_batcher.size)
         samples, inputs = batch.samples[rows], batch.trim(rows)
         longest = max(sample.prompt_length for sample in samples)
         _check_window(base, longest + tokens)
@@ -136,9 +129,10 @@ def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batch: MicroBatc
             start += len(samples)
             continue
         except RuntimeError as error:
-            micro_batch.halve(error)
-        # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
+            micro_batcher.halve(error, OUT_OF_MEMORY)
+        # Outside the except block: the traceback would keep the failed attempt's tensors.
         clear_device_cache(garbage_collection=True)
+        logger.warning("out of memory while scoring; retrying with micro-batch %d", micro_batcher.size)
     scores = torch.cat(scores)
     if not torch.isfinite(scores).all():
         ids = ", ".join(sample.id for sample in batch.samples)
@@ -149,7 +143,7 @@ def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batch: MicroBatc
 def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tries, names: int) -> torch.Tensor:
     images, padded = input_ids.shape
     cache = DynamicCache()
-    # No mask: what lies behind a prompt is answer or padding, which causal attention keeps out of the prompt.
+    # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
     hidden = base.model(
         input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, past_key_values=cache, use_cache=True
     ).last_hidden_state  # (B, T, width)
@@ -177,22 +171,22 @@ def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tr
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask is silently taken for something else by eager attention."""
+    """The mask as numbers to add: eager attention silently misreads a boolean one."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def _edge_log_probabilities(head, hidden: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
-    """(B, E) log-probability of each edge's token behind its slot; logits of a few slots exist at a time."""
+    """(B, E) log-probability of each edge's token after its slot; logits of a few slots exist at a time."""
     images, slots = hidden.shape[:2]
     step = max(HEAD_ROWS // images, 1)
     bounds = torch.searchsorted(trie.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
-    pieces = []
+    found = []
     for number, start in enumerate(range(0, slots, step)):
         edges = slice(bounds[number], bounds[number + 1])
         logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
-        own = logits[:, trie.edge_slots[edges] - start, trie.edge_tokens[edges]]
-        pieces.append(own - logits.logsumexp(dim=2)[:, trie.edge_slots[edges] - start])
-    return torch.cat(pieces, dim=1)
+        edge_logits = logits[:, trie.edge_slots[edges] - start, trie.edge_tokens[edges]]
+        found.append(edge_logits - logits.logsumexp(dim=2)[:, trie.edge_slots[edges] - start])
+    return torch.cat(found, dim=1)
 
 
 def _check_window(base, length: int) -> None:
@@ -204,36 +198,59 @@ def _check_window(base, length: int) -> None:
         )
 
 
-def score_rows(model, collator, rows, *options) -> Iterator[Score]:
-    """A Score for each row whose image opens; each that does not is told in the log. Takes what score_batches does."""
-    for scores, unreadable in score_batches(model, collator, rows, *options):
-        for one in unreadable:
-            logger.warning("photo left out: %s", one)
+def score_rows(model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype) -> Iterator[Score]:
+    """A Score for each row with a readable image; the others are logged."""
+    for scores, unreadable in score_batches(model, collator, rows, batch_size, num_workers, dtype):
+        for message in unreadable:
+            logger.warning("unreadable image skipped: %s", message)
         yield from scores
 
 
 def score_batches(
-    model, collator, rows, names: Sequence[Sequence[int]], batch_size: int, num_workers: int, dtype: torch.dtype
+    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype
 ) -> Iterator[tuple[list[Score], list[str]]]:
-    """For each batch of rows, in their order: Scores in any order, and "id: reason" of the images that do not open.
-
-    `collator` is a data.collator.PlantCollator, `names` the token ids of each class name behind the prompt.
-    """
-    device = next(model.parameters()).device
-    tries = build_tries(names)
-    micro_batch = MicroBatchSize(batch_size)
-    model.eval()
-    loader = DataLoader(rows, batch_size, collate_fn=collator, num_workers=num_workers)
-    for batch in tqdm(loader, desc="scoring images", disable=not is_watched(), leave=False):
+    """For each batch of rows, in their order: Scores in any order, and "id: reason" of each unreadable image."""
+    tries, micro_batcher = build_tries(collator.name_ids), MicroBatcher(batch_size)
+    for batch in _load(model, rows, batch_size, num_workers, collator):
         scores = []
         if batch.samples:
+            device = model.device
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, batch.to(device), tries, micro_batch).tolist()
-            scores = [Score(sample.id, sample.label, own) for sample, own in zip(batch.samples, values)]
+                values = score_batch(model, batch.to(device), tries, micro_batcher).tolist()
+            scores = [Score(sample.id, sample.label, logs) for sample, logs in zip(batch.samples, values)]
         yield scores, batch.unreadable
 
 
+@torch.inference_mode()
+def generate_batches(
+    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype, max_new_tokens: int
+) -> Iterator[tuple[list[Reply], list[str]]]:
+    """For each batch of rows: greedy replies without special tokens, and "id: reason" of each unreadable image."""
+    tokenizer = collator.processor.tokenizer
+    for batch in _load(model, rows, batch_size, num_workers, collator.prompts):
+        replies = []
+        if batch.samples:
+            inputs = batch.to(model.device)
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                ids = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            replies = [Reply(sample.id, sample.label, text) for sample, text in zip(batch.samples, texts, strict=True)]
+        yield replies, batch.unreadable
+
+
+def _load(model, rows, batch_size: int, num_workers: int, collate: Callable) -> Iterator[Batch]:
+    model.eval()
+    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers)
+    yield from tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
+
+
 def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each image: is its likeliest name the true one; how many names rank before that; its log-probability."""
+    """Of each image: whether its top class is the true one; how many classes rank above that; its log-probability."""
     own = scores[np.arange(len(labels)), labels]
     return scores.argmax(axis=1) == labels, (scores > own[:, None]).sum(axis=1), own

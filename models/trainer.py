@@ -27,10 +27,9 @@ from config.training_config import TrainingConfig
 from data.dataset import PlantData
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
-from models.fitting import no_room
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
-from models.memory import is_out_of_memory
-from models.scoring import MicroBatchSize, build_tries, judge_scores, score_batch
+from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
+from models.scoring import build_tries, judge_scores, score_batch
 from runtime.checkpoint import (
     CARD,
     METRICS_OF_BEST,
@@ -42,13 +41,15 @@ from runtime.checkpoint import (
     verify_checkpoint,
     write_manifest,
 )
-from runtime.device import fit_workers
+from runtime.device import fit_workers, is_out_of_memory
 from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
-from runtime.run_files import BEST, PREFIX, cut_metrics
+from runtime.run_files import BEST, PREFIX, cut_metrics, step_of
 from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
+
+SAMPLED = 500  # images of a streamed data set whose sizes are read
 
 
 class PlantTrainer(Trainer):
@@ -58,7 +59,7 @@ class PlantTrainer(Trainer):
       `micro_batch_size` images. Each loss is divided by the tokens of the whole step, so the sum is the exact token
       mean whatever the cut, and the order of images does not depend on it;
     - out of memory, the same step is redone in halved micro-batches from its own random state; how many images fit is
-      found out before (models/fitting.py);
+      planned beforehand (models/memory.py);
     - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
       are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
     - `evaluate` scores every class name on every image: top-1, and the loss as the exact token mean; it draws from no
@@ -103,7 +104,7 @@ class PlantTrainer(Trainer):
                 logger.warning("another machine has room for %d loader workers; all take as many", fewest)
             self.args.dataloader_num_workers = fewest
         base = unwrap(self.model)
-        self.eval_micro_batch = MicroBatchSize(self.args.per_device_eval_batch_size)
+        self.eval_micro_batch = MicroBatcher(self.args.per_device_eval_batch_size)
         self.tile = base.config.vision_config.image_size
         self.fused = get_fused_layers(base.model.language_model.layers)
 
@@ -172,10 +173,10 @@ class PlantTrainer(Trainer):
             raise error
         step = self.state.global_step + 1
         if self.fsdp_modules:
-            raise UserError(f"step {step}: {no_room(self)}") from error
+            raise UserError(f"step {step}: {out_of_memory_message(self)}") from error
         if self.micro_batch_size == 1:
             if not any(one.keep or not one.offload for one in self.fused):
-                raise UserError(f"step {step}: {no_room(self)}") from error
+                raise UserError(f"step {step}: {out_of_memory_message(self)}") from error
             set_activation_checkpointing(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
         logger.warning(
@@ -275,6 +276,12 @@ class PlantTrainer(Trainer):
             )
 
     # ---- the run
+
+    def plan_memory(self, checkpoint: Path | None = None, steps_left: float | None = None) -> None:
+        """Choose what fits the GPU; `steps_left` None: those after `checkpoint`. Raises UserError."""
+        rows = self.train_dataset.head(SAMPLED) if self.streams else self.train_dataset
+        left = self.planned_steps() - step_of(checkpoint) if steps_left is None else steps_left
+        plan_memory(self, self.memory_options, self.data_collator.largest_row(rows), left)
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -540,6 +547,9 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
         if "Callback requires" not in str(error):
             raise
         raise UserError(f"--report-to {config.report_to}: {error}") from error
+    trainer.memory_options = MemoryOptions(
+        config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding
+    )
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
     keeper = CheckpointKeeper(run.run_id, config.save_total_limit)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from config.training_config import CPU_MODELS
 from runtime.distributed import get_local_rank, get_world_size
@@ -130,15 +131,25 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def available_gpu_memory(device: torch.device, gpu_memory_fraction: float) -> float | None:
-    """Bytes that this process may have on a CUDA GPU, what it has included; None elsewhere."""
+def available_gpu_memory(device: torch.device) -> float | None:
+    """Bytes that this process may use on a CUDA GPU, including what it holds; None elsewhere."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return min(gpu_memory_fraction * total, free + torch.cuda.memory_reserved(device))
+    return min(torch.cuda.get_per_process_memory_fraction(device) * total, free + torch.cuda.memory_reserved(device))
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until a CUDA GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch, cuBLAS, Triton or the driver (asked for page-locked memory) says so."""
+    message = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and ("out of memory" in message.lower() or "ALLOC_FAILED" in message))
+    )

@@ -122,7 +122,7 @@ def on_a_gpu(monkeypatch):
     """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
     from runtime.device import memory_in_use
 
-    monkeypatch.setattr("models.fitting.available_gpu_memory", lambda device, fraction: memory_in_use(device) + 4e9)
+    monkeypatch.setattr("models.memory.available_gpu_memory", lambda device: memory_in_use(device) + 4e9)
     monkeypatch.setattr("models.fused_layers.SMALL", 1)
     return monkeypatch
 

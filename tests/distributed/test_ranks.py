@@ -420,15 +420,15 @@ def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(
 def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):
     argv, _ = quantized
     script = with_fault(here, """
-        from models import fitting
-        real_shard = fitting.shard_frozen_parameters
+        from models import memory
+        real_shard = memory.shard_frozen_parameters
         def altered(base):
             parts = real_shard(base)
             if rank == 1:
                 weight = base.model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
                 weight.to_local().view(torch.int32)[7] += 1
             return parts
-        fitting.shard_frozen_parameters = altered
+        memory.shard_frozen_parameters = altered
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
     assert status != 0 and "plan: 4-bit weights come back altered from the other processes; use --sharding none" in told

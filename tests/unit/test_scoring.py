@@ -11,7 +11,8 @@ from data.dataset import ROW
 from data.labels import CLASS_NAMES
 from models.builder import build_processor, load_base, set_trainable
 from models.fused_layers import fuse_layers
-from models.scoring import MicroBatchSize, build_tries, score_batch, score_rows
+from models.memory import MicroBatcher
+from models.scoring import build_tries, generate_batches, score_batch, score_rows
 from tests.conftest import FLOWERS
 from tests.unit.test_collator import SIZES, rows_of
 from utils.logging_utils import UserError, setup_logging
@@ -60,7 +61,7 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
     rows = rows_of(tiny, SIZES)
     batch = collator(rows)
     assert len({sample.prompt_length for sample in batch.samples}) > 1
-    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(len(rows)))
+    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatcher(len(rows)))
     by_id = {row["id"]: row for row in rows}
     expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch.samples])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
@@ -71,11 +72,11 @@ def test_scores_do_not_depend_on_batch_or_number_of_trees(tiny, flowers):
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
     names = collator.name_ids
-    whole = score_batch(model, batch, build_tries(names), MicroBatchSize(8))
+    whole = score_batch(model, batch, build_tries(names), MicroBatcher(8))
     for size, nodes in ((1, 512), (3, 512), (8, 1), (8, 7)):
         tries = build_tries(names, nodes)
         assert len(tries) > 1 or nodes == 512
-        pieces = score_batch(model, batch, tries, MicroBatchSize(size))
+        pieces = score_batch(model, batch, tries, MicroBatcher(size))
         torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
         assert torch.equal(pieces.argsort(dim=1), whole.argsort(dim=1))
 
@@ -84,7 +85,7 @@ def test_the_loss_follows_from_the_scores(tiny, flowers):
     """-log p of the true name, summed and divided by its tokens, is the loss of the stock forward."""
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
-    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatchSize(4))
+    scores = score_batch(model, batch, build_tries(collator.name_ids), MicroBatcher(4))
     tokens = sum(sample.length - sample.prompt_length for sample in batch.samples)
     labels = torch.tensor([sample.label for sample in batch.samples])
     loss = -scores[torch.arange(len(labels)), labels].sum() / tokens
@@ -109,15 +110,15 @@ def test_ten_thousand_names_fit_in_bounded_memory(tiny):
     seen = torch.cat([trie.pair_names for trie in tries]).bincount()
     assert seen.tolist() == [3] * 10_000
     batch = tiny.collator(tiny.rows(1))
-    scores = score_batch(tiny.model().eval(), batch, tries, MicroBatchSize(1))
+    scores = score_batch(tiny.model().eval(), batch, tries, MicroBatcher(1))
     some = [0, 4_321, 9_999]
-    alone = score_batch(tiny.model().eval(), batch, build_tries([names[index] for index in some]), MicroBatchSize(1))
+    alone = score_batch(tiny.model().eval(), batch, build_tries([names[index] for index in some]), MicroBatcher(1))
     torch.testing.assert_close(scores[:, some], alone, atol=1e-4, rtol=0)
 
 
 def test_a_name_of_one_token_needs_no_second_forward(tiny):
     (trie,) = build_tries([[5], [6]])
-    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(3)), [trie], MicroBatchSize(2))
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(3)), [trie], MicroBatcher(2))
     assert len(trie.tokens) == 0 and scores.shape == (3, 2) and (scores < 0).all()
 
 
@@ -127,14 +128,14 @@ def test_what_cannot_be_scored_is_refused(tiny):
     model = copy.deepcopy(tiny.model())
     model.config.text_config.sliding_window = 32
     with pytest.raises(UserError, match="attends to 32 tokens only and prompt with name has"):
-        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatchSize(1))
+        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatcher(1))
 
 
 def test_a_score_that_is_no_number_is_refused(tiny):
     model = tiny.model().eval()
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="a score is not a finite number; .*test-00000"):
-        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatchSize(1))
+        score_batch(model, tiny.collator(tiny.rows(1)), build_tries(tiny.collator.name_ids), MicroBatcher(1))
 
 
 @torch.no_grad()
@@ -143,19 +144,19 @@ def test_an_adapter_and_sixteen_bits_are_scored_too(tiny, flowers):
     model = set_trainable(base, "adapter", 4, 8, 0.0).eval()
     rows = rows_of(tiny, SIZES)
     batch, tries = collator(rows), build_tries(collator.name_ids)
-    before = score_batch(model, batch, tries, MicroBatchSize(4))
+    before = score_batch(model, batch, tries, MicroBatcher(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.05)
-    scores = score_batch(model, batch, tries, MicroBatchSize(4))
+    scores = score_batch(model, batch, tries, MicroBatcher(4))
     by_id = {row["id"]: row for row in rows}
     expected = torch.stack([one_by_one(model, collator, by_id[sample.id]) for sample in batch.samples])
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
     assert (scores - before).abs().max() > 0.01
     with model.disable_adapter():
-        torch.testing.assert_close(score_batch(model, batch, tries, MicroBatchSize(4)), before)
+        torch.testing.assert_close(score_batch(model, batch, tries, MicroBatcher(4)), before)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = score_batch(model, batch, tries, MicroBatchSize(4))
+        rough = score_batch(model, batch, tries, MicroBatcher(4))
     assert (rough - expected).abs().max() < 0.5 and torch.equal(rough.argmax(dim=1), expected.argmax(dim=1))
 
 
@@ -167,16 +168,16 @@ def test_fused_layers_give_the_same_scores(tiny, flowers, monkeypatch):
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids, 7)
-    stock = score_batch(model, batch, tries, MicroBatchSize(4))
+    stock = score_batch(model, batch, tries, MicroBatcher(4))
     fuse_layers(base.model.language_model.layers)
-    torch.testing.assert_close(score_batch(model, batch, tries, MicroBatchSize(4)), stock, atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_batch(model, batch, tries, MicroBatcher(4)), stock, atol=1e-4, rtol=0)
 
 
 def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(tiny, flowers, capsys):
     setup_logging()
     collator, model = flowers(NAMES)
     batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids)
-    expected = score_batch(model, batch, tries, MicroBatchSize(4))
+    expected = score_batch(model, batch, tries, MicroBatcher(4))
     room = 1
 
     def refuse(module, args, kwargs):
@@ -184,11 +185,11 @@ def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    micro_batch = MicroBatchSize(4)
+    micro_batch = MicroBatcher(4)
     torch.testing.assert_close(score_batch(model, batch, tries, micro_batch), expected, atol=1e-4, rtol=0)
-    assert micro_batch.size == 1 and "going on with 1 images at a time" in capsys.readouterr().out
+    assert micro_batch.size == 1 and "retrying with micro-batch 1" in capsys.readouterr().out
     room = 0
-    with pytest.raises(UserError, match="out of memory scoring one image at a time; use --load-in-4bit true"):
+    with pytest.raises(UserError, match="out of memory scoring one image; use --load-in-4bit true"):
         score_batch(model, batch, tries, micro_batch)
 
 
@@ -196,6 +197,22 @@ def test_photos_that_do_not_open_are_left_out_and_named(tiny, caplog):
     drawn = tiny.rows(5)
     drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     rows = Dataset.from_list(drawn, features=ROW)
-    scores = list(score_rows(tiny.model(), tiny.collator, rows, tiny.collator.name_ids, 2, 0, torch.float32))
+    scores = list(score_rows(tiny.model(), tiny.collator, rows, 2, 0, torch.float32))
     assert sorted(score.id for score in scores) == sorted(row["id"] for index, row in enumerate(drawn) if index != 2)
     assert all(len(score.values) == len(tiny.names) for score in scores)
+
+
+def rows_with_ids(tiny, count):
+    return Dataset.from_list(tiny.rows(count), features=ROW)
+
+
+def replies(tiny, model, some, batch_size):
+    batches = generate_batches(model, tiny.collator, some, batch_size, 0, torch.float32, 6)
+    return [reply for batch, _ in batches for reply in batch]
+
+
+def test_replies_do_not_depend_on_the_batch(tiny):
+    model = tiny.model()
+    some = rows_with_ids(tiny, 7)
+    assert replies(tiny, model, some, 1) == replies(tiny, model, some, 4)
+    assert [reply.id for reply in replies(tiny, model, some, 3)] == some["id"]

@@ -20,7 +20,8 @@ from data.streaming import Stream
 from models.builder import PlantModel, set_trainable
 from models.callbacks import RunLog
 from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
-from models.scoring import MicroBatchSize, score_batch
+from models.memory import MicroBatcher
+from models.scoring import score_batch
 from models.trainer import build_arguments, build_trainer
 from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import SIGNALS, Interrupted, StopRequest
@@ -704,7 +705,7 @@ def test_a_run_that_was_killed_after_it_stopped_is_over(tiny, tmp_path, monkeypa
 def test_top1_of_the_training_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     metrics = trainer.evaluate()
-    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.tries, MicroBatchSize(10))
+    scores = score_batch(tiny.model().eval(), tiny.collator(tiny.rows(10)), trainer.tries, MicroBatcher(10))
     truth = [sample.label for sample in tiny.collator(tiny.rows(10)).samples]
     assert metrics["eval_top1"] == sum(a == b for a, b in zip(scores.argmax(dim=1).tolist(), truth)) / 10
 
