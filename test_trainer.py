@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 from config.cli import parse_config
 from config.training_config import RANDOM_MODELS
-from utils.logging_utils import UserError, set_environment, setup_logging
+from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
 LEAK_GIB = 0.06  # growth over the later steps that is called a leak
@@ -34,6 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     logging.getLogger("llava_plants").setLevel(logging.ERROR)  # the lines below say it
+    with report_errors():
+        return run_checks(ready)
+
+
+def run_checks(ready) -> int:
+    """One line for each check; the exit status."""
     failed = []
     for check in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
@@ -43,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             print(f"ok    {name}: {check(ready)}", flush=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"stop  {name}: interrupted", flush=True)
-            return 130
+            return exit_status(stop)
         except Exception as error:
             failed.append(name)
             reason = str(error) if isinstance(error, (UserError, ImportError)) else f"{type(error).__name__}: {error}"

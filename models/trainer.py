@@ -17,7 +17,6 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -300,7 +299,7 @@ class PlantTrainer(Trainer):
         A first SIGINT or SIGTERM saves what was learned and raises Interrupted; a second one ends the process.
         Raises UserError for a checkpoint that would run code when it is read.
         """
-        with logging_redirect_tqdm([logger]), self.stop.listening():
+        with self.stop.listening():
             try:
                 self._train_from(checkpoint)
                 self._stop_together()

@@ -1,14 +1,18 @@
-"""Logging: what users read, train.log, and how an error reaches them. Nothing heavy is imported here.
+"""Logging: what users read, train.log, and how an error or a signal reaches them. Nothing heavy is imported here.
 
-Three kinds of line: header (what the run is), step (one every logging_steps), result (what came out).
+A line is a tag and its parts, separated by " | ": run, data, model, plan and memory before a run starts, step and eval
+while it trains, saved and result when something came out.
 """
 
 import contextlib
 import errno
 import logging
 import os
+import select
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +21,16 @@ from typing import TextIO
 LOG_FILE = "train.log"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-FULL_BYTES = 20e6  # a disk with less is why a save failed
-GOES_ON = "the same command goes on from what was saved (checkpoints, images scored), but leave out --resume never"
+FULL_BYTES = 20e6  # a disk with less free space is why a save failed
+GRACE_S = 10  # seconds between SIGTERM and an exit without cleanup
+HOW_TO_RESUME = (
+    "re-run the same command, without --resume never, to resume from what was saved (checkpoints, scored images)"
+)
 logger = logging.getLogger("llava_plants")
 
 
 class UserError(Exception):
-    """Something the user can mend, said in one sentence: the value, the reason, the next move."""
+    """Something the user can fix, in one message: the value, the reason, the next move."""
 
 
 def set_environment() -> None:
@@ -31,7 +38,7 @@ def set_environment() -> None:
 
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
-    sys.unraisablehook = _tell_unraisable
+    sys.unraisablehook = _log_unraisable
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the image opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
     # Of a fused layer under FSDP; nothing is added in place to what a layer returns.
@@ -45,28 +52,28 @@ def set_environment() -> None:
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
 
 
-def _tell_unraisable(error) -> None:
-    """What Python cannot let pass, a line on the screen: the traceback is for the log, as with all else.
+def _log_unraisable(error) -> None:
+    """sys.unraisablehook: one line on the screen, the traceback only in the log file.
 
-    torch raises that a loader's worker was killed wherever the run is just then; the loader itself tells it again.
+    torch raises that a loader's worker was killed wherever the run is just then; the loader itself raises it again.
     """
     trace = (error.exc_type, error.exc_value, error.exc_traceback)
-    words = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
-    logger.warning(words, exc_info=trace, extra={"one_sentence": True})
+    message = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
+    logger.warning(message, exc_info=trace, extra={"message_only": True})
+
+
+# ---- lines
 
 
 def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
-    """Lines to the screen at INFO; with a folder also to its log, which keeps times and full tracebacks.
-
-    `stream` is the screen, none: stdout.
-    """
+    """Lines to `stream` (stdout by default) at INFO; with a folder also to its log, with times and full tracebacks."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    screen = logging.StreamHandler(stream or sys.stdout)
+    screen = _ScreenHandler(stream or sys.stdout)
     screen.setFormatter(_ScreenFormatter("%(message)s"))
     logger.addHandler(screen)
     if folder is not None:
@@ -95,80 +102,158 @@ def is_watched() -> bool:
 
 
 class _ScreenFormatter(logging.Formatter):
-    """Bare INFO lines, `warning: ...`, `error: ...`; a traceback only of what the user cannot mend."""
+    """Bare INFO lines, `warning: ...`, `error: ...`; a traceback only of what the user cannot fix."""
 
     def format(self, record: logging.LogRecord) -> str:
-        if getattr(record, "one_sentence", False):
+        if getattr(record, "message_only", False):
             record = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return prefix + super().format(record)
 
 
-@contextlib.contextmanager
-def report_errors(*kinds: type[Exception], when_interrupted: str = GOES_ON) -> Iterator[None]:
-    """What goes wrong inside becomes a log line and exit status 1; train.log has the full traceback.
+class _ScreenHandler(logging.StreamHandler):
+    """Lines above a progress bar; a reader that leaves (`train.py | head`) stops the program as SIGTERM does."""
 
-    A UserError, or one of `kinds`, is its one sentence on the screen.
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # not imported for it
+        with tqdm.tqdm.external_write_mode(self.stream) if tqdm else contextlib.nullcontext():
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+            return
+        _mute(self.stream)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            on_sigterm(signal.SIGPIPE, None)
+
+
+def _mute(stream: TextIO) -> None:
+    """What this process still writes to the pipe of `stream`, by stdout or stderr, is lost without an error."""
+    pipe, null = os.fstat(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if os.path.samestat(os.fstat(descriptor), pipe):
+            os.dup2(null, descriptor)
+    os.close(null)
+
+
+# ---- errors and signals
+
+
+@contextlib.contextmanager
+def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME) -> Iterator[None]:
+    """An error inside becomes a log line and exit status 1, a signal 128 + its number, as in a shell.
+
+    A UserError, or an error of `kinds`, is its message alone on the screen; the log file has the full traceback.
     """
     try:
-        yield
-    except KeyboardInterrupt:
+        with _sigterm_as_interrupt(f"interrupted; {when_interrupted}"):
+            yield
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
         logger.warning(f"interrupted; {when_interrupted}")
-        sys.exit(130)
+        sys.exit(exit_status(stop))
     except Exception as error:
-        sentence = _disk_sentence(error) or _worker_sentence(error)
-        if sentence is None and isinstance(error, (UserError, *kinds)):
-            sentence = _own_sentence(error)
-        if sentence:
-            logger.error(sentence, exc_info=True, extra={"one_sentence": True})
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            _mute(sys.stdout)
+            sys.exit(128 + signal.SIGPIPE)
+        message = _disk_message(error) or _worker_message(error)
+        if message is None and isinstance(error, (UserError, *kinds)):
+            message = _user_message(error)
+        if message:
+            logger.error(message, exc_info=True, extra={"message_only": True})
         else:
             logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
         sys.exit(1)
 
 
-def _own_sentence(error: Exception) -> str:
-    """The error's own; from a DataLoader's worker it is the last line of a traceback that torch made its message."""
-    told = str(error)
-    return told.strip().splitlines()[-1].partition(": ")[2] if told.startswith("Caught ") else told
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """128 + the signal's number, which the exception may carry; without one it was Ctrl-C."""
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
-def _worker_sentence(error: Exception) -> str | None:
-    """A loader's worker that is gone, in torch's words "DataLoader worker (pid 7) is killed by signal: Killed. "."""
-    told = str(error)
-    if not isinstance(error, RuntimeError) or not told.startswith("DataLoader worker"):
-        return None
-    move = "give the same command again with fewer --num-workers, or 0"
-    if "shared memory" in told or "Bus error" in told:
-        move = f"give it more shared memory (docker run --shm-size=1g), or {move}"
-    return f"{told.split('. ')[0].strip(' .')}, most often by the system for want of memory; {move}"
+@contextlib.contextmanager
+def _sigterm_as_interrupt(message: str) -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless another handler stands already.
 
-
-def _disk_sentence(error: BaseException) -> str | None:
-    """What the disk refused, wherever in the chain of causes: libraries wrap it in errors of their own.
-
-    The writers of torch and safetensors do not say it at all; then the run folder's disk is looked at. A UserError has
-    its own sentence, unless the disk is full.
+    Where a library swallows the exception (some do while they are imported), the process exits after GRACE_S.
     """
-    mine = isinstance(error, UserError)
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in (FULL if mine else (*FULL, *FORBIDDEN)):
-            return f"{link.filename or 'the disk'}: {link.strerror}; {_move(link.errno)}"
-        link = link.__cause__ or link.__context__
-    for handler in () if mine else logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            folder = Path(handler.baseFilename).parent
-            if shutil.disk_usage(folder).free < FULL_BYTES:
-                return f"{folder}: its disk is full ({type(error).__name__}); {_move(errno.ENOSPC)}"
-    return None
+    is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process, is_over = os.getpid(), threading.Event()
 
+    def exit_later(number: int) -> None:
+        if not is_over.wait(GRACE_S):
+            logger.warning(message)
+            os._exit(128 + number)
 
-def _move(number: int) -> str:
-    if number in FULL:
-        return "make room, and give the same command again; or write to another disk (--output-dir, HF_HOME)"
-    return "name a place that you may use (--output-dir, HF_HOME), or change its permissions"
+    def interrupt(number: int, frame) -> None:
+        if os.getpid() != process:  # forked: a pool ends its workers by this signal
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        threading.Thread(target=exit_later, args=(number,), daemon=True).start()
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        is_over.set()
 
 
 def first_line(error: BaseException) -> str:
     """Of the error's message, or its kind where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _user_message(error: Exception) -> str:
+    """The error's own; from a DataLoader's worker it is the last line of a traceback that torch made its message."""
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
+def _worker_message(error: Exception) -> str | None:
+    """A loader's worker that is gone, in torch's words "DataLoader worker (pid 7) is killed by signal: Killed. "."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
+        return None
+    move = "re-run the same command with fewer --num-workers, or 0"
+    if "shared memory" in text or "Bus error" in text:
+        move = f"give it more shared memory (docker run --shm-size=1g), or {move}"
+    return f"{text.split('. ')[0].strip(' .')}, most often by the system for lack of memory; {move}"
+
+
+def _disk_message(error: BaseException) -> str | None:
+    """What the disk refused, wherever in the chain of causes: libraries wrap it in errors of their own.
+
+    The writers of torch and safetensors do not say it at all; then the run directory's disk is looked at. A UserError
+    has its own message, unless the disk is full.
+    """
+    is_ours = isinstance(error, UserError)
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in (FULL if is_ours else (*FULL, *FORBIDDEN)):
+            return f"{link.filename or 'the disk'}: {link.strerror}; {_disk_move(link.errno)}"
+        link = link.__cause__ or link.__context__
+    for handler in () if is_ours else logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            folder = Path(handler.baseFilename).parent
+            if shutil.disk_usage(folder).free < FULL_BYTES:
+                return f"{folder}: its disk is full ({type(error).__name__}); {_disk_move(errno.ENOSPC)}"
+    return None
+
+
+def _disk_move(number: int) -> str:
+    if number in FULL:
+        return "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
+    return "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"

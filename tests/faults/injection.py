@@ -200,7 +200,7 @@ def signal_at(folder: Path, expected: dict, number: int, draw: random.Random) ->
     os.kill(process.pid, number)
     status = finish(process)
     seconds = time.perf_counter() - began
-    assert status == 130, (status, screen_of(folder))
+    assert status == 128 + number, (status, screen_of(folder))
     return go_on(folder, expected), seconds
 
 

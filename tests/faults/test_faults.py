@@ -50,13 +50,15 @@ def test_a_second_interrupt_ends_at_once(expected, tmp_path):
 
 def test_a_killed_worker_is_told_and_the_run_goes_on(expected, tmp_path):
     outcome = faults.worker_killed(tmp_path, expected[0])
-    assert re.search(r"error: DataLoader worker \(pid.*most often by the system for want of memory; give", outcome.told)
+    assert re.search(
+        r"error: DataLoader worker \(pid.*most often by the system for lack of memory; re-run", outcome.told
+    )
     assert "Traceback" not in outcome.told and outcome.same
 
 
 def test_a_disk_that_fills_up_is_told_and_the_run_goes_on(expected, tmp_path, may_mount):
     outcome = faults.disk_full(tmp_path, expected[0])
-    assert "make room, and give the same command again" in outcome.told and "Traceback" not in outcome.told
+    assert "free space and re-run the same command" in outcome.told and "Traceback" not in outcome.told
     assert outcome.same
 
 

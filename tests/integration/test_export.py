@@ -273,7 +273,7 @@ FAULTS = [
     (wrong_scale, "error: what was saved is not what was trained: its logits are"),
     (one_weight_lost, "error: what was saved is not what was trained: its logits are"),
     (names_worse, "error: the merged model names worse than what was validated: "),
-    (disk_full, "error: model.safetensors: No space left on device; make room"),
+    (disk_full, "error: model.safetensors: No space left on device; free space"),
     (interrupted, "warning: interrupted; nothing was exported"),
 ]
 

@@ -99,7 +99,7 @@ def test_the_same_command_goes_on_and_ends_as_if_never_stopped(kind, weights, he
     with monkeypatch.context() as fault:
         fault.setattr(callbacks.RunLog, "on_step_end", stop)
         status, told = run(capsys, *TINY, *kind)
-    assert status == 130 and "the same command goes on" in told
+    assert status == 130 and "re-run the same command" in told
     status, told = run(capsys, *TINY, *kind)
     assert status == 0 and "going on from runs/tiny/checkpoint-4" in told
     undisturbed, stopped = (load_file(here / folder / "best" / weights) for folder in ("undisturbed", "runs/tiny"))
@@ -294,7 +294,7 @@ def test_a_folder_that_may_not_be_written(here, few_drawings, monkeypatch, capsy
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     status, told = run(capsys, *TINY, "--output-dir", "closed/run")
-    assert status == 1 and "closed/run: Permission denied; name a place that you may use (--output-dir" in told
+    assert status == 1 and "closed/run: Permission denied; choose a place that you may write to (--output-dir" in told
 
 
 @pytest.fixture

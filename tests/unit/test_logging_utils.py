@@ -1,10 +1,13 @@
 import errno
 import itertools
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import ROOT
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
@@ -48,7 +51,7 @@ def test_an_error_that_python_must_ignore_is_a_line_on_the_screen_and_a_tracebac
 def test_a_full_disk_is_a_sentence(tmp_path, capsys):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/checkpoint-5")
     status, screen, _ = told(capsys, tmp_path, error)
-    assert status == 1 and screen.startswith("error: runs/x/checkpoint-5: No space left on device; make room")
+    assert status == 1 and screen.startswith("error: runs/x/checkpoint-5: No space left on device; free space")
 
 
 def chained(*errors) -> Exception:
@@ -63,10 +66,10 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
         PermissionError(errno.EACCES, "Denied", "y"),
     )
     status, screen, _ = told(capsys, tmp_path, chained(full, UserError("check the network")))
-    assert status == 1 and screen.startswith("error: hub/x: No space left on device; make room")
+    assert status == 1 and screen.startswith("error: hub/x: No space left on device; free space")
     assert told(capsys, tmp_path, chained(closed, UserError("image y")))[1] == "error: image y\n"
     assert (
-        "y: Denied; name a place that you may use (--output-dir"
+        "y: Denied; choose a place that you may write to (--output-dir"
         in told(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
     )
 
@@ -74,12 +77,12 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
 def test_a_writer_that_does_not_say_that_the_disk_is_full(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.logging_utils.shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
     status, screen, _ = told(capsys, tmp_path, RuntimeError("unexpected pos 64"))
-    assert status == 1 and "its disk is full (RuntimeError); make room, and give the same command again" in screen
+    assert status == 1 and "its disk is full (RuntimeError); free space and re-run the same command" in screen
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, capsys):
+def test_an_interrupt_says_how_to_resume(tmp_path, capsys):
     status, screen, _ = told(capsys, tmp_path, KeyboardInterrupt())
-    assert status == 130 and "the same command goes on from what was saved" in screen
+    assert status == 130 and "to resume from what was saved" in screen
 
 
 def test_documented_environment(monkeypatch, tmp_path, capsys):
@@ -102,3 +105,77 @@ def test_lines_carry_their_level_only_from_warning_on(tmp_path, capsys):
     logger.info("step 1")
     logger.warning("careful")
     assert capsys.readouterr().out == "step 1\nwarning: careful\n"
+
+
+# ---- signals, in a process of its own
+
+PROGRAM = """
+import signal, time
+from runtime.interrupt import StopRequest
+from utils import logging_utils
+from utils.logging_utils import logger, report_errors, setup_logging
+
+logging_utils.GRACE_S = 0.2
+setup_logging()
+with report_errors():
+"""
+
+
+def start(body: str) -> subprocess.Popen:
+    code = PROGRAM + "".join(f"    {line}\n" for line in body.splitlines())
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
+SWALLOWED = "try: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: pass\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [("signal.raise_signal(signal.SIGTERM)", 143), ("signal.raise_signal(signal.SIGINT)", 130), (SWALLOWED, 143)],
+    ids=["SIGTERM", "SIGINT", "swallowed"],
+)
+def test_a_signal_is_one_line_and_its_exit_status(body, status):
+    process = start(body)
+    screen, errors = process.communicate(timeout=30)
+    assert process.returncode == status and not errors
+    assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
+
+
+def test_a_signal_while_a_run_loads_is_one_line(tmp_path):
+    process = start(
+        "import train\n"
+        "from data import dataset\n"
+        "dataset.build_datasets = lambda *args: signal.raise_signal(signal.SIGTERM)\n"
+        f"train.main(['--preset', 'tiny', '--output-dir', {str(tmp_path / 'run')!r}])"
+    )
+    screen, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (143, "")
+    assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: logger.info('line'); time.sleep(0.01)",
+        "while True: print('line', flush=True); time.sleep(0.01)",
+        "print('line', flush=True); time.sleep(0.5); print('line')",
+        # A training is asked to stop: it saves first.
+        "request = StopRequest()\n"
+        "with request.listening():\n"
+        "    while request.signal is None: logger.info('line'); time.sleep(0.01)\n"
+        "    logger.info('saved')\n"
+        "    request.check()",
+    ],
+    ids=["log", "print", "unflushed", "training"],
+)
+def test_a_reader_that_leaves_ends_the_program_quietly(body):
+    process = start(body)
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    status, errors = process.wait(30), process.stderr.read()
+    process.stderr.close()
+    assert status == 141 and errors.replace("\n", "") in ("", STOPPING)
+
+
+STOPPING = "stopping after this forward pass, then saving; a second signal ends at once"
