@@ -1,32 +1,31 @@
-"""Hand a trained model on: the adapter merged into the 16-bit base, proven to be what was measured.
+"""Export a trained model: the adapter merged into the 16-bit base model, verified to be what was measured.
 
-    python export.py runs/default flowers                    whole model in bf16, for plain transformers
-    python export.py runs/default flowers --adapter-only     the adapter, processor and GPU, for PEFT
+    python export.py runs/default flowers                    the whole model in bf16, for plain transformers
+    python export.py runs/default flowers --adapter-only     the adapter, processor and model card, for PEFT
     python export.py runs/default flowers --push-to-hub me/flowers
 
-The folder appears only once it was loaded afresh, gave the logits of the adapter beside its base on images of val, and
-named val as well as what was validated. Needs a GPU for what does not fit the CPU, and disk for the merged weights.
+The folder appears only after it was loaded afresh, reproduced the logits of base model and adapter on val images, and
+reached the validated accuracy. Needs a GPU for what does not fit the CPU, and disk space for the merged weights.
 """
 
 import contextlib
 import json
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, RunCommand, parse_run_command
+from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
 from runtime.run_dir import Run
-from runtime.run_files import BEST, is_completed
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-MARK = ".exporting"  # in a draft, locked while it is written
-MARGIN_BYTES = 50e6  # processor and GPU
+LOCK_FILE = ".exporting"  # in a staging directory, locked while it is written
+MARGIN_BYTES = 50e6  # processor and model card
+PUBLIC_MODE = 0o644  # safetensors writes 0600
 
 
 @dataclass(frozen=True)
@@ -34,259 +33,268 @@ class ExportOptions:
     dtype: str = option("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
     adapter_only: bool = option(False, "export the adapter, for the base model it was trained on")
     push_to_hub: str | None = option(None, "OWNER/NAME: upload the same files there; a new repository is private")
-    limit: int | None = option(None, "val images that the exported model is scored on; none: all", low=1)
+    limit: int | None = option(None, "val images that the merged model is scored on; none: all", low=1)
+
+    def find_conflicts(self) -> Iterator[str]:
+        if self.adapter_only and self.dtype != "bf16":
+            yield f"dtype={self.dtype} with adapter_only=true: an adapter is saved as it was trained; leave one out"
+        if self.adapter_only and self.limit is not None:
+            yield f"limit={self.limit} with adapter_only=true: an adapter's logits are compared; leave one out"
+
+
+class Validation(NamedTuple):
+    """Images on which an export is verified."""
+
+    rows: Any  # of val; of train, if the run was trained on val
+    correct: dict[str, bool] | None  # by image: whether its prediction was correct when the run was validated
 
 
 def main(argv: list[str] | None = None) -> int:
-    use = parse_run_command(argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), Run.load, "OUT")
+    run, words, options = parse_run_command(
+        argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), Run.load, "OUT"
+    )
+    out, repository = Path(words[0]), options.push_to_hub
     set_environment()
     setup_logging()
-    out, repository = Path(use.words[0]), use.options.push_to_hub
     with report_errors(ConfigError, when_interrupted="nothing was exported"):
-        check_can_export(use, out)
+        check_can_export(run, options, out)
         with staging_dir(out) as draft:
-            (export_adapter if use.options.adapter_only else export_whole)(use, draft)
+            export_run(run, options, draft)
             for path in draft.iterdir():
-                path.chmod(stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH)  # safetensors writes 0600
-        size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-        logger.info(f"result {out}: {size:,.1f} MB, see its README.md")
+                path.chmod(PUBLIC_MODE)
+        size = sum(path.stat().st_size for path in out.iterdir())
+        logger.info(f"saved | {out} | {size / 1e6:,.1f} MB | see its README.md")
     if repository:
-        again = f"{out} is complete, and goes there with: hf upload {repository} {out}"
-        with report_errors(when_interrupted=again), report_hub_errors(repository, again):
+        retry = f"{out} is complete; upload it with: hf upload {repository} {out}"
+        with report_errors(when_interrupted=retry), report_hub_errors(repository, retry):
             from huggingface_hub import HfApi
 
-            found = HfApi().upload_folder(
-                repo_id=repository, folder_path=out, commit_message="Exported by LLaVA Plants"
-            )
-            logger.info(f"result on the hub: {found.commit_url}")
+            message = "Exported by LLaVA Plants"
+            commit = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message=message)
+            logger.info(f"saved | {commit.commit_url}")
     return 0
 
 
-def check_can_export(use: RunCommand, out: Path) -> None:
-    """What can be known before any weight is read. Raises UserError."""
+def check_can_export(run: Run, options: ExportOptions, out: Path) -> None:
+    """What can be checked before any weight is read. Raises UserError."""
     from runtime.checkpoint import describe_best
     from runtime.device import refuse_several_ranks
 
-    refuse_several_ranks()  # before they meet over the same draft
-    built, is_whole = use.run.config.model in RANDOM_MODELS, use.run.config.trainable == "everything"
-    if use.run.recorded.get("base"):
-        raise UserError(f"{use.run.folder}: is the untouched base, nothing was learned that could be exported")
+    refuse_several_ranks()  # before they contend for the staging directory
+    is_whole, is_random = run.config.trainable == "everything", run.config.model in RANDOM_MODELS
+    if run.is_base_model:
+        raise UserError(f"{run.folder}: is a base model, nothing was trained; export a run of train.py")
     if out.name in ("", "..") or out.is_symlink() or out.is_mount():
-        raise UserError(f"{out}: is a link, a disk or the folder itself; name a folder that is not there yet")
+        raise UserError(f"{out}: is a link, a disk or the working directory; use a folder that does not exist yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new folder")
-    describe_best(use.run.folder / BEST)
-    if not is_completed(use.run.folder):
-        logger.warning(f"{use.run.folder}: is not finished; exported is what named val best so far")
-    if use.options.adapter_only and is_whole:
-        raise UserError(f"{use.run.folder}: all weights learned, there is no adapter; leave out --adapter-only")
-    if use.options.adapter_only and built:
+        raise UserError(f"{out}: already exists; use a new folder")
+    describe_best(run.best_folder)
+    if not run.completed:
+        logger.warning(f"{run.folder}: is not completed; its best weights so far are exported")
+    if options.adapter_only and is_whole:
+        raise UserError(f"{run.folder}: all weights were trained, there is no adapter; leave out --adapter-only")
+    if options.adapter_only and is_random:
         raise UserError(
-            f"{use.run.folder}: its base is saved nowhere, an adapter alone is of no use; leave out --adapter-only"
+            f"{run.folder}: its randomly initialized base model is not saved, so an adapter alone is of no use; leave "
+            "out --adapter-only"
         )
-    if use.run.config.model == "full" and not is_whole:
+    if run.config.model == "full" and not is_whole:
         raise UserError(
-            f"{use.run.folder}: its base has random weights that existed on a GPU alone; nothing can be exported"
+            f"{run.folder}: its randomly initialized base model existed on a GPU only; nothing can be exported"
         )
-    if use.options.push_to_hub:
-        with report_hub_errors(
-            use.options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there"
-        ):
+    if options.push_to_hub:
+        next_move = "check the name, the network, and that HF_TOKEN may write there"
+        with report_hub_errors(options.push_to_hub, next_move):
             from huggingface_hub import HfApi
 
-            HfApi().create_repo(use.options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
+            HfApi().create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
 
 
 @contextlib.contextmanager
 def staging_dir(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` if nothing is raised, else goes. Raises UserError for one that is in the way."""
+    """A directory that becomes `out`, or is removed if anything is raised. Raises UserError if one is in the way."""
     import filelock
 
     draft = out.with_name(f"{out.name}.draft")
-    mark = draft / MARK
-    if draft.exists() and not mark.exists():
-        raise UserError(f"{draft}: is in the way, and no draft of an export; move it, or name another OUT")
+    lock = draft / LOCK_FILE
+    if draft.exists() and not lock.exists():
+        raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
     draft.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(mark, timeout=0):
+        with filelock.FileLock(lock, timeout=0):
             try:
-                for left in draft.iterdir():  # by an export that was killed
-                    if left != mark:
-                        left.unlink()
+                for path in draft.iterdir():  # of an export that was killed
+                    if path != lock:
+                        path.unlink()
                 yield draft
-                mark.unlink()
+                lock.unlink()
                 if out.exists():
-                    out.rmdir()  # empty, or this fails
+                    out.rmdir()  # fails unless it is empty
                 draft.rename(out)
             finally:
                 if draft.exists():
                     shutil.rmtree(draft)
     except filelock.Timeout as error:
-        raise UserError(f"{draft}: another export writes there; wait for its end, or name another OUT") from error
+        raise UserError(f"{draft}: another export writes to it; wait for its end, or use another OUT") from error
 
 
-# ---- the two kinds of export
+def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
+    """Write model, processor, class names and model card to `draft`, and verify the model. Raises UserError."""
+    from data.collator import PlantCollator
+    from evaluation.model_card import build_model_card
+    from evaluation.verify import LOGIT_IMAGES, first_readable
+    from models.builder import build_processor
+    from runtime.checkpoint import CARD
+    from runtime.device import choose_device
+
+    device = choose_device(run.config.model, run.config.gpu_memory_fraction)
+    validation = load_validation(run, options.limit)
+    processor, prompt = build_processor(run.config, run.recorded["class_names"])
+    collator = PlantCollator(processor, prompt, run.recorded["class_names"], run.config.image_size)
+    images = first_readable(collator, validation.rows, LOGIT_IMAGES)
+    save_classes(run, prompt, draft)
+    if options.adapter_only:
+        found = export_adapter(run, draft, images, device)
+        verification = ""
+    else:
+        found = export_merged(run, options.dtype, draft, collator, images, validation, device)
+        verification = f"Merged in {options.dtype} and loaded afresh: {found}."
+    logger.info(f"result | verified: {found}")
+    saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
+    card = build_model_card(
+        saved.config, saved.recorded, run.folder, prompt, verification, is_merged=not options.adapter_only
+    )
+    (draft / CARD).write_text(card, encoding="utf-8")
 
 
-def export_whole(use: RunCommand, draft: Path) -> None:
-    """The merged model, its processor and GPU in `draft`, proven."""
+def export_merged(run: Run, dtype_name: str, draft: Path, collator, images, validation: Validation, device) -> str:
+    """Save the merged model; a sentence on how the loaded one compares with the run's weights."""
     import torch
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from evaluation.model_card import build_model_card
     from evaluation.verify import (
-        LOGIT_IMAGES,
         check_merge,
         compare_with_validated,
-        first_readable,
         load_whole,
         logits_of,
         logits_with,
         relative_difference,
     )
-    from models.builder import build_processor, check_same_base, weights_fingerprint
+    from models.builder import DTYPES, check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
-    from runtime.checkpoint import CARD
-    from runtime.device import choose_device, collect_memory, fit_workers
+    from runtime.device import collect_memory, fit_workers
     from utils.tokenizer_utils import tokenizer_probe
 
-    folder, config, recorded, options = use.run.folder, use.run.config, use.run.recorded, use.options
-    dtype, names = getattr(torch, DTYPES[options.dtype]), recorded["class_names"]
-    device = choose_device(config.model, config.gpu_memory_fraction)
-    rows, validated = load_validation_rows(use)
-    processor, prompt = build_processor(config, names)
+    config, processor, prompt = run.config, collator.processor, collator.prompt
+    dtype = DTYPES["no" if dtype_name == "fp32" else dtype_name]
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
-    found = {"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}
-    check_same_base(found, use.run)
-    collator = PlantCollator(processor, prompt, names, config.image_size)
-    few = first_readable(collator, rows, LOGIT_IMAGES)
-    adapter = None if config.trainable == "everything" else read_adapter(folder / BEST)
-    with base_weights(use, processor) as base:
+    check_same_base({"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}, run)
+    adapter = None if config.trainable == "everything" else read_adapter(run.best_folder)
+    with base_weights(run, processor) as base:
         check_disk(draft, weights_bytes(base, dtype))
-        logger.info(f"merge  {folder / BEST} into {config.model}, {options.dtype}")
+        logger.info(f"model | merging {run.best_folder} into {config.model} | {dtype_name}")
         save_settings(base, processor, prompt, dtype, draft)
-        save_classes(use, prompt, draft)
         merge_into(base, adapter, draft, dtype)
-        # What all learned in is fp32; an adapter is measured beside what it is merged into.
-        reference = load_whole(base, torch.float32 if adapter is None else dtype, device, config.gpu_memory_fraction)
-        expected, untouched = logits_with(adapter, reference, collator, few, dtype, device)
+        # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
+        reference = load_whole(base, dtype if adapter else torch.float32, device, config.gpu_memory_fraction)
+        expected, without_adapter = logits_with(adapter, reference, collator, images, dtype, device)
         del reference
         collect_memory(device)
-    # As anyone loads it: its own weights, its own processor.
     model = load_whole(draft, dtype, device, config.gpu_memory_fraction)
-    collator = PlantCollator(AutoProcessor.from_pretrained(draft), prompt, names, config.image_size)
-    rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
+    saved_processor = AutoProcessor.from_pretrained(draft)
+    collator = PlantCollator(saved_processor, prompt, collator.class_names, config.image_size)
+    rounding = relative_difference(logits_of(model, collator, images, dtype, device), expected)
     metrics = None
-    if validated is not None:
-        workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
+    if validation.correct is not None:
+        batch_size = config.per_device_eval_batch_size
+        workers = fit_workers(config.num_workers, collator.batch_bytes(batch_size))
         metrics = compare_with_validated(
-            validated, model, collator, rows, config.per_device_eval_batch_size, workers, dtype
+            validation.correct, model, collator, validation.rows, batch_size, workers, dtype
         )
-    told = check_merge(rounding, untouched, dtype, metrics, "" if dtype == torch.float32 else "; try --dtype fp32")
-    if validated is None:
-        told += "; its accuracy is not known, since the run learned from val"
-    logger.info(f"result proven: {told}")
-    # The run's own config: what was given here beside it is not what it was trained with.
-    verification = f"Merged in {options.dtype} and loaded afresh: {told}."
-    run = Run.load(folder)
-    card = build_model_card(run.config, run.recorded, folder, prompt, verification, is_merged=True)
-    (draft / CARD).write_text(card, encoding="utf-8")
+    advice = "" if dtype == torch.float32 else "; try --dtype fp32"
+    found = check_merge(rounding, without_adapter, dtype, metrics, advice)
+    return found if metrics else f"{found}; its accuracy is unknown, since the run was trained on val"
 
 
-def export_adapter(use: RunCommand, draft: Path) -> None:
-    """The adapter, its processor and GPU in `draft`, proven beside a base that PEFT attached it to."""
+def export_adapter(run: Run, draft: Path, images, device) -> str:
+    """Save the adapter; a sentence on how it compares with the run once PEFT attached it to a fresh base model."""
     from peft import PeftModel
 
-    from data.collator import PlantCollator
-    from evaluation.model_card import base_name, build_model_card
-    from evaluation.verify import LOGIT_IMAGES, check_merge, first_readable, logits_of, relative_difference
-    from models.builder import DTYPES as DTYPE_OF
-    from models.builder import PlantModel, build_base, build_processor
+    from evaluation.model_card import base_name
+    from evaluation.verify import check_merge, logits_of, relative_difference
+    from models.builder import PlantModel, build_base
     from models.merging import save_processor
-    from runtime.checkpoint import CARD
-    from runtime.device import choose_device, choose_precision, collect_memory
+    from runtime.device import collect_memory
 
-    folder, config, recorded = use.run.folder, use.run.config, use.run.recorded
-    device = choose_device(config.model, config.gpu_memory_fraction)
-    precision = choose_precision(config.mixed_precision, device)
-    dtype = DTYPE_OF[precision]
-    rows, _ = load_validation_rows(use)
-    processor, prompt = build_processor(config, recorded["class_names"])
-    collator = PlantCollator(processor, prompt, recorded["class_names"], config.image_size)
-    few = first_readable(collator, rows, LOGIT_IMAGES)
-    shutil.copyfile(folder / BEST / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    settings = json.loads((folder / BEST / "adapter_config.json").read_text(encoding="utf-8"))
+    config = run.config
+    shutil.copyfile(run.best_folder / "adapter_model.safetensors", draft / "adapter_model.safetensors")
+    settings = json.loads((run.best_folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_processor(processor, draft)
-    save_classes(use, prompt, draft)
-    plant = PlantModel.from_run(use.run, device)
-    expected = logits_of(plant.model, collator, few, dtype, device)
-    del plant
+    plant = PlantModel.from_run(run, device)
+    save_processor(plant.processor, draft)
+    expected = logits_of(plant.model, plant.collator, images, plant.dtype, device)
+    plant.model = None  # the GPU has room for one model
     collect_memory(device)
-    model = PeftModel.from_pretrained(build_base(config, processor, device, dtype), draft)
+    model = PeftModel.from_pretrained(build_base(config, plant.processor, device, plant.dtype), draft)
     with model.disable_adapter():
-        untouched = relative_difference(logits_of(model, collator, few, dtype, device), expected)
-    rounding = relative_difference(logits_of(model, collator, few, dtype, device), expected)
-    logger.info(f"result proven: {check_merge(rounding, untouched, dtype)}")
-    run = Run.load(folder)
-    (draft / CARD).write_text(build_model_card(run.config, run.recorded, folder, prompt), encoding="utf-8")
+        base_logits = logits_of(model, plant.collator, images, plant.dtype, device)
+    logits = logits_of(model, plant.collator, images, plant.dtype, device)
+    return check_merge(relative_difference(logits, expected), relative_difference(base_logits, expected), plant.dtype)
 
 
-# ---- what they share
-
-
-def load_validation_rows(use: RunCommand) -> tuple:
-    """(rows of val, {image: was it named right when validated}); of a run that learned from val: train rows, None."""
+def load_validation(run: Run, limit: int | None) -> Validation:
     from data.dataset import build_datasets, take
     from evaluate import check_data
     from evaluation.evaluator import read_correct
 
-    data = build_datasets(use.run.config)
-    check_data(data, use.run.recorded, use.run.config, use.run.folder)
+    data = build_datasets(run.config)
+    check_data(data, run.recorded, run.config, run.folder)
     if data.validation is None:
-        return take(data.train, 100), None  # some of them for the logits
-    return take(data.validation, use.options.limit), read_correct(use.run.folder, "val")[1]
+        return Validation(take(data.train, 100), None)
+    return Validation(take(data.validation, limit), read_correct(run.folder, "val")[1])
 
 
 @contextlib.contextmanager
-def base_weights(use: RunCommand, processor) -> Iterator[Path]:
-    """The folder of what is merged into: the base's safetensors, or those of best/ where all weights learned."""
+def base_weights(run: Run, processor) -> Iterator[Path]:
+    """The folder that is merged into: the base model's safetensors, or best/ of a full fine-tune."""
     import torch
 
     from models.builder import build_base
 
-    config = use.run.config
+    config = run.config
     if config.trainable == "everything":
-        yield use.run.folder / BEST
+        yield run.best_folder
     elif config.model in RANDOM_MODELS:
-        with tempfile.TemporaryDirectory() as made:
-            build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(made)
-            yield Path(made)
+        with tempfile.TemporaryDirectory() as folder:
+            build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(folder)
+            yield Path(folder)
     elif Path(config.model).is_dir():
         yield Path(config.model)
     else:
         from huggingface_hub import snapshot_download
 
         with report_hub_errors(config.model, "check the network, and that HF_TOKEN may read it"):
-            kinds = ["*.safetensors", "*.json"]
-            downloaded = snapshot_download(config.model, revision=config.model_revision, allow_patterns=kinds)
-        yield Path(downloaded)
+            patterns = ["*.safetensors", "*.json"]
+            folder = snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns)
+        yield Path(folder)
 
 
-def save_classes(use: RunCommand, prompt, draft: Path) -> None:
-    """class_names.json: all that is needed to name images as this project does."""
+def save_classes(run: Run, prompt, draft: Path) -> None:
+    """class_names.json: all that is needed to predict as this project does."""
     from evaluation.evaluator import read_calibration
     from runtime.checkpoint import describe_best
 
     facts = {
-        "class_names": use.run.recorded["class_names"],
-        "question": use.run.config.question,
+        "class_names": run.recorded["class_names"],
+        "question": run.config.question,
         "prompt": prompt.prompt,
+        "response_prefix": prompt.response_prefix,
+        "end": prompt.end,
+        "image_size": run.config.image_size,
     }
-    facts |= {"response_prefix": prompt.response_prefix, "end": prompt.end, "image_size": use.run.config.image_size}
-    calibration = read_calibration(use.run.folder, describe_best(use.run.folder / BEST))
+    calibration = read_calibration(run.folder, describe_best(run.best_folder))
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -296,23 +304,23 @@ def check_disk(draft: Path, needed: float) -> None:
     free = shutil.disk_usage(draft).free
     if free < needed + MARGIN_BYTES:
         raise UserError(
-            f"{draft.parent}: {free / 1e9:.1f} GB free on its disk, the merged weights need {needed / 1e9:.1f} GB; "
-            "make room, or name an OUT on another disk"
+            f"{draft.parent}: its disk has {free / 1e9:.1f} GB free, the merged weights need {needed / 1e9:.1f} GB; "
+            "make room, or use an OUT on another disk"
         )
 
 
 @contextlib.contextmanager
-def report_hub_errors(name: str, move: str) -> Iterator[None]:
-    """What the hub refuses, or the network, in one sentence with the next move."""
+def report_hub_errors(name: str, next_move: str) -> Iterator[None]:
+    """A refusal of the hub, or a failure of the network, as a UserError."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    kinds = HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError
+    kinds = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError)
     try:
         yield
     except kinds as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-        raise UserError(f"{name}: the hub refuses ({type(error).__name__}: {reason}); {move}") from error
+        raise UserError(f"{name}: the hub refuses ({type(error).__name__}: {reason}); {next_move}") from error
 
 
 if __name__ == "__main__":

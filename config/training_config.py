@@ -169,6 +169,10 @@ class TrainingConfig:
         """Images per optimizer step, over all GPUs."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def find_conflicts(self) -> Iterator[str]:
+        """A sentence per combination of values that cannot work."""
+        yield from (sentence for is_wrong, sentence in _find_conflicts(self) if is_wrong)
+
 
 PRESETS: dict[str, dict] = {
     "default": {},
@@ -237,12 +241,12 @@ PRESETS: dict[str, dict] = {
 def find_problems(options) -> Iterator[str]:
     """A sentence per value of a dataclass of options that cannot work: name and value, reason, next move."""
     yield from find_range_problems(options)
-    if isinstance(options, TrainingConfig):
-        yield from (sentence for is_wrong, sentence in _find_conflicts(options) if is_wrong)
+    if hasattr(options, "find_conflicts"):
+        yield from options.find_conflicts()
 
 
 def _find_conflicts(config: TrainingConfig) -> Iterable[tuple[bool, str]]:
-    """(whether it holds for this config, sentence) of every combination of values that cannot work."""
+    """(whether this config has it, sentence) of every combination of values that cannot work."""
     everything, streaming, val = config.trainable == "everything", config.streaming, config.train_on_val
     yield (
         everything and config.load_in_4bit,

@@ -72,7 +72,7 @@ def as_a_stranger(out, files) -> subprocess.CompletedProcess:
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
     assert run(capsys, "one", "tiny", *FAST)[0] == 0  # beside the program, under the name of what is built
     status, told = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and "result proven: its logits are 0.00% off those of the run's weights; top-1 0." in told
+    assert status == 0 and "result | verified: its logits are 0.00% off those of the run's weights; top-1 0." in told
     files = {path.name for path in (here / "out").iterdir()}
     assert files == {
         "README.md", "class_names.json", "config.json", "generation_config.json", "model.safetensors",
@@ -131,7 +131,7 @@ def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, caps
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_sixteen_bit_is_the_default_and_the_proof_names_it(dtype, kind, adapted, here, capsys):
     status, told = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
-    assert status == 0 and "merge  two/best into " in told and f", {dtype}\n" in told
+    assert status == 0 and "model | merging two/best into " in told and f" | {dtype}\n" in told
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
     card = (here / "out" / "README.md").read_text()
     assert f"Merged in {dtype} and loaded afresh: its logits are" in card and "was validated" in card
@@ -139,7 +139,7 @@ def test_sixteen_bit_is_the_default_and_the_proof_names_it(dtype, kind, adapted,
 
 def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     status, told = run(capsys, "two", "out", "--adapter-only", *FAST)
-    assert status == 0 and "result proven" in told
+    assert status == 0 and "result | verified" in told
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "class_names.json", "tokenizer.json"} <= {
         path.name for path in (here / "out").iterdir()
     }
@@ -161,7 +161,7 @@ def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_d
 
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "run"]) == 0
     status, told = run(capsys, "run", "out", *FAST)
-    assert status == 0 and "its accuracy is not known, since the run learned from val" in told
+    assert status == 0 and "its accuracy is unknown, since the run was trained on val" in told
     assert "It was not measured." in (here / "out" / "README.md").read_text()
 
 
@@ -288,7 +288,7 @@ def test_nothing_is_left_of_an_export_that_failed(fault, words, adapted, here, m
 def test_an_export_that_was_killed_is_made_anew(trained, here, capsys):
     (here / "out.draft").mkdir()
     (here / "out.draft" / "half.safetensors").write_bytes(b"half")
-    (here / "out.draft" / export.MARK).touch()
+    (here / "out.draft" / export.LOCK_FILE).touch()
     (here / "out").mkdir()  # empty is as good as none
     assert run(capsys, "one", "out", *FAST)[0] == 0
     assert "half.safetensors" not in os.listdir(here / "out") and not (here / "out.draft").exists()
@@ -341,17 +341,19 @@ BAD_INPUT = [
     (nothing, ["one", "out", "more"], "error: more: unexpected argument; usage: RUN OUT"),
     (nothing, ["none", "out"], "error: none: not a run, training_config.json is missing"),
     (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
-    (nothing, ["one", "out", "--adapter-only"], "error: one: all weights learned, there is no adapter"),
+    (nothing, ["one", "out", "--adapter-only", "--dtype", "fp32"], "error: dtype=fp32 with adapter_only=true: an"),
+    (nothing, ["one", "out", "--adapter-only", "--limit", "3"], "error: limit=3 with adapter_only=true: an adapter's"),
+    (nothing, ["one", "out", "--adapter-only"], "error: one: all weights were trained, there is no adapter"),
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
     (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned"),
-    (taken, ["one", "out"], "error: out: is there already; name a new folder"),
-    (other_draft, ["one", "out"], "error: out.draft: is in the way, and no draft of an export; move it"),
-    (link, ["one", "out"], "error: out: is a link, a disk or the folder itself"),
-    (nothing, ["one", "."], "error: .: is a link, a disk or the folder itself"),
+    (taken, ["one", "out"], "error: out: already exists; use a new folder"),
+    (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
+    (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),
+    (nothing, ["one", "."], "error: .: is a link, a disk or the working directory"),
     (unfinished, ["one", "out"], "error: one/best: holds no finished weights"),
     (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
-    (as_base, ["one", "out"], "error: one: is the untouched base, nothing was learned"),
-    (as_full, ["one", "out"], "error: one: its base has random weights that existed on a GPU alone"),
+    (as_base, ["one", "out"], "error: one: is a base model, nothing was trained"),
+    (as_full, ["one", "out"], "error: one: its randomly initialized base model existed on a GPU only"),
     (other_images, ["one", "out"], "its images changed since one was trained"),
 ]
 
@@ -369,7 +371,7 @@ def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
 def test_a_full_disk_is_foreseen(trained, here, monkeypatch, capsys):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     status, told = run(capsys, "one", "out", *FAST)
-    assert status == 1 and "0.0 GB free on its disk, the merged weights need 0.0 GB; make room" in told
+    assert status == 1 and "its disk has 0.0 GB free, the merged weights need 0.0 GB; make room" in told
 
 
 # ---- merging
@@ -496,7 +498,7 @@ def hub(monkeypatch):
 
 def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
     status, told = run(capsys, "two", "out", "--adapter-only", "--push-to-hub", "me/plants", *FAST)
-    assert status == 0 and "result on the hub: http" in told, told
+    assert status == 0 and "saved | http" in told, told
     assert hub.private
     assert {name: len(content) for name, content in hub.files.items()} == {
         path.name: path.stat().st_size for path in (here / "out").iterdir()
@@ -509,7 +511,7 @@ def test_a_hub_that_refuses_is_told_and_the_export_stays(step, trained, here, hu
     hub.refuses = step
     status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
     assert status == 1 and "error: me/plants: the hub refuses (" in told and "Traceback" not in told
-    is_complete = "out is complete, and goes there with: hf upload me/plants out" in told
+    is_complete = "out is complete; upload it with: hf upload me/plants out" in told
     assert is_complete == (here / "out").exists() == (step == "commit")
 
 
@@ -519,13 +521,13 @@ def test_no_network_is_told_before_any_work(trained, here, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
-    assert status == 1 and "error: me/plants: the hub refuses (" in told and "merge" not in told
+    assert status == 1 and "error: me/plants: the hub refuses (" in told and "merging" not in told
 
 
 def test_two_exports_do_not_write_to_one_draft(trained, here, capsys):
     import filelock
 
     (here / "out.draft").mkdir()
-    with filelock.FileLock(here / "out.draft" / export.MARK):
+    with filelock.FileLock(here / "out.draft" / export.LOCK_FILE):
         status, told = run(capsys, "one", "out", *FAST)
-    assert status == 1 and "error: out.draft: another export writes there" in told and (here / "out.draft").exists()
+    assert status == 1 and "error: out.draft: another export writes to it" in told and (here / "out.draft").exists()
