@@ -1,44 +1,167 @@
-"""4-bit weights into the columns of a wider matrix, in one pass over memory. Needs Triton, which comes with CUDA torch.
+"""Kernels of the fused layers: what is elementwise between two matmuls, and 4-bit weights back to 16 bit.
 
-bitsandbytes' own kernel writes a contiguous matrix; fused_layers.py needs the adapter behind each row, and a copy there
-would cost as much again.
+Shapes: M rows, D width of a linear's input, N of its output, R LoRA columns of a group of linears.
 """
 
+from collections.abc import Callable
+
 import torch
-import triton
-from bitsandbytes.functional import QuantState
-from triton import language as tl
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from torch import nn
+from torch.nn import functional as F
 
-BYTES = 512  # a program unpacks so many, two weights each; the columns must be a multiple of twice that
-BLOCK = tl.constexpr(32)  # bytes that share a scale: bitsandbytes' blocks of 64 weights
-SCALES = tl.constexpr(256)  # scales that share a scale of their own
+from runtime.device import is_out_of_memory
+from utils.logging_utils import first_line, logger
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # as on a machine without a CUDA GPU
+    triton = None
+
+# ---- elementwise: each becomes one kernel or two
 
 
-@triton.jit
-def _dequantize(
-    packed, levels, absmax, absmax_levels, absmax_scale, offset, up, out, rank, start, stride,
-    columns: tl.constexpr, beside: tl.constexpr, beside_power: tl.constexpr, BYTES: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BYTES
-    if 2 * first < columns:
-        bytes_ = row * (columns // 2) + first + tl.arange(0, BYTES)
-        block = bytes_ // BLOCK
-        scale = tl.load(absmax_levels + tl.load(absmax + block).to(tl.int32)) * tl.load(absmax_scale + block // SCALES)
-        scale += tl.load(offset)
-        pairs = tl.load(packed + bytes_).to(tl.int32)
-        values = tl.interleave(tl.load(levels + (pairs >> 4)) * scale, tl.load(levels + (pairs & 15)) * scale)
-        tl.store(out + row * stride + 2 * first + tl.arange(0, 2 * BYTES), values.to(out.dtype.element_ty))
-    else:
-        column = tl.arange(0, beside_power)
-        own = (column >= start) & (column < start + rank)
-        adapter = tl.load(up + row * rank + column - start, mask=own, other=0.0)
-        place = out + row * stride + columns + column
-        tl.store(place, adapter.to(out.dtype.element_ty), mask=column < beside)
+def _norm(h, weight, eps, out):
+    out.copy_(_normalized(h, weight, eps))
+
+
+def _normalized(h, weight, eps):
+    wide = h.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
+
+
+def _add_norm(h, update, weight, eps, out):
+    total = h + update
+    out.copy_(_normalized(total, weight, eps))
+    return total
+
+
+def _norm_backward(gradient, h, weight, eps, residual, out):
+    """Gradient of h from that of its norm, plus the residual's; the norm itself, recomputed, goes to `out`."""
+    wide = h.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    hat = wide * scale
+    out.copy_(weight * hat.to(h.dtype))
+    wide_gradient = (gradient * weight).float()
+    inner = (wide_gradient * hat).mean(-1, keepdim=True)
+    return ((wide_gradient - hat * inner) * scale).to(h.dtype) + residual
+
+
+def _rotate(query, key, cos, sin):
+    """Rotary embedding of (M, heads x head_dim) rows; cos and sin are (M, head_dim)."""
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+def _rotated(x, cos, sin):
+    heads = x.unflatten(-1, (-1, cos.shape[-1]))
+    first, second = heads.chunk(2, dim=-1)
+    return (heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).flatten(1)
+
+
+def _rotate_backward(of_query, of_key, cos, sin):
+    return _rotated_back(of_query, cos, sin), _rotated_back(of_key, cos, sin)
+
+
+def _rotated_back(gradient, cos, sin):
+    heads = gradient.unflatten(-1, (-1, cos.shape[-1]))
+    first, second = (heads * sin[:, None]).chunk(2, dim=-1)
+    return (heads * cos[:, None] + torch.cat((second, -first), dim=-1)).flatten(1)
+
+
+def _swiglu(gate, up, out):
+    out.copy_(F.silu(gate) * up)
+
+
+def _swiglu_backward(gate, up, gradient):
+    """In place: `gate` and `up` become their gradients, `gradient` becomes the product that it was the gradient of."""
+    wide_gate, wide_up, wide = gate.float(), up.float(), gradient.float()
+    share = torch.sigmoid(wide_gate)
+    active = wide_gate * share
+    of_gate = wide * wide_up * share * (1 + wide_gate * (1 - share))
+    of_up = wide * active
+    product = active.to(gate.dtype) * up
+    gate.copy_(of_gate)
+    up.copy_(of_up)
+    gradient.copy_(product)
+
+
+class CompiledKernel:
+    """A kernel made by torch.compile, once for any number of rows.
+
+    Rows are marked as dynamic only in the first call with new widths: the mark costs more than the call. It is given
+    detached tensors: views and tensors that require a gradient would each trigger a recompilation.
+    """
+
+    fails = False  # compiling, on this machine
+
+    def __init__(self, eager: Callable):
+        self.eager = eager
+        self.compiled = eager if CompiledKernel.fails else torch.compile(eager)
+        self.known_widths = set()
+
+    def __call__(self, *arguments):
+        if CompiledKernel.fails:
+            return self.eager(*arguments)
+        arguments = [value.data if isinstance(value, torch.Tensor) else value for value in arguments]
+        matrices = [value for value in arguments if isinstance(value, torch.Tensor) and value.dim() == 2]
+        widths = tuple([(matrix.shape[1], matrix.stride(0)) for matrix in matrices])
+        if widths not in self.known_widths:
+            self.known_widths.add(widths)
+            for matrix in matrices:
+                torch._dynamo.maybe_mark_dynamic(matrix, 0)
+        try:
+            return self.compiled(*arguments)
+        except Exception as error:  # a missing compiler raises a dozen kinds; no output was written yet
+            if is_out_of_memory(error):
+                raise
+            CompiledKernel.fails = True
+            _warn_no_compiler("eager kernels are used, slower and in more memory", error)
+            return self.eager(*arguments)
+
+
+def _warn_no_compiler(outcome: str, error: Exception) -> None:
+    logger.warning(
+        f"kernels cannot be compiled on this machine ({first_line(error)[:200]}); {outcome}; install a C compiler and "
+        "Python's headers, such as apt install gcc python3-dev"
+    )
+
+
+# ---- dequantization
+
+
+BYTES = 512  # that a program dequantizes, two weights each; the columns must be a multiple of twice that
+
+if triton is not None:
+    BLOCK = tl.constexpr(32)  # bytes that share a scale: bitsandbytes' blocks of 64 weights
+    SCALES = tl.constexpr(256)  # scales that share a scale of their own
+
+    @triton.jit
+    def _dequantize(
+        packed, levels, absmax, absmax_levels, absmax_scale, offset, up, out, rank, start, stride,
+        columns: tl.constexpr, beside: tl.constexpr, beside_power: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        first = tl.program_id(1) * BYTES
+        if 2 * first < columns:
+            bytes_ = row * (columns // 2) + first + tl.arange(0, BYTES)
+            block = bytes_ // BLOCK
+            level = tl.load(absmax + block).to(tl.int32)
+            scale = tl.load(absmax_levels + level) * tl.load(absmax_scale + block // SCALES)
+            scale += tl.load(offset)
+            pairs = tl.load(packed + bytes_).to(tl.int32)
+            values = tl.interleave(tl.load(levels + (pairs >> 4)) * scale, tl.load(levels + (pairs & 15)) * scale)
+            tl.store(out + row * stride + 2 * first + tl.arange(0, 2 * BYTES), values.to(out.dtype.element_ty))
+        else:
+            column = tl.arange(0, beside_power)
+            in_lora = (column >= start) & (column < start + rank)
+            adapter = tl.load(up + row * rank + column - start, mask=in_lora, other=0.0)
+            place = out + row * stride + columns + column
+            tl.store(place, adapter.to(out.dtype.element_ty), mask=column < beside)
 
 
 def can_dequantize(weight: torch.Tensor, state: QuantState | None) -> bool:
-    """A bitsandbytes weight on a CUDA GPU: nested scales, blocks of 64, rows that programs share evenly."""
+    """Whether it is a bitsandbytes weight on a CUDA GPU: nested scales, blocks of 64, rows of whole programs."""
     return (
         state is not None
         and weight.is_cuda
@@ -53,8 +176,69 @@ def dequantize(weight: torch.Tensor, state: QuantState, up: torch.Tensor | None,
     inner = state.state2
     rows, columns = state.shape
     beside = out.shape[1] - columns
+    rank, lora = (0, state.code) if up is None else (up.shape[1], up)  # without LoRA nothing is read from it
     _dequantize[rows, columns // (2 * BYTES) + (beside > 0)](
-        *(weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset),
-        *(up if up is not None else state.code, out, up.shape[1] if up is not None else 0, start, out.stride(0)),
-        *(columns, beside, triton.next_power_of_2(max(beside, 1)), BYTES),
-    )
+        weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset,
+        lora, out, rank, start, out.stride(0), columns, beside, triton.next_power_of_2(max(beside, 1)), BYTES,
+    )  # fmt: skip
+
+
+# ---- all kernels of a model
+
+
+class Kernels:
+    """The kernels above, eager until `compile`, and dequantization. One object for all layers of a model."""
+
+    def __init__(self):
+        elementwise = (_norm, _add_norm, _norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
+        self.by_name = {kernel.__name__.strip("_"): kernel for kernel in elementwise}
+        self._is_compiled = False
+        self.has_triton = triton is not None
+        self._positions = None, 0, None
+
+    def __getattr__(self, name: str) -> Callable:
+        return self.__dict__["by_name"][name]
+
+    @property
+    def compiled(self) -> bool:
+        return self._is_compiled and not CompiledKernel.fails
+
+    def compile(self) -> None:
+        """From now on each kernel is compiled at its first call."""
+        if not self._is_compiled:
+            self._is_compiled = True
+            self.by_name = {name: CompiledKernel(kernel) for name, kernel in self.by_name.items()}
+
+    def eager(self) -> None:
+        """As before `compile`."""
+        if self._is_compiled:
+            self._is_compiled = False
+            self.by_name = {name: kernel.eager for name, kernel in self.by_name.items()}
+
+    def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], images: int) -> tuple[torch.Tensor, ...]:
+        """(M, head_dim) cosines and sines; all layers of a forward get the same embeddings, and share one copy."""
+        known, known_images, rows = self._positions
+        if known is not embeddings[0] or known_images != images:
+            rows = tuple(part.expand(images, -1, -1).flatten(0, 1) for part in embeddings)
+            self._positions = embeddings[0], images, rows
+        return rows
+
+    def dequantize(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+        """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its LoRA B at `start`."""
+        weight = linear.weight
+        # FSDP unshards a weight without its state; shard_frozen_parameters left that at the module.
+        state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
+        if self.has_triton and can_dequantize(weight, state):
+            try:
+                dequantize(weight, state, up, start, out)
+                return
+            except Exception as error:  # Triton builds its launcher with the machine's C compiler
+                if is_out_of_memory(error):
+                    raise
+                self.has_triton = False
+                _warn_no_compiler("bitsandbytes dequantizes the weights, slower", error)
+        plain = weight if state is None else dequantize_4bit(weight.data, state)
+        out[:, : plain.shape[1]] = plain
+        out[:, plain.shape[1] :] = 0
+        if up is not None:
+            out[:, plain.shape[1] + start :][:, : up.shape[1]] = up

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, BitsAndBytesConfig, DynamicCache, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.integrations import replace_with_bnb_linear
 
-from models import fused_layers
+from models import fused_layers, kernels
 from models.fused_layers import FusedLayer, can_fuse, fuse_layers, get_fused_layers, set_activation_checkpointing
 from tests.conftest import ROOT
 from utils.logging_utils import setup_logging
@@ -113,9 +113,9 @@ def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
         assert_same(run(stock, True, images, tokens), run(model, True, images, tokens))
         stock.zero_grad(), model.zero_grad()
     assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]
-    compiled = layers[0].kernels.pieces
+    compiled = layers[0].kernels.by_name
     layers[0].kernels.eager()
-    assert not layers[0].kernels.compiled and layers[0].kernels.pieces == fused_layers.Kernels().pieces != compiled
+    assert not layers[0].kernels.compiled and layers[0].kernels.by_name == kernels.Kernels().by_name != compiled
 
 
 def test_without_adapters_and_with_frozen_ones():
@@ -132,9 +132,9 @@ def test_without_adapters_and_with_frozen_ones():
     assert one[1].abs().max() > 0 and not one[2]
 
 
-def test_a_layer_that_recomputes_keeps_its_input_alone():
+def test_a_checkpointed_layer_saves_its_input_alone():
     """Bytes that stay between forward and backward, by what memory.py counts on."""
-    from models.memory import layer_bytes
+    from models.memory import LayerShape
 
     config = language_model().config
     found = {}
@@ -145,10 +145,10 @@ def test_a_layer_that_recomputes_keeps_its_input_alone():
         rows = torch.randn(2, 40, 256, requires_grad=True)
         positions = model.get_base_model().rotary_emb(rows, torch.arange(40)[None])
         node = layers_of(model)[0](rows, position_embeddings=positions).grad_fn.next_functions[0][0]
-        kept = node.kept or []
-        tensors = [one for part in kept for one in (part if isinstance(part, list) else [part])]
-        found[keep] = sum(one.numel() * one.element_size() for one in tensors)
-    expected, _ = layer_bytes(config, 64, 4, compiled=True)
+        saved = node.saved or []
+        tensors = [tensor for part in saved for tensor in (part if isinstance(part, list) else [part])]
+        found[keep] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    expected, _ = LayerShape(config, 64, 4, compiled=True).bytes_per_token()
     assert found[0] == 0
     assert found[3] == pytest.approx(80 * (expected - 4 * 8), rel=0.01)  # the log-sum is attention's own
 
@@ -262,21 +262,24 @@ def refuse(*args, **kwargs):
     raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
 
-def test_without_a_compiler_kernels_stay_plain_and_it_is_said(monkeypatch, capsys):
+def test_without_a_compiler_kernels_stay_eager_with_a_warning(monkeypatch, capsys):
     setup_logging()
     stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
     layers = fuse_layers(layers_of(model))
-    monkeypatch.setattr(fused_layers._Compiled, "fails", False)
+    monkeypatch.setattr(kernels.CompiledKernel, "fails", False)
     monkeypatch.setattr(torch, "compile", lambda piece: refuse)
-    monkeypatch.setattr(fused_layers, "can_dequantize", lambda weight, state: True)
-    monkeypatch.setattr(fused_layers, "dequantize", refuse, raising=False)
+    monkeypatch.setattr(kernels, "can_dequantize", lambda weight, state: True)
+    monkeypatch.setattr(kernels, "dequantize", refuse)
     layers[0].kernels.has_triton = True
     layers[0].kernels.compile()
     assert_same(run(stock), run(model))
-    told = capsys.readouterr().out
-    assert told.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
     assert not layers[0].kernels.compiled
-    assert "kernels stay plain, slower and larger" in told and "4-bit weights are unpacked by bitsandbytes" in told
+    assert (
+        "eager kernels are used, slower and in more memory" in printed
+        and "bitsandbytes dequantizes the weights" in printed
+    )
 
 
 def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
@@ -289,4 +292,4 @@ def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
     layers[0].kernels.compile()
     with pytest.raises(RuntimeError, match="out of memory"):
         run(model)
-    assert not fused_layers._Compiled.fails
+    assert not kernels.CompiledKernel.fails

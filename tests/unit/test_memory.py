@@ -178,7 +178,7 @@ def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, on_a_gpu)
 def test_micro_batches_of_one_image_are_not_compiled_for(images, compiles, tiny, tmp_path, on_a_gpu):
     asked = []
     on_a_gpu.setattr("models.memory.try_micro_batch", lambda *_: (1e6, 1e6))
-    on_a_gpu.setattr("models.fused_layers.Kernels.compile", lambda self: asked.append(self))
+    on_a_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=images, gradient_accumulation_steps=16 // images)
     plan(trainer, tiny, auto_batch=False)
     assert bool(asked) == compiles
@@ -200,7 +200,7 @@ def test_kernels_are_compiled_if_the_run_wins_the_time_back(
     """16 images a step save a fifth of their seconds, and compiling takes 60; the seconds are given, not measured."""
     asked = []
     on_a_gpu.setattr("models.memory.try_micro_batch", lambda *_: (seconds, 1e6))
-    on_a_gpu.setattr("models.fused_layers.Kernels.compile", lambda self: asked.append(self))
+    on_a_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
     trainer = make_fused(tiny, tmp_path)
     plan(trainer, tiny, compile=compile, steps_left=steps_left)
     assert bool(asked) == compiles
