@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from config.cli import COMPUTE_OPTIONS, parse_run_command
+from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
 from runtime.run_files import BEST
@@ -42,7 +42,7 @@ class PageOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    run, _, options = parse_run_command(argv, __doc__, PageOptions, COMPUTE_OPTIONS, Run.load)
+    run, _, options = parse_run_command(argv, __doc__, PageOptions, COMPUTE_FIELDS, Run.load)
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():

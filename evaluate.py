@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, CommandLine, list_runs
+from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
 from runtime.resume import changed_fields
 from runtime.run_dir import Run
@@ -29,7 +29,7 @@ LONGEST_REPLY = 64  # tokens, of the published protocol (arXiv 2405.18415)
 WORTH_COMPILING = 2000  # images of a split from which compiled kernels win back their compilation (docs/LOG.md)
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415, asked of a base model
 # Options of a run that may differ in its evaluation.
-OVERRIDABLE = (*DATA_OPTIONS, *COMPUTE_OPTIONS, "compile", "streaming")
+OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config.cli import COMPUTE_OPTIONS, DATA_OPTIONS, parse_run_command
+from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
@@ -51,7 +51,7 @@ class Validation(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     run, words, options = parse_run_command(
-        argv, __doc__, ExportOptions, (*COMPUTE_OPTIONS, *DATA_OPTIONS), Run.load, "OUT"
+        argv, __doc__, ExportOptions, (*COMPUTE_FIELDS, *DATA_FIELDS), Run.load, "OUT"
     )
     out, repository = Path(words[0]), options.push_to_hub
     set_environment()

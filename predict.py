@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config.cli import COMPUTE_OPTIONS, parse_run_command
+from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
@@ -29,7 +29,7 @@ class PredictionOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    run, words, options = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_OPTIONS, Run.load, "IMAGE ...")
+    run, words, options = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_FIELDS, Run.load, "IMAGE ...")
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="what was named stands above"):

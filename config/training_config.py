@@ -44,9 +44,7 @@ class TrainingConfig:
         "auto: resume an interrupted run; never: start a new one; or the run directory or checkpoint to resume from",
         resumable=True,
     )
-    allow_changed: bool = option(
-        False, "resume although data, precision or number of ranks changed: a warning, not an error", resumable=True
-    )
+    allow_changed: bool = option(False, "resume although data, precision or ranks changed", resumable=True)
     seed: int = option(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
 
     # ---- model
@@ -55,9 +53,7 @@ class TrainingConfig:
         f"any llava_next checkpoint: hub id or folder; {' or '.join(RANDOM_MODELS)}: randomly initialized, no download",
     )
     model_revision: str | None = option(None, "branch, tag or commit on the hub; the run records the commit")
-    load_in_4bit: bool = option(
-        True, "nf4 with double quantization for the language model; vision tower and projector stay in 16 bit"
-    )
+    load_in_4bit: bool = option(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
     mixed_precision: str = option(
         "auto", "auto: bf16 where the GPU computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")
     )
@@ -68,9 +64,7 @@ class TrainingConfig:
     )
     lora_r: int = option(16, "rank of the adapter", low=1)
     lora_alpha: int = option(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
-    lora_dropout: float = option(
-        0.0, "on the adapter's input; above 0 layers are not fused: several times slower", low=0, high=0.9
-    )
+    lora_dropout: float = option(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
     gradient_checkpointing: str = option(
         "auto",
         "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the GPU "
@@ -106,9 +100,7 @@ class TrainingConfig:
         "oxford_flowers102 (hub), synthetic, or a folder: the official VGG release, parquet, or class folders",
     )
     dataset_revision: str = option("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
-    streaming: bool = option(
-        False, "read train images straight from parquet files, without an Arrow copy on disk; needs max_steps"
-    )
+    streaming: bool = option(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = option(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = option(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
     val_fraction: float = option(0.1, "of an image folder without a val split", above=0, high=0.5)
@@ -117,25 +109,19 @@ class TrainingConfig:
     max_unreadable_fraction: float = option(
         0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1, resumable=True
     )
-    image_size: int | None = option(
-        336, "side in pixels of the square that images are resized to; none: their own size, up to 5 tiles", low=28
-    )
+    image_size: int | None = option(336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28)
     question: str = option("What flower is shown in this image?", "what the model is asked about every image")
     num_workers: int = option(2, "processes that decode images; 0: the training process", low=0, resumable=True)
     pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU", resumable=True)
 
     # ---- optimizer
-    per_device_train_batch_size: int = option(
-        1, "micro-batch size, where auto_batch does not choose it", low=1, resumable=True
-    )
+    per_device_train_batch_size: int = option(1, "micro-batch size without auto_batch", low=1, resumable=True)
     gradient_accumulation_steps: int = option(
         16, "times per_device_train_batch_size: the global batch size, for any number of GPUs", low=1, resumable=True
     )
     learning_rate: float = option(1e-5, "peak learning rate", above=0)
     projector_learning_rate: float | None = option(None, "of the projector; none: learning_rate", above=0)
-    lr_scheduler_type: str = option(
-        "cosine", "decay after warm-up", choices=("cosine", "linear", "constant_with_warmup")
-    )
+    lr_scheduler_type: str = option("cosine", "after warm-up", choices=("cosine", "linear", "constant_with_warmup"))
     warmup_steps: float = option(0.03, "optimizer steps of linear warm-up; below 1: fraction of all steps", low=0)
     weight_decay: float = option(0.0, "of AdamW", low=0)
     max_grad_norm: float = option(0.5, "gradient norm is clipped to this", above=0)
@@ -155,12 +141,8 @@ class TrainingConfig:
         None, "improvement in val accuracy that counts; none: its standard error", low=0, resumable=True
     )
     save_steps: int = option(50, "between two checkpoints", low=1, resumable=True)
-    max_skipped_steps: int = option(
-        0, "consecutive steps without a finite loss and gradient that are skipped, not an error", low=0, resumable=True
-    )
-    save_total_limit: int = option(
-        2, "checkpoints kept; at least two, in case the last is corrupted", low=2, resumable=True
-    )
+    max_skipped_steps: int = option(0, "non-finite steps in a row that are skipped", low=0, resumable=True)
+    save_total_limit: int = option(2, "checkpoints kept; two, in case one is corrupted", low=2, resumable=True)
     per_device_eval_batch_size: int = option(4, "images per forward pass of an evaluation", low=1, resumable=True)
     report_to: str = option("none", "trackers of transformers, comma-separated: tensorboard,wandb", resumable=True)
 
@@ -170,8 +152,7 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def find_conflicts(self) -> Iterator[str]:
-        """A sentence per combination of values that cannot work."""
-        yield from (sentence for is_wrong, sentence in _find_conflicts(self) if is_wrong)
+        return _find_conflicts(self)
 
 
 PRESETS: dict[str, dict] = {
@@ -245,68 +226,55 @@ def find_problems(options) -> Iterator[str]:
         yield from options.find_conflicts()
 
 
-def _find_conflicts(config: TrainingConfig) -> Iterable[tuple[bool, str]]:
-    """(whether this config has it, sentence) of every combination of values that cannot work."""
-    everything, streaming, val = config.trainable == "everything", config.streaming, config.train_on_val
-    yield (
-        everything and config.load_in_4bit,
-        "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use --load-in-4bit false or "
-        "--trainable adapter",
-    )
-    yield (
-        config.model in CPU_MODELS and config.load_in_4bit,
-        f"model={config.model} with load_in_4bit=true: a randomly initialized model is not loaded in 4 bit; use "
-        f"--preset {config.model}, or --load-in-4bit false",
-    )
-    yield (
-        everything and config.sharding == "fsdp",
-        "trainable=everything with sharding=fsdp: only frozen weights are sharded, and none is frozen; use --sharding "
-        "none or --trainable adapter",
-    )
+def _find_conflicts(config: TrainingConfig) -> Iterator[str]:
+    """A sentence per combination of values that cannot work."""
+    everything, streaming, train_on_val = config.trainable == "everything", config.streaming, config.train_on_val
+    if everything and config.load_in_4bit:
+        yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use --load-in-4bit false"
+    if config.model in CPU_MODELS and config.load_in_4bit:
+        yield f"model={config.model} with load_in_4bit=true: its weights are not loaded; use --preset {config.model}"
+    if everything and config.sharding == "fsdp":
+        yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
     for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
+        if getattr(config, name) == value and (config.lora_dropout > 0 or everything):
+            yield (
+                f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not use "
+                f"fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
+            )
+    rate, patience = config.projector_learning_rate, config.early_stopping_patience
+    if rate is not None and "projector" not in config.trainable:
         yield (
-            getattr(config, name) == value and (config.lora_dropout > 0 or everything),
-            f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not use fused "
-            f"layers; use {name}=auto, or --lora-dropout 0 and an adapter",
+            f"projector_learning_rate={rate}: trainable={config.trainable} freezes the projector; use --trainable "
+            "adapter+projector or --projector-learning-rate none"
         )
-    yield (
-        config.projector_learning_rate is not None and "projector" not in config.trainable,
-        f"projector_learning_rate={config.projector_learning_rate}: trainable={config.trainable} freezes the "
-        "projector; use --trainable adapter+projector or --projector-learning-rate none",
-    )
-    yield (
-        val and config.eval_steps is not None,
-        f"eval_steps={config.eval_steps} with train_on_val=true: images that are trained on measure nothing; use "
-        "--eval-steps none or --train-on-val false",
-    )
-    yield (
-        config.early_stopping_patience is not None and config.eval_steps is None,
-        f"early_stopping_patience={config.early_stopping_patience} with eval_steps=none: nothing is measured during "
-        "training; use --early-stopping-patience none, or set --eval-steps (not with --train-on-val true)",
-    )
-    yield config.max_steps == 0, "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or more steps"
-    yield (
-        not config.question or config.question != config.question.strip() or "  " in config.question,
-        f"question={config.question!r}: empty, or with leading, trailing or double spaces, which tokenizers treat "
-        "differently; use single spaces between words",
-    )
-    yield (
-        not all(name.replace("_", "").isalnum() for name in config.report_to.split(",")),
-        f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb",
-    )
-    yield (
-        streaming and config.max_steps <= 0,
-        f"streaming=true with max_steps={config.max_steps}: a stream has no length; set --max-steps",
-    )
-    yield (
-        streaming and config.dataset in SOURCES,
-        f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false",
-    )
-    yield (
-        streaming and (config.sample_fraction < 1 or val),
-        f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val={format_value(val)}: both need "
-        "all images at once; use 1 and false, or --streaming false",
-    )
+    if train_on_val and config.eval_steps is not None:
+        yield (
+            f"eval_steps={config.eval_steps} with train_on_val=true: images that are trained on measure nothing; use "
+            "--eval-steps none or --train-on-val false"
+        )
+    if patience is not None and config.eval_steps is None:
+        yield (
+            f"early_stopping_patience={patience} with eval_steps=none: nothing is measured during training; use "
+            "--early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
+        )
+    if config.max_steps == 0:
+        yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
+    if not config.question or config.question != config.question.strip() or "  " in config.question:
+        yield (
+            f"question={config.question!r}: empty, or with leading, trailing or double spaces, which tokenizers treat "
+            "differently; use single spaces between words"
+        )
+    if not all(name.replace("_", "").isalnum() for name in config.report_to.split(",")):
+        yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+    if streaming and config.max_steps <= 0:
+        yield f"streaming=true with max_steps={config.max_steps}: a stream has no length; set --max-steps"
+    if streaming and config.dataset in SOURCES:
+        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false"
+    if streaming and (config.sample_fraction < 1 or train_on_val):
+        yield (
+            f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
+            f"{format_value(train_on_val)}: both need all images at once; use 1 and false, or --streaming false"
+        )
 
 
 def find_range_problems(options) -> Iterator[str]:

@@ -60,7 +60,7 @@ BAD_INPUT = [
     (["runs/default"], "runs/default: unexpected argument"),
     (["--model", "./gone"], "--model ./gone: no such folder"),
     (["--model", "full"], "--model full: needs a CUDA GPU and torch sees none"),
-    (["--preset", "tiny", "--load-in-4bit", "true"], "a randomly initialized model is not loaded in 4 bit"),
+    (["--preset", "tiny", "--load-in-4bit", "true"], "its weights are not loaded; use --preset tiny"),
 ]
 
 

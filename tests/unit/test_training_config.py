@@ -50,10 +50,10 @@ BAD_VALUES = [
     ),
     (
         dict(trainable="everything", load_in_4bit=False, sharding="fsdp"),
-        "trainable=everything with sharding=fsdp: only frozen weights are sharded, and none is frozen; use --sharding",
+        "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none",
     ),
     (dict(trainable="everything"), "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained"),
-    (dict(model="tiny"), "model=tiny with load_in_4bit=true: a randomly initialized model is not loaded in 4 bit"),
+    (dict(model="tiny"), "model=tiny with load_in_4bit=true: its weights are not loaded; use --preset tiny"),
     (dict(projector_learning_rate=1e-5), "trainable=adapter freezes the projector"),
     (dict(train_on_val=True), "eval_steps=100 with train_on_val=true: images that are trained on measure nothing"),
     (
