@@ -1,9 +1,10 @@
-# make demo | app | test | test-all | test-browser | faults | fuzz | setup | lint; the environment is made once and again only when a requirements file changed.
+# make demo | app | setup | test | test-all | test-slow | test-browser | faults | fuzz | lint
+# The environment is made once, and again only when a requirements file changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo app test test-all test-browser faults fuzz setup lint
+.PHONY: demo app setup test test-all test-slow test-browser faults fuzz lint
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
@@ -17,14 +18,19 @@ runs/tiny/best/manifest.json: | $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m 'not browser'
+test-all: test test-slow
+
+# What `make test` leaves out: slow tests, several ranks, faults.
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m '' tests/distributed tests/faults
 
 test-browser: $(VENV)/installed-browser
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest tests/browser
 
+# Every fault many times; writes the table of docs/faults.md.
 faults: $(VENV)/installed-dev
-	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -s -m slow tests/faults/test_faults.py
+	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -s -m '' tests/faults/test_faults.py
 
 fuzz: $(VENV)/installed-dev
 	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/faults/test_fuzz.py
@@ -33,6 +39,8 @@ setup: $(VENV)/installed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'

@@ -14,8 +14,6 @@ from evaluation.model_card import WARNING
 from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, contents
 
-pytestmark = pytest.mark.browser
-
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
