@@ -1,3 +1,5 @@
+"""benchmark.py on tiny models."""
+
 import re
 
 import pytest

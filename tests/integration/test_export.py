@@ -1,3 +1,5 @@
+"""export.py: what is exported loads without this project and predicts what was validated."""
+
 import base64
 import json
 import os

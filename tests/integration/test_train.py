@@ -184,7 +184,7 @@ BAD_INPUT = [
     (full_disk, ["--preset", "tiny"], "GB free on its disk, the checkpoints need"),
     (nothing, ["--preset", "tiny", "--output-dir", "{file}"], "is a file; name a folder"),
     (nothing, ["--preset", "tiny", "--output-dir", "{images}"], "holds files but is not a run"),
-    (nothing, ["--preset", "tiny", "--load-in-4bit", "true", "--trainable", "adapter"], "nothing to load in 4 bit"),
+    (nothing, ["--preset", "tiny", "--load-in-4bit", "true", "--trainable", "adapter"], "its weights are not loaded"),
     (nothing, ["--preset", "tiny", "--seed", "4294967296"], "seed=4294967296"),
     (nothing, ["--preset", "tiny", "--trainable", "adapter", "--sharding", "fsdp"], "a single process has nobody to"),
     (nothing, ["--preset", "tiny", "--optim", "sgdd"], "--optim sgdd: not an optimizer of transformers"),

@@ -1,3 +1,5 @@
+"""Command lines of all scripts: flags, words, problems, and time to --help."""
+
 import dataclasses
 import subprocess
 import sys

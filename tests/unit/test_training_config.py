@@ -1,3 +1,5 @@
+"""TrainingConfig: defaults, validation, saving and loading."""
+
 import json
 
 import pytest
