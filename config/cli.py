@@ -131,7 +131,7 @@ def parse_run_command(
     usage = f"RUN {words}".rstrip()
     line = CommandLine(argv, description, options, usage, fixed)
     folder, rest = (line.words[0], line.words[1:]) if line.words else (None, [])
-    run = None
+    run: typing.Any = None
     if folder is None:
         line.problems.append(f"RUN is missing; usage: {usage}. Runs here: {list_runs()}")
     else:
@@ -178,10 +178,11 @@ def _build_parser(description: str, fields: list[dataclasses.Field], words: str,
         is_boolean = isinstance(field.default, bool)
         choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         text = f"{field.metadata['help']}{choices} [{format_value(field.default)}]".replace("%", "%%")
-        flag = dict(dest=field.name, nargs="?", const="true" if is_boolean else MISSING)
-        parser.add_argument(_flag(field.name), help=argparse.SUPPRESS if field.name in refused else text, **flag)
+        const = "true" if is_boolean else MISSING
+        text = argparse.SUPPRESS if field.name in refused else text
+        parser.add_argument(_flag(field.name), dest=field.name, nargs="?", const=const, help=text)
         if "_" in field.name:
-            parser.add_argument(f"--{field.name}", help=argparse.SUPPRESS, **flag)
+            parser.add_argument(f"--{field.name}", dest=field.name, nargs="?", const=const, help=argparse.SUPPRESS)
     return parser
 
 

@@ -290,7 +290,7 @@ def find_range_problems(options) -> Iterator[str]:
             yield f"{name}={value!r}: {describe_type(field)} is needed; {default}"
         elif limits["choices"] and value not in limits["choices"]:
             choices = limits["choices"]
-            yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(value, choices)}"
+            yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(str(value), choices)}"
         elif isinstance(value, (int, float)) and not (
             math.isfinite(value)
             and (limits["low"] is None or value >= limits["low"])
