@@ -6,8 +6,8 @@
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
 
 Takes the flags of train.py but those of data, length and saving. Images are decoded and batched as in training; nothing
-is kept. The table gives photos/s as the median step (slowest - fastest), tokens/s, the share of the measured
-matrix-product rate that is reached without counting recomputation, and the most memory that torch used and reserved.
+is kept. The table gives images/s as the median step (slowest - fastest), tokens/s, the share of the measured
+matmul rate that is reached without counting recomputation, and the most memory that torch used and reserved.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Result(NamedTuple):
     """A row of the table."""
 
     system: str
-    rates: list[float]  # photos/s of each timed step
+    rates: list[float]  # images/s of each timed step
     peak: float  # bytes that torch had allocated at most
     reserved: float
     note: str
@@ -99,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 
         from data.collator import PlantCollator
         from data.labels import CLASS_NAMES
-        from models.builder import build_model, build_processor
+        from models.builder import DTYPES, build_model, build_processor
         from models.memory import is_out_of_memory
+        from models.throughput import FlopCounter, measure_matmul_rate
         from runtime.device import GIB, choose_device, choose_precision, peak_memory
 
         device = choose_device(config.model, config.gpu_memory_fraction)
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         results.append(result)
         if options.scoring:
             results.append(score_ours(config, model, collator, rows, precision, device))
-        work = image_flops(model, sample)
+        flops = FlopCounter(model)(sample.length, sample.tiles)
         if options.against == "stock":
             del model
             try:
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
                     "stock Trainer: out of memory with %d images at a time; try fewer --per-device-train-batch-size",
                     config.per_device_train_batch_size,
                 )
-        report(results, phases, data_rate, work, matrix_rate(device, precision), sample)
+        report(results, phases, data_rate, flops, measure_matmul_rate(device, DTYPES[precision]), sample)
     return 0
 
 
@@ -200,7 +201,7 @@ def describe(config: TrainingConfig, device, precision: str, image, sample) -> l
 
 
 def train_ours(config, model, processor, collator, rows, precision, device):
-    """(result, seconds of each phase of a step, photos/s of the loader alone): the trainer as train.py builds it."""
+    """(result, seconds of each phase of a step, images/s of the loader alone): the trainer as train.py builds it."""
     from data.dataset import PlantData
     from models.builder import PlantModel
     from models.trainer import build_trainer
@@ -359,56 +360,17 @@ def load_rate(trainer, images: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def image_flops(model, sample) -> float:
-    """Floating-point operations of a training step on one image, without recomputation.
-
-    2 for each weight and token forward and 2 backward (frozen weights need no gradient of their own; what learns needs
-    2 more); attention 4 T^2 D a layer forward and 2.5 times that backward, half of it masked; the tower forward alone.
-    """
-    from models.builder import unwrap
-
-    base = unwrap(model)
-    text, vision = base.config.text_config, base.config.vision_config
-    layers = base.model.language_model.layers
-    frozen = [
-        module for name, module in layers.named_modules() if "lora_" not in name and hasattr(module, "in_features")
-    ]
-    # An adapter's linear tells its base's sizes as its own.
-    weights = sum(one.in_features * one.out_features for one in frozen if not hasattr(one, "base_layer"))
-    learning = model.num_parameters(only_trainable=True)
-    attention = 3.5 * 4 * sample.length**2 * text.hidden_size * text.num_hidden_layers / 2
-    patches = sample.tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    tower = sum(parameter.numel() for parameter in base.model.vision_tower.parameters())
-    return sample.length * (4 * weights + 2 * learning) + attention + 2 * tower * patches
-
-
-def matrix_rate(device, precision: str) -> float:
-    """FLOP/s of a square matrix product on random numbers, the median of ten."""
-    import torch
-
-    from models.builder import DTYPES
-    from runtime.device import synchronize
-
-    side = 8192 if device.type == "cuda" else 1024
-    one, other = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        began = time.perf_counter()
-        one @ other
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / statistics.median(seconds[3:])
-
-
-def report(results: list[Result], phases: dict, data_rate: float, work: float, rate: float, sample) -> None:
-    print(f"matrix products {rate / 1e12:.3g} TFLOP/s measured; {work / 1e12:.3g} TFLOP a image without recomputation")
-    print(f"loader alone {data_rate:.1f} photos/s")
+def report(results: list[Result], phases: dict, data_rate: float, flops: float, matmul_rate: float, sample) -> None:
+    print(
+        f"matmul peak {matmul_rate / 1e12:.3g} TFLOP/s measured | {flops / 1e12:.3g} TFLOP/image without recomputation"
+    )
+    print(f"loader alone {data_rate:.1f} images/s")
     print("; ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in phases.items()))
-    print(f"{'':22} {'photos/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
+    print(f"{'':22} {'images/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
     for result in results:
         middle = statistics.median(result.rates)
         spread = f"{middle:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
-        share = f"{middle * work / rate:.0%}" if "scoring" not in result.system else ""
+        share = f"{middle * flops / matmul_rate:.0%}" if "scoring" not in result.system else ""
         print(
             f"{result.system:22} {spread:>18} {middle * sample.length:9,.0f} {share:>6} {result.peak / 2**30:6.2f} GiB "
             f"{result.reserved / 2**30:6.2f} GiB  {result.note}"

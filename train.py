@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     with report_errors(ConfigError):
         from data.dataset import build_datasets
-        from models.builder import PlantModel, load_weights
-        from models.memory import unshard_weights
+        from models.builder import PlantModel
         from models.trainer import build_trainer
         from runtime.distributed import init_distributed
         from runtime.run_dir import open_run
@@ -42,13 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             run.record(plant, data, trainer)
             run.log_header(plant, data, trainer)
             trainer.plan_memory(run.resume_from)
-            trainer.train_from(run.resume_from)
-            if data.validation is not None:
-                trainer.evaluate_if_needed()
-            best_step = dist.broadcast_object(trainer.load_best() if dist.is_main_process else None)
-            if not dist.is_main_process and best_step != trainer.state.global_step:
-                load_weights(trainer.model, trainer.best_folder)
-            unshard_weights(trainer)  # after loading: reading a state dict reshards
+            trainer.train(resume_from_checkpoint=run.resume_from)
+            trainer.load_best()
             if data.validation is not None:
                 report_val(config, data.validation, plant, dist)
             if dist.is_main_process:

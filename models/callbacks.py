@@ -1,6 +1,11 @@
-"""What watches a run: metrics.jsonl, step lines, loss.png, the progress bar. None of it changes the model."""
+"""What accompanies a run: metrics.jsonl, step lines, loss.png, checkpoints, best/, early stopping, the progress bar.
 
+No callback changes the model.
+"""
+
+import contextlib
 import gc
+import json
 import math
 import statistics
 import sys
@@ -9,17 +14,20 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from models.throughput import measure_matmul_rate
+from runtime.checkpoint import CARD, METRICS_OF_BEST, atomic_replace_dir, read_best, rotate, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_files import append_metrics, cut_metrics, read_metrics
+from runtime.run_files import PREFIX, append_metrics, cut_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
-NORM_LIMIT = 1.0  # the documented limit of the gradient norm before clipping
-SPIKE_HISTORY = 50  # steps whose median a loss is compared with
-SPIKE_FACTOR, SPIKE_MARGIN = 2.0, 0.5  # a spike is above twice the median and half a nat more than it
+SPIKE_HISTORY, SPIKE_MIN_HISTORY = 50, 10  # steps whose median a value is compared with
+LOSS_FACTOR, LOSS_MARGIN = 2.0, 0.5  # a loss spike is above twice the median and half a nat more than it
+NORM_FACTOR = 20.0  # late in the tiny run, batches with one hard image reach 13 times the median
 
 
 class RunLog(TrainerCallback):
@@ -29,20 +37,24 @@ class RunLog(TrainerCallback):
         self.trainer = trainer
         self.folder = Path(trainer.args.output_dir)
         self.window: list[dict] = []  # steps since the last line
-        self.losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
-        self.warned_norm = NORM_LIMIT
+        self.losses, self.norms = SpikeDetector(LOSS_FACTOR, LOSS_MARGIN), SpikeDetector(NORM_FACTOR)
+        self.matmul_rate: float | None = None  # FLOP/s of all GPUs; not measured on the CPU
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """On resume, drop what was written after the checkpoint, so that each step stands once."""
+        """On resume, drop what was written after the checkpoint, so that each step is there once."""
         if state.is_world_process_zero:
             cut_metrics(self.folder, self.folder, state.global_step)
-        self.step_began = self.line_began = time.perf_counter()
-        self.began_at_step = state.global_step
-        self.train_began = time.perf_counter()
+            if args.device.type == "cuda":
+                dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    self.matmul_rate = measure_matmul_rate(args.device, dtype) * args.world_size
+        state.log_history.extend(self.trainer.backfilled_evals)
+        self.first_step = state.global_step
+        self.train_began = self.step_began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        step = self.trainer.last_step | {
+        step = self.trainer.step_metrics | {
             "seconds": round(now - self.step_began, 4),
             "memory_gib": round(memory_in_use(args.device) / GIB, 4),
             "peak_gib": round(peak_memory(args.device) / GIB, 4),
@@ -50,24 +62,21 @@ class RunLog(TrainerCallback):
         self.step_began = now
         if state.is_world_process_zero:
             append_metrics(self.folder, step)
-            self._warn(step)
+            self.warn_of_spikes(step)
             self.window.append(step)
             if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
-                logger.info("%s", self._line(state))
+                logger.info("%s", self.format_line(state))
                 self.window.clear()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.is_world_process_zero:
             append_metrics(self.folder, {"step": state.global_step} | metrics)
             logger.info(
-                "step %d | val loss %.4f | val top-1 %.3f, top-5 %.3f",
-                state.global_step,
-                metrics["eval_loss"],
-                metrics["eval_top1"],
-                metrics["eval_top5"],
+                f"eval | step {state.global_step} | val loss {metrics['eval_loss']:.4f} | "
+                f"val top-1 {metrics['eval_top1']:.3f} | val top-5 {metrics['eval_top5']:.3f}"
             )
             plot_training(read_metrics(self.folder), self.folder / "loss.png")
-        self.step_began = time.perf_counter()  # an evaluation is not the next step's time
+        self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -76,93 +85,144 @@ class RunLog(TrainerCallback):
         skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-            logger.warning("%d of %d steps were skipped (%s)", skipped.total(), state.global_step, kinds)
-        if self.trainer.eval_dataset is None:  # else the last evaluation draws it
+            logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
+        if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
             plot_training(lines, self.folder / "loss.png")
 
-    def _line(self, state) -> str:
-        seconds = sum(step["seconds"] for step in self.window)
-        images = sum(step["images"] for step in self.window)
-        last = self.window[-1]
-        norm = last.get("skipped", "") if last["grad_norm"] is None else f"{last['grad_norm']:.3f}"
-        losses = [step["loss"] for step in self.window if step["loss"] is not None]
-        done = state.global_step - self.began_at_step
-        left = (time.perf_counter() - self.train_began) / done * (state.max_steps - state.global_step)
-        return (
-            f"step {state.global_step}/{state.max_steps} | loss "
-            f"{f'{statistics.fmean(losses):.4f}' if losses else 'skipped'} | "
-            f"lr {last['learning_rate']:.2e} | grad norm {norm} | {images / seconds:.2f} photos/s | "
-            f"{sum(step['image_tokens'] for step in self.window) / images:,.0f} image tokens a image | "
-            f"peak {last['peak_gib']:.2f} GiB | {left / 60:.1f} min left"
+    def format_line(self, state) -> str:
+        seconds, images, image_tokens, flops = (
+            sum(step[name] for step in self.window) for name in ("seconds", "images", "image_tokens", "flops")
         )
+        last = self.window[-1]
+        losses = [step["loss"] for step in self.window if step["loss"] is not None]
+        done, to_do = state.global_step - self.first_step, state.max_steps - state.global_step
+        minutes_left = (time.perf_counter() - self.train_began) / done * to_do / 60
+        parts = [
+            f"step {state.global_step}/{state.max_steps}",
+            f"loss {statistics.fmean(losses):.4f}" if losses else "loss skipped",
+            f"lr {last['learning_rate']:.2e}",
+            f"grad norm {last.get('skipped') if last['grad_norm'] is None else format(last['grad_norm'], '.3g')}",
+            f"{images / seconds:.1f} images/s",
+            f"{image_tokens / images:,.0f} image tokens/image",
+            f"peak {last['peak_gib']:.2f} GiB",
+            f"{minutes_left:.1f} min left",
+        ]
+        if self.matmul_rate is not None:
+            parts.insert(-2, f"{flops / seconds / self.matmul_rate:.0%} of matmul peak")
+        return " | ".join(parts)
 
-    def _warn(self, step: dict) -> None:
-        """Once for a gradient norm above the limit and again whenever it has doubled; at each spike of the loss."""
-        if step["grad_norm"] is not None and step["grad_norm"] > self.warned_norm:
-            logger.warning(
-                "step %d: gradient norm %.2f before clipping is above %.1f; clipped to %g",
-                step["step"],
-                step["grad_norm"],
-                NORM_LIMIT,
-                self.trainer.args.max_grad_norm,
-            )
-            self.warned_norm = 2 * step["grad_norm"]
-        if step["loss"] is None:
-            return
-        if len(self.losses) >= 10:
-            usual = statistics.median(self.losses)
-            if step["loss"] > max(SPIKE_FACTOR * usual, usual + SPIKE_MARGIN):
-                logger.warning(
-                    "step %d: loss %.3f is a spike, the last %d steps had a median of %.3f",
-                    step["step"],
-                    step["loss"],
-                    len(self.losses),
-                    usual,
-                )
-        self.losses.append(step["loss"])
+    def warn_of_spikes(self, step: dict) -> None:
+        if loss := self.losses.describe_spike(step["loss"]):
+            logger.warning("step %d: loss %s", step["step"], loss)
+        if norm := self.norms.describe_spike(step["grad_norm"]):
+            limit = self.trainer.args.max_grad_norm
+            logger.warning("step %d: gradient norm %s; clipped to %g", step["step"], norm, limit)
+
+
+class SpikeDetector:
+    """Compares each value with the median of the last SPIKE_HISTORY before it."""
+
+    def __init__(self, factor: float, margin: float = 0.0):
+        self.factor = factor
+        self.margin = margin
+        self.values: deque[float] = deque(maxlen=SPIKE_HISTORY)
+
+    def describe_spike(self, value: float | None) -> str | None:
+        """What a value far above the median is compared with, else None; the None of a skipped step is ignored."""
+        if value is None:
+            return None
+        text = None
+        if len(self.values) >= SPIKE_MIN_HISTORY:
+            median = statistics.median(self.values)
+            if value > max(self.factor * median, median + self.margin):
+                text = f"{value:.3f} is a spike, the last {len(self.values)} steps had a median of {median:.3f}"
+        self.values.append(value)
+        return text
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after `patience` evaluations in a row none of which gained `min_gain` in top-1 on the best before them.
+    """Stops after `patience` evaluations in a row without a gain of `min_gain` in top-1 over the best before them.
 
-    All it needs stands in the log history, which a checkpoint keeps, so it goes on after a resume as if never stopped.
+    With `min_gain` None a gain must exceed what `num_images` validation images can resolve. Judged from the log history
+    alone, which a checkpoint keeps, so a resumed run stops where an undisturbed one would.
     """
 
-    def __init__(self, patience: int, min_gain: float | None, images: int):
+    def __init__(self, patience: int, min_gain: float | None, num_images: int):
         self.patience = patience
         self.min_gain = min_gain
-        self.images = images
+        self.num_images = num_images
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.global_step < state.max_steps and self.is_over(state.log_history):
             logger.info(
-                "step %d | stopping early: no gain in top-1 that counts in the last %d evaluations",
-                state.global_step,
-                self.patience,
+                f"eval | step {state.global_step} | early stopping: no gain in val top-1 beyond chance in the last "
+                f"{self.patience} evaluations"
             )
             control.should_training_stop = control.should_save = True
 
     def is_over(self, history: Sequence[dict]) -> bool:
-        """Judged from the log history alone; a run that was killed after its stop is over too."""
+        """Whether the run has stopped by this log history; one that was killed after it stopped is over too."""
         best, waited = None, 0
-        for entry in history:
-            if "eval_top1" in entry:
-                gain = None if best is None else entry["eval_top1"] - best
-                if gain is None or (gain > 0 and gain >= self._gain_over(best)):
-                    best, waited = entry["eval_top1"], 0
-                else:
-                    waited += 1
+        for top1 in (entry["eval_top1"] for entry in history if "eval_top1" in entry):
+            if best is None or (top1 > best and top1 - best >= self.required_gain(best)):
+                best, waited = top1, 0
+            else:
+                waited += 1
         return waited >= self.patience
 
-    def _gain_over(self, best: float) -> float:
-        return resolvable_gain(best, self.images) if self.min_gain is None else self.min_gain
+    def required_gain(self, best: float) -> float:
+        return resolvable_gain(best, self.num_images) if self.min_gain is None else self.min_gain
+
+
+def resolvable_gain(top1: float, num_images: int) -> float:
+    """The standard error of a top-1 accuracy over so many images, at least one image."""
+    return max(math.sqrt(top1 * (1 - top1) / num_images), 1 / num_images)
+
+
+class BestCheckpoint(TrainerCallback):
+    """Keeps the weights of the best evaluation in best/: by top-1, then by the lower loss."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
+        if state.is_world_process_zero and self.is_better(metrics):
+            self.save(model, processing_class, {"step": state.global_step} | metrics)
+
+    def is_better(self, metrics: dict[str, float]) -> bool:
+        best = read_best(self.folder)
+        if best is None or "eval_top1" not in best:
+            return True
+        return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
+
+    def save(self, model, processor, facts: dict) -> None:
+        """Trainable weights, processor, `facts` (step and metrics) and a manifest; nothing pickled."""
+        with atomic_replace_dir(self.folder) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            (folder / CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
+            (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            write_manifest(folder)
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Completes each checkpoint with its manifest, then deletes the oldest ones of this run."""
+
+    def __init__(self, run_id: str, save_total_limit: int):
+        self.run_id = run_id
+        self.save_total_limit = save_total_limit
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
+            rotate(args.output_dir, self.run_id, self.save_total_limit)
 
 
 class MemoryCollector(TrainerCallback):
-    """Collects memory at the ends of epochs and evaluations; inside a step it would cost more than it frees."""
+    """Collects garbage at the ends of epochs and evaluations; inside a step it would cost more than it frees."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        gc.freeze()  # what imports made is not looked at again: a collection would take 0.3 s
+        gc.freeze()  # imported modules are not scanned again: a collection would take 0.3 s
 
     def on_train_end(self, args, state, control, **kwargs):
         gc.unfreeze()
@@ -174,7 +234,7 @@ class MemoryCollector(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """The library's bar without its printed dictionaries; silent where the screen is not a terminal."""
+    """The library's bar without its printed dictionaries; silent where stderr is not a terminal."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if sys.stderr.isatty():
@@ -192,8 +252,3 @@ class ProgressBar(ProgressCallback):
         pass
 
     on_prediction_step = on_evaluate = on_predict = on_log
-
-
-def resolvable_gain(top1: float, images: int) -> float:
-    """The least gain in top-1 that this many images can tell from chance: its standard error, at least one image."""
-    return max(math.sqrt(top1 * (1 - top1) / images), 1 / images)

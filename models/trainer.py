@@ -1,10 +1,10 @@
-"""The training step: one batch is one optimizer step, done in micro-batches, checked before and after.
+"""The training step: one loader batch is one optimizer step, computed in micro-batches, checked before and after.
 
-Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K positions supervised in any sample.
+Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K supervised positions of any sample.
 """
 
+import dataclasses
 import functools
-import json
 import math
 import os
 import pickle
@@ -17,7 +17,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
@@ -25,21 +25,12 @@ from transformers.training_args import OptimizerNames
 from config.training_config import TrainingConfig
 from data.dataset import PlantData
 from models.builder import PlantModel, load_weights, unwrap
-from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
-from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
+from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory, unshard_weights
 from models.scoring import build_tries, judge_scores, score_batch
-from runtime.checkpoint import (
-    CARD,
-    METRICS_OF_BEST,
-    CheckpointKeeper,
-    atomic_replace_dir,
-    create_checkpoint_dir,
-    is_better,
-    read_best,
-    verify_checkpoint,
-    write_manifest,
-)
+from models.throughput import FlopCounter
+from runtime.checkpoint import create_checkpoint_dir, read_best, verify_checkpoint
 from runtime.device import fit_workers, is_out_of_memory
 from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
@@ -51,18 +42,47 @@ from utils.logging_utils import UserError, logger
 SAMPLED = 500  # images of a streamed data set whose sizes are read
 
 
+@dataclasses.dataclass
+class StepState:
+    """The optimizer step in progress, and what it must leave as it was if it is skipped or interrupted."""
+
+    batch: dict = dataclasses.field(default_factory=dict)
+    loss: torch.Tensor | None = None  # 0-d, on the device
+    loss_sum: torch.Tensor | None = None  # the Trainer's sum of losses before this step
+    random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
+    skipped: list[str] = dataclasses.field(default_factory=list)  # what was non-finite in the last steps in a row
+
+
+class UnreadableImages:
+    """Images of a split that could not be read: each is logged once, and too large a fraction is an error."""
+
+    def __init__(self, split: str, max_fraction: float):
+        self.split = split
+        self.max_fraction = max_fraction
+        self.known: set[str] = set()
+
+    def add(self, unreadable: Sequence[str], num_images: int, is_logged: bool) -> None:
+        """`unreadable` is "id: reason" of images among `num_images` of the split. Raises ImageError."""
+        new = [entry for entry in unreadable if entry not in self.known]
+        self.known.update(new)
+        for entry in new if is_logged else ():
+            logger.warning("image skipped (%d of %s so far): %s", len(self.known), self.split, entry)
+        if new:
+            check_unreadable_fraction(self.known, num_images, self.max_fraction)
+
+
 class PlantTrainer(Trainer):
     """The HF Trainer, except that
 
-    - a batch of the loader is a whole optimizer step: `training_step` cuts it into micro-batches of at most
-      `micro_batch_size` images. Each loss is divided by the tokens of the whole step, so the sum is the exact token
-      mean whatever the cut, and the order of images does not depend on it;
-    - out of memory, the same step is redone in halved micro-batches from its own random state; how many images fit is
-      planned beforehand (models/memory.py);
-    - once per optimizer step, after clipping and before the weights move, loss, gradient norm and image-token counts
-      are read from the device: a value that is not finite, or a count that is not the proven one, stops the run;
-    - `evaluate` scores every class name on every image: top-1, and the loss as the exact token mean; it draws from no
-      random state of the training, and what names best so far is kept in best/;
+    - a loader batch is a whole optimizer step, which `training_step` splits into micro-batches. Each loss is divided by
+      the tokens of the whole step: the sum is the exact token mean and the order of images is the same for any split;
+    - after out-of-memory the same step is retried with half the micro-batch from its own random state;
+      models/memory.py plans beforehand what fits;
+    - once per step, after clipping and before the weights are updated, loss, gradient norm and image-token counts are
+      read from the device: a non-finite value skips the step or stops the run, a wrong count stops it;
+    - `train` resumes exactly, saves and raises Interrupted on a signal, and ends with an evaluation;
+    - `evaluate` scores every class name on every image: top-1, top-5, and the loss as the exact token mean. It leaves
+      the random state of the training as it was; the best weights are kept in best/;
     - the projector may have a learning rate of its own.
     """
 
@@ -70,8 +90,6 @@ class PlantTrainer(Trainer):
         self,
         *args,
         micro_batch_size: int,
-        image_token_id: int,
-        names: Sequence[Sequence[int]],
         projector_learning_rate: float | None = None,
         max_unreadable_fraction: float = 0.0,
         max_skipped_steps: int = 0,
@@ -79,33 +97,33 @@ class PlantTrainer(Trainer):
         **kwargs,
     ):
         self.micro_batch_size = micro_batch_size
-        self.image_token_id = image_token_id
-        self.tries = build_tries(names)
         self.projector_learning_rate = projector_learning_rate
-        self.max_unreadable_fraction = max_unreadable_fraction
         self.max_skipped_steps = max_skipped_steps
         self.run_id = run_id
-        self.skipped: list[str] = []  # what was told of the steps in a row that were skipped just now
         self.stop = StopRequest()
-        self.backfilled_evals: list[dict] = []  # of the log history: an evaluation that a stopped run had left out
-        self.random_state: list[torch.Tensor] | None = None  # behind the last whole step of this process
-        self.unreadable_images: dict[str, set[str]] = {"train": set(), "val": set()}
-        self.last_step: dict = {}  # what the step just done came to, for RunLog
-        self.fsdp_modules = []  # parts of the model whose frozen weights all processes hold together
-        self.dummy_micro_batch: dict = {}  # all labels -100, for ranks without samples (FSDP)
+        self.step = StepState()
+        self.step_metrics: dict = {}  # of the last complete step, for RunLog
+        self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
+        self.unreadable = {split: UnreadableImages(split, max_unreadable_fraction) for split in ("train", "val")}
+        self.fsdp_modules: list = []  # modules whose frozen weights are sharded across ranks
+        self.dummy_micro_batch: dict = {}  # all labels -100, so that every rank takes part in each FSDP all-gather
         super().__init__(*args, **kwargs)
+        base = unwrap(self.model)
+        self.fused = get_fused_layers(base.model.language_model.layers)
+        self.tile = base.config.vision_config.image_size
+        self.count_flops = FlopCounter(self.model)
+        self.tries = build_tries(self.data_collator.name_ids)
+        self.eval_micro_batch = MicroBatcher(self.args.per_device_eval_batch_size)
+        self.best = BestCheckpoint(Path(self.args.output_dir) / BEST)
+        self.add_callback(self.best)
         self.streams = isinstance(self.train_dataset, IterableDataset)
         if self.streams:
             self.train_dataset.set_rank(self.args.process_index, self.args.world_size, self.total_batch_size)
-            # On which images come after which depends: what fits into one machine's shared memory holds for all.
+            # The order of images depends on the number of workers, so every rank has what the smallest machine can.
             fewest = min(gather_object([self.args.dataloader_num_workers]))
             if fewest < self.args.dataloader_num_workers:
-                logger.warning("another machine has room for %d loader workers; all take as many", fewest)
+                logger.warning("num_workers lowered to %d: another machine has too little shared memory", fewest)
             self.args.dataloader_num_workers = fewest
-        base = unwrap(self.model)
-        self.eval_micro_batch = MicroBatcher(self.args.per_device_eval_batch_size)
-        self.tile = base.config.vision_config.image_size
-        self.fused = get_fused_layers(base.model.language_model.layers)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -113,166 +131,161 @@ class PlantTrainer(Trainer):
         if is_new and self.projector_learning_rate is not None:
             projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
             for group in list(optimizer.param_groups):
-                theirs = [p for p in group["params"] if id(p) in projector]
-                if theirs:
+                own = [p for p in group["params"] if id(p) in projector]
+                if own:
                     group["params"] = [p for p in group["params"] if id(p) not in projector]
-                    optimizer.add_param_group(group | {"params": theirs, "lr": self.projector_learning_rate})
-            # The first group's rate is the one that is logged; an empty one would log a rate that nothing learns at.
+                    optimizer.add_param_group(group | {"params": own, "lr": self.projector_learning_rate})
+            # The first group's learning rate is logged, so it must not be empty.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # ---- one optimizer step
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Forward and backward over a whole batch of data/collator.py; returns its loss, a 0-d tensor on the device."""
-        if self.args.world_size == 1:
-            self.note_unreadable(inputs.unreadable, "train", self.train_dataset)
-            self.check_any_images(len(inputs.samples), inputs.unreadable)
+        """Forward and backward over a data.collator.Batch; returns its loss, a 0-d tensor on the device."""
+        device = self.args.device
         if inputs.samples:
-            inputs.check_tensors(self.tile, self.args.device)
-        self._step_batch = inputs
-        random_state = _save_random_state(self.args.device)
+            inputs.check_tensors(self.tile, device)
+        self.step.batch = inputs
+        self.step.loss_sum = self._tr_loss.clone() if self.is_in_train else None
+        random_state = _get_random_state(device)
         while True:
             try:
-                self._step_loss = self._forward_backward(model, inputs, num_items_in_batch)
+                self.step.loss = self.forward_backward(model, inputs, num_items_in_batch)
                 break
             except RuntimeError as error:
                 self.halve_micro_batch(error)
-            # Outside the except block, so that the failed attempt's tensors are gone with its traceback.
+            # Outside the except block, so that the failed attempt's tensors are freed with its traceback.
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
-            _restore_random_state(random_state, self.args.device)
+            _set_random_state(random_state, device)
         if self.args.world_size > 1:
             all_reduce_gradients(self.model.parameters(), self.args.world_size)
-        return self._step_loss
+        return self.step.loss
 
-    def _forward_backward(self, model, inputs: dict, num_items_in_batch) -> torch.Tensor:
+    def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
         total = torch.zeros((), device=self.args.device)
         micro_batches = inputs.split(self.micro_batch_size)
-        if self.fsdp_modules:  # the weights of each forward come from all processes
+        if self.fsdp_modules:  # the weights of each forward come from all ranks
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
         for micro_batch in micro_batches:
-            if self.args.world_size == 1:  # several stop together, at the end of a step
+            if self.args.world_size == 1:  # several ranks stop together, at the end of a step
                 self.stop.check()
-            with self.accelerator.no_sync(model):  # DDP's own sum; runtime/distributed.py says why
+            with self.accelerator.no_sync(model):  # no all-reduce by DDP's hooks; runtime/distributed.py says why
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
-    def check_any_images(self, images: int, unreadable: list[str]) -> None:
-        if not images:
-            raise UserError(
-                f"step {self.state.global_step + 1}: none of its images can be opened; mend or remove them "
-                f"({'; '.join(unreadable[:5])})"
-            )
-
     def halve_micro_batch(self, error: RuntimeError) -> None:
+        """Make the next attempt smaller. Raises `error` unless it is out-of-memory, and UserError if nothing is left.
+
+        With micro-batch 1, what is left is to checkpoint the activations of all layers and offload them to the CPU.
+        """
         if not is_out_of_memory(error):
             raise error
         step = self.state.global_step + 1
-        if self.fsdp_modules:
+        is_smallest = self.micro_batch_size == 1 and all(layer.offload and not layer.keep for layer in self.fused)
+        if self.fsdp_modules or is_smallest:
             raise UserError(f"step {step}: {out_of_memory_message(self)}") from error
         if self.micro_batch_size == 1:
-            if not any(one.keep or not one.offload for one in self.fused):
-                raise UserError(f"step {step}: {out_of_memory_message(self)}") from error
             set_activation_checkpointing(self.fused, 0, offload=True)
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
+        offloads = any(layer.offload for layer in self.fused)
         logger.warning(
-            "step %d: out of memory; the step is redone with %d images at a time%s, and so are the next",
-            *(step, self.micro_batch_size),
-            ", activations recomputed and their inputs in the host's memory"
-            if any(one.offload for one in self.fused)
-            else "",
+            "step %d: out of memory; from here on retrying with micro-batch %d%s",
+            step,
+            self.micro_batch_size,
+            ", activation checkpointing in all layers, offloaded to the CPU" if offloads else "",
         )
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called between clipping and the optimizer's move: the one place of a step where the device is read."""
+        """Called between clipping and the optimizer's update: the one place in a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        batch, processes = self._step_batch, self.args.world_size
-        miscounted = self._count_miscounted(batch)
-        counts = [len(batch.samples), sum(one.image_tokens for one in batch.samples), len(batch.unreadable)]
-        counts = torch.tensor([*counts, self.stop.signal is not None], dtype=torch.float32).to(self.args.device)
-        found = torch.cat([torch.stack([self._step_loss.float(), miscounted.float()]), counts])
-        if processes > 1:
-            torch.distributed.all_reduce(found)
-            found[0] /= processes
-        found = torch.cat([found, grad_norm.float().reshape(1)]).tolist()
-        loss, miscounted, images, image_tokens, unreadable, stops, norm = found
-        if processes > 1:
-            if stops:
-                raise Interrupted
-            if unreadable:
-                told = gather_object(batch.unreadable)
-                self.note_unreadable(told, "train", self.train_dataset)
-                self.check_any_images(int(images), told)
-        self.last_step = {
-            "step": self.state.global_step + 1,
+        self.check_step(grad_norm)
+        self.step.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
+        return grad_norm
+
+    def check_step(self, grad_norm: torch.Tensor) -> None:
+        """Fill `step_metrics` from all ranks' loss and counts, or raise the same error on every rank."""
+        batch, world_size, step = self.step.batch, self.args.world_size, self.state.global_step + 1
+        miscounted = torch.zeros((), device=self.args.device)
+        if batch.samples:
+            is_image = batch["input_ids"] == self.processing_class.image_token_id
+            miscounted = (is_image.sum(dim=1) != batch["image_tokens"]).sum()
+        counts = [
+            len(batch.samples),
+            sum(sample.image_tokens for sample in batch.samples),
+            sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
+            len(batch.unreadable),
+            self.stop.signal is not None,
+        ]
+        counts = torch.tensor(counts, dtype=torch.float32).to(self.args.device)
+        values = torch.cat([torch.stack([self.step.loss.float(), miscounted.float()]), counts])
+        if world_size > 1:
+            torch.distributed.all_reduce(values)
+            values[0] /= world_size
+        values = torch.cat([values, grad_norm.to(values).reshape(1)]).tolist()
+        loss, miscounted, images, image_tokens, flops, unreadable, stops, norm = values
+        if stops and world_size > 1:
+            raise Interrupted
+        if unreadable:
+            sentences = gather_object(batch.unreadable)
+            self.add_unreadable("train", sentences)
+            if not images:
+                raise UserError(
+                    f"step {step}: none of its images can be read; fix or remove them ({'; '.join(sentences[:5])})"
+                )
+        self.step_metrics = {
+            "step": step,
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
             "images": int(images),
             "image_tokens": int(image_tokens),
+            "flops": flops,
         }
-        is_fine = math.isfinite(loss) and math.isfinite(norm) and not miscounted
-        names = "" if is_fine else ", ".join(gather_object([sample.id for sample in batch.samples]))
+        if math.isfinite(loss) and math.isfinite(norm) and not miscounted:
+            self.step.skipped.clear()
+            return
+        ids = ", ".join(gather_object([sample.id for sample in batch.samples]))
         if miscounted:
             raise UserError(
-                f"step {self.state.global_step + 1}: {miscounted:.0f} samples changed their image tokens between the "
-                "collator and the "
-                f"step; nothing was learned from it (samples: {names})"
+                f"step {step}: the number of image tokens of {miscounted:.0f} samples changed between the collator and "
+                f"the step; the weights were not updated, please report this (samples: {ids})"
             )
-        if is_fine:
-            self.skipped.clear()
-        else:
-            self.handle_non_finite_step(loss, norm, names)
-        return grad_norm
+        self.handle_non_finite_step(loss, norm, ids)
 
-    def _count_miscounted(self, batch: dict) -> torch.Tensor:
-        if not batch.samples:
-            return torch.zeros((), device=self.args.device)
-        return ((batch["input_ids"] == self.image_token_id).sum(dim=1) != batch["image_tokens"]).sum()
+    def handle_non_finite_step(self, loss: float, norm: float, ids: str) -> None:
+        """Skip a step without a trace in weights and optimizer, or raise UserError after too many in a row.
 
-    def handle_non_finite_step(self, loss: float, norm: float, names: str) -> None:
-        """With fp16 the scaler meets infinite gradients by skipping the step and halving its scale: no fault yet.
-
-        Else the step is left out without a trace in weights and optimizer, or UserError raised if too many were.
+        With fp16 an infinite gradient is no fault: the loss scaler skips such a step and halves its scale.
         """
-        scaler = self.accelerator.scaler
+        step, scaler = self.step_metrics["step"], self.accelerator.scaler
         if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
-            logger.warning(
-                "step %d: gradient overflow at loss scale %g; the scaler skips the step",
-                self.last_step["step"],
-                scaler.get_scale(),
-            )
-            self.last_step["skipped"] = "overflow"
+            scale = scaler.get_scale()
+            logger.warning("step %d: gradient overflow at loss scale %g; the loss scaler skips the step", step, scale)
+            self.step_metrics["skipped"] = "overflow"
             return
-        told = f"step {self.last_step['step']}: loss {loss}, gradient norm {norm}"
-        self.skipped.append(f"{told} (samples: {names})")
-        if len(self.skipped) > self.max_skipped_steps:
+        reason = f"step {step}: loss {loss}, gradient norm {norm}"
+        self.step.skipped.append(f"{reason} (samples: {ids})")
+        if len(self.step.skipped) > self.max_skipped_steps:
+            last = "this step" if len(self.step.skipped) == 1 else f"the last {len(self.step.skipped)} steps"
             raise UserError(
-                f"{told}; nothing was learned from {'it' if len(self.skipped) == 1 else 'the last steps'}, the "
-                "weights are those of the step before; look at these images, try a lower --learning-rate or "
-                f"--mixed-precision bf16: {'; '.join(self.skipped)}"
+                f"{reason}; the weights were not updated in {last}. Check these images, or use a lower --learning-rate "
+                f"or --mixed-precision bf16: {'; '.join(self.step.skipped)}"
             )
         if self.is_world_process_zero():
-            logger.warning("%s; the step is skipped (samples: %s)", told, names)
-        self.last_step["skipped"] = "not finite"
-        self.model.zero_grad()  # the optimizer moves nothing that has no gradient
-        self._tr_loss.copy_(self.loss_before)  # what transformers tells trackers would never be a number again
+            logger.warning("%s; the step is skipped (samples: %s)", reason, ids)
+        self.step_metrics["skipped"] = "not finite"
+        self.model.zero_grad()  # without gradients the optimizer updates nothing
+        self._tr_loss.copy_(self.step.loss_sum)  # otherwise the mean loss that trackers get would stay NaN
 
-    def note_unreadable(self, unreadable: list[str], split: str, rows) -> None:
-        known = self.unreadable_images[split]
-        new = [entry for entry in unreadable if entry not in known]
-        known.update(new)
-        for entry in new if self.is_world_process_zero() else ():
-            logger.warning("photo left out (%d of %s so far): %s", len(known), split, entry)
-        if new:
-            check_unreadable_fraction(
-                known,
-                rows.images if rows is self.train_dataset and self.streams else len(rows),
-                self.max_unreadable_fraction,
-            )
+    def add_unreadable(self, split: str, unreadable: Sequence[str]) -> None:
+        rows = self.train_dataset if split == "train" else self.eval_dataset
+        num_images = rows.images if isinstance(rows, IterableDataset) else len(rows)
+        self.unreadable[split].add(unreadable, num_images, is_logged=self.is_world_process_zero())
 
     # ---- the run
 
@@ -290,104 +303,129 @@ class PlantTrainer(Trainer):
 
     @property
     def total_batch_size(self) -> int:
-        """Images per optimizer step over all processes."""
-        return self.args.per_device_train_batch_size  # runtime/distributed.py shares a batch out
+        """Images per optimizer step over all ranks."""
+        return self.args.per_device_train_batch_size  # runtime/distributed.py shards each batch
 
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the planned steps, from a checkpoint if there is one.
+    def train(self, resume_from_checkpoint: Path | None = None) -> None:
+        """Train to the planned steps, from a checkpoint if there is one, then evaluate unless that was just done.
 
-        A first SIGINT or SIGTERM saves what was learned and raises Interrupted; a second one ends the process.
+        A first SIGINT or SIGTERM saves the last complete step and raises Interrupted; a second one ends the process.
         Raises UserError for a checkpoint that would run code when it is read.
         """
         with self.stop.listening():
             try:
-                self._train_from(checkpoint)
-                self._stop_together()
+                if resume_from_checkpoint is None:
+                    super().train()
+                else:
+                    self._resume(resume_from_checkpoint)
+                self.check_stop()
+                if self.eval_dataset is not None:
+                    self.evaluate_if_needed()
             except Interrupted:
                 self.save_now()
                 raise
             except pickle.UnpicklingError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"{checkpoint}: holds a file that is more than numbers ({reason}), which may run code when it is "
-                    "read; if you do not know where it is from, delete the folder"
+                    f"{resume_from_checkpoint}: a file in it holds more than numbers ({reason}) and may run code when "
+                    "it is read. If you do not know where it is from, delete the folder."
                 ) from error
 
-    def _train_from(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            self.train()
-            return
-        logger.info("plan   going on from %s", checkpoint)
+    def _resume(self, checkpoint: Path) -> None:
+        logger.info("run | resuming from %s", checkpoint)
         saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        saved.is_world_process_zero = self.is_world_process_zero()  # the main process wrote it
+        saved.is_world_process_zero = self.is_world_process_zero()  # rank 0 wrote the file
         saved.is_local_process_zero = self.is_local_process_zero()
         folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
         if self.is_world_process_zero():
             cut_metrics(folder, folder, saved.global_step, is_evaluated)
-        every = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
-        if every and saved.global_step % every == 0 and not is_evaluated:  # stopped between step and evaluation
+        if self.streams:
+            self.train_dataset.skip_steps(saved.global_step)
+        interval = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
+        if interval and saved.global_step % interval == 0 and not is_evaluated:  # interrupted before its evaluation
             self._load_from_checkpoint(str(checkpoint))
             self.state, known = saved, len(saved.log_history)
             self.evaluate()
             self.backfilled_evals = saved.log_history[known:]
-        early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStopping)]
-        if self.streams:
-            self.train_dataset.skip_steps(saved.global_step)
-        if saved.global_step < self.planned_steps() and not any(one.is_over(saved.log_history) for one in early):
-            self.train(resume_from_checkpoint=str(checkpoint))
-        else:  # all was done before the run was stopped; transformers would do one step more
+        stopped_early = any(
+            callback.is_over(saved.log_history)
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStopping)
+        )
+        if saved.global_step < self.planned_steps() and not stopped_early:
+            super().train(resume_from_checkpoint=str(checkpoint))
+        else:  # no step is left, where transformers would do one more
             self._load_from_checkpoint(str(checkpoint))
             self.state = saved
 
-    def _stop_together(self) -> None:
-        """Raise Interrupted in all processes if a signal has come to any."""
+    def check_stop(self) -> None:
+        """Raise Interrupted on every rank if any rank has received a signal."""
         if self.args.world_size == 1:
             self.stop.check()
             return
-        asked = torch.tensor(float(self.stop.signal is not None), device=self.args.device)
-        torch.distributed.all_reduce(asked)
-        if asked.item():
+        stops = torch.tensor(float(self.stop.signal is not None), device=self.args.device)
+        torch.distributed.all_reduce(stops)
+        if stops.item():
             raise Interrupted
 
     def save_now(self) -> None:
-        """A checkpoint of the last whole step, unless there is one: the step that was begun leaves no trace in it."""
+        """A checkpoint of the last complete step, unless there is one; a step in progress leaves no trace in it."""
+        if self.step.random_state is None or self.args.save_strategy == "no":
+            return
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        is_there = self.is_world_process_zero() and folder.exists() and verify_checkpoint(folder) is None
-        if self.random_state is None or gather_object([is_there])[0]:
+        is_saved = self.is_world_process_zero() and folder.exists() and verify_checkpoint(folder) is None
+        if gather_object([is_saved])[0]:
             return
         self.model.zero_grad()
-        _restore_random_state(self.random_state, self.args.device)
+        _set_random_state(self.step.random_state, self.args.device)
         self._save_checkpoint(self.model, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
-        logger.info("saved  %s", folder)
-        self.accelerator.wait_for_everyone()  # a launcher ends them all once one is gone
+        logger.info("saved | %s", folder)
+        self.accelerator.wait_for_everyone()  # a launcher ends all ranks once one has exited
+
+    def load_best(self) -> int:
+        """Load the weights of best/ on every rank; returns their step. Without validation they are the last ones."""
+        best, step = self.best.folder, self.state.global_step
+        if self.is_world_process_zero():
+            if self.eval_dataset is None or read_best(best) is None:
+                self.best.save(self.model, self.processing_class, {"step": step})
+            step = read_best(best)["step"]
+        step = gather_object([step])[0]
+        if step != self.state.global_step:
+            load_weights(self.model, best)
+        unshard_weights(self)  # last: reading or writing a state dict reshards
+        logger.info("result | %s holds the weights of step %d", best, step)
+        return step
 
     def _load_scaler(self, checkpoint):
-        if self.accelerator.scaler is not None:  # of a run that is in fp16 no more there is one to load
+        if self.accelerator.scaler is not None:  # a run that is no longer in fp16 has none to load
             super()._load_scaler(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        # bitsandbytes writes with a paged state that it is paged. Read onto a GPU it is not: the driver refuses to
-        # fetch it, and bitsandbytes ends the process (its issue 782).
+        # bitsandbytes saves the mark of paged memory with the state. Loaded onto a GPU the state is not paged: the
+        # driver refuses to prefetch it, and bitsandbytes ends the process (its issue 782).
         for state in self.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     vars(value).pop("is_paged", None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_weights(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
         if self.is_world_process_zero():
             create_checkpoint_dir(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes its random state; then comes the manifest
+        self.accelerator.wait_for_everyone()  # each rank writes its random state, then rank 0 the manifest
 
     def get_train_dataloader(self):
         if not self.streams:
             return super().get_train_dataloader()
         rows = self.train_dataset
-        workers = min(self.args.dataloader_num_workers, len(rows.own))  # one without a file would have nothing to read
-        # As accelerate prepares one, but that it would have the main process read for all, or fill up and drop.
+        workers = min(self.args.dataloader_num_workers, len(rows.own))  # a worker without a file has nothing to read
+        # As accelerate prepares one, except that rank 0 would read for all ranks, or batches be filled up and dropped.
         return DataLoaderShard(
             rows,
             device=self.args.device,
@@ -397,50 +435,18 @@ class PlantTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=functools.partial(start_worker, None),
-            generator=torch.Generator(),  # else its start would draw from the random state that a checkpoint gave back
+            generator=torch.Generator(),  # by default it draws from the random state that a checkpoint restored
         )
 
     def _get_dataloader(self, *args, **kwargs):
         if not kwargs.get("is_training"):
-            kwargs["batch_size"] *= self.args.world_size  # is said for one process, and shared out
+            kwargs["batch_size"] *= self.args.world_size  # configured per rank, and sharded below
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.world_size > 1:
             shard_batches(loader, self.args.process_index, self.args.world_size)
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps what it was given
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         return loader
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.model, resume_from_checkpoint)
-
-    @property
-    def best_folder(self) -> Path:
-        return Path(self.args.output_dir) / BEST
-
-    def save_best(self, metrics: dict[str, float]) -> None:
-        """best/: what was learned, the processor, the step and its metrics, and a manifest; nothing pickled."""
-        with atomic_replace_dir(self.best_folder) as folder:
-            self.model.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
-            (folder / CARD).unlink(missing_ok=True)  # PEFT's form, with nothing filled in
-            facts = {"step": self.state.global_step} | metrics
-            (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            write_manifest(folder)
-
-    def keep_if_best(self, metrics: dict[str, float]) -> None:
-        if self.is_world_process_zero() and is_better(metrics, read_best(self.best_folder)):
-            self.save_best(metrics)
-
-    def load_best(self) -> int:
-        """The weights of best/, of the step returned, into the model, unless it has them; without val the last ones."""
-        best = read_best(self.best_folder)
-        if best is None or self.eval_dataset is None:
-            self.save_best({})
-            best = read_best(self.best_folder)
-        elif best["step"] != self.state.global_step:
-            load_weights(self.model, self.best_folder)
-        logger.info("result %s holds the weights of step %d", self.best_folder, best["step"])
-        return best["step"]
 
     # ---- evaluation
 
@@ -449,71 +455,56 @@ class PlantTrainer(Trainer):
         if not _is_evaluated(self.state):
             self.evaluate()
 
-    @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Every class name scored on every image: top-1, top-5, the loss as the exact mean over tokens."""
+        scores = self.score_validation(eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def score_validation(self, eval_dataset=None) -> dict[str, float]:
+        """Closed-set log-likelihood scores of all ranks' images: loss per token in nats, top-1, top-5."""
         self.model.eval()
-        entries, unreadable = [], []
+        scored, unreadable = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng(), unsharded(self.fsdp_modules):
             for batch in self.get_eval_dataloader(eval_dataset):
-                self._stop_together()
-                if self.args.world_size == 1:  # at once, and not after all of val
-                    self.note_unreadable(batch.unreadable, "val", self.eval_dataset)
+                self.check_stop()
+                if self.args.world_size == 1:  # at once, not after the whole split
+                    self.add_unreadable("val", batch.unreadable)
                 unreadable += batch.unreadable
                 if not batch.samples:
                     continue
                 with self.accelerator.autocast():
                     scores = score_batch(self.model, batch, self.tries, self.eval_micro_batch).cpu().double().numpy()
                 labels = np.array([sample.label for sample in batch.samples])
-                judged = zip(*(part.tolist() for part in judge_scores(scores, labels)))
-                for sample, own in zip(batch.samples, judged):
-                    entries.append((sample.id, sample.length - sample.prompt_length, *own))
+                correct, rank, log_likelihood = judge_scores(scores, labels)
+                tokens = [sample.length - sample.prompt_length for sample in batch.samples]
+                ids = [sample.id for sample in batch.samples]
+                scored += zip(ids, zip(tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist()))
         unreadable = gather_object(unreadable)
-        self.note_unreadable(unreadable, "val", self.eval_dataset)
-        # In the same order whatever the number of processes, for sums of floating-point numbers.
-        entries = sorted(gather_object(entries), key=lambda entry: entry[0])
-        _, tokens, correct, above, own = map(np.array, zip(*entries))
-        metrics = {
-            f"{metric_key_prefix}_loss": float(-own.sum() / tokens.sum()),
-            f"{metric_key_prefix}_top1": float(correct.mean()),
-            f"{metric_key_prefix}_top5": float((above < 5).mean()),
-            f"{metric_key_prefix}_unreadable_images": len(unreadable),
+        self.add_unreadable("val", unreadable)
+        # In the same order for any number of ranks: sums of floating-point numbers depend on it.
+        scored = sorted(gather_object(scored), key=lambda entry: entry[0])
+        tokens, correct, rank, log_likelihood = np.array([values for _, values in scored]).T
+        return {
+            "loss": float(-log_likelihood.sum() / tokens.sum()),
+            "top1": float(correct.mean()),
+            "top5": float((rank < 5).mean()),
+            "unreadable_images": len(unreadable),
         }
-        self.log(dict(metrics))
-        self.keep_if_best(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class StepState(TrainerCallback):
-    """Remembers what a step that fails or is interrupted must leave as it was: random state and sum of losses.
-
-    Also puts into the log history, which was read from the checkpoint, an evaluation that was made up for before.
-    """
-
-    def __init__(self, trainer: PlantTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.log_history.extend(self.trainer.backfilled_evals)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.loss_before = self.trainer._tr_loss.clone()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.random_state = _save_random_state(args.device)
 
 
 def _is_evaluated(state: TrainerState) -> bool:
     return any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
 
-def _save_random_state(device: torch.device) -> list[torch.Tensor]:
+def _get_random_state(device: torch.device) -> list[torch.Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _restore_random_state(states: list[torch.Tensor], device: torch.device) -> None:
+def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
@@ -535,8 +526,6 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
             eval_dataset=data.validation,
             processing_class=plant.processor,
             micro_batch_size=config.per_device_train_batch_size,
-            image_token_id=plant.processor.image_token_id,
-            names=collator.name_ids,
             projector_learning_rate=config.projector_learning_rate,
             max_unreadable_fraction=config.max_unreadable_fraction,
             max_skipped_steps=config.max_skipped_steps,
@@ -552,7 +541,7 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
     keeper = CheckpointKeeper(run.run_id, config.save_total_limit)
-    for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar(), StepState(trainer)):
+    for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar()):
         trainer.add_callback(callback)
     if config.early_stopping_patience is not None:
         trainer.add_callback(
@@ -564,22 +553,22 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
 def build_arguments(
     config: TrainingConfig, precision: str, device: torch.device, batch_bytes: int
 ) -> TrainingArguments:
-    """The config in transformers' terms. To its Trainer a batch is the whole optimizer step; see PlantTrainer."""
+    """The config in transformers' terms, where a batch is the whole optimizer step; see PlantTrainer."""
     ranks = get_world_size()
     if config.effective_batch_size < ranks:
         raise UserError(
-            f"{config.effective_batch_size} images per optimizer step leave some of {ranks} processes without any; "
-            f"start {config.effective_batch_size} at most, or raise --gradient-accumulation-steps"
+            f"global batch size {config.effective_batch_size}: fewer images than the {ranks} ranks. Start at most "
+            f"{config.effective_batch_size} ranks, or raise --gradient-accumulation-steps."
         )
     optimizers = [name.value for name in OptimizerNames]
     if config.optim not in optimizers:
-        raise UserError(f"--optim {config.optim}: not an optimizer of transformers; use one of {', '.join(optimizers)}")
+        raise UserError(f"--optim {config.optim}: not known to transformers; use one of {', '.join(optimizers)}")
     trackers = config.report_to.split(",")
     unknown = set(trackers) - {"none", "all"} - set(INTEGRATION_TO_CALLBACK)
     if unknown:
         raise UserError(
-            f"--report-to {config.report_to}: unknown are {', '.join(unknown)}; use none, all, or some of "
-            f"{', '.join(INTEGRATION_TO_CALLBACK)}"
+            f"--report-to {config.report_to}: {', '.join(unknown)} not known to transformers; use none, all, or some "
+            f"of {', '.join(INTEGRATION_TO_CALLBACK)}"
         )
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # accelerate launch may have set another one
     arguments = TrainingArguments(
@@ -591,7 +580,7 @@ def build_arguments(
         ddp_broadcast_buffers=False,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        per_device_train_batch_size=config.effective_batch_size,  # of all processes; each takes its share
+        per_device_train_batch_size=config.effective_batch_size,  # of all ranks; runtime/distributed.py shards it
         gradient_accumulation_steps=1,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
         num_train_epochs=config.num_train_epochs,
@@ -609,11 +598,11 @@ def build_arguments(
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=None,  # runtime/checkpoint.py rotates: the library would delete before the manifest stands
+        save_total_limit=None,  # CheckpointKeeper rotates: transformers would delete before the manifest is written
         dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",
         dataloader_persistent_workers=False,
-        ignore_data_skip=config.streaming,  # a stream leaves out by itself what was learned from
+        ignore_data_skip=config.streaming,  # a stream skips what it has trained on by itself
         remove_unused_columns=False,
         disable_tqdm=True,
         gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
@@ -621,5 +610,5 @@ def build_arguments(
     # With several GPUs visible transformers would multiply batch and loss by their number, for DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     if device.type == "cpu" and ranks > 1:
-        arguments.__dict__["_setup_devices"] = device  # accelerate says cpu:0, from which torch.load restores nothing
+        arguments.__dict__["_setup_devices"] = device  # accelerate's cpu:0 is no torch.load map_location
     return arguments

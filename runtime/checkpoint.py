@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import TrainerCallback
-
 from runtime.run_files import BEST, PREFIX, checkpoints_in, cut_metrics, step_of
 from utils.logging_utils import UserError, logger
 
@@ -192,13 +190,6 @@ def describe_best(folder: Path) -> str:
     return f"step {read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 
 
-def is_better(metrics: dict[str, float], best: dict | None) -> bool:
-    """By top-1 on val; among equals by the lower loss."""
-    if best is None or "eval_top1" not in best:
-        return True
-    return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
-
-
 def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
     """Raise UserError unless the disk has room: fp32 weights and two Adam moments of what learns a checkpoint."""
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -216,19 +207,6 @@ def check_disk(run_folder: str | Path, model, checkpoints: int) -> None:
             "room or name "
             "another --output-dir"
         )
-
-
-class CheckpointKeeper(TrainerCallback):
-    """Completes each checkpoint with its manifest, and then lets the oldest go."""
-
-    def __init__(self, run_id: str, keep: int):
-        self.run_id = run_id
-        self.keep = keep
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
-            rotate(args.output_dir, self.run_id, self.keep)
 
 
 def _sha256(path: Path) -> str:

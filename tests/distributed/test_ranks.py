@@ -76,7 +76,7 @@ def with_fault(folder, code: str):
         import train
         from models import trainer
         rank = int(os.environ["RANK"])
-        real = trainer.PlantTrainer._forward_backward
+        real = trainer.PlantTrainer.forward_backward
         """)
         + textwrap.dedent(code)
         + "\nsys.exit(train.main())\n"
@@ -128,10 +128,10 @@ def test_two_compute_what_one_does_through_a_stop_and_a_resume(here, one):
     process.send_signal(signal.SIGTERM)
     status, told = end_of(process)
     assert (
-        status != 0 and "saved  run/checkpoint-" in told and not re.search(r"^(critical|error): ", told, re.MULTILINE)
+        status != 0 and "saved | run/checkpoint-" in told and not re.search(r"^(critical|error): ", told, re.MULTILINE)
     ), told
     status, told = end_of(launch(here, argv))
-    assert status == 0 and "going on from run/checkpoint-" in told, told
+    assert status == 0 and "resuming from run/checkpoint-" in told, told
     assert_as_one(here / "run", one)
     log = (here / "run" / "train.log").read_text()
     assert log.count("fp32 on 2 x cpu") == 2 and log.count("step 20/20") == 1  # one log
@@ -256,11 +256,11 @@ def test_out_of_memory_of_one_is_its_own_affair(here, one):
                 open("met", "w").close()
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return loss
-        trainer.PlantTrainer._forward_backward = once
+        trainer.PlantTrainer.forward_backward = once
     """)  # fmt: skip
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
     assert status == 0 and (here / "met").exists(), told
-    assert "warning: rank 1: step 4: out of memory; the step is redone with" in told
+    assert "warning: rank 1: step 4: out of memory; from here on retrying with" in told
     assert_as_one(here / "run", one)
 
 
@@ -270,7 +270,7 @@ def test_the_fault_of_one_ends_all_with_its_message(here):
             if rank == 1 and self.state.global_step == 6:
                 raise trainer.UserError("step 7: broken on purpose")
             return real(self, *args)
-        trainer.PlantTrainer._forward_backward = fails
+        trainer.PlantTrainer.forward_backward = fails
     """)  # fmt: skip
     began = time.monotonic()
     status, told = end_of(launch(here, [*RUN, "--output-dir", "run"], program=script))
@@ -284,8 +284,8 @@ def test_a_stop_in_an_evaluation_waits_for_a_slow_save(here, one):
     """The evaluation that was left out is made up for, once; the others do not leave before the manifest stands."""
     script = with_fault(here, """
         import signal, time
-        from runtime import checkpoint
-        manifest, score = checkpoint.write_manifest, trainer.score_batch
+        from models import callbacks
+        manifest, score = callbacks.write_manifest, trainer.score_batch
         def slow(folder):
             time.sleep(2)
             manifest(folder)
@@ -295,13 +295,13 @@ def test_a_stop_in_an_evaluation_waits_for_a_slow_save(here, one):
                 os.kill(os.getppid(), signal.SIGTERM)
                 time.sleep(1)
             return score(*args)
-        checkpoint.write_manifest, trainer.score_batch = slow, stopped
+        callbacks.write_manifest, trainer.score_batch = slow, stopped
     """)  # fmt: skip
     argv = [*RUN, "--output-dir", "run", "--per-device-eval-batch-size", "2"]
     status, told = end_of(launch(here, argv, program=script))
-    assert status != 0 and "saved  run/checkpoint-10" in told and (here / "run/checkpoint-10/manifest.json").exists()
+    assert status != 0 and "saved | run/checkpoint-10" in told and (here / "run/checkpoint-10/manifest.json").exists()
     status, told = end_of(launch(here, argv))
-    assert status == 0 and "going on from run/checkpoint-10" in told, told
+    assert status == 0 and "resuming from run/checkpoint-10" in told, told
     assert_as_one(here / "run", one)
     assert [line["step"] for line in read_metrics(here / "run") if "eval_loss" in line] == [10, 20]
 
@@ -315,14 +315,14 @@ def test_what_one_meets_in_a_step_all_decide_alike(here, image_folder):
         def poisoned(self, *args):
             loss = real(self, *args)
             return loss * float("nan") if rank == 1 and self.state.global_step == 2 else loss
-        trainer.PlantTrainer._forward_backward = poisoned
+        trainer.PlantTrainer.forward_backward = poisoned
     """)  # fmt: skip
     argv = ["--preset", "tiny", "--trainable", "adapter", "--dataset", str(root), "--max-unreadable-fraction", "0.5"]
     argv += ["--max-skipped-steps", "1", "--num-workers", "1", "--max-steps", "60", "--eval-steps", "3"]
     argv += ["--early-stopping-patience", "2", "--early-stopping-min-gain", "0.9", "--output-dir", "run"]
     status, told = end_of(launch(here, argv, program=script))
     steps = steps_of(here / "run")
-    assert status == 0 and "stopping early" in told and len(steps) == 9, told
+    assert status == 0 and "early stopping" in told and len(steps) == 9, told
     assert [step for step, line in steps.items() if line.get("skipped")] == [3]
     assert sum(len(images) for images in told_bad(told).values()) == 4
 
@@ -330,7 +330,7 @@ def test_what_one_meets_in_a_step_all_decide_alike(here, image_folder):
 def told_bad(told: str) -> dict[str, set[str]]:
     """{split: images that were told to be left out}; each but once for training."""
     found = {
-        split: re.findall(rf"warning: image left out \(\d+ of {split} so far\): (\S+):", told)
+        split: re.findall(rf"warning: image skipped \(\d+ of {split} so far\): (\S+):", told)
         for split in ("train", "val")
     }
     assert len(found["train"]) == len(set(found["train"]))
@@ -351,7 +351,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(here, one):
     status, told = end_of(process)
     assert status != 0 and "error: rank 1: lost the connection to another rank: killed" in told, told
     status, told = end_of(launch(here, argv))
-    assert status == 0 and "going on from run/checkpoint-10" in told, told
+    assert status == 0 and "resuming from run/checkpoint-10" in told, told
     assert_as_one(here / "run", one)
 
 
@@ -381,14 +381,14 @@ def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
     status, told = end_of(
         launch(here, [*argv, "--sharding", "fsdp", "--per-device-eval-batch-size", "2"], program=script)
     )
-    assert status != 0 and "saved  run/checkpoint-10" in told, told
+    assert status != 0 and "saved | run/checkpoint-10" in told, told
     assert "frozen weights are spread over 2 processes" in told and "1 images at a time, as configured" in told
     process = launch(here, argv)  # whole in each
     wait_for_step(here / "run", 13)
     rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
-    assert status == 0 and "going on from run/checkpoint-" in told, told
+    assert status == 0 and "resuming from run/checkpoint-" in told, told
     assert_as_one(here / "run", one)
     assert "run/best, loaded into a fresh base, scores 4 images as before" in told
 
@@ -400,7 +400,7 @@ def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantize
             if rank == 1 and self.state.global_step == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return real(self, *args)
-        trainer.PlantTrainer._forward_backward = once
+        trainer.PlantTrainer.forward_backward = once
     """)  # fmt: skip
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp", "--output-dir", "run"], program=script))
     assert status != 0 and "error: rank 1: step 3: out of memory with 7 images at a time, and weights that are" in told
@@ -453,7 +453,7 @@ def test_one_that_gives_no_sign_ends_all(who, words, here):
             if str(rank) == os.environ["STOPS"] and self.state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return real(self, *args)
-        trainer.PlantTrainer._forward_backward = stands_still
+        trainer.PlantTrainer.forward_backward = stands_still
     """)  # fmt: skip
     process = launch(here, [*RUN, "--max-steps", "2000", "--output-dir", "run"], program=script, STOPS=who)
     wait_for_step(here / "run", 2)
@@ -499,13 +499,13 @@ def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, c
     wait_for_step(here / "run", 6)
     process.send_signal(signal.SIGTERM)
     status, told = end_of(process)
-    assert status != 0 and "saved  run/checkpoint-" in told, told
+    assert status != 0 and "saved | run/checkpoint-" in told, told
     process = launch(here, [*argv, "--output-dir", "run"])
     wait_for_step(here / "run", 16)  # in the second pass
     rank_of(process, "1").kill()
     assert end_of(process)[0] != 0
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
-    assert status == 0 and "going on from run/checkpoint-1" in told, told
+    assert status == 0 and "resuming from run/checkpoint-1" in told, told
     assert_as_one(here / "run", here / "whole")
     with pytest.raises(SystemExit):
         evaluate.main(["run", "--dataset", "synthetic"])
@@ -577,7 +577,7 @@ def test_two_nodes_over_loopback(here, one):
         assert status != 0 and words in told and "critical" not in told, told
     ends = [end_of(node) for node in nodes()]
     assert [status for status, _ in ends] == [0, 0], ends
-    assert "going on from run/checkpoint-10" in ends[0][1]
+    assert "resuming from run/checkpoint-10" in ends[0][1]
     assert_as_one(here / "run", one)
 
 

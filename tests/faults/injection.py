@@ -146,7 +146,7 @@ def go_on(folder: Path, expected: dict | None, argv: Sequence[str] = RUN) -> Out
     """The same command again, after a fault."""
     told, done = screen_of(folder), steps_done(folder)
     status = finish(start(folder, argv))
-    found = re.search(r"going on from \S+checkpoint-(\d+)", screen_of(folder))
+    found = re.search(r"resuming from \S+checkpoint-(\d+)", screen_of(folder))
     lost = status != 0 or not any(line.get("completed") for line in read_metrics(folder / "run"))
     again = 0 if "is finished" in screen_of(folder) else max(done - (int(found[1]) if found else 0), 0)
     return Outcome(lost, again, None if expected is None or lost else end_of(folder) == expected, told)
@@ -265,7 +265,7 @@ def damage(folder: Path, half: Path, expected: dict, name: str, how: Callable[[P
     shutil.copytree(half, folder)
     how(folder / "run" / "checkpoint-6" / name)
     outcome = go_on(folder, expected)
-    assert "going on from run/checkpoint-3" in screen_of(folder), screen_of(folder)
+    assert "resuming from run/checkpoint-3" in screen_of(folder), screen_of(folder)
     return outcome
 
 
@@ -412,7 +412,7 @@ def vanished(folder: Path) -> Outcome:
     argv = own_images(folder)
     status = finish(start(folder, argv, vanish))
     told = screen_of(folder)
-    is_named = "photo left out (1 of train so far): oak/0.png" in told and "cannot be read (No such file" in told
+    is_named = "image skipped (1 of train so far): oak/0.png" in told and "cannot be read (No such file" in told
     return Outcome(status != 0 or not is_named, 0, None, told)
 
 

@@ -101,7 +101,7 @@ def test_the_same_command_goes_on_and_ends_as_if_never_stopped(kind, weights, he
         status, told = run(capsys, *TINY, *kind)
     assert status == 130 and "re-run the same command" in told
     status, told = run(capsys, *TINY, *kind)
-    assert status == 0 and "going on from runs/tiny/checkpoint-4" in told
+    assert status == 0 and "resuming from runs/tiny/checkpoint-4" in told
     undisturbed, stopped = (load_file(here / folder / "best" / weights) for folder in ("undisturbed", "runs/tiny"))
     assert all((undisturbed[name] == stopped[name]).all() for name in undisturbed)
     assert losses(here / "undisturbed") == losses(here / "runs" / "tiny") and len(losses(here / "undisturbed")) == 6
@@ -230,7 +230,7 @@ def test_a_checkpoint_begins_another_run_that_ends_alike(here, few_drawings, cap
     branch = [*TINY, "--resume", "mine/checkpoint-4", "--output-dir", "other"]
     status, told = run(capsys, *branch)
     assert status == 0 and "beginning other from mine/checkpoint-4" in told
-    assert "going on from other/checkpoint-4" in told and losses(here / "mine") == losses(here / "other")
+    assert "resuming from other/checkpoint-4" in told and losses(here / "mine") == losses(here / "other")
     assert before == {path: path.read_bytes() for path in (here / "mine").rglob("*") if path.is_file()}
     one, other = (load_file(here / name / "best" / "model.safetensors") for name in ("mine", "other"))
     assert all((one[name] == other[name]).all() for name in one)
@@ -374,7 +374,7 @@ def test_weights_that_do_not_come_back_are_told_loudly(here, few_drawings, monke
     assert status == 1 and "error: runs/tiny/best: does not give back what was trained: the scores of 4 images" in told
     monkeypatch.setattr(verify, "load_weights", real)
     status, told = run(capsys, *TINY)  # not finished: the same command tries again
-    assert status == 0 and "going on from runs/tiny/checkpoint-6" in told and "loaded into a fresh base" in told
+    assert status == 0 and "resuming from runs/tiny/checkpoint-6" in told and "loaded into a fresh base" in told
 
 
 def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, few_drawings, monkeypatch, capsys):

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from models.callbacks import RunLog
@@ -23,46 +24,49 @@ def test_a_run_writes_every_step_a_line_every_few_and_a_picture(tiny, tmp_path, 
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "/6" in line]
     assert [line.split()[1] for line in told] == ["1/6", "3/6", "6/6"]
     assert all(
-        word in told[1] for word in ("loss", "lr", "grad norm", "photos/s", "55 image tokens a image", "peak", "GiB")
+        word in told[1] for word in ("loss", "lr", "grad norm", "images/s", "55 image tokens/image", "peak", "GiB")
     )
     assert Image.open(tmp_path / "loss.png").size == (800, 1200)
 
 
 @pytest.fixture
 def log(tmp_path):
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), max_grad_norm=0.5))
+    args = SimpleNamespace(output_dir=str(tmp_path), max_grad_norm=0.5, device=torch.device("cpu"))
+    trainer = SimpleNamespace(args=args, backfilled_evals=[])
     return RunLog(trainer)
 
 
 def test_a_loss_spike_is_told_and_a_noisy_loss_is_not(log, capsys):
     setup_logging()
     for step, loss in enumerate([2.0, 2.4, 1.7] * 5 + [3.9], 1):
-        log._warn({"step": step, "loss": loss, "grad_norm": 0.1})
+        log.warn_of_spikes({"step": step, "loss": loss, "grad_norm": 0.1})
     assert capsys.readouterr().out == ""
-    log._warn({"step": 17, "loss": 4.5, "grad_norm": 0.1})
+    log.warn_of_spikes({"step": 17, "loss": 4.5, "grad_norm": 0.1})
     assert "step 17: loss 4.500 is a spike, the last 16 steps had a median of 2.000" in capsys.readouterr().out
 
 
 def test_a_small_loss_that_doubles_is_no_spike(log, capsys):
     setup_logging()
     for step, loss in enumerate([0.01] * 12 + [0.4], 1):
-        log._warn({"step": step, "loss": loss, "grad_norm": 0.1})
+        log.warn_of_spikes({"step": step, "loss": loss, "grad_norm": 0.1})
     assert capsys.readouterr().out == ""
 
 
-def test_a_gradient_norm_above_one_is_told_once_and_again_when_it_doubles(log, capsys):
+def test_a_gradient_norm_is_compared_with_its_median_and_not_with_a_limit(log, capsys):
     setup_logging()
-    for step, norm in enumerate([0.9, 1.5, 2.5, 3.5, 3.2], 1):
-        log._warn({"step": step, "loss": 1.0, "grad_norm": norm})
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[1].strip() for line in told] == ["step 2", "step 4"]
-    assert "gradient norm 1.50 before clipping is above 1.0; clipped to 0.5" in told[0]
+    for step, norm in enumerate([50.0, 40.0, 4.0] + [2.0] * 9 + [39.0, None], 1):
+        log.warn_of_spikes({"step": step, "loss": 1.0, "grad_norm": norm})
+    assert capsys.readouterr().out == ""
+    log.warn_of_spikes({"step": 15, "loss": 1.0, "grad_norm": 41.0})
+    expected = "step 15: gradient norm 41.000 is a spike, the last 13 steps had a median of 2.000; clipped to 0.5"
+    assert expected in capsys.readouterr().out
 
 
 def test_on_resume_what_came_after_the_checkpoint_is_dropped(log, tmp_path):
     wanted = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.0}]
     for entry in [*wanted, {"step": 3, "loss": 0.5}, {"step": 2, "completed": True}]:
         append_metrics(tmp_path, entry)
-    log.on_train_begin(None, SimpleNamespace(global_step=2, is_world_process_zero=True), None)
+    state = SimpleNamespace(global_step=2, is_world_process_zero=True, log_history=[])
+    log.on_train_begin(log.trainer.args, state, None)
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == wanted
