@@ -188,7 +188,7 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--seed", "4294967296"], "seed=4294967296"),
     (nothing, ["--preset", "tiny", "--trainable", "adapter", "--sharding", "fsdp"], "a single process has nobody to"),
     (nothing, ["--preset", "tiny", "--optim", "sgdd"], "--optim sgdd: not known to transformers; use one of"),
-    (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: paper not known to transformers; use none, all, or"),
+    (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: paper not known to transformers"),
     (nothing, ["--preset", "tiny", "--report-to", "clearml"], "--report-to clearml: "),
     (nothing, ["--preset", "tiny", "--learning-rate", "fast"], "learning_rate=fast: a number is needed"),
     (nothing, ["--presett", "tiny"], "--presett: unknown flag; did you mean --preset?"),

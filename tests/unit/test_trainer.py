@@ -503,7 +503,7 @@ def test_out_of_memory_with_one_photo_is_told(tiny, tmp_path):
     model = tiny.model()
     trainer = make_trainer(tiny, tmp_path, model=model)
     Cramped(model, room=0)
-    with pytest.raises(UserError, match="step 1: out of memory with one image at a time; use --gradient"):
+    with pytest.raises(UserError, match="step 1: out of memory with micro-batch 1; use --gradient"):
         trainer.train()
 
 
@@ -551,7 +551,7 @@ def test_out_of_memory_in_an_evaluation_goes_on_in_smaller_pieces(tiny, tmp_path
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
     assert trainer.eval_micro_batch.size == 2
-    assert "out of memory while scoring; going on with 2 images at a time" in capsys.readouterr().out
+    assert "out of memory while scoring; retrying with micro-batch 2" in capsys.readouterr().out
 
 
 # ---- evaluation
