@@ -116,7 +116,7 @@ class Table:
     """One row a fault, in Markdown."""
 
     def __init__(self):
-        self.rows = ["| fault | tries | runs lost | steps done again, most | end identical |", "|---|---|---|---|---|"]
+        self.rows = ["| fault | tries | runs lost | most steps repeated | end identical |", "|---|---|---|---|---|"]
         self.lost = self.different = 0
 
     def add(self, name: str, outcomes) -> None:
