@@ -99,7 +99,7 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     name = printable(str(path or "photo without a name"))
     try:
         if contents is None:
-            contents = _read(Path(path), name)
+            contents = _read(Path(path or ""), name)
     except ImageError:
         raise
     except (OSError, TypeError, ValueError) as error:
@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bit(image)
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        image = ImageCms.buildTransform(*profiles, "LAB", "RGB").apply(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         on_white = Image.new("RGB", image.size, "white")

@@ -253,7 +253,7 @@ def _disk_message(error: BaseException) -> str | None:
     return None
 
 
-def _disk_move(number: int) -> str:
+def _disk_move(number: int | None) -> str:
     if number in FULL:
         return "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
     return "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"

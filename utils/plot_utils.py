@@ -74,19 +74,19 @@ def plot_report(
     grid = figure.add_gridspec(len(rows), columns, height_ratios=rows)
     _bars(figure.add_subplot(grid[0, : columns - 1]), shares)
     _reliability(figure.add_subplot(grid[0, columns - 1]), bins)
-    tiles = []
+    tiles: list[tuple[Image.Image | None, str, str]] = []
     for one, other, count, *images in pairs:
         tiles.append((images[0], f"{_shorten(one)}\nconfused with the next: {count}", "black"))
         tiles.append((images[1], f"{_shorten(other)}\n", "black"))
     for image, truth, likeliest in mistakes:
         answers = "\n".join(f"{_shorten(name)} {share:.0%}" for name, share in likeliest)
         tiles.append((image, f"is: {_shorten(truth)}\n{answers}", "darkred"))
-    for place, (image, caption, color) in enumerate(tiles):
+    for place, (picture, caption, color) in enumerate(tiles):
         axes = figure.add_subplot(grid[1 + place // columns, place % columns])
         axes.axis("off")
         axes.set_title(caption, fontsize=11, color=color)
-        if image is not None:
-            axes.imshow(image)
+        if picture is not None:
+            axes.imshow(picture)
     figure.savefig(path, dpi=70)
 
 
