@@ -27,6 +27,7 @@ from evaluation.report import (
 )
 from models.builder import DTYPES, unwrap
 from models.scoring import generate_batches, score_batches
+from runtime.atomic import write_file
 from runtime.checkpoint import describe_best
 from runtime.device import fit_workers
 from runtime.distributed import Distributed, assert_same_across_ranks, get_local_world_size
@@ -68,10 +69,8 @@ def score_with_cache(
     found, entries = read_entries(path)
     marks = {row["id"]: image_fingerprint(row["image"]) for row in rows}
     known = [entry for entry in entries if found == header and entry["image"] == marks.get(entry["id"], entry["image"])]
-    # Written anew, since a torn last line would swallow the next one; beside it first, so that a kill loses nothing.
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text("".join(json.dumps(entry) + "\n" for entry in [header, *known]), encoding="utf-8")
-    draft.replace(path)
+    # Rewritten, since a torn last line would swallow the next one.
+    write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *known]))
     by_id = {entry["id"]: entry for entry in known}
     left = [index for index, image in enumerate(rows["id"]) if image not in by_id]
     if len(left) < len(rows):

@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from models.throughput import measure_matmul_rate
-from runtime.checkpoint import CARD, METRICS_OF_BEST, atomic_replace_dir, read_best, rotate, write_manifest
+from runtime.atomic import replace_dir
+from runtime.checkpoint import CARD, METRICS_OF_BEST, read_best, rotate, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
 from runtime.run_files import PREFIX, append_metrics, cut_metrics, read_metrics
 from utils.logging_utils import logger
@@ -197,7 +198,7 @@ class BestCheckpoint(TrainerCallback):
 
     def save(self, model, processor, facts: dict) -> None:
         """Trainable weights, processor, `facts` (step and metrics) and a manifest; nothing pickled."""
-        with atomic_replace_dir(self.folder) as folder:
+        with replace_dir(self.folder) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             (folder / CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in

@@ -1,14 +1,52 @@
-"""Files that hold the old content or the new one, whatever happens meanwhile."""
+"""Files and directories that hold their old content or the new one, whatever happens meanwhile."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def write_file(path: Path, text: str) -> None:
     """Write beside `path`, sync to disk, then replace it."""
-    draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    draft, _ = beside(path)
+    draft.write_text(text, encoding="utf-8")
+    sync(draft)
     os.replace(draft, path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def replace_dir(folder: Path) -> Iterator[Path]:
+    """A directory beside `folder` to fill, which takes its place unless an error is raised inside."""
+    draft, old = beside(folder)
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    for leftover in (draft, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    draft.mkdir()
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def beside(path: Path) -> tuple[Path, Path]:
+    """Where a replacement of `path` is written, and where a directory that is being replaced waits."""
+    return path.with_name(f"{path.name}.draft"), path.with_name(f"{path.name}.old")
+
+
+def sync(path: Path) -> None:
+    """Afterwards the content of a file, or the names in a directory, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -85,7 +85,7 @@ class Run:
     def _record(self, plant, data, trainer) -> None:
         from runtime.checkpoint import check_disk, fork_checkpoint, last_checkpoint, recover_interrupted_replace
 
-        check_disk(self.folder, plant.model, self.config.save_total_limit)
+        check_disk(self.folder, plant.model.num_parameters(only_trainable=True), self.config.save_total_limit)
         facts = plant.facts() | {
             "class_names": data.class_names,
             "data_fingerprint": data.fingerprint(),

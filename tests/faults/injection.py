@@ -208,7 +208,7 @@ def slow_save() -> None:
     """In the run's process: a save that takes longer than anyone waits."""
     from runtime import checkpoint
 
-    checkpoint.write_manifest.__globals__["_sync"] = lambda path: time.sleep(60)
+    checkpoint.write_manifest.__globals__["sync"] = lambda path: time.sleep(60)
 
 
 def second_interrupt(folder: Path, expected: dict) -> tuple[Outcome, float]:

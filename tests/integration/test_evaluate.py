@@ -126,7 +126,7 @@ BAD_INPUT = [
     (nothing, [], "RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: runs/one"),
     (nothing, ["two"], "two: not a run, training_config.json is missing"),
     (no_config, ["one"], "one: not a run"),
-    (no_weights, ["one"], "one/best: holds no finished weights (manifest.json is missing"),
+    (no_weights, ["one"], "one/best: holds no complete weights (manifest.json is missing"),
     (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (tokenizer_probe differ); put"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
     (nothing, ["one", "two", "three"], "one two three: pass one run, or two to compare"),

@@ -352,7 +352,7 @@ BAD_INPUT = [
     (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),
     (nothing, ["one", "."], "error: .: is a link, a disk or the working directory"),
-    (unfinished, ["one", "out"], "error: one/best: holds no finished weights"),
+    (unfinished, ["one", "out"], "error: one/best: holds no complete weights"),
     (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
     (as_base, ["one", "out"], "error: one: is a base model, nothing was trained"),
     (as_full, ["one", "out"], "error: one: its randomly initialized base model existed on a GPU only"),

@@ -189,7 +189,7 @@ BAD_INPUT = [
     (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
     (nothing, ["one", "x.png", "--question", "What?"], "error: --question What?: is fixed by the run"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
-    (unfinished, ["one", "images"], "error: one/best: holds no finished weights (manifest.json is missing"),
+    (unfinished, ["one", "images"], "error: one/best: holds no complete weights (manifest.json is missing"),
     (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be read (JSONDecodeError"),
 ]
 

@@ -181,7 +181,7 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--early-stopping-patience", "2"], "nothing is measured while training; use"),
     (nothing, ["--model", "{no_weights}", "--dataset", "{images}"], "holds no *.safetensors weights"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),
-    (full_disk, ["--preset", "tiny"], "GB free on its disk, the checkpoints need"),
+    (full_disk, ["--preset", "tiny"], "GB free, the checkpoints need"),
     (nothing, ["--preset", "tiny", "--output-dir", "{file}"], "is a file; name a folder"),
     (nothing, ["--preset", "tiny", "--output-dir", "{images}"], "holds files but is not a run"),
     (nothing, ["--preset", "tiny", "--load-in-4bit", "true", "--trainable", "adapter"], "its weights are not loaded"),

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import checkpoint
+from runtime.atomic import replace_dir
 from runtime.checkpoint import (
     MANIFEST,
-    atomic_replace_dir,
     check_disk,
     create_checkpoint_dir,
     describe_best,
@@ -28,7 +28,8 @@ from utils.logging_utils import UserError, setup_logging
 def folder(tmp_path):
     """A folder with files and their manifest."""
     made = tmp_path / "checkpoint-10"
-    (made / "sub").mkdir(parents=True)
+    create_checkpoint_dir(made, "mine")
+    (made / "sub").mkdir()
     (made / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     (made / "sub" / "optimizer.pt").write_bytes(b"moments")
     write_manifest(made)
@@ -82,62 +83,62 @@ def not_a_mapping(folder):
 DAMAGES = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_out, path_out, not_a_mapping]
 
 
-def test_an_untouched_folder_holds(folder):
+def test_an_untouched_checkpoint_is_valid(folder):
     assert verify_checkpoint(folder) is None and not (folder / f"{MANIFEST}.draft").exists()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_the_one_before_is_resumed(damage, folder, tmp_path, capsys):
+def test_corruption_is_found_and_the_checkpoint_before_is_resumed(damage, folder, tmp_path, capsys):
     setup_logging()
-    older = tmp_path / "checkpoint-9"
-    older.mkdir()
-    (older / "x").write_text("fine")
-    write_manifest(older)
-    assert last_checkpoint(tmp_path) == folder
+    older = make(tmp_path, 9, "mine")
+    assert last_checkpoint(tmp_path, "mine") == folder
     damage(folder)
     assert verify_checkpoint(folder)
-    assert last_checkpoint(tmp_path) == older
+    assert last_checkpoint(tmp_path, "mine") == older
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-9", "corrupted-checkpoint-10"]
     assert "renamed to corrupted-checkpoint-10" in capsys.readouterr().out
 
 
-def test_damaged_ones_never_overwrite_each_other(folder, tmp_path):
+def test_corrupted_checkpoints_never_overwrite_each_other(folder, tmp_path):
     for _ in range(3):
-        folder.mkdir(exist_ok=True)
+        make(tmp_path, 10, "mine", finished=False)
         no_manifest(folder) if (folder / MANIFEST).exists() else None
-        assert last_checkpoint(tmp_path) is None
+        assert last_checkpoint(tmp_path, "mine") is None
     assert sorted(os.listdir(tmp_path)) == [f"corrupted-checkpoint-10{end}" for end in ("", "-2", "-3")]
 
 
-def test_newest_is_by_number_and_other_folders_are_left_alone(folder, tmp_path):
+def test_the_newest_is_by_number_and_other_folders_are_left_alone(folder, tmp_path):
     for name in ("checkpoint-9", "checkpoint-last", "best"):
-        (tmp_path / name).mkdir()
+        create_checkpoint_dir(tmp_path / name, "mine")
         write_manifest(tmp_path / name)
-    assert last_checkpoint(tmp_path) == folder
-    assert last_checkpoint(tmp_path / "nowhere") is None
+    assert last_checkpoint(tmp_path, "mine") == folder
+    assert last_checkpoint(tmp_path / "nowhere", "mine") is None
 
 
-def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, tiny):
-    check_disk(tmp_path, tiny.model(), 2)
+TRAINABLE = 726_816  # parameters of the tiny model
+
+
+def test_a_full_disk_is_an_error_before_the_run(tmp_path, monkeypatch):
+    check_disk(tmp_path, TRAINABLE, 2)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=5e6))
-    with pytest.raises(UserError, match="0.0 GB free on its disk, the checkpoints need 0.2 GB; make room"):
-        check_disk(tmp_path, tiny.model(), 2)
+    with pytest.raises(UserError, match="its disk has 0.0 GB free, the checkpoints need 0.2 GB; free space"):
+        check_disk(tmp_path, TRAINABLE, 2)
 
 
-def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(tmp_path, monkeypatch, tiny):
+def test_a_resumed_run_needs_space_only_for_what_is_not_written_yet(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=212e6))
     with pytest.raises(UserError, match="the checkpoints need 0.3 GB"):
-        check_disk(tmp_path, tiny.model(), 4)
+        check_disk(tmp_path, TRAINABLE, 4)
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "x").write_bytes(bytes(45_000_000))
-    check_disk(tmp_path, tiny.model(), 4)
+    check_disk(tmp_path, TRAINABLE, 4)
 
 
 def test_best_is_replaced_whole_or_not_at_all(tmp_path):
     best = tmp_path / "best"
 
     def fill(text: str, fault: bool = False):
-        with atomic_replace_dir(best) as draft:
+        with replace_dir(best) as draft:
             (draft / "best.json").write_text(text)
             write_manifest(draft)
             if fault:
@@ -169,7 +170,7 @@ def test_a_kill_while_best_is_replaced_leaves_the_old_or_the_new_one(moment, tmp
         draft.rename(best)
     recover_interrupted_replace(best)
     assert read_best(best)["step"] == (1 if moment == "before the first rename" else 2)
-    with atomic_replace_dir(best) as folder:
+    with replace_dir(best) as folder:
         (folder / "best.json").write_text('{"step": 3}')
         write_manifest(folder)
     assert read_best(best)["step"] == 3 and os.listdir(tmp_path) == ["best"]
@@ -184,7 +185,7 @@ def test_a_kill_between_the_renames_with_a_torn_draft_brings_the_old_one_back(tm
     assert read_best(tmp_path / "best") == {"step": 1}
 
 
-# ---- whose it is
+# ---- the run that wrote it
 
 
 def make(run, step, run_id, finished=True):
@@ -196,7 +197,7 @@ def make(run, step, run_id, finished=True):
     return folder
 
 
-def test_rotation_keeps_the_newest_finished_ones_and_what_others_wrote(tmp_path):
+def test_rotation_keeps_the_newest_completed_checkpoints_and_those_of_other_runs(tmp_path):
     for step in (10, 20, 30, 40):
         make(tmp_path, step, "mine", finished=step != 20)
     make(tmp_path, 5, "other")
@@ -208,7 +209,7 @@ def test_rotation_keeps_the_newest_finished_ones_and_what_others_wrote(tmp_path)
     assert sorted(os.listdir(tmp_path)) == left
 
 
-def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
+def test_rotation_never_leaves_fewer_completed_checkpoints_than_it_keeps(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step, "mine", finished=step != 30)
     rotate(tmp_path, "mine", 2)
@@ -216,7 +217,7 @@ def test_rotation_never_leaves_fewer_finished_ones_than_it_keeps(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(finished, tmp_path):
+def test_checkpoints_of_another_run_are_neither_resumed_nor_renamed_nor_written_to(finished, tmp_path):
     make(tmp_path, 5, "other")
     mine = make(tmp_path, 10, "mine")
     assert last_checkpoint(tmp_path, "mine") == mine
@@ -225,26 +226,28 @@ def test_what_another_run_wrote_is_neither_resumed_nor_renamed_nor_written_to(fi
         lambda: last_checkpoint(tmp_path, "mine"),
         lambda: create_checkpoint_dir(tmp_path / "checkpoint-90", "mine"),
     ):
-        with pytest.raises(UserError, match="checkpoint-90: is in the way, another run wrote it; move it, and the sam"):
+        with pytest.raises(
+            UserError, match="checkpoint-90: written by another run; move it, then re-run the same command"
+        ):
             look()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-5", "checkpoint-90"]
 
 
-@pytest.mark.parametrize("damage", [lambda mark: mark.unlink(), lambda mark: mark.write_text("min")])
-def test_a_checkpoint_whose_mark_is_damaged_is_still_the_runs_own(damage, tmp_path):
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("min")])
+def test_a_checkpoint_whose_run_id_is_corrupted_is_still_of_its_run(damage, tmp_path):
     damage(make(tmp_path, 20, "mine") / "run_id")
     assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["corrupted-checkpoint-20"]
 
 
 @pytest.mark.parametrize(("best_step", "taken"), [(10, True), (30, False)])
-def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken, tmp_path):
+def test_a_forked_run_has_the_metrics_and_best_of_its_checkpoint(best_step, taken, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     for folder in (old, new):
         folder.mkdir()
     checkpoint = make(old, 20, "old")
     for step in (10, 20, 30):
         append_metrics(old, {"step": step})
-    with atomic_replace_dir(old / "best") as folder:
+    with replace_dir(old / "best") as folder:
         (folder / "best.json").write_text(json.dumps({"step": best_step}))
         write_manifest(folder)
     copy = fork_checkpoint(checkpoint, new, "new")
@@ -252,5 +255,5 @@ def test_a_run_that_begins_at_anothers_checkpoint_has_its_past(best_step, taken,
     assert [line["step"] for line in read_metrics(new)] == [10, 20] and (new / "best").exists() == taken
     assert len(read_metrics(old)) == 3 and read_best(old / "best")["step"] == best_step
     (checkpoint / "x").write_text("y")
-    with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; name another checkpoint of"):
+    with pytest.raises(UserError, match="checkpoint-20: x differs from its manifest; use another checkpoint of"):
         require_valid_checkpoint(checkpoint)

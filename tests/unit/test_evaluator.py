@@ -12,7 +12,8 @@ from data.labels import parse_reply
 from evaluation.evaluator import Evaluator, read_correct, read_entries, score_with_cache
 from evaluation.metrics import confidence
 from evaluation.report import Calibration, Scored, calibrate, result_lines
-from runtime.checkpoint import atomic_replace_dir, write_manifest
+from runtime.atomic import replace_dir
+from runtime.checkpoint import write_manifest
 from utils.logging_utils import UserError, setup_logging
 
 
@@ -172,7 +173,7 @@ def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, 
     make(tiny, tmp_path).score(rows(tiny, 3), "val")
     kept = path.read_text()
     with monkeypatch.context() as fault:
-        fault.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        fault.setattr("runtime.atomic.os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(tiny, tmp_path).score(rows(tiny, 3), "val")
     assert path.read_text() == kept
@@ -236,7 +237,7 @@ def test_hits_of_a_folder(tiny, tmp_path):
     assert list(correct.values()) == right.tolist() and facts["model"] == "m"
     path = tmp_path / "eval_val.scores.jsonl"
     path.write_text(path.read_text().replace('"adapter": null', '"adapter": "step 3, manifest abc"'))
-    with atomic_replace_dir(tmp_path / "best") as draft:
+    with replace_dir(tmp_path / "best") as draft:
         (draft / "best.json").write_text('{"step": 3}')
         write_manifest(draft)
     with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
