@@ -159,7 +159,7 @@ class PlantModel:
         compile_layers(self.model)
 
     def eager(self) -> None:
-        """Plain kernels from now on: equal weights give equal numbers."""
+        """Eager kernels from now on: equal weights give equal numbers."""
         for layer in self.fused[:1]:  # they share their kernels
             layer.kernels.eager()
 
@@ -168,7 +168,7 @@ class PlantModel:
 
 
 def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
-    """The checkpoint's own processor on the PIL back end, and its prompt pieces for the config's question."""
+    """The checkpoint's own processor on the PIL back end, and the prompt of the config's question."""
     if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])

@@ -74,16 +74,16 @@ def _swiglu(gate, up, out):
 
 
 def _swiglu_backward(gate, up, gradient):
-    """In place: `gate` and `up` become their gradients, `gradient` becomes the product that it was the gradient of."""
+    """In place: `gate` and `up` become their gradients, `gradient` becomes the activation."""
     wide_gate, wide_up, wide = gate.float(), up.float(), gradient.float()
     share = torch.sigmoid(wide_gate)
     active = wide_gate * share
     of_gate = wide * wide_up * share * (1 + wide_gate * (1 - share))
     of_up = wide * active
-    product = active.to(gate.dtype) * up
+    activation = active.to(gate.dtype) * up
     gate.copy_(of_gate)
     up.copy_(of_up)
-    gradient.copy_(product)
+    gradient.copy_(activation)
 
 
 class CompiledKernel:

@@ -101,7 +101,7 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A micro-batch size, and how many layers keep their activations; the others use activation checkpointing."""
+    """A micro-batch size, and in how many layers there is no activation checkpointing."""
 
     micro_batch_size: int
     kept: int

@@ -55,16 +55,14 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
     low_rank = {_place(f"{name}.weight"): pair for name, pair in adapter.low_rank.items()} if adapter else {}
     whole = {_place(name): weight for name, weight in adapter.whole.items()} if adapter else {}
     left = {*low_rank, *whole}
-    plan = split_torch_state_dict_into_shards(
-        {
-            name: torch.empty(shape, dtype=_dtype_of(kind, dtype), device="meta")
-            for name, (_, shape, kind) in names.items()
-        },
-        max_shard_size=SHARD_BYTES,
-    )
-    for file, own in plan.filename_to_tensors.items():
+    empty = {
+        name: torch.empty(shape, dtype=dtype if "F" in kind else torch.int64, device="meta")
+        for name, (_, shape, kind) in names.items()
+    }
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
+    for file, in_shard in shards.filename_to_tensors.items():
         merged = {}
-        for name in own:
+        for name in in_shard:
             place = _place(name)
             with safe_open(names[name][0], "pt", backend="pread") as source:
                 weight = source.get_tensor(name)
@@ -87,8 +85,8 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
         raise UserError(
             f"{base}: {len(left)} weights of the adapter have no place in it ({', '.join(sorted(left)[:2])})"
         )
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -97,12 +95,12 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
     settings = LlavaNextConfig.from_pretrained(base)
     settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
     settings.save_pretrained(out)
-    has_own = (base / "generation_config.json").exists()
-    own = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig.from_model_config(settings)
-    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    # Greedy, whatever the base was set to: a name is not to be drawn by lot.
+    has_file = (base / "generation_config.json").exists()
+    saved = GenerationConfig.from_pretrained(base) if has_file else GenerationConfig.from_model_config(settings)
+    stops = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
+    # Greedy, whatever the base was set to: a class name is not to be sampled.
     generation = GenerationConfig(
-        bos_token_id=own.bos_token_id,
+        bos_token_id=saved.bos_token_id,
         eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.end_id}),
         pad_token_id=processor.tokenizer.pad_token_id,
         do_sample=False,
@@ -112,7 +110,7 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
 
 
 def save_processor(processor, out: Path) -> None:
-    """Padded on the left, as generation needs it; the collator says its own side."""
+    """Padded on the left, as generation needs it; the collator passes its side explicitly."""
     processor.tokenizer.padding_side = "left"
     processor.save_pretrained(out)
 
@@ -132,13 +130,9 @@ def _names(base: Path) -> dict[str, tuple[Path, list[int], str]]:
     for path in files:
         with safe_open(path, "pt", backend="pread") as source:
             for name in source.keys():  # noqa: SIM118  it is no dict
-                piece = source.get_slice(name)
-                found[name] = path, piece.get_shape(), piece.get_dtype()
+                tensor = source.get_slice(name)
+                found[name] = path, tensor.get_shape(), tensor.get_dtype()
     return found
-
-
-def _dtype_of(kind: str, dtype: torch.dtype) -> torch.dtype:
-    return dtype if "F" in kind else torch.int64
 
 
 def _place(name: str) -> str:

@@ -199,7 +199,7 @@ def _check_window(base, length: int) -> None:
 
 
 def score_rows(model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype) -> Iterator[Score]:
-    """A Score for each row with a readable image; the others are logged."""
+    """A Score for each row with a readable image; unreadable ones are logged."""
     for scores, unreadable in score_batches(model, collator, rows, batch_size, num_workers, dtype):
         for message in unreadable:
             logger.warning("unreadable image skipped: %s", message)

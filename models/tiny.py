@@ -1,7 +1,7 @@
 """LLaVA-NeXTs of random weights with their processors, built from config: no download.
 
-`tiny` has 0.7 million weights, for drawings on two CPU cores; `scratch` 27 million, for real images on a GPU; `full`
-7.6 billion, to measure a GPU before 15 GB are downloaded.
+`tiny` has 0.7 million weights, for synthetic images on two CPU cores; `scratch` 27 million, for real images on a GPU;
+`full` 7.6 billion, to measure a GPU before 15 GB are downloaded.
 
 The same classes as a full-size checkpoint, so that everything from the collator to the scores runs unchanged.
 """

@@ -37,7 +37,7 @@ def decide_run(config: TrainingConfig) -> Decision:
     """A new folder, or the folder of the same run where it was interrupted. Raises ConfigError.
 
     Without output_dir: runs/<preset>, and if that is complete or another config's, runs/<preset>-2, -3, ... An explicit
-    folder is never replaced by another one: ConfigError names what differs. Resumable options may differ.
+    folder is never replaced by another one: ConfigError says what differs. Resumable options may differ.
     """
     if config.resume not in ("auto", "never"):
         return _decide_named_start(config, Path(config.resume))

@@ -194,7 +194,7 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """One training at a time writes to a run folder. The lock goes with its process, however that ends.
 
-    Raises UserError that names the process which has it.
+    Raises UserError with the process that holds it.
     """
     import filelock
 
