@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import binomtest
 
-from models.scoring import judge_scores
+from models.scoring import rank_true_classes
 
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 
@@ -21,7 +21,7 @@ def measure_scores(scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str
     `mean_per_class` is the mean over the classes present of each one's own share: papers on Oxford Flowers report both,
     since its test split has 20 to 238 images a class.
     """
-    correct, above, _ = judge_scores(scores, labels)
+    correct, above, _ = rank_true_classes(scores, labels)
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
     yield "n", len(labels)
     yield "top1", float(correct.mean())

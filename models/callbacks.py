@@ -22,7 +22,7 @@ from models.throughput import measure_matmul_rate
 from runtime.atomic import replace_dir
 from runtime.checkpoint import CARD, METRICS_OF_BEST, read_best, rotate, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_files import PREFIX, append_metrics, cut_metrics, read_metrics
+from runtime.run_files import PREFIX, append_metrics, read_metrics, truncate_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
@@ -44,7 +44,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """On resume, drop what was written after the checkpoint, so that each step is there once."""
         if state.is_world_process_zero:
-            cut_metrics(self.folder, self.folder, state.global_step)
+            truncate_metrics(self.folder, self.folder, state.global_step)
             if args.device.type == "cuda":
                 dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
                 with contextlib.suppress(torch.OutOfMemoryError):

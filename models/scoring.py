@@ -250,7 +250,7 @@ def _load(model, rows, batch_size: int, num_workers: int, collate: Callable) -> 
     yield from tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
 
 
-def judge_scores(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rank_true_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each image: whether its top class is the true one; how many classes rank above that; its log-probability."""
-    own = scores[np.arange(len(labels)), labels]
-    return scores.argmax(axis=1) == labels, (scores > own[:, None]).sum(axis=1), own
+    true = scores[np.arange(len(labels)), labels]
+    return scores.argmax(axis=1) == labels, (scores > true[:, None]).sum(axis=1), true

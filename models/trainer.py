@@ -28,14 +28,14 @@ from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory, unshard_weights
-from models.scoring import build_tries, judge_scores, score_batch
+from models.scoring import build_tries, rank_true_classes, score_batch
 from models.throughput import FlopCounter
 from runtime.checkpoint import create_checkpoint_dir, read_best, verify_checkpoint
 from runtime.device import fit_workers, is_out_of_memory
 from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
-from runtime.run_files import BEST, PREFIX, cut_metrics, step_of
+from runtime.run_files import BEST, PREFIX, step_of, truncate_metrics
 from utils.image_utils import check_unreadable_fraction
 from utils.logging_utils import UserError, logger
 
@@ -338,7 +338,7 @@ class PlantTrainer(Trainer):
         saved.is_local_process_zero = self.is_local_process_zero()
         folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
         if self.is_world_process_zero():
-            cut_metrics(folder, folder, saved.global_step, is_evaluated)
+            truncate_metrics(folder, folder, saved.global_step, is_evaluated)
         if self.streams:
             self.train_dataset.skip_steps(saved.global_step)
         interval = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
@@ -479,7 +479,7 @@ class PlantTrainer(Trainer):
                 with self.accelerator.autocast():
                     scores = score_batch(self.model, batch, self.tries, self.eval_micro_batch).cpu().double().numpy()
                 labels = np.array([sample.label for sample in batch.samples])
-                correct, rank, log_likelihood = judge_scores(scores, labels)
+                correct, rank, log_likelihood = rank_true_classes(scores, labels)
                 tokens = [sample.length - sample.prompt_length for sample in batch.samples]
                 ids = [sample.id for sample in batch.samples]
                 scored += zip(ids, zip(tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runtime.atomic import beside, replace_dir, sync, write_file
 from runtime.legacy import renamed
-from runtime.run_files import BEST, PREFIX, checkpoints_in, cut_metrics, step_of
+from runtime.run_files import BEST, PREFIX, checkpoints_in, step_of, truncate_metrics
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
@@ -113,7 +113,7 @@ def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
 
 def fork_checkpoint(checkpoint: Path, run_folder: Path, run_id: str) -> Path:
     """Start a run from another run's checkpoint: copy it, its metrics, and best/ if no newer. Returns the copy."""
-    cut_metrics(checkpoint.parent, run_folder, step_of(checkpoint))
+    truncate_metrics(checkpoint.parent, run_folder, step_of(checkpoint))
     best = read_best(checkpoint.parent / BEST)
     if best is not None and best["step"] <= step_of(checkpoint):
         with replace_dir(run_folder / BEST) as draft:

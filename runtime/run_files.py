@@ -87,7 +87,7 @@ def append_metrics(folder: str | Path, entry: dict) -> None:
         file.write(torn + json.dumps(entry).encode() + b"\n")
 
 
-def cut_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
+def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
     """metrics.jsonl of `folder` becomes that of `source` up to a step, with or without the evaluation at that step."""
     kept = [
         line

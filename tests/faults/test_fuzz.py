@@ -17,7 +17,7 @@ from config.training_config import CONFIG_FILE, PRESETS, ConfigError, TrainingCo
 from data.dataset import tidy_name
 from data.labels import CLASS_NAMES, parse_reply
 from runtime.checkpoint import MANIFEST, verify_checkpoint, write_manifest
-from runtime.run_files import append_metrics, cut_metrics, load_config, read_metrics, save_config
+from runtime.run_files import append_metrics, load_config, read_metrics, save_config, truncate_metrics
 from tests.faults.corpus import contents
 from utils.image_utils import ImageError, fit_image, open_image, read_image_size
 
@@ -145,7 +145,7 @@ def test_metrics_and_manifests(tmp_path):
         before = read_metrics(tmp_path)
         append_metrics(tmp_path, {"step": 1})
         assert read_metrics(tmp_path) == [*before, {"step": 1}]
-        cut_metrics(tmp_path, tmp_path, 1)
+        truncate_metrics(tmp_path, tmp_path, 1)
 
     fuzz(check)
 

@@ -6,7 +6,7 @@ import pytest
 from config.cli import parse_config
 from config.training_config import ConfigError
 from runtime.resume import check_same_facts, decide_run
-from runtime.run_files import append_metrics, cut_metrics, read_metrics, save_config
+from runtime.run_files import append_metrics, read_metrics, save_config, truncate_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
     with open(in_tmp / "metrics.jsonl", "ab") as file:
         file.write(b"\0" * 9 + b"\xff\n5\n")  # a crash of the machine
     append_metrics(in_tmp, {"step": 3, "completed": True})
-    cut_metrics(in_tmp, in_tmp, 2)
+    truncate_metrics(in_tmp, in_tmp, 2)
     assert (in_tmp / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
