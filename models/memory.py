@@ -1,27 +1,23 @@
 """Memory of a micro-batch: a model of its bytes, and a planner that tries on the GPU what fits before the first step.
 
-Shapes: T tokens of the longest sample, D width of the language model, L its layers.
-
 Holds for the layers of models/fused_layers.py. If a step runs out of memory all the same, models/trainer.py retries it
 with half the micro-batch.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import psutil
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache
 
-from models.fused_layers import FusedLayer, set_activation_checkpointing, unwrap
+from models.fused_layers import set_activation_checkpointing, unwrap
 from runtime.device import (
     GIB,
     available_gpu_memory,
+    collect_memory,
     is_out_of_memory,
     memory_in_use,
     peak_memory,
@@ -40,7 +36,9 @@ BACKWARD = 1.1  # of a forward: the weights are frozen, so only rows and LoRA ne
 # Bytes of optimizer state per trainable parameter, by a part of transformers' name; the first match counts.
 OPTIMIZER_BYTES = {"paged": 0, "8bit": 2, "4bit": 1, "sgd": 0, "adafactor": 0, "adam": 8}
 COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (docs/LOG.md)
-COMPILE_SAVES = 0.2  # share of a step's time that compiled kernels save; 0.38 on an H100 (docs/LOG.md)
+COMPILE_SAVES = 0.2  # share of the time that compiled kernels save; 0.38 of a training step on an H100 (docs/LOG.md)
+# Scoring an image, where nothing was measured; puts the choice at the 2,000 images measured on an H100 (docs/LOG.md).
+SCORING_SECONDS = 0.15
 
 
 class MicroBatcher:
@@ -70,7 +68,7 @@ class LayerShape(NamedTuple):
     compiled: bool  # whether the elementwise kernels are
 
     def bytes_per_token(self) -> tuple[int, int]:
-        """(activations that a layer keeps beside its input, transient bytes while its backward is computed).
+        """(activations saved for the backward besides the layer's input, transient bytes during the backward).
 
         What compiled kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
         """
@@ -79,12 +77,12 @@ class LayerShape(NamedTuple):
         head = getattr(config, "head_dim", None) or width // config.num_attention_heads
         queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
         # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
-        kept = self.itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * self.lora_columns)
-        kept += 4 * config.num_attention_heads
+        activations = self.itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * self.lora_columns)
+        activations += 4 * config.num_attention_heads
         # the MLP's gradient; residual, norm and their gradients
         transient = self.itemsize * (inner + self.lora_columns + 4 * width)
         transient += 0 if self.compiled else 6 * 4 * inner
-        return kept, kept + transient
+        return activations, activations + transient
 
 
 class Cost(NamedTuple):
@@ -100,11 +98,17 @@ class Cost(NamedTuple):
         return self.static + micro_batch_size * per_image
 
 
-class Plan(NamedTuple):
-    """A micro-batch size, and in how many layers there is no activation checkpointing."""
+class Step(NamedTuple):
+    """What a rank computes in one optimizer step."""
 
+    images: int
+    tokens: int  # of the longest sample
+    layers: int  # of the language model
+
+
+class Plan(NamedTuple):
     micro_batch_size: int
-    kept: int
+    kept: int  # layers without activation checkpointing
     offload: bool  # inputs of checkpointed layers are offloaded to the CPU
     peak: float  # bytes
 
@@ -116,42 +120,45 @@ def optimizer_bytes(optim: str, trainable: int) -> int:
 
 def step_cost(layer: LayerShape, tokens: int, held: float) -> Cost:
     """`held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included."""
-    kept, transient = layer.bytes_per_token()
+    activations, transient = layer.bytes_per_token()
     width, inner = layer.text_config.hidden_size, layer.text_config.intermediate_size
     dequantized = layer.itemsize * inner * (width + layer.lora_columns)
-    checkpoint = layer.text_config.num_hidden_layers * width * layer.itemsize  # each layer's input, kept in any case
-    return Cost(held + dequantized + WORKSPACE, tokens * transient, tokens * checkpoint, tokens * kept)
+    inputs_of_layers = layer.text_config.num_hidden_layers * width * layer.itemsize
+    return Cost(held + dequantized + WORKSPACE, tokens * transient, tokens * inputs_of_layers, tokens * activations)
 
 
-def choose_plan(
-    cost: Cost,
-    budget: float,
-    images: int,
-    layers: int,
-    tokens: int,
-    checkpointing: str = "auto",
-    host: float = math.inf,
-) -> Plan:
-    """The fastest plan within `budget` bytes of the GPU and, with offloading, `host` bytes, for `images` a step.
+def choose_plan(cost: Cost, step: Step, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
+    """The fastest plan within `budget` bytes of the GPU and, with offloading, `host` bytes of the CPU's memory.
 
     `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
     is the smallest: one image, and with auto all layers' inputs offloaded.
     """
     found = []
     offload = checkpointing == "offload"
-    most, least = (0 if checkpointing in ("true", "offload") else layers), (layers if checkpointing == "false" else 0)
-    for size in sorted({-(-images // parts) for parts in range(1, images + 1)}):
+    least = step.layers if checkpointing == "false" else 0
+    most = 0 if checkpointing in ("true", "offload") else step.layers
+    for size in sorted({-(-step.images // parts) for parts in range(1, step.images + 1)}):
         room = budget - cost.peak(size, 0, offload)
         fits = room > 0 and (not offload or size * cost.checkpoint <= host)
         kept = min(most, int(room // (size * cost.activation))) if fits else -1
         if kept >= least:
-            forwards = 1 + BACKWARD + RECOMPUTED * (layers - kept) / layers
-            duration = images * tokens * forwards + -(-images // size) * MICRO_BATCH_TOKENS  # in tokens forward
-            found.append((duration, Plan(size, kept, offload, cost.peak(size, kept, offload))))
+            forwards = 1 + BACKWARD + RECOMPUTED * (step.layers - kept) / step.layers
+            tokens = step.images * step.tokens * forwards + -(-step.images // size) * MICRO_BATCH_TOKENS  # forward
+            found.append((tokens, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]
     offload = checkpointing in ("auto", "offload")
     return Plan(1, least, offload, cost.peak(1, least, offload))
+
+
+def is_worth_compiling(compile: str, images: float, seconds_per_image: float = SCORING_SECONDS) -> bool:
+    """Whether to compile kernels for so many images on a CUDA GPU; `seconds_per_image` is that of eager kernels.
+
+    `compile` is auto, true or false; auto: if the compiled kernels win back the time of compiling them.
+    """
+    if compile != "auto":
+        return compile == "true"
+    return images > 0 and images * seconds_per_image * COMPILE_SAVES >= COMPILE_SECONDS
 
 
 # ---- the planner
@@ -170,10 +177,10 @@ class MemoryOptions:
 def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
     """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
 
-    `row` is the largest sample to come. The plan is arithmetic; one micro-batch of such samples, from which no weight
-    moves, then measures it. `steps_left` optimizer steps decide whether compiling is worth its time. Without a CUDA GPU
-    or fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and
-    the micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
+    `row` is the largest sample to come. The plan is arithmetic; a micro-batch of such samples, which updates no weight,
+    then measures it. `steps_left` optimizer steps decide whether compiling is worth its time. Without a CUDA GPU or
+    fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the
+    micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
     configured micro-batch, does not fit.
     """
     device = trainer.args.device
@@ -188,14 +195,15 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
             logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batch_size)
             return
         began = time.perf_counter()
-        if _may_compile(trainer, options) and _is_trial_worth_compiling(trainer, row, steps_left):
-            trainer.fused[0].kernels.compile()
+        # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
+        if options.compile == "auto" and (options.auto_batch or trainer.micro_batch_size > 1):
+            seconds, _ = try_micro_batch(trainer, row, 1)
+            _compile_if_worth(trainer, seconds, steps_left)
         if options.auto_batch:
             _fit(trainer, options, row, available)
         elif trainer.fused[0].kernels.compiled:
-            with contextlib.suppress(torch.OutOfMemoryError):  # the step itself reports it
-                try_micro_batch(trainer, row, 1)
-        _log_kernels(trainer.fused, options, time.perf_counter() - began)
+            try_micro_batch(trainer, row, 1)
+        _log_kernels(trainer, options, began)
 
 
 def unshard_weights(trainer) -> None:
@@ -206,115 +214,8 @@ def unshard_weights(trainer) -> None:
         trainer.accelerator.wait_for_everyone()
 
 
-def _may_compile(trainer, options: MemoryOptions) -> bool:
-    """With one image at a time the CPU is what a step waits for, and nothing is gained (docs/LOG.md)."""
-    several = trainer.micro_batch_size > 1 or (options.auto_batch and options.sharding == "none")
-    return options.compile == "auto" and several
-
-
-def _is_trial_worth_compiling(trainer, row: dict, steps_left: float) -> bool:
-    try:
-        seconds, _ = try_micro_batch(trainer, row, 1)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        seconds = math.inf  # compiled kernels take less memory
-    return is_worth_compiling(trainer, seconds, steps_left)
-
-
-def is_worth_compiling(trainer, seconds_per_image: float, steps_left: float) -> bool:
-    """Whether the rest of the run saves the time that compiling takes; the same answer on all ranks."""
-    images = steps_left * trainer.total_batch_size / trainer.args.world_size
-    return any(gather_object([images > 0 and images * seconds_per_image * COMPILE_SAVES > COMPILE_SECONDS]))
-
-
-def _log_kernels(fused: Sequence[FusedLayer], options: MemoryOptions, seconds: float) -> None:
-    words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
-    logger.info("memory | kernels %s | tried in %.0f s", "compiled" if fused[0].kernels.compiled else words, seconds)
-
-
-def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
-    """Shard the frozen weights across ranks and try the configured micro-batch."""
-    device, base = trainer.args.device, unwrap(trainer.model)
-    loading = peak_memory(device)
-    checksums = checksum_quantized(base)
-    trainer.fsdp_modules = shard_frozen_parameters(base)
-    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
-    (dummy,) = trainer.data_collator([row]).to(device).split(1)
-    trainer.dummy_micro_batch = dummy | {
-        name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")
-    }
-    clear_device_cache(garbage_collection=True)
-    held, size = memory_in_use(device), trainer.micro_batch_size
-    try:
-        began = time.perf_counter()
-        seconds, peak = try_micro_batch(trainer, row, size)
-        if trainer.fused and device.type == "cuda":
-            if _may_compile(trainer, options) and is_worth_compiling(trainer, seconds, steps_left):
-                trainer.fused[0].kernels.compile()
-                _, peak = try_micro_batch(trainer, row, size)
-            _log_kernels(trainer.fused, options, time.perf_counter() - began)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"memory: {out_of_memory_message(trainer)}") from error
-    with unsharded(trainer.fsdp_modules):
-        if checksum_quantized(base) != checksums:
-            raise UserError("memory: sharding alters the 4-bit weights; use --sharding none, and report it")
-    logger.info(
-        f"memory | frozen weights sharded across {trainer.args.world_size} ranks: {held / GIB:.2f} GiB each, "
-        f"{loading / GIB:.2f} while loading | micro-batch {size}, as configured | peak {peak / GIB:.2f} GiB measured"
-    )
-
-
-def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
-    """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
-    (sample,) = trainer.data_collator([row]).samples
-    base, optim = unwrap(trainer.model), trainer.args.optim
-    images, layers = math.ceil(trainer.total_batch_size / trainer.args.world_size), len(trainer.fused)
-    trainable = trainer.model.num_parameters(only_trainable=True)
-    state = optimizer_bytes(optim, trainable)  # allocated in the first step, so after the trial
-    held = memory_in_use(trainer.args.device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
-    itemsize = base.get_input_embeddings().weight.element_size()
-    kernels, columns = trainer.fused[0].kernels, trainer.fused[0].lora_columns
-    shape = LayerShape(base.config.text_config, columns, itemsize, kernels.compiled)
-    cost = step_cost(shape, sample.length, held)
-    budget = allowed = available * (1 - FRAGMENTATION)
-    # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
-    host = psutil.virtual_memory().available / (4 * get_local_world_size())
-    asked = images, layers, sample.length, options.gradient_checkpointing
-    smallest = choose_plan(cost, 0, *asked)
-    while True:
-        plan = choose_plan(cost, budget, *asked, host)
-        trainer.micro_batch_size = plan.micro_batch_size
-        set_activation_checkpointing(trainer.fused, plan.kept, plan.offload)
-        try:
-            _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if plan == smallest:
-                raise UserError(f"memory: {out_of_memory_message(trainer)}") from error
-            peak = math.inf
-        clear_device_cache(garbage_collection=True)
-        if peak + state <= budget or (plan == smallest and peak < math.inf):
-            break
-        logger.warning(
-            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {layers - plan.kept} of "
-            f"{layers} layers does not fit; trying less"
-        )
-        budget = cost.static + 0.8 * (plan.peak - cost.static)
-    if peak + state > allowed:
-        logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
-    logger.info(
-        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {layers - plan.kept}/{layers} layers"
-        f"{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB predicted, "
-        f"{(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
-    )
-
-
 def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
-    """(seconds per image, peak bytes) of a micro-batch of `row`, the second of two; no weight moves."""
+    """(seconds per image, peak bytes) of a micro-batch of `row`, infinite if it does not fit; no weight is updated."""
     device = trainer.args.device
     batch = trainer.data_collator([row] * size).to(device)
     trainer.model.train()
@@ -329,8 +230,96 @@ def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
             loss.backward()
             synchronize(device)
         return (time.perf_counter() - began) / size, peak_memory(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf, math.inf
     finally:
         trainer.model.zero_grad()
+
+
+def _compile_if_worth(trainer, seconds_per_image: float, steps_left: float) -> None:
+    """The same choice on all ranks."""
+    images = steps_left * trainer.total_batch_size / trainer.args.world_size
+    if any(gather_object([is_worth_compiling("auto", images, seconds_per_image)])):
+        trainer.fused[0].kernels.compile()
+
+
+def _log_kernels(trainer, options: MemoryOptions, began: float) -> None:
+    words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+    words = "compiled" if trainer.fused[0].kernels.compiled else words
+    logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
+
+
+def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+    """Shard the frozen weights across ranks and try the configured micro-batch."""
+    device, base = trainer.args.device, unwrap(trainer.model)
+    loading = peak_memory(device)
+    checksums = checksum_quantized(base)
+    trainer.fsdp_modules = shard_frozen_parameters(base)
+    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
+    (dummy,) = trainer.data_collator([row]).to(device).split(1)
+    ignored = {name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")}
+    trainer.dummy_micro_batch = dummy | ignored
+    collect_memory(device)
+    held, size = memory_in_use(device), trainer.micro_batch_size
+    began = time.perf_counter()
+    seconds, peak = try_micro_batch(trainer, row, size)
+    if trainer.fused and device.type == "cuda" and peak < math.inf:
+        if options.compile == "auto" and size > 1:
+            _compile_if_worth(trainer, seconds, steps_left)
+            if trainer.fused[0].kernels.compiled:
+                _, peak = try_micro_batch(trainer, row, size)
+        _log_kernels(trainer, options, began)
+    if peak == math.inf:
+        raise UserError(f"memory: {out_of_memory_message(trainer)}")
+    with unsharded(trainer.fsdp_modules):
+        if checksum_quantized(base) != checksums:
+            raise UserError("memory: sharding alters the 4-bit weights; use --sharding none, and report it")
+    logger.info(
+        f"memory | frozen weights sharded across {trainer.args.world_size} ranks: {held / GIB:.2f} GiB each, "
+        f"{loading / GIB:.2f} while loading | micro-batch {size}, as configured | peak {peak / GIB:.2f} GiB measured"
+    )
+
+
+def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
+    """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
+    (sample,) = trainer.data_collator([row]).samples
+    base, fused, device = unwrap(trainer.model), trainer.fused, trainer.args.device
+    images = math.ceil(trainer.total_batch_size / trainer.args.world_size)
+    step = Step(images, sample.length, len(fused))
+    trainable = trainer.model.num_parameters(only_trainable=True)
+    state = optimizer_bytes(trainer.args.optim, trainable)  # allocated in the first step, so after the trial
+    held = memory_in_use(device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
+    itemsize = base.get_input_embeddings().weight.element_size()
+    shape = LayerShape(base.config.text_config, fused[0].lora_columns, itemsize, fused[0].kernels.compiled)
+    cost = step_cost(shape, sample.length, held)
+    budget = allowed = available * (1 - FRAGMENTATION)
+    # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
+    host = psutil.virtual_memory().available / (4 * get_local_world_size())
+    smallest = choose_plan(cost, step, 0, options.gradient_checkpointing)
+    while True:
+        plan = choose_plan(cost, step, budget, options.gradient_checkpointing, host)
+        trainer.micro_batch_size = plan.micro_batch_size
+        set_activation_checkpointing(fused, plan.kept, plan.offload)
+        _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
+        collect_memory(device)
+        if plan == smallest and peak == math.inf:
+            raise UserError(f"memory: {out_of_memory_message(trainer)}")
+        if plan == smallest or peak + state <= budget:
+            break
+        logger.warning(
+            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {step.layers - plan.kept} "
+            f"of {step.layers} layers does not fit; trying less"
+        )
+        budget = cost.static + 0.8 * (plan.peak - cost.static)
+    if peak + state > allowed:
+        logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
+    logger.info(
+        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {step.layers - plan.kept}/"
+        f"{step.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
+        f"predicted, {(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
+    )
 
 
 def out_of_memory_message(trainer) -> str:

@@ -1,9 +1,22 @@
+"""The memory model against measured peaks, the plans made from it, and the planner on small models."""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from models.memory import Cost, LayerShape, MemoryOptions, choose_plan, optimizer_bytes, plan_memory, step_cost
+from models.memory import (
+    Cost,
+    LayerShape,
+    MemoryOptions,
+    MicroBatcher,
+    Step,
+    choose_plan,
+    is_worth_compiling,
+    optimizer_bytes,
+    plan_memory,
+    step_cost,
+)
 from runtime.device import is_out_of_memory
 from tests.unit.test_trainer import Cramped, make_fused, make_trainer, same, weights
 from utils.logging_utils import UserError, setup_logging
@@ -13,13 +26,14 @@ MISTRAL = SimpleNamespace(
     hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32
 )  # of llava-v1.6-mistral-7b
 TRAINABLE = 41_943_040  # parameters of LoRA at rank 16
+STEP = Step(16, 1199, 32)
 
 
 def cost_of(tokens: int, compiled: bool = True) -> Cost:
     return step_cost(LayerShape(MISTRAL, 64, 2, compiled), tokens, 4.61 * GIB + 4 * TRAINABLE + 65e6)
 
 
-# tokens, micro-batch size, layers that keep activations, offload, compiled, GiB measured on an H100 (docs/LOG.md)
+# tokens, micro-batch size, layers without checkpointing, offload, compiled, GiB measured on an H100 (docs/LOG.md)
 MEASURED = [
     (1199, 16, 32, False, True, 61.03),
     (2373, 8, 32, False, True, 60.39),
@@ -42,7 +56,7 @@ def test_the_plan_for_gpus_of_many_sizes():
     """More memory never makes a slower plan, and no plan is above its budget unless nothing fits."""
     last = 0.0
     for room in (5, 6, 7, 8, 11, 13, 20, 40, 68, 130):
-        plan = choose_plan(cost_of(1199), room * GIB, 16, 32, 1199)
+        plan = choose_plan(cost_of(1199), STEP, room * GIB)
         speed = plan.micro_batch_size * 100 + plan.kept
         assert plan.peak <= room * GIB or (plan.micro_batch_size, plan.kept, plan.offload) == (1, 0, True)
         assert plan.kept > 0 or room < 8
@@ -54,12 +68,12 @@ def test_the_plan_for_gpus_of_many_sizes():
     "checkpointing, expected", [("true", (16, 0, False)), ("offload", (16, 0, True)), ("false", (16, 32, False))]
 )
 def test_activation_checkpointing_can_be_fixed(checkpointing, expected):
-    assert choose_plan(cost_of(1199), 75 * GIB, 16, 32, 1199, checkpointing)[:3] == expected
+    assert choose_plan(cost_of(1199), STEP, 75 * GIB, checkpointing)[:3] == expected
 
 
 @pytest.mark.parametrize("checkpointing, offload, kept", [("auto", True, 0), ("true", False, 0), ("false", False, 32)])
 def test_where_nothing_fits_the_smallest_is_tried(checkpointing, offload, kept):
-    plan = choose_plan(cost_of(1199), 1 * GIB, 16, 32, 1199, checkpointing)
+    plan = choose_plan(cost_of(1199), STEP, 1 * GIB, checkpointing)
     assert (plan.micro_batch_size, plan.kept, plan.offload) == (1, kept, offload) and plan.peak > 1 * GIB
 
 
@@ -67,7 +81,7 @@ def test_where_nothing_fits_the_smallest_is_tried(checkpointing, offload, kept):
 def test_micro_batches_are_as_equal_as_they_can_be(images):
     """Never 16 images as 15 and 1: the last micro-batch would cost as much as the first."""
     for room in range(6, 70):
-        size = choose_plan(cost_of(1199), room * GIB, images, 32, 1199).micro_batch_size
+        size = choose_plan(cost_of(1199), Step(images, 1199, 32), room * GIB).micro_batch_size
         assert size == -(-images // -(-images // size))
 
 
@@ -82,9 +96,26 @@ def test_eager_kernels_need_more_transient_memory():
 
 
 def test_offloaded_inputs_must_fit_the_host():
-    cost, inputs = cost_of(1199), cost_of(1199).checkpoint
-    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload").micro_batch_size == 16
-    assert choose_plan(cost, 60 * GIB, 16, 32, 1199, "offload", host=5 * inputs).micro_batch_size == 4
+    cost = cost_of(1199)
+    assert choose_plan(cost, STEP, 60 * GIB, "offload").micro_batch_size == 16
+    assert choose_plan(cost, STEP, 60 * GIB, "offload", host=5 * cost.checkpoint).micro_batch_size == 4
+
+
+@pytest.mark.parametrize("size, sizes", [(16, [8, 4, 2, 1]), (7, [3, 1])])
+def test_a_micro_batch_is_halved_until_one_image_does_not_fit(size, sizes):
+    micro_batcher, seen = MicroBatcher(size), []
+    with pytest.raises(UserError, match="use a larger GPU"):
+        while True:
+            micro_batcher.halve(torch.OutOfMemoryError("CUDA out of memory."), "use a larger GPU")
+            seen.append(micro_batcher.size)
+    assert seen == sizes
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        MicroBatcher(4).halve(RuntimeError("shapes differ"), "use a larger GPU")
+
+
+def test_an_evaluation_compiles_from_two_thousand_images_on():
+    assert is_worth_compiling("auto", 2010) and not is_worth_compiling("auto", 1990)
+    assert is_worth_compiling("true", 1) and not is_worth_compiling("false", 1e9)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +228,7 @@ def test_micro_batches_of_one_image_are_not_compiled_for(images, compiles, tiny,
 def test_kernels_are_compiled_if_the_run_wins_the_time_back(
     compile, seconds, steps_left, compiles, tiny, tmp_path, on_a_gpu
 ):
-    """16 images a step save a fifth of their seconds, and compiling takes 60; the seconds are given, not measured."""
+    """16 images per step save a fifth of their seconds, and compiling takes 60; the seconds are given, not measured."""
     asked = []
     on_a_gpu.setattr("models.memory.try_micro_batch", lambda *_: (seconds, 1e6))
     on_a_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
