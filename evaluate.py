@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from peft import PeftModel
 
-        from data.dataset import build_datasets, data_fingerprint, known_duplicates, take
+        from data.dataset import build_datasets, known_duplicates, take
         from data.labels import parse_reply
         from evaluation.evaluator import build_evaluator
         from evaluation.model_card import build_model_card
@@ -130,8 +130,10 @@ def main(argv: list[str] | None = None) -> int:
             adapter = None if is_base else describe_best(folder / BEST)
             data = build_datasets(config)
             if not is_base:
-                check_data(data, recorded, config, folder)
-        assert_same_across_ranks({"images": data_fingerprint(data)}, dist)
+                is_own = config.dataset == load_config(folder)[0].dataset
+                fingerprint = recorded["data_fingerprint"] if is_own else None
+                data.assert_matches(recorded["class_names"], fingerprint, folder)
+        assert_same_across_ranks({"images": data.fingerprint()}, dist)
         ood = collect_ood_images(options.ood)
         if is_base:
             plant = PlantModel.from_config(config, data.class_names, device)
@@ -179,28 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_data(data, recorded: dict, config, folder: Path) -> None:
-    """Raise UserError unless the classes are those that the run learned, and its own images are split as they were."""
-    from data.dataset import data_fingerprint
-
-    differ = [name for name in data.class_names if name not in recorded["class_names"]]
-    if data.class_names != recorded["class_names"]:
-        raise UserError(
-            f"--dataset {config.dataset}: its {len(data.class_names)} classes are not the "
-            f"{len(recorded['class_names'])} that {folder} learned ({', '.join(differ[:3]) or 'some are missing'}); "
-            "name images of the same classes"
-        )
-    is_own = config.dataset == load_config(folder)[0].dataset
-    if is_own and data_fingerprint(data) != recorded["data_fingerprint"]:
-        raise UserError(
-            f"--dataset {config.dataset}: its images changed since {folder} was trained, and are split otherwise: some "
-            "that it learned would be scored; put them back, or name new images with --dataset"
-        )
-
-
 def collect_ood_images(folder: str | None) -> dict[str, list[dict]]:
     """Pictures without any of the classes: drawn ones, and the images of a folder."""
-    from data.dataset import load_ood_images
+    from data.sources import load_ood_images
     from data.synthetic import draw_ood_images
 
     return draw_ood_images() | ({} if folder is None else {"your images": load_ood_images(Path(folder))})

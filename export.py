@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, first_line, logger, report_errors, set_environment, setup_logging
 
 LOCK_FILE = ".exporting"  # in a staging directory, locked while it is written
 MARGIN_BYTES = 50e6  # processor and model card
@@ -246,11 +246,12 @@ def export_adapter(run: Run, draft: Path, images, device) -> str:
 
 def load_validation(run: Run, limit: int | None) -> Validation:
     from data.dataset import build_datasets, take
-    from evaluate import check_data
     from evaluation.evaluator import read_correct
 
     data = build_datasets(run.config)
-    check_data(data, run.recorded, run.config, run.folder)
+    is_own = run.config.dataset == Run.load(run.folder).config.dataset
+    fingerprint = run.recorded["data_fingerprint"] if is_own else None
+    data.assert_matches(run.recorded["class_names"], fingerprint, run.folder)
     if data.validation is None:
         return Validation(take(data.train, 100), None)
     return Validation(take(data.validation, limit), read_correct(run.folder, "val")[1])
@@ -319,8 +320,7 @@ def report_hub_errors(name: str, next_move: str) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-        raise UserError(f"{name}: the hub refuses ({type(error).__name__}: {reason}); {next_move}") from error
+        raise UserError(f"{name}: the hub refuses ({first_line(error)}); {next_move}") from error
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ STEPS = 6  # optimizer steps of the trial; the first two may still allocate
 LEAK_GIB = 0.06  # growth over the later steps that is called a leak
 PRETRAINED_LOSS = 0.05, 4.0  # around the documented 0.5 to 2.0: names differ in how hard they are
 HUB_BYTES = 20e9  # of a 7B checkpoint on its way and the images
-SAMPLED = 500  # images of a stream that are looked at
 GIB = 2**30
 
 
@@ -159,15 +158,13 @@ def check_disk_and_memory(ready) -> str:
 
 
 def check_data(ready) -> str:
-    from datasets import Dataset
-
-    from data.dataset import ROW, build_datasets
+    from data.dataset import build_datasets, sample_rows
     from utils.image_utils import ImageError, open_image
 
     data = build_datasets(ready.config)
-    ready.images = data.train.images if ready.config.streaming else len(data.train)
+    ready.images = data.num_train
     if ready.config.streaming:  # its first images stand for all
-        data = data._replace(train=Dataset.from_list(data.train.head(SAMPLED), features=ROW))
+        data = dataclasses.replace(data, train=sample_rows(data.train))
     sizes, broken = [], []
     for index in range(4):
         try:
@@ -215,9 +212,10 @@ def check_processor(ready) -> str:
 
 
 def check_lengths(ready) -> str:
+    from data.dataset import check_unreadable_fraction, sample_rows
     from utils.image_utils import ImageError, fitted_size, read_image_size
 
-    rows = ready.data.train.select(range(0, len(ready.data.train), -(-len(ready.data.train) // 2000)))
+    rows = sample_rows(ready.data.train)
     lengths, bad = [], []
     for row in rows:
         try:
@@ -226,11 +224,7 @@ def check_lengths(ready) -> str:
             )
         except ImageError as error:
             bad.append(str(error))
-    if len(bad) > ready.config.max_unreadable_fraction * len(rows):
-        raise UserError(
-            f"{len(bad)} of {len(rows)} images cannot be opened, such as {bad[0]}; mend or remove them, or raise "
-            "--max-unreadable-fraction"
-        )
+    check_unreadable_fraction(bad, len(rows), ready.config.max_unreadable_fraction)
     quarters = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else [lengths[0]] * 3
     return (
         f"{min(lengths):,} to {max(lengths):,} tokens, half between {quarters[0]:,.0f} and {quarters[2]:,.0f} "

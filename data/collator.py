@@ -18,7 +18,6 @@ from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt, count_image_tokens
 
 IGNORED = -100  # label of a token that is not supervised
-MAX_SIZES_READ = 2000  # images whose headers are read to find the largest
 
 
 class Answer(NamedTuple):
@@ -210,20 +209,15 @@ class PlantCollator:
     def largest_row(self, rows: Sequence[dict]) -> dict:
         """A row of plain grey that becomes as many tokens as the largest of `rows` can: image and longest name.
 
-        Sizes are read from the headers of at most MAX_SIZES_READ images; unreadable ones are ignored.
+        Unless images are resized, the header of each is read; unreadable ones are ignored.
         """
-        sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else self._read_sizes(rows)
-        largest = max(sizes, key=lambda size: self.count_tokens(size)[0])
+        sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else set()
+        for row in () if self.image_size else rows:
+            with contextlib.suppress(ImageError):
+                sizes.add(read_image_size(row["image"]))
+        largest = max(sizes or {(500, 500)}, key=lambda size: self.count_tokens(size)[0])
         longest = max(range(len(self.answers)), key=lambda label: len(self.answers[label].ids))
         return {"image": grey_image(largest), "label": longest, "id": "largest"}
-
-    @staticmethod
-    def _read_sizes(rows: Sequence[dict]) -> set[tuple[int, int]]:
-        found = set()
-        for index in range(0, len(rows), -(-len(rows) // MAX_SIZES_READ)):
-            with contextlib.suppress(ImageError):
-                found.add(read_image_size(rows[index]["image"]))
-        return found or {(500, 500)}
 
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""

@@ -35,6 +35,12 @@ IMAGES_PER_CLASS = (
 )
 # fmt: on
 OFFICIAL_PER_CLASS = 10  # images of each class in the official train split, and in val; the rest is test
+# Byte-identical images in two splits of the official release, kept as published.
+KNOWN_DUPLICATES = {
+    "image_07309": "image_07307 (train)",
+    "image_08067": "image_08077 (val)",
+    "image_08077": "image_08067 (test)",
+}
 
 
 def official_counts(split: str) -> list[int]:

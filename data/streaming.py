@@ -1,4 +1,4 @@
-"""Train images read from parquet files as they are needed, where a disk has no room for them as Arrow as well."""
+"""Train images streamed from parquet files, for a disk without room for them as Arrow as well."""
 
 import glob
 import hashlib
@@ -12,72 +12,74 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from utils.logging_utils import UserError
 
-BUFFER = 1000  # rows, not decoded, out of which the next is drawn; of each loader's worker
+SHUFFLE_BUFFER = 1000  # rows, not decoded, out of which the next is drawn; in each loader worker
 
 
 class Stream(IterableDataset):
-    """Rows like those of data/dataset.py, for ever: pass after pass, each in another order.
+    """Rows like those of data/sources.py, without end: pass after pass, each in another order.
 
-    A process has every n-th file to itself, and its loader's workers have every n-th of these. `share` and `skip_steps`
-    say which rows; then the same numbers of processes and workers give the same rows in the same order.
+    A rank reads every n-th file, and its loader's workers every n-th of these. `set_rank` and `skip_steps` decide which
+    rows come; with the same numbers of ranks and workers, they are the same rows in the same order.
     """
 
     def __init__(self, files: Sequence[Path], seed: int):
         rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
-        self.files = [file for file in files if rows[file]] or list(files)  # who has only empty ones finds nothing
+        self.files = [file for file in files if rows[file]] or list(files)  # a reader of empty ones would find nothing
         self.seed = seed
-        self.images = sum(rows.values())
+        self.num_images = sum(rows.values())
         self.set_rank(0, 1, 1)
         self.features = self._open().features
 
-    def set_rank(self, process: int, processes: int, images_per_step: int) -> None:
-        """Which of several processes this is, and how many images all of them take in a step."""
-        if len(self.files) < processes:
+    def set_rank(self, rank: int, world_size: int, total_batch_size: int) -> None:
+        """Read the files of this rank, and its part of the images that all ranks take in a step."""
+        if len(self.files) < world_size:
             raise UserError(
-                f"--streaming true: {len(self.files)} parquet files with images for {processes} processes, and each "
-                "needs one of its own; write the images to more files, or start fewer processes"
+                f"--streaming true: {len(self.files)} parquet files with images for {world_size} ranks, and each rank "
+                "needs its own file; write the images to more files, or start fewer ranks"
             )
-        self.own = self.files[process::processes]
-        self.batch_size = images_per_step // processes + (process < images_per_step % processes)
+        self.rank_files = self.files[rank::world_size]
+        self.batch_size = total_batch_size // world_size + (rank < total_batch_size % world_size)
         self.skip_steps(0)
 
-    def skip_steps(self, step: int) -> None:
-        """Skip the samples of the first `step` steps; the loader skips the rest of a round, `batches_to_skip`."""
-        self.steps_done = step
+    def skip_steps(self, steps: int) -> None:
+        """Skip the samples of the first `steps` steps, except the last few batches: see `batches_to_skip`."""
+        self.steps_done = steps
 
     def batches_to_skip(self, workers: int) -> int:
-        """Batches that a loader still gives of those before `skip_steps`: it begins with its first worker again."""
+        """Batches that a loader must drop after `skip_steps`: it asks its workers in turn, beginning with the first.
+
+        So each worker skips the same number of batches, and the remainder of the last round comes out of the loader.
+        """
         return self.steps_done % max(workers, 1)
 
     def head(self, count: int) -> list[dict]:
-        """The first rows of the files, in their order."""
-        return [_row(row) for row in itertools.islice(self._open(), count)]
+        """The first rows of the rank's files, in their order."""
+        return [_with_id(row) for row in itertools.islice(self._open(), count)]
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        workers = info.num_workers if info else 1
-        batches_done = self.steps_done // workers  # a loader asks its workers in turn
-        yield from map(_row, itertools.islice(self._endless(), batches_done * self.batch_size, None))
+        batches_done = self.steps_done // (info.num_workers if info else 1)
+        yield from map(_with_id, itertools.islice(self._repeat(), batches_done * self.batch_size, None))
 
-    def _endless(self) -> Iterator[dict]:
+    def _repeat(self) -> Iterator[dict]:
         rows = self._open()
         for number in itertools.count():
             row = None
-            for row in rows.shuffle(seed=self.seed + number, buffer_size=BUFFER):  # in a worker, of its files alone
+            # In a worker, `datasets` gives the rows of the worker's files only.
+            for row in rows.shuffle(seed=self.seed + number, buffer_size=SHUFFLE_BUFFER):
                 yield row
             if row is None:
                 raise UserError(
-                    f"--streaming true: no images for one reader of the {len(self.own)} files from {self.own[0]} on: "
-                    "emptied since the start; put them back, and give the same command again"
+                    f"--streaming true: a reader found no images in the {len(self.rank_files)} files that begin with "
+                    f"{self.rank_files[0]}: emptied since the start; put them back, and re-run the same command"
                 )
 
     def _open(self):
-        rows = load_dataset(
-            "parquet", data_files=[glob.escape(str(file)) for file in self.own], split="train", streaming=True
-        )
+        files = [glob.escape(str(file)) for file in self.rank_files]
+        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         return rows.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
 
 
-def _row(row: dict) -> dict:
-    """With an id: the image's path where the file has one, else a hash of its bytes."""
+def _with_id(row: dict) -> dict:
+    """The id is the image's path if the file has one, else a hash of its bytes."""
     return row | {"id": row["image"]["path"] or hashlib.sha256(row["image"]["bytes"] or b"").hexdigest()[:16]}

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Subset
 
 from config.training_config import TrainingConfig
+from data.dataset import check_unreadable_fraction
 from evaluation.metrics import adjust_scores, measure_replies
 from evaluation.report import (
     Calibration,
@@ -32,7 +33,7 @@ from runtime.checkpoint import describe_best
 from runtime.device import fit_workers
 from runtime.distributed import Distributed, assert_same_across_ranks, get_local_world_size
 from runtime.run_files import BEST
-from utils.image_utils import check_unreadable_fraction, grey_image
+from utils.image_utils import grey_image
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"

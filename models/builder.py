@@ -246,7 +246,7 @@ def _loading_failed(model: str, part: str, error: Exception) -> str:
         move = "the hub cannot be reached: check the network, or give a folder that holds the model"
     else:
         move = "check the name and --model-revision, or give a folder that holds the model"
-    return f"--model {model}: its {part} cannot be loaded ({first_line(error)[:200]}); {move}"
+    return f"--model {model}: its {part} cannot be loaded ({first_line(error)}); {move}"
 
 
 # ---- the model

@@ -122,7 +122,7 @@ class CompiledKernel:
 
 def _warn_no_compiler(outcome: str, error: Exception) -> None:
     logger.warning(
-        f"kernels cannot be compiled on this machine ({first_line(error)[:200]}); {outcome}; install a C compiler and "
+        f"kernels cannot be compiled on this machine ({first_line(error)}); {outcome}; install a C compiler and "
         "Python's headers, such as apt install gcc python3-dev"
     )
 

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.training_args import OptimizerNames
 
 from config.training_config import TrainingConfig
-from data.dataset import PlantData
+from data.dataset import PlantData, check_unreadable_fraction, count_images, sample_rows
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
@@ -36,10 +36,7 @@ from runtime.distributed import all_reduce_gradients, get_world_size, shard_batc
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
 from runtime.run_files import BEST, PREFIX, step_of, truncate_metrics
-from utils.image_utils import check_unreadable_fraction
-from utils.logging_utils import UserError, logger
-
-SAMPLED = 500  # images of a streamed data set whose sizes are read
+from utils.logging_utils import UserError, first_line, logger
 
 
 @dataclasses.dataclass
@@ -284,16 +281,14 @@ class PlantTrainer(Trainer):
 
     def add_unreadable(self, split: str, unreadable: Sequence[str]) -> None:
         rows = self.train_dataset if split == "train" else self.eval_dataset
-        num_images = rows.images if isinstance(rows, IterableDataset) else len(rows)
-        self.unreadable[split].add(unreadable, num_images, is_logged=self.is_world_process_zero())
+        self.unreadable[split].add(unreadable, count_images(rows), is_logged=self.is_world_process_zero())
 
     # ---- the run
 
     def plan_memory(self, checkpoint: Path | None = None, steps_left: float | None = None) -> None:
         """Choose what fits the GPU; `steps_left` None: those after `checkpoint`. Raises UserError."""
-        rows = self.train_dataset.head(SAMPLED) if self.streams else self.train_dataset
         left = self.planned_steps() - step_of(checkpoint) if steps_left is None else steps_left
-        plan_memory(self, self.memory_options, self.data_collator.largest_row(rows), left)
+        plan_memory(self, self.memory_options, self.data_collator.largest_row(sample_rows(self.train_dataset)), left)
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -325,10 +320,9 @@ class PlantTrainer(Trainer):
                 self.save_now()
                 raise
             except pickle.UnpicklingError as error:
-                reason = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"{resume_from_checkpoint}: a file in it holds more than numbers ({reason}) and may run code when "
-                    "it is read. If you do not know where it is from, delete the folder."
+                    f"{resume_from_checkpoint}: a file in it holds more than numbers ({first_line(error)}) and may "
+                    "run code when it is read. If you do not know where it is from, delete the folder."
                 ) from error
 
     def _resume(self, checkpoint: Path) -> None:
@@ -424,7 +418,9 @@ class PlantTrainer(Trainer):
         if not self.streams:
             return super().get_train_dataloader()
         rows = self.train_dataset
-        workers = min(self.args.dataloader_num_workers, len(rows.own))  # a worker without a file has nothing to read
+        workers = min(
+            self.args.dataloader_num_workers, len(rows.rank_files)
+        )  # a worker without a file has nothing to read
         # As accelerate prepares one, except that rank 0 would read for all ranks, or batches be filled up and dropped.
         return DataLoaderShard(
             rows,

@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
 from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
-from utils.logging_utils import UserError, logger, report_as_rank
+from utils.logging_utils import UserError, first_line, logger, report_as_rank
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -213,7 +213,7 @@ def _rendezvous(rank: int, world_size: int):
         store.wait(keys, wait)
         return store
     except (RuntimeError, ValueError, OSError) as error:  # those of torch are kinds of RuntimeError
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         joined = re.search(r"(\d+)/\d+ clients joined", reason)
         outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined." if joined else ""
         raise UserError(

@@ -5,7 +5,6 @@ H, W: height and width in pixels of the upright image.
 
 import io
 import stat
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -136,15 +135,6 @@ def _read(path: Path, name: str) -> bytes:
 def printable(name: str) -> str:
     """A file's name on one line."""
     return name if name.isprintable() else repr(name)
-
-
-def check_unreadable_fraction(bad: Collection[str], images: int, max_unreadable_fraction: float) -> None:
-    """Raise ImageError if more than this share of so many images cannot be opened; `bad` says which and why."""
-    if len(bad) > max_unreadable_fraction * images:
-        raise ImageError(
-            f"{len(bad)} of {images} images cannot be opened, above max_unreadable_fraction={max_unreadable_fraction} "
-            f"({'; '.join(sorted(bad)[:5])}); mend or remove them, or raise --max-unreadable-fraction"
-        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -33,6 +33,12 @@ class UserError(Exception):
     """Something the user can fix, in one message: the value, the reason, the next move."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error of a library inside a sentence of ours: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]
+
+
 def set_environment() -> None:
     """The documented environment variables, unless set, and no progress bars of libraries into a file or pipe.
 
@@ -203,11 +209,6 @@ def _sigterm_as_interrupt(message: str) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         is_over.set()
-
-
-def first_line(error: BaseException) -> str:
-    """Of the error's message, or its kind where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _has_no_reader(stream: TextIO) -> bool:

@@ -106,7 +106,7 @@ def no_folder(root):
 
 
 BAD_INPUT = [
-    (broken_images, [], "lengths", "images cannot be opened, such as"),
+    (broken_images, [], "lengths", "images cannot be opened, above"),
     (no_folder, [], "data", "no such folder"),
     (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA GPU"),
     (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA GPU"),

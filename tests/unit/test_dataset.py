@@ -9,9 +9,10 @@ import scipy.io
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from config.cli import parse_config
-from data import dataset
-from data.dataset import build_datasets, check_official_counts, load_vgg_folder
+from data import dataset, sources
+from data.dataset import build_datasets, sample_rows
 from data.labels import CLASS_NAMES, official_counts
+from data.sources import check_official_counts, load_ood_images
 from tests.conftest import FLOWERS
 from utils.image_utils import open_image
 from utils.logging_utils import UserError, setup_logging
@@ -43,9 +44,10 @@ def parquet_folder(tmp_path):
     """Files with the schema of the hub data set: image, 0-based label; `names` adds label names."""
 
     def make(labels=range(102), names=None, columns=("image", "label"), splits=("train", "validation", "test")):
+        kind = "string" if isinstance(labels[0], str) else "int64"
         pixel = {"bytes": b"not decoded here", "path": None}
         features = Features({
-            columns[0]: Image(decode=False), columns[1]: ClassLabel(names=names) if names else Value("int64")
+            columns[0]: Image(decode=False), columns[1]: ClassLabel(names=names) if names else Value(kind)
         })  # fmt: skip
         for split in splits:
             rows = [
@@ -77,28 +79,34 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
         ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label, rename them"),
         ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
         ({"splits": ("train", "test")}, "no parquet file for validation"),
-        ({"labels": range(1, 103)}, "labels run from 1 to 102; expected are 0 to 101"),
+        ({"labels": range(1, 103)}, "labels of train go from 1 to 102, expected 0 to 101"),
         ({"labels": [1, 1], "names": ["a", "b"]}, "only one class"),
-        ({"labels": [0, 1, 3]}, "labels of train run to 3 and carry no names.*write them as a ClassLabel"),
+        (
+            {"labels": [0, -1, 1], "names": ["a", "b"]},
+            "labels of train go from -1 to 1, expected 0 to 1.*leave images without",
+        ),
+        ({"labels": ["oak", "ash"]}, "labels of train are string with 0 missing; expected is an integer for each"),
+        ({"labels": [0, None, 1]}, "labels of train are int64 with 1 missing"),
+        ({"labels": [0, 1, 3]}, "labels of train go up to 3 and have no names.*write them as a ClassLabel"),
     ],
 )
-def test_parquet_folder_that_differs_is_told_with_what_was_expected(change, words, parquet_folder):
+def test_parquet_folder_that_differs_is_an_error_with_what_was_expected(change, words, parquet_folder):
     with pytest.raises(UserError, match=words):
         build("--dataset", parquet_folder(**change))
 
 
 @pytest.mark.parametrize("stream", [(), ("--streaming", "true", "--max-steps", "5")])
-def test_a_parquet_file_that_is_gone_is_told_by_the_names_of_the_others(stream, parquet_folder, tmp_path, capsys):
+def test_a_missing_parquet_file_is_noticed_by_the_names_of_the_others(stream, parquet_folder, tmp_path, capsys):
     setup_logging()
     folder = parquet_folder(labels=[0, 1], names=["a", "b"])
     (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
-    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the others, or go on without"):
+    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the others, or"):
         build("--dataset", folder, *stream)
     assert build("--dataset", folder, "--allow-missing", "true", *stream).class_names == ["a", "b"]
-    assert "train-*-of-00004: 1 of 4 files are there; going on without the others" in capsys.readouterr().out
+    assert "train-*-of-00004: 1 of 4 files are there; continuing without the others" in capsys.readouterr().out
 
 
-def test_parquet_photos_of_one_name_in_two_splits_are_told_apart(parquet_folder, tmp_path):
+def test_parquet_images_with_the_same_name_in_two_splits_get_different_ids(parquet_folder, tmp_path):
     folder = parquet_folder(labels=[0, 1], names=["a", "b"])
     for split in ("validation", "test"):
         shutil.copy(tmp_path / "train-00000-of-00001.parquet", tmp_path / f"{split}-00000-of-00001.parquet")
@@ -106,7 +114,7 @@ def test_parquet_photos_of_one_name_in_two_splits_are_told_apart(parquet_folder,
     assert data.train["id"] == ["train-000000", "train-000001"] and data.test["id"] == ["test-000000", "test-000001"]
 
 
-def test_parquet_photos_are_not_copied_into_memory(parquet_folder, tmp_path):
+def test_parquet_images_are_not_copied_into_memory(parquet_folder, tmp_path):
     image = {"bytes": bytes(2**20), "path": "x.jpg"}
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
     for split in ("train", "validation", "test"):
@@ -118,35 +126,35 @@ def test_parquet_photos_are_not_copied_into_memory(parquet_folder, tmp_path):
     assert len(data.train) == 40 and pyarrow.total_allocated_bytes() - before < 10 * 2**20
 
 
-def test_parquet_file_that_is_none(tmp_path):
+def test_a_file_that_is_not_parquet(tmp_path):
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(UserError, match=r"train.parquet: is no parquet file \(.*\); write it again"):
+    with pytest.raises(UserError, match=r"train.parquet: is not a parquet file \(.*\); write it again"):
         build("--dataset", str(tmp_path))
 
 
-def test_parquet_files_that_do_not_go_together(tmp_path):
+def test_parquet_files_with_different_columns(tmp_path):
     for name, column in (("train-0", "label"), ("train-1", "name"), ("val-0", "label"), ("test-0", "label")):
         Dataset.from_dict({"image": ["a"], column: [1]}).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="the parquet files cannot be read"):
         build("--dataset", str(tmp_path))
 
 
-def test_hub_out_of_reach_names_repository_and_next_move():
+def test_unreachable_hub_is_an_error_with_repository_and_next_move():
     with pytest.raises(
         UserError, match=r"Donghyun99/Oxford-Flower-102 at revision abc .*check the network and HF_TOKEN, or"
     ):
         build("--dataset-revision", "abc")
 
 
-def test_hub_splits_of_another_size_are_told(parquet_folder, monkeypatch):
+def test_hub_splits_of_another_size_are_an_error(parquet_folder, monkeypatch):
     folder = parquet_folder()
-    real = dataset.load_dataset
+    real = sources.load_dataset
     monkeypatch.setattr(
-        dataset, "load_dataset",
-        lambda name, revision: real("parquet", data_files={s: f"{folder}/{s}-*.parquet" for s in dataset.SPLITS}),
+        sources, "load_dataset",
+        lambda name, revision: real("parquet", data_files={s: f"{folder}/{s}-*.parquet" for s in sources.SPLITS}),
     )  # fmt: skip
-    with pytest.raises(UserError, match="split train has 102 images where 1020 are expected"):
+    with pytest.raises(UserError, match="split train has 102 images, expected 1020"):
         build()
 
 
@@ -164,8 +172,8 @@ def vgg_folder(tmp_path, monkeypatch):
     scipy.io.savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2]], dtype=np.uint8)})
     ids = {"trnid": [[2, 1]], "valid": [[4, 3]], "tstid": [[5, 6]]}
     scipy.io.savemat(tmp_path / "setid.mat", {key: np.array(value, dtype=np.uint16) for key, value in ids.items()})
-    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in dataset.VGG_MD5}
-    monkeypatch.setattr(dataset, "VGG_MD5", sums)
+    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in sources.VGG_MD5}
+    monkeypatch.setattr(sources, "VGG_MD5", sums)
     return tmp_path
 
 
@@ -177,14 +185,14 @@ def test_vgg_layout(vgg_folder):
     assert open_image(data.train[0]["image"]).size == (50, 40)
 
 
-def test_vgg_photos_missing_are_counted_and_named(vgg_folder):
+def test_missing_vgg_images_are_counted_and_listed(vgg_folder):
     (vgg_folder / "jpg" / "image_00004.jpg").unlink()
     with pytest.raises(UserError, match=r"1 of 8189 images are missing \(image_00004.jpg.*--allow-missing true"):
         build("--dataset", str(vgg_folder))
     assert len(build("--dataset", str(vgg_folder), "--allow-missing", "true").validation) == 1
 
 
-def test_vgg_file_that_is_not_the_official_one(vgg_folder):
+def test_a_vgg_file_that_is_not_the_official_one(vgg_folder):
     with open(vgg_folder / "setid.mat", "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="setid.mat: is not the official file"):
@@ -196,20 +204,19 @@ def test_vgg_file_that_is_not_the_official_one(vgg_folder):
 
 @pytest.mark.skipif(not (FLOWERS / "setid.mat").exists(), reason=f"the official release is not in {FLOWERS}")
 def test_the_real_release():
-    data = load_vgg_folder(FLOWERS, allow_missing=True)
+    data = build("--dataset", str(FLOWERS), "--allow-missing", "true")
     assert len(data.train) == 1020 and Counter(data.train["label"]) == dict.fromkeys(range(102), 10)
     assert not set(data.train["id"]) & (set(data.validation["id"]) | set(data.test["id"]))
     assert min(open_image(data.train[0]["image"]).size) >= 500
 
 
-def test_official_counts_add_up_and_a_full_split_is_held_to_them(few_drawings):
+def test_official_counts_add_up_and_a_full_split_must_have_them():
     assert [sum(official_counts(split)) for split in ("train", "validation", "test")] == [1020, 1020, 6149]
     rows = Dataset.from_dict({"label": [label % 102 for label in range(1020)]})
-    data = dataset.PlantData(rows, rows, rows, list(CLASS_NAMES), "some copy")
-    check_official_counts(data)
+    check_official_counts({"train": rows, "validation": rows}, "some copy")
     shifted = Dataset.from_dict({"label": [0, *[label % 102 for label in range(1019)]]})
-    with pytest.raises(UserError, match="split train has 11 images of 'pink primrose' where the official one has 10"):
-        check_official_counts(data._replace(train=shifted))
+    with pytest.raises(UserError, match="split train has 11 images of 'pink primrose', the official one has 10"):
+        check_official_counts({"train": shifted, "validation": rows}, "some copy")
 
 
 # ---- your own plants
@@ -228,7 +235,7 @@ def test_image_folder_is_split_with_the_balance_kept(image_folder):
     assert data.train["id"] != build("--dataset", str(root), "--seed", "1").train["id"]
 
 
-def test_image_folder_with_splits_of_its_own(image_folder):
+def test_image_folder_with_given_splits(image_folder):
     image_folder({"oak": 4, "ash": 4}, "train")
     image_folder({"oak": 2, "ash": 1}, "val")
     data = build("--dataset", str(image_folder({"ash": 2}, "test")))
@@ -236,7 +243,7 @@ def test_image_folder_with_splits_of_its_own(image_folder):
     assert data.test["label"] == [0, 0] and data.test[0]["id"] == "test/ash/0.png"
 
 
-def test_new_photos_in_a_folder_are_seen(image_folder):
+def test_new_images_in_a_folder_are_seen(image_folder):
     root = image_folder({"oak": 4, "ash": 4})
     before = build("--dataset", str(root))
     image_folder({"oak": 6, "ash": 4})
@@ -247,13 +254,13 @@ def test_new_photos_in_a_folder_are_seen(image_folder):
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({}, "no such folder; name one, or use oxford_flowers102 or synthetic"),
+        ({}, "no such folder; give a folder, oxford_flowers102 or synthetic"),
         ({"oak": 0}, "class 'oak' has no image to train on"),
         ({"oak": 5, "ash": 0}, "class 'ash' has no image to train on; add some to its folder, or remove the folder"),
         ({"oak": 5}, "only one class"),
         ({"oak": 5, "ash": 1}, "class 'ash' has too few images to split into train, val and test; it needs 3 or more"),
         ({"oak": 5, "ash": 2}, "class 'ash' has too few images to split"),
-        ({"oak tree": 5, "oak_tree": 5}, "class name 'oak tree' is empty or stands for two classes"),
+        ({"oak tree": 5, "oak_tree": 5}, "class name 'oak tree' is empty or used by two classes"),
     ],
 )
 def test_image_folder_that_cannot_be_used(counts, words, image_folder):
@@ -266,14 +273,14 @@ def test_empty_folder(tmp_path):
         build("--dataset", str(tmp_path))
 
 
-def test_a_photo_in_train_and_test_is_told(few_drawings, monkeypatch):
-    rows = dataset.draw_split("train")
-    monkeypatch.setattr(dataset, "draw_split", lambda split: rows)
-    with pytest.raises(UserError, match="image train-00000 stands in two splits"):
+def test_an_image_in_train_and_test_is_an_error(few_drawings, monkeypatch):
+    rows = sources.draw_split("train")
+    monkeypatch.setattr(sources, "draw_split", lambda split: rows)
+    with pytest.raises(UserError, match="image train-00000 is in two splits"):
         build("--preset", "tiny")
 
 
-# ---- shares
+# ---- sampling
 
 
 def test_sample_fraction_keeps_a_class_of_one_image(image_folder):
@@ -292,20 +299,20 @@ def test_sample_fraction_keeps_balance_and_is_seeded(image_folder):
     assert Counter(tiny.train["label"]) == {0: 1, 1: 1}
 
 
-def test_train_on_val_learns_from_both(few_drawings):
+def test_train_on_val_trains_on_both(few_drawings):
     data = build("--preset", "tiny", "--train-on-val", "true")
-    assert len(data.train) == 68 and data.validation is None
+    assert data.num_train == len(data.train) == 68 and data.validation is None
 
 
-def test_strangers_are_read_whatever_they_show(image_folder, tmp_path):
-    rows = dataset.load_ood_images(image_folder({"cat": 2, "dog": 3}))
+def test_ood_images_are_read_whatever_they_show(image_folder, tmp_path):
+    rows = load_ood_images(image_folder({"cat": 2, "dog": 3}))
     assert len(rows) == 5 and set(rows["label"]) == {0}
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="--ood .*: no images found there"):
-        dataset.load_ood_images(tmp_path / "none")
+        load_ood_images(tmp_path / "none")
 
 
-def test_twins_are_named_where_they_are():
+def test_known_duplicates_are_listed_with_their_split():
     assert dataset.known_duplicates(["image_07309", "image_00001"]) == ["image_07309 = image_07307 (train)"]
 
 
@@ -315,18 +322,52 @@ def test_a_limited_split_is_the_same_every_time(image_folder):
     assert dataset.take(rows, None) is rows and dataset.take(rows, 99) is rows
 
 
-def test_what_is_not_read_in_a_class_folder_is_told(image_folder, capsys):
+def test_a_sample_is_spread_over_the_split(few_drawings):
+    data = build("--preset", "tiny")
+    assert sample_rows(data.train, 5)["id"] == [f"train-{index:05d}" for index in (0, 10, 20, 30, 40)]
+    assert sample_rows(data.train, 48)["id"] == sample_rows(data.train)["id"] == data.train["id"]
+
+
+def test_other_classes_or_another_split_than_a_run_learned_are_an_error(image_folder):
+    root = str(image_folder({"oak": 20, "ash": 20}))
+    data, resplit = build("--dataset", root), build("--dataset", root, "--seed", "1")
+    data.assert_matches(["ash", "oak"], data.fingerprint(), "runs/x")
+    resplit.assert_matches(["ash", "oak"], None, "runs/x")  # not the run's own data
+    with pytest.raises(UserError, match="images: its images changed since runs/x was trained.*; put them back"):
+        resplit.assert_matches(["ash", "oak"], data.fingerprint(), "runs/x")
+    with pytest.raises(UserError, match=r"its 2 classes are not the 2 that runs/x learned \(ash\)"):
+        data.assert_matches(["oak", "elm"], None, "runs/x")
+    with pytest.raises(UserError, match=r"not the 3 that runs/x learned \(some are missing\); give images of the same"):
+        data.assert_matches(["ash", "elm", "oak"], None, "runs/x")
+
+
+def test_what_is_not_read_is_listed_with_its_reason(image_folder, capsys):
     setup_logging()
     root = image_folder({"oak": 6, "ash": 6})
-    (root / "oak" / "IMG_1.HEIC").write_bytes(b"x")
+    for name in ("oak/IMG_1.HEIC", "notes.txt", "IMG_2.jpg", ".DS_Store", "oak/._0.png"):
+        (root / name).write_bytes(b"x")
     (root / "ash" / "deeper").mkdir()
-    build("--dataset", str(root))
-    told = capsys.readouterr().out
-    assert "2 files or folders inside the class folders are not read" in told and "IMG_1.HEIC" in told
+    data = build("--dataset", str(root))
+    assert len(data.train) + len(data.validation) + len(data.test) == 12
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: {root}: 4 files or folders are not read: IMG_2.jpg, notes.txt (not in a class folder); "
+        "ash/deeper (a folder in a class folder); oak/IMG_1.HEIC (not .jpg .jpeg .png .webp .gif .bmp .tif .tiff)"
+    ]
 
 
-def test_photos_change_the_hash_only_when_they_change_sides(image_folder):
+def test_what_lies_beside_the_splits_is_not_read(image_folder, capsys):
+    setup_logging()
+    root = image_folder({"oak": 8, "ash": 8}, "train")
+    for number in range(5):
+        (root / "train" / f"{number}.jpg").write_bytes(b"x")
+    (root / "more oaks").mkdir()
+    data = build("--dataset", str(root))
+    assert data.class_names == ["ash", "oak"] and len(data.train) + len(data.validation) + len(data.test) == 16
+    assert "6 files or folders are not read: more oaks, train/0.jpg, train/1.jpg and 3 more" in capsys.readouterr().out
+
+
+def test_the_fingerprint_changes_only_when_images_change_sides(image_folder):
     root = str(image_folder({"oak": 20, "ash": 20}))
-    one = dataset.data_fingerprint(build("--dataset", root))
-    assert one == dataset.data_fingerprint(build("--dataset", root, "--seed", "42"))
-    assert one != dataset.data_fingerprint(build("--dataset", root, "--seed", "1"))
+    fingerprint = build("--dataset", root).fingerprint()
+    assert fingerprint == build("--dataset", root, "--seed", "42").fingerprint()
+    assert fingerprint != build("--dataset", root, "--seed", "1").fingerprint()

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from data.dataset import ROW, load_ood_images
+from data.dataset import ROW
 from data.labels import parse_reply
+from data.sources import load_ood_images
 from evaluation.evaluator import Evaluator, read_correct, read_entries, score_with_cache
 from evaluation.metrics import confidence
 from evaluation.report import Calibration, Scored, calibrate, result_lines

@@ -1,4 +1,4 @@
-"""Images streamed from parquet files: each once a pass, whatever the number of readers, and a place to go on from."""
+"""Images streamed from parquet files: each once a pass, whatever the number of readers, and a step to resume from."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from torch.utils.data import DataLoader
 
 from config.cli import parse_config
-from data.dataset import build_datasets, data_fingerprint
+from data.dataset import build_datasets, sample_rows
 from data.streaming import Stream
 from utils.logging_utils import UserError
 
@@ -56,18 +56,18 @@ def ids_of(stream: Stream, workers: int, batches: int) -> list[list[str]]:
     return list(itertools.islice(skip_first_batches(loader, stream.batches_to_skip(workers)), batches))
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0)])
-def test_a_pass_gives_every_photo_once_to_one_reader(processes, workers, tmp_path):
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0)])
+def test_a_pass_gives_every_image_once_to_one_reader(world_size, workers, tmp_path):
     files = write_parquet(tmp_path / "images", 12, 5)  # each reader has the same number of files, so passes end alike
     passes = [[], []]
-    for process in range(processes):
+    for rank in range(world_size):
         stream = Stream(files, seed=1)
-        stream.set_rank(process, processes, processes)
-        assert stream.images == 60 and stream.batch_size == 1
-        batches = ids_of(stream, workers, 120 // processes)
+        stream.set_rank(rank, world_size, world_size)
+        assert stream.num_images == 60 and stream.batch_size == 1
+        batches = ids_of(stream, workers, 120 // world_size)
         found = list(itertools.chain(*batches))
-        passes[0] += found[: 60 // processes]
-        passes[1] += found[60 // processes :]
+        passes[0] += found[: 60 // world_size]
+        passes[1] += found[60 // world_size :]
     expected = sorted(f"train/{number}.jpg" for number in range(60))
     assert sorted(passes[0]) == sorted(passes[1]) == expected
     assert passes[0] != passes[1] and passes[0] != expected  # each in an order of its own
@@ -75,8 +75,8 @@ def test_a_pass_gives_every_photo_once_to_one_reader(processes, workers, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("step", [1, 4, 11])
-def test_it_goes_on_where_it_was_left(step, workers, tmp_path):
-    """In the second pass too: a process has 30 images, and takes 4 of the 7 of a step."""
+def test_it_resumes_after_any_step(step, workers, tmp_path):
+    """In the second pass too: a rank has 30 images, and takes 4 of the 7 of a step."""
     files = write_parquet(tmp_path / "images", 6, 10)
     stream = Stream(files, seed=1)
     stream.set_rank(0, 2, 7)
@@ -86,33 +86,33 @@ def test_it_goes_on_where_it_was_left(step, workers, tmp_path):
     assert ids_of(stream, workers, 14 - step) == whole[step:]
 
 
-def test_photos_of_a_step_are_shared_out(tmp_path):
+def test_images_of_a_step_are_distributed_across_ranks(tmp_path):
     files = write_parquet(tmp_path / "images", 3, 2)
     stream, sizes = Stream(files, seed=1), []
-    for process in range(3):
-        stream.set_rank(process, 3, 16)
+    for rank in range(3):
+        stream.set_rank(rank, 3, 16)
         sizes.append(stream.batch_size)
-        assert stream.own == [files[process]]
+        assert stream.rank_files == [files[rank]]
     assert sizes == [6, 5, 5]
     with pytest.raises(
-        UserError, match="3 parquet files with images for 4 processes, and each needs one of its own; write the"
+        UserError, match="3 parquet files with images for 4 ranks, and each rank needs its own file; write the"
     ):
         stream.set_rank(0, 4, 16)
 
 
-def test_a_file_without_photos_gives_nobody_nothing_to_read(tmp_path):
+def test_files_without_images_are_ignored(tmp_path):
     files = write_parquet(tmp_path / "images", 3, 2)
     empty = write_parquet(tmp_path / "empty", 1, 0)
     stream = Stream([files[0], *empty, *files[1:]], seed=1)
-    assert stream.files == files and stream.images == 6
+    assert stream.files == files and stream.num_images == 6
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_files_emptied_since_the_start_are_told_not_read_for_ever(workers, tmp_path):
+def test_files_emptied_since_the_start_are_an_error_and_not_read_for_ever(workers, tmp_path):
     stream = Stream(write_parquet(tmp_path / "images", 2, 3), seed=1)
     stream.set_rank(0, 1, 3)
     write_parquet(tmp_path / "images", 2, 0)
-    with pytest.raises(UserError, match="no images for one reader of the 2 files from .*train-00.parquet on: emptied"):
+    with pytest.raises(UserError, match="a reader found no images in the 2 files that begin with .*train-00.parquet"):
         ids_of(stream, workers, 1)
 
 
@@ -122,41 +122,42 @@ def test_names_in_another_order_are_not_mixed_up(tmp_path):
     for name in ("validation-00.parquet", "test-00.parquet"):
         (tmp_path / "other" / name).rename(tmp_path / "images" / name)
     with pytest.raises(
-        UserError, match="the labels of validation in .* have other names, or another order of them, than"
+        UserError, match="the label names of validation in .* differ from those of train, or are in another order"
     ):
         streamed(tmp_path / "images")
 
 
-def test_photos_without_a_path_are_known_by_their_bytes(tmp_path):
+def test_the_id_of_an_image_without_a_path_is_a_hash_of_its_bytes(tmp_path):
     files = write_parquet(tmp_path / "images", 2, 3, path="")
     found = [row["id"] for row in Stream(files, seed=1).head(10)]
-    assert len(set(found)) == 6 and all(len(one) == 16 for one in found)
+    assert len(set(found)) == 6 and all(len(image_id) == 16 for image_id in found)
 
 
 def streamed(folder, *flags):
     return build_datasets(parse_config(["--dataset", str(folder), "--streaming", "true", "--max-steps", "5", *flags]))
 
 
-def test_the_other_splits_are_as_ever_and_a_changed_file_is_noticed(tmp_path):
+def test_the_other_splits_are_read_as_usual_and_a_changed_file_is_noticed(tmp_path):
     folder = tmp_path / "images [1]*"  # no pattern
     write_parquet(folder, 4, 5)
     assert len(build_datasets(parse_config(["--dataset", str(folder)])).train) == 20
     data = streamed(folder)
-    assert (data.train.images, len(data.validation), len(data.test)) == (20, 5, 5) and data.class_names == NAMES
+    assert (data.num_train, len(data.validation), len(data.test)) == (20, 5, 5) and data.class_names == NAMES
     assert data.source == f"stream of 4 parquet files in {folder}"
     assert data.train.head(2)[1] == {
         "image": {"bytes": b"train 1", "path": "train/1.jpg"},
         "label": 1,
         "id": "train/1.jpg",
     }
-    before = data_fingerprint(data)
-    assert data_fingerprint(streamed(folder)) == before
+    assert sample_rows(data.train, 3)["id"] == ["train/0.jpg", "train/1.jpg", "train/2.jpg"]
+    before = data.fingerprint()
+    assert streamed(folder).fingerprint() == before
     write_parquet(folder, 4, 6)
-    assert data_fingerprint(streamed(folder)) != before
+    assert streamed(folder).fingerprint() != before
 
 
 BAD = [
-    ({"names": None}, "carry no names; write them as a ClassLabel, or use false"),
+    ({"names": None}, "have no names; write them as a ClassLabel, or use false"),
     ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label, rename them"),
     ({"rows": 0}, "split train has no images; add some"),
 ]
@@ -170,12 +171,12 @@ def test_bad_files(how, words, tmp_path):
 
 
 def test_other_folders_are_not_streamed(image_folder):
-    with pytest.raises(UserError, match="holds no parquet files, and nothing else is streamed; use false"):
+    with pytest.raises(UserError, match="has no parquet files, and nothing else is streamed; use false"):
         streamed(image_folder({"oak": 3, "ash": 3}))
 
 
-def test_a_file_that_is_none_is_told(tmp_path):
+def test_a_file_that_is_not_parquet(tmp_path):
     files = write_parquet(tmp_path / "images", 2, 4)
     files[1].write_bytes(b"torn")
-    with pytest.raises(UserError, match="train-01.parquet: is no parquet file .*; write it again"):
+    with pytest.raises(UserError, match="train-01.parquet: is not a parquet file .*; write it again"):
         streamed(tmp_path / "images")
