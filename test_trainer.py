@@ -308,7 +308,7 @@ def check_steps(ready) -> str:
             ready.config, output_dir=folder, max_steps=STEPS, save_steps=10 * STEPS, eval_steps=None, report_to="none"
         )
         plant = PlantModel(ready.model, ready.processor, ready.prompt, ready.collator, ready.precision, ready.device)
-        trainer = build_trainer(Run(config), plant, ready.data._replace(validation=None))
+        trainer = build_trainer(Run(config), plant, dataclasses.replace(ready.data, validation=None))
         trainer.args.save_strategy = "no"
         trainer.plan_memory()
         trainer.train()
