@@ -1,11 +1,11 @@
-"""Faults, injected into real runs of train.py: what is lost, and is the end the same as of a run without the fault?
-
-    make faults        all of them, many times; writes the table of docs/faults.md
+"""Faults, injected into real runs of train.py: what is lost, and does the run end as it does without the fault?
 
 Each run is a process of its own, forked from one that has imported everything. The run: the tiny model with dropout on
-its adapter, 12 steps, a checkpoint every 3, an evaluation every 4, images decoded by a worker.
+its adapter, 12 steps, a checkpoint every 3, an evaluation every 4, images decoded by a worker. A fault strikes at a
+step, a file or an event of the run, never after a time that a test guessed.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -22,26 +22,28 @@ from typing import NamedTuple
 
 import psutil
 
+from runtime.interrupt import SAME_S
 from runtime.run_files import checkpoints_in, read_metrics, step_of
 
-ROOT = Path(__file__).parents[2]
-STEPS, SAVES = 12, 3
+STEPS, SAVE_STEPS = 12, 3
 RUN = [
     *("--preset", "tiny", "--output-dir", "run", "--trainable", "adapter", "--lora-dropout", "0.2"),
-    *("--max-steps", f"{STEPS}", "--save-steps", f"{SAVES}", "--eval-steps", "4", "--num-workers", "1"),
+    *("--max-steps", f"{STEPS}", "--save-steps", f"{SAVE_STEPS}", "--eval-steps", "4", "--num-workers", "1"),
 ]
 ORDER = "order.jsonl"  # what the trainer was given: {"step", "ids"} a line
-SCREEN = "screen.txt"
-PATIENCE = 240  # seconds after which a run hangs
+OUTPUT = "output.txt"
+SAVING, WAITING, RELEASE = "saving", "waiting", "release"  # files by which a run and its test wait for each other
+TIMEOUT_S = 240  # after which a run hangs
+Fault = Callable[[], None]  # called in the run's process, before train.main
 
 
 class Outcome(NamedTuple):
     """How a run that met a fault ended, after the same command was given again."""
 
-    lost: bool  # it did not come to its end
-    steps: int  # that had to be done once more
-    same: bool | None  # weights, optimizer, order of images and losses are those of the run without fault; None: n/a
-    told: str  # on the screen, at the fault
+    lost: bool  # it did not reach its last step
+    repeated: int  # steps
+    same: bool | None  # weights, optimizer, order of images and losses equal those without the fault; None: n/a
+    output: str  # at the fault
 
 
 # ---- runs
@@ -53,8 +55,8 @@ def context():
     return found
 
 
-def start(folder: Path, argv: Sequence[str] = RUN, fault: Callable[[], None] | None = None):
-    """train.py as a process in `folder`; `fault` is called in it before."""
+def start(folder: Path, argv: Sequence[str] = RUN, fault: Fault | None = None):
+    """train.py as a process in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     process = context().Process(target=_train, args=(str(folder), list(argv), fault))
     process.start()
@@ -62,29 +64,33 @@ def start(folder: Path, argv: Sequence[str] = RUN, fault: Callable[[], None] | N
 
 
 def finish(process) -> int:
-    process.join(PATIENCE)
+    process.join(TIMEOUT_S)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{process} did not end within {PATIENCE} s")
+        raise TimeoutError(f"{process} did not end within {TIMEOUT_S} s")
     return process.exitcode
 
 
-def _train(folder: str, argv: list[str], fault: Callable[[], None] | None) -> None:
+def run(folder: Path, fault: Fault | None = None, argv: Sequence[str] = RUN) -> int:
+    """Exit status."""
+    return finish(start(folder, argv, fault))
+
+
+def _train(folder: str, argv: list[str], fault: Fault | None) -> None:
     import torch
 
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as if train.py had been run
     torch.set_num_threads(1)  # two runs at once would wait for each other's threads
     os.chdir(folder)
-    with open(SCREEN, "w") as screen:
-        os.dup2(screen.fileno(), 1)
-        os.dup2(screen.fileno(), 2)
+    with open(OUTPUT, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     from data import dataset
     from models.trainer import PlantTrainer
     from train import main
 
-    for split, count in {"train": 48, "validation": 20, "test": 20}.items():
-        dataset.SPLIT_SIZES[split] = count
+    dataset.SPLIT_SIZES.update(train=48, validation=20, test=20)
     training_step = PlantTrainer.training_step
 
     def record(self, model, inputs, num_items_in_batch=None):
@@ -114,61 +120,68 @@ def at_step(step: int, action: Callable) -> None:
     PlantTrainer.training_step = training_step
 
 
-# ---- what a run came to
+def wait_for_file(path: Path, process=None) -> None:
+    """Until the file is there, or the process has ended."""
+    began = time.monotonic()
+    while not path.exists() and (process is None or process.exitcode is None):
+        if time.monotonic() - began > TIMEOUT_S:
+            raise TimeoutError(f"{path} was not written within {TIMEOUT_S} s")
+        time.sleep(0.001)
 
 
-def end_of(folder: Path) -> dict:
-    """Whatever must be equal: bytes of weights, tensors of the optimizer, order of images, losses of each step."""
+# ---- results of a run
+
+
+def result_of(folder: Path) -> dict:
+    """What must be equal: bytes of weights, tensors of the optimizer, order of images, losses of each step."""
     import torch
 
-    run = folder / "run"
-    last = run / f"checkpoint-{STEPS}"
-    lines = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(run)]
+    last = folder / "run" / f"checkpoint-{STEPS}"
     order = {entry["step"]: entry["ids"] for entry in map(json.loads, (folder / ORDER).read_text().splitlines())}
     moments = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     return {
-        "weights": [(place / "adapter_model.safetensors").read_bytes() for place in (last, run / "best")],
-        "optimizer": {key: {name: value.tolist() for name, value in one.items()} for key, one in moments.items()},
+        "weights": [(place / "adapter_model.safetensors").read_bytes() for place in (last, folder / "run" / "best")],
+        "optimizer": {
+            index: {name: value.tolist() for name, value in state.items()} for index, state in moments.items()
+        },
         "order": order,
-        "steps": lines,
+        "steps": [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(folder / "run")],
     }
 
 
-def steps_done(folder: Path) -> int:
-    return max((line["step"] for line in read_metrics(folder / "run") if "loss" in line), default=0)
+def output_of(folder: Path) -> str:
+    return (folder / OUTPUT).read_text(errors="replace") if (folder / OUTPUT).exists() else ""
 
 
-def screen_of(folder: Path) -> str:
-    return (folder / SCREEN).read_text(errors="replace") if (folder / SCREEN).exists() else ""
-
-
-def go_on(folder: Path, expected: dict | None, argv: Sequence[str] = RUN) -> Outcome:
+def resume(folder: Path, expected: dict) -> Outcome:
     """The same command again, after a fault."""
-    told, done = screen_of(folder), steps_done(folder)
-    status = finish(start(folder, argv))
-    found = re.search(r"resuming from \S+checkpoint-(\d+)", screen_of(folder))
+    output = output_of(folder)
+    done = max((line["step"] for line in read_metrics(folder / "run") if "loss" in line), default=0)
+    was_completed = any(line.get("completed") for line in read_metrics(folder / "run"))
+    status = run(folder)
+    from_step = re.search(r"resuming from \S+checkpoint-(\d+)", output_of(folder))
     lost = status != 0 or not any(line.get("completed") for line in read_metrics(folder / "run"))
-    again = 0 if "is finished" in screen_of(folder) else max(done - (int(found[1]) if found else 0), 0)
-    return Outcome(lost, again, None if expected is None or lost else end_of(folder) == expected, told)
+    repeated = 0 if was_completed else done - (int(from_step[1]) if from_step else 0)
+    return Outcome(lost, max(repeated, 0), not lost and result_of(folder) == expected, output)
 
 
-def undisturbed(folder: Path, argv: Sequence[str] = RUN) -> tuple[dict, float]:
-    """(its end, seconds it took)"""
+def run_undisturbed(folder: Path) -> tuple[dict, float]:
+    """(result, seconds)"""
     began = time.perf_counter()
-    assert finish(start(folder, argv)) == 0, screen_of(folder)
-    return end_of(folder), time.perf_counter() - began
+    assert run(folder) == 0, output_of(folder)
+    return result_of(folder), time.perf_counter() - began
 
 
-def wait_for(process, condition: Callable[[], bool]) -> bool:
-    """Until then, or the end of the process; whether it came."""
-    while process.exitcode is None:
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
+def run_to_step_8(folder: Path) -> None:
+    """A run that died after step 8, with checkpoints of steps 3 and 6."""
+    assert run(folder, functools.partial(at_step, 9, _die)) == 9, output_of(folder)
 
 
-# ---- faults: each takes an empty folder and what is expected, and returns an Outcome
+def _die(trainer) -> None:
+    os._exit(9)
+
+
+# ---- kills and signals
 
 
 def kill_at(folder: Path, expected: dict, seconds: float) -> Outcome:
@@ -176,63 +189,92 @@ def kill_at(folder: Path, expected: dict, seconds: float) -> Outcome:
     process.join(seconds)
     process.kill()
     process.join()
-    return go_on(folder, expected)
+    return resume(folder, expected)
 
 
-def kill_in_save(folder: Path, expected: dict, draw: random.Random) -> Outcome | None:
-    """None if the save was over before the kill came."""
-    target = folder / "run" / f"checkpoint-{draw.choice(range(SAVES, STEPS + 1, SAVES))}"
-    process = start(folder)
-    wait_for(process, target.exists)
-    time.sleep(draw.uniform(0, 0.06))
-    process.kill()
-    process.join()
-    return None if (target / "manifest.json").exists() else go_on(folder, expected)
+def kill_in_save(folder: Path, expected: dict, draw: random.Random) -> Outcome:
+    """At a random file operation inside the folder of a checkpoint that is being written."""
+    step = draw.randrange(SAVE_STEPS, STEPS + 1, SAVE_STEPS)
+    # The 45 operations of a save: folder, run id, files of JSON, then each file's sync for the manifest.
+    status = run(folder, functools.partial(_kill_in_folder, f"checkpoint-{step}", draw.randrange(1, 40)))
+    assert status == -signal.SIGKILL and not (folder / f"run/checkpoint-{step}/manifest.json").exists()
+    return resume(folder, expected)
 
 
-def signal_at(folder: Path, expected: dict, number: int, draw: random.Random) -> tuple[Outcome, float]:
-    """(outcome, seconds until the process ended) of a signal at a random step."""
-    step = draw.randrange(1, STEPS)
-    process = start(folder)
-    wait_for(process, lambda: steps_done(folder) >= step)
-    time.sleep(draw.uniform(0, 0.1))
-    began = time.perf_counter()
-    os.kill(process.pid, number)
-    status = finish(process)
-    seconds = time.perf_counter() - began
-    assert status == 128 + number, (status, screen_of(folder))
-    return go_on(folder, expected), seconds
+def _kill_in_folder(name: str, count: int) -> None:
+    pid, seen = os.getpid(), []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and os.getpid() == pid and name in str(arguments[0]):
+            seen.append(event)
+            if len(seen) == count:
+                os.kill(pid, signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
-def slow_save() -> None:
-    """In the run's process: a save that takes longer than anyone waits."""
-    from runtime import checkpoint
+def interrupt(folder: Path, expected: dict, number: int, draw: random.Random) -> Outcome:
+    """A signal at a random step: a checkpoint is saved, and the run ends with the signal's exit status."""
+    fault = functools.partial(at_step, draw.randrange(2, STEPS + 1), functools.partial(_signal_self, number))
+    assert run(folder, fault) == 128 + number, output_of(folder)
+    return resume(folder, expected)
 
-    checkpoint.write_manifest.__globals__["sync"] = lambda path: time.sleep(60)
+
+def _signal_self(number: int, trainer) -> None:
+    os.kill(os.getpid(), number)
 
 
-def second_interrupt(folder: Path, expected: dict) -> tuple[Outcome, float]:
-    """(outcome, seconds until the end after the second Ctrl-C, which comes while the first one's save hangs)"""
-    process = start(folder, fault=slow_save)
-    wait_for(process, lambda: steps_done(folder) >= 2)
-    os.kill(process.pid, signal.SIGINT)
-    wait_for(process, lambda: "stopping after this forward pass" in screen_of(folder))
-    time.sleep(1)
-    assert process.exitcode is None
-    began = time.perf_counter()
+def interrupt_twice(folder: Path, expected: dict) -> Outcome:
+    """A second Ctrl-C ends the run at once, although the save that the first one asked for never ends."""
+    process = start(folder, fault=functools.partial(at_step, 3, _interrupt_into_hanging_save))
+    wait_for_file(folder / SAVING, process)
+    assert process.exitcode is None, output_of(folder)
+    time.sleep(SAME_S)  # within it, a second signal counts as the same
     os.kill(process.pid, signal.SIGINT)
     assert finish(process) == -signal.SIGINT
-    seconds = time.perf_counter() - began
-    return go_on(folder, expected), seconds
+    return resume(folder, expected)
 
 
-def die_at_8() -> None:
-    at_step(9, lambda trainer: os._exit(9))
+def _interrupt_into_hanging_save(trainer) -> None:
+    def hang(handle: int) -> None:
+        Path(SAVING).touch()
+        while True:
+            signal.pause()
+
+    os.fsync = hang
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-def half_done(folder: Path) -> None:
-    """A run that died after step 8, with checkpoints of steps 3 and 6."""
-    assert finish(start(folder, fault=die_at_8)) == 9, screen_of(folder)
+def kill_worker(folder: Path, expected: dict) -> Outcome:
+    assert run(folder, functools.partial(at_step, 5, _kill_children)) == 1, output_of(folder)
+    outcome = resume(folder, expected)
+    assert re.search(r"error: DataLoader worker \(pid.* for lack of memory; re-run", outcome.output), outcome.output
+    assert "Traceback" not in outcome.output
+    return outcome
+
+
+def _kill_children(trainer) -> None:
+    for worker in psutil.Process().children():
+        worker.kill()
+
+
+def run_second_training(folder: Path, expected: dict) -> Outcome:
+    """Another training is started in the same folder; the first must end as if it had been alone."""
+    first = start(folder, fault=functools.partial(at_step, 2, _wait_for_release))
+    wait_for_file(folder / WAITING, first)
+    (folder / OUTPUT).rename(folder / "first.txt")
+    assert run(folder) == 1
+    (folder / RELEASE).touch()
+    assert finish(first) == 0, (folder / "first.txt").read_text()
+    return Outcome(False, 0, result_of(folder) == expected, output_of(folder))
+
+
+def _wait_for_release(trainer) -> None:
+    Path(WAITING).touch()
+    wait_for_file(Path(RELEASE))
+
+
+# ---- corrupted files
 
 
 def truncate(path: Path) -> None:
@@ -257,78 +299,70 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES = (truncate, zero, flip_bit, remove)
+CORRUPTIONS = (truncate, zero, flip_bit, remove)
 
 
-def damage(folder: Path, half: Path, expected: dict, name: str, how: Callable[[Path], None]) -> Outcome:
-    """The newest checkpoint of a half-done run is damaged in one file."""
-    shutil.copytree(half, folder)
+def corrupt(folder: Path, interrupted: Path, expected: dict, name: str, how: Callable[[Path], None]) -> Outcome:
+    """One file of the newest checkpoint of an interrupted run is corrupted."""
+    shutil.copytree(interrupted, folder)
     how(folder / "run" / "checkpoint-6" / name)
-    outcome = go_on(folder, expected)
-    assert "resuming from run/checkpoint-3" in screen_of(folder), screen_of(folder)
+    outcome = resume(folder, expected)
+    assert "resuming from run/checkpoint-3" in output_of(folder), output_of(folder)
     return outcome
 
 
-def cramp_step() -> None:
-    from tests.unit.test_trainer import Cramped
+def checkpoint_files(interrupted: Path) -> list[str]:
+    newest = checkpoints_in(interrupted / "run")[0]
+    assert step_of(newest) == 6
+    return sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file())
 
-    at_step(5, lambda trainer: Cramped(trainer.model.get_base_model(), room=4))
+
+# ---- memory and numbers
 
 
-def cramp_evaluation() -> None:
+def run_out_of_memory(folder: Path, is_training: bool) -> Outcome:
+    """The run halves its micro-batch by itself. Dropout then draws other masks, so that the end is another."""
+    status = run(folder, functools.partial(at_step, 1, functools.partial(_limit_images, is_training)))
+    output = output_of(folder)
+    return Outcome(status != 0 or "out of memory" not in output, 0, None, output)
+
+
+def _limit_images(is_training: bool, trainer) -> None:
     import torch
 
-    from models import scoring
+    def refuse(module, args, inputs) -> None:
+        images = inputs.get("pixel_values", ())
+        if module.training == is_training and len(images) > (4 if is_training else 7):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
-    real = scoring._score_images
-
-    def score(base, input_ids, *args):
-        if len(input_ids) > 7:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(base, input_ids, *args)
-
-    scoring._score_images = score
+    trainer.model.get_base_model().model.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
-def poison(steps: Sequence[int]) -> None:
-    for step in steps:
-        at_step(step, _poison_once)
+def skip_non_finite_step(folder: Path) -> Outcome:
+    status = run(folder, functools.partial(at_step, 5, _poison), [*RUN, "--max-skipped-steps", "1"])
+    output = output_of(folder)
+    return Outcome(status != 0 or "1 of 12 steps were skipped (1 not finite)" not in output, 0, None, output)
 
 
-def _poison_once(trainer) -> None:
+def stop_at_non_finite_step(folder: Path, expected: dict) -> Outcome:
+    """The run stops at step 7 with the ids of its samples; without the fault it resumes from step 6."""
+    assert run(folder, _poison_steps_7_to_9) == 1
+    outcome = resume(folder, expected)
+    assert "step 7: loss nan" in outcome.output and "samples: train-" in outcome.output, outcome.output
+    return outcome
+
+
+def _poison_steps_7_to_9() -> None:
+    for step in (7, 8, 9):
+        at_step(step, _poison)
+
+
+def _poison(trainer) -> None:
     head = trainer.model.get_base_model().lm_head
     hook = head.register_forward_hook(lambda *args: (hook.remove(), args[-1] * float("nan"))[1])
 
 
-def poison_one() -> None:
-    poison([5])
-
-
-def poison_three() -> None:
-    poison([7, 8, 9])
-
-
-def worker_killed(folder: Path, expected: dict) -> Outcome:
-    process = start(folder)
-    wait_for(process, lambda: steps_done(folder) >= 4)
-    for worker in psutil.Process(process.pid).children():
-        worker.kill()
-    assert finish(process) == 1, screen_of(folder)
-    return go_on(folder, expected)
-
-
-def fill_disk() -> None:
-    at_step(5, _fill)
-
-
-def _fill(trainer) -> None:
-    with open("run/ballast", "wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        except OSError:
-            pass
+# ---- disks and files
 
 
 class Mounted:
@@ -353,23 +387,42 @@ class Mounted:
         subprocess.run(["umount", "-l", str(self.run)], check=True)
 
 
-def disk_full(folder: Path, expected: dict) -> Outcome:
+def fill_disk(folder: Path, expected: dict) -> Outcome:
     with Mounted(folder) as disk:
-        assert finish(start(folder, fault=fill_disk)) == 1, screen_of(folder)
+        assert run(folder, functools.partial(at_step, 5, _fill)) == 1, output_of(folder)
         (disk.run / "ballast").unlink()
-        return go_on(folder, expected)
+        outcome = resume(folder, expected)
+    assert "free space and re-run the same command" in outcome.output and "Traceback" not in outcome.output
+    return outcome
 
 
-def read_only(folder: Path, half: Path, expected: dict) -> Outcome:
+def _fill(trainer) -> None:
+    with open("run/ballast", "wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass
+
+
+def make_read_only(folder: Path, interrupted: Path, expected: dict) -> Outcome:
     with Mounted(folder) as disk:
-        shutil.copytree(half, folder, dirs_exist_ok=True)
+        shutil.copytree(interrupted, folder, dirs_exist_ok=True)
         disk.remount("ro")
-        assert finish(start(folder)) == 1, screen_of(folder)
+        assert run(folder) == 1, output_of(folder)
         disk.remount("rw")
-        return go_on(folder, expected)
+        return resume(folder, expected)
 
 
-def small_shared_memory() -> None:
+def shrink_shared_memory(folder: Path, expected: dict) -> Outcome:
+    status = run(folder, _mount_small_shared_memory)
+    output = output_of(folder)
+    is_reported = "images are decoded by the training process instead" in output
+    return Outcome(status != 0 or not is_reported, 0, result_of(folder) == expected, output)
+
+
+def _mount_small_shared_memory() -> None:
     """In the run's process alone: /dev/shm of 8 MB (Docker's 64 MB would do for this small model)."""
     import ctypes
 
@@ -379,77 +432,40 @@ def small_shared_memory() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/dev/shm"], check=True)
 
 
-def two_at_once(folder: Path, expected: dict) -> Outcome:
-    """Another training is begun in the folder meanwhile; the first must end as if it had been alone."""
-    first = start(folder)
-    wait_for(first, lambda: steps_done(folder) >= 1)
-    (folder / SCREEN).rename(folder / "first.txt")
-    second = start(folder)
-    assert finish(second) == 1
-    told = screen_of(folder)
-    assert finish(first) == 0, (folder / "first.txt").read_text()
-    return Outcome(False, 0, end_of(folder) == expected, told)
-
-
-def own_images(folder: Path) -> list[str]:
-    """A folder of images, and the command that trains on them."""
+def remove_image(folder: Path) -> Outcome:
+    """An image of an image folder is deleted during the run: it is reported, and the run ends without it."""
     from PIL import Image
 
     for index, name in enumerate(("oak", "ash")):
         (folder / "images" / name).mkdir(parents=True)
-        for image in range(30):
-            color = (90 * index, 4 * image, 90)
-            Image.new("RGB", (40 + image, 30), color).save(folder / "images" / name / f"{image}.png")
-    return [*RUN, "--dataset", "images", "--max-unreadable-fraction", "0.1"]
+        for number in range(30):
+            color = (90 * index, 4 * number, 90)
+            Image.new("RGB", (40 + number, 30), color).save(folder / "images" / name / f"{number}.png")
+    argv = [*RUN, "--dataset", "images", "--max-unreadable-fraction", "0.1"]
+    status = run(folder, functools.partial(at_step, 5, _remove_image), argv)
+    output = output_of(folder)
+    is_reported = "image skipped (1 of train so far): oak/0.png" in output and "cannot be read (No such file" in output
+    return Outcome(status != 0 or not is_reported, 0, None, output)
 
 
-def vanish() -> None:
-    at_step(5, lambda trainer: Path("photos/oak/0.png").unlink())
+def _remove_image(trainer) -> None:
+    Path("images/oak/0.png").unlink()
 
 
-def vanished(folder: Path) -> Outcome:
-    """An image of an image folder is deleted while the run goes on: it is named, and the run ends without it."""
-    argv = own_images(folder)
-    status = finish(start(folder, argv, vanish))
-    told = screen_of(folder)
-    is_named = "image skipped (1 of train so far): oak/0.png" in told and "cannot be read (No such file" in told
-    return Outcome(status != 0 or not is_named, 0, None, told)
+# ---- leaks
+
+RESOURCES = "resources.jsonl"
 
 
-def cramped_shared_memory(folder: Path, expected: dict) -> Outcome:
-    status = finish(start(folder, fault=small_shared_memory))
-    told = screen_of(folder)
-    is_told = "images are decoded by the training process instead" in told
-    return Outcome(status != 0 or not is_told, 0, end_of(folder) == expected, told)
+def measure_resources(folder: Path, steps: int, every: int) -> list[dict]:
+    """What a run holds every so many steps, each time with an evaluation and two checkpoints."""
+    argv = [*RUN, "--max-steps", f"{steps}", "--save-steps", f"{every // 2}", "--eval-steps", f"{every}"]
+    assert run(folder, functools.partial(_watch_resources, steps, every), argv) == 0, output_of(folder)
+    return [json.loads(line) for line in (folder / RESOURCES).read_text().splitlines()]
 
 
-def redone(folder: Path, fault: Callable[[], None]) -> Outcome:
-    """Out of memory: the run steps down by itself. In other pieces dropout draws other masks, so the end is another."""
-    status = finish(start(folder, fault=fault))
-    told = screen_of(folder)
-    return Outcome(status != 0 or "out of memory" not in told, 0, None, told)
-
-
-def skipped(folder: Path) -> Outcome:
-    status = finish(start(folder, [*RUN, "--max-skipped-steps", "1"], poison_one))
-    told = screen_of(folder)
-    return Outcome(status != 0 or "1 of 12 steps were skipped (1 not finite)" not in told, 0, None, told)
-
-
-def stopped(folder: Path, expected: dict) -> Outcome:
-    """The run stops at step 7 with its samples named, and without the fault goes on from step 6."""
-    assert finish(start(folder, fault=poison_three)) == 1
-    told = screen_of(folder)
-    assert "step 7: loss nan" in told and "samples: train-" in told, told
-    return go_on(folder, expected)
-
-
-LEAKS = "leaks.jsonl"
-
-
-def watch_resources() -> None:
-    """In the run's process: what it holds, every 100 steps."""
-    for step in range(100, 2001, 100):
+def _watch_resources(steps: int, every: int) -> None:
+    for step in range(every, steps + 1, every):
         at_step(step, _note_resources)
 
 
@@ -457,20 +473,5 @@ def _note_resources(trainer) -> None:
     me = psutil.Process()
     found = {"step": trainer.state.global_step + 1, "mb": me.memory_info().rss / 1e6, "files": me.num_fds()}
     found |= {"processes": len(me.children(recursive=True)), "threads": me.num_threads()}
-    with open(LEAKS, "a") as file:
+    with open(RESOURCES, "a") as file:
         file.write(json.dumps(found) + "\n")
-
-
-def resources(folder: Path) -> list[dict]:
-    """Of a run of 2,000 steps with an evaluation every 100 and a checkpoint every 50."""
-    argv = [*RUN, "--max-steps", "2000", "--save-steps", "50", "--eval-steps", "100"]
-    process = start(folder, argv, watch_resources)
-    process.join()
-    assert process.exitcode == 0, screen_of(folder)
-    return [json.loads(line) for line in (folder / LEAKS).read_text().splitlines()]
-
-
-def checkpoint_files(half: Path) -> list[str]:
-    newest = checkpoints_in(half / "run")[0]
-    assert step_of(newest) == 6
-    return sorted(str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file())

@@ -1,136 +1,140 @@
-"""Faults of whole runs: a short case of some here; `make faults`: all, many times, and the table of docs/faults.md."""
+"""Each fault, injected into a whole run, costs no more than the steps since the last checkpoint.
+
+`make faults` tries each many times, and writes the table of docs/faults.md.
+"""
 
 import os
 import random
-import re
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.faults import injection as faults
+from tests.faults import injection
+from tests.faults.injection import CORRUPTIONS, Outcome
 
+TABLE = os.environ.get("FAULTS_TABLE")  # a page; given, each fault is tried many times
 MARKS = ("<!-- faults: written by make faults -->", "<!-- end of faults -->")
+ROWS: dict[str, str] = {}
+
+
+class Runs(NamedTuple):
+    result: dict  # of the run without a fault
+    seconds: float  # that it took
+    interrupted: Path  # a run that died after step 8
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    """What the run without a fault comes to."""
-    return faults.undisturbed(tmp_path_factory.mktemp("undisturbed"))
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("half")
-    faults.half_done(folder)
-    return folder
+def runs(tmp_path_factory):
+    result, seconds = injection.run_undisturbed(tmp_path_factory.mktemp("undisturbed"))
+    interrupted = tmp_path_factory.mktemp("interrupted")
+    injection.run_to_step_8(interrupted)
+    return Runs(result, seconds, interrupted)
 
 
 @pytest.fixture(scope="module")
 def may_mount(tmp_path_factory):
     try:
-        with faults.Mounted(tmp_path_factory.mktemp("disk")):
+        with injection.Mounted(tmp_path_factory.mktemp("disk")):
             pass
     except (subprocess.CalledProcessError, OSError):
         pytest.skip("no right to mount a small disk here")
 
 
-def test_a_kill_inside_a_save_loses_nothing(expected, tmp_path):
-    end, _ = expected
-    tries = (faults.kill_in_save(tmp_path / str(number), end, random.Random(number)) for number in range(9))
-    outcome = next(found for found in tries if found is not None)
-    assert not outcome.lost and outcome.same and outcome.steps <= faults.SAVES
+def kill_at_random(folder: Path, runs: Runs, seed: int) -> Outcome:
+    return injection.kill_at(folder, runs.result, random.Random(seed).uniform(0.3, runs.seconds))
 
 
-def test_a_second_interrupt_ends_at_once(expected, tmp_path):
-    outcome, seconds = faults.second_interrupt(tmp_path, expected[0])
-    assert not outcome.lost and outcome.same and seconds < 1
+def kill_in_save(folder: Path, runs: Runs, seed: int) -> Outcome:
+    return injection.kill_in_save(folder, runs.result, random.Random(seed))
 
 
-def test_a_killed_worker_is_told_and_the_run_goes_on(expected, tmp_path):
-    outcome = faults.worker_killed(tmp_path, expected[0])
-    assert re.search(
-        r"error: DataLoader worker \(pid.*most often by the system for lack of memory; re-run", outcome.told
-    )
-    assert "Traceback" not in outcome.told and outcome.same
+def terminate(folder: Path, runs: Runs, seed: int) -> Outcome:
+    return injection.interrupt(folder, runs.result, signal.SIGTERM, random.Random(seed))
 
 
-def test_a_disk_that_fills_up_is_told_and_the_run_goes_on(expected, tmp_path, may_mount):
-    outcome = faults.disk_full(tmp_path, expected[0])
-    assert "free space and re-run the same command" in outcome.told and "Traceback" not in outcome.told
-    assert outcome.same
+def interrupt(folder: Path, runs: Runs, seed: int) -> Outcome:
+    return injection.interrupt(folder, runs.result, signal.SIGINT, random.Random(seed))
 
 
-@pytest.mark.slow
-def test_every_fault(expected, half, tmp_path, may_mount):
-    end, seconds = expected
-    table = Table()
-    draw = random.Random(0)
-    table.add("kill -9 at a random moment", (faults.kill_at(tmp_path / f"kill{n}", end, draw.uniform(0.3, seconds))
-                                             for n in range(20)))  # fmt: skip
-    saves, number = [], 0
-    while len(saves) < 10:
-        saves.append(faults.kill_in_save(tmp_path / f"save{number}", end, random.Random(number)))
-        saves, number = [found for found in saves if found is not None], number + 1
-    table.add("kill -9 inside a save", saves)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        found = [faults.signal_at(tmp_path / f"{signum}-{n}", end, signum, random.Random(n)) for n in range(5)]
-        slowest = max(seconds for _, seconds in found)
-        table.add(f"{signum.name}: saved and ended within {slowest:.1f} s", [outcome for outcome, _ in found])
-    outcome, took = faults.second_interrupt(tmp_path / "second", end)
-    table.add(f"second Ctrl-C while the save hangs: ended after {took:.1f} s", [outcome])
-    names = faults.checkpoint_files(half)
-    for how in faults.DAMAGES:
-        table.add(
-            f"newest checkpoint, one file each: {how.__doc__}",
-            (faults.damage(tmp_path / f"{how.__name__}-{name}", half, end, name, how) for name in names),
-        )
-    table.add("out of memory in a step", [faults.redone(tmp_path / "oom", faults.cramp_step)])
-    table.add("out of memory in an evaluation", [faults.redone(tmp_path / "oom2", faults.cramp_evaluation)])
-    table.add("a loss that is not a number, `--max-skipped-steps 1`", [faults.skipped(tmp_path / "skip")])
-    table.add("the same, stopping", [faults.stopped(tmp_path / "stop", end)])
-    table.add("a worker killed", [faults.worker_killed(tmp_path / f"worker{n}", end) for n in range(3)])
-    table.add("disk full inside a save", [faults.disk_full(tmp_path / "full", end)])
-    table.add("run folder read-only", [faults.read_only(tmp_path / "ro", half, end)])
-    table.add("an image vanished", [faults.vanished(tmp_path / "vanished")])
-    table.add("/dev/shm too small", [faults.cramped_shared_memory(tmp_path / "shm", end)])
-    table.add("a second training in the folder", [faults.two_at_once(tmp_path / "two", end)])
-    print(table)
-    if os.environ.get("FAULTS_TABLE"):
-        write_between(Path(os.environ["FAULTS_TABLE"]), str(table))
-    assert table.lost == 0 and table.different == 0
+def corrupt(how: Callable[[Path], None]) -> Callable[[Path, Runs, int], Outcome]:
+    """Of another file for each seed: the weights first."""
+
+    def fault(folder: Path, runs: Runs, seed: int) -> Outcome:
+        names = sorted(injection.checkpoint_files(runs.interrupted), key=lambda name: not name.startswith("adapter_m"))
+        return injection.corrupt(folder, runs.interrupted, runs.result, names[seed % len(names)], how)
+
+    return fault
 
 
-@pytest.mark.slow
-def test_nothing_leaks_in_2000_steps(tmp_path):
-    found = faults.resources(tmp_path)
-    for line in found:
-        print(line)
-    early, late = (found[4], found[-1])
+class Fault(NamedTuple):
+    label: str
+    tries: int  # of `make faults`
+    inject: Callable[[Path, Runs, int], Outcome]
+    needs_mount: bool = False
+
+
+FAULTS = [
+    Fault("kill -9 at a random moment", 20, kill_at_random),
+    Fault("kill -9 inside a save", 10, kill_in_save),
+    Fault("SIGTERM: saved and ended", 5, terminate),
+    Fault("SIGINT: saved and ended", 5, interrupt),
+    Fault("second Ctrl-C while the save hangs", 1,
+          lambda folder, runs, _: injection.interrupt_twice(folder, runs.result)),
+    *(Fault(f"newest checkpoint, one file each: {how.__doc__}", 14, corrupt(how)) for how in CORRUPTIONS),
+    Fault("out of memory in a step", 1, lambda folder, *_: injection.run_out_of_memory(folder, True)),
+    Fault("out of memory in an evaluation", 1, lambda folder, *_: injection.run_out_of_memory(folder, False)),
+    Fault("a loss that is not a number, `--max-skipped-steps 1`", 1,
+          lambda folder, *_: injection.skip_non_finite_step(folder)),
+    Fault("the same, stopping", 1, lambda folder, runs, _: injection.stop_at_non_finite_step(folder, runs.result)),
+    Fault("a worker killed", 3, lambda folder, runs, _: injection.kill_worker(folder, runs.result)),
+    Fault("disk full inside a save", 1, lambda folder, runs, _: injection.fill_disk(folder, runs.result), True),
+    Fault("run folder read-only", 1,
+          lambda folder, runs, _: injection.make_read_only(folder, runs.interrupted, runs.result), True),
+    Fault("an image vanished", 1, lambda folder, *_: injection.remove_image(folder)),
+    Fault("/dev/shm too small", 1, lambda folder, runs, _: injection.shrink_shared_memory(folder, runs.result), True),
+    Fault("a second training in the folder", 1,
+          lambda folder, runs, _: injection.run_second_training(folder, runs.result)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.label)
+def test_fault_loses_nothing(fault, runs, tmp_path, request):
+    if fault.needs_mount:
+        request.getfixturevalue("may_mount")
+    tries = fault.tries if TABLE else 1
+    outcomes = [fault.inject(tmp_path / str(number), runs, number) for number in range(tries)]
+    compared = [outcome.same for outcome in outcomes if outcome.same is not None]
+    lost = sum(outcome.lost for outcome in outcomes)
+    repeated = max(outcome.repeated for outcome in outcomes)
+    same = f"{compared.count(True)} of {len(compared)}" if compared else "not comparable"
+    ROWS[fault.label] = f"| {fault.label} | {tries} | {lost} | {repeated} | {same} |"
+    assert lost == 0, outcomes[0].output
+    assert False not in compared and repeated < 2 * injection.SAVE_STEPS
+
+
+def test_table_is_written():
+    """Last: after all faults."""
+    if not TABLE:
+        pytest.skip("make faults writes it")
+    rows = ["| fault | tries | runs lost | most steps repeated | end identical |", "|---|---|---|---|---|"]
+    write_between(Path(TABLE), "\n".join([*rows, *(ROWS[fault.label] for fault in FAULTS)]))
+
+
+def test_page_lists_every_fault():
+    page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert [fault.label for fault in FAULTS if f"| {fault.label} |" not in page] == []
+
+
+def test_nothing_leaks(tmp_path):
+    """Neither memory nor files, processes, threads: 2,000 steps with `make faults`, else 400."""
+    found = injection.measure_resources(tmp_path, *((2000, 100) if TABLE else (400, 20)))
+    early, late = found[4], found[-1]
     assert len(found) == 20 and late["mb"] < early["mb"] + 30
     assert all(late[name] <= early[name] for name in ("files", "processes", "threads"))
-
-
-class Table:
-    """One row a fault, in Markdown."""
-
-    def __init__(self):
-        self.rows = ["| fault | tries | runs lost | most steps repeated | end identical |", "|---|---|---|---|---|"]
-        self.lost = self.different = 0
-
-    def add(self, name: str, outcomes) -> None:
-        outcomes = list(outcomes)
-        lost = sum(one.lost for one in outcomes)
-        compared = [one.same for one in outcomes if one.same is not None]
-        self.lost += lost
-        self.different += compared.count(False)
-        same = f"{compared.count(True)} of {len(compared)}" if compared else "not comparable"
-        self.rows.append(f"| {name} | {len(outcomes)} | {lost} | {max(one.steps for one in outcomes)} | {same} |")
-        print(self.rows[-1], flush=True)
-
-    def __str__(self):
-        return "\n".join(self.rows)
 
 
 def write_between(path: Path, text: str) -> None:
