@@ -24,7 +24,6 @@ from pathlib import Path
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from runtime.run_files import BEST
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
@@ -46,13 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():
-        from predict import load_predictor
-
         check_gradio()
         options = dataclasses.replace(options, port=find_port(options.host, options.port))
-        run.config = dataclasses.replace(run.config, num_workers=0)  # a process to read one photo takes longer than it
-        predictor = load_predictor(run)
-        serve(build_page(predictor, run.folder, run.recorded, run.config.dataset), options)
+        from evaluation.predictor import load_predictor
+
+        serve(build_page(load_predictor(run), run), options)
     return 0
 
 
@@ -104,7 +101,7 @@ def load_texts():
     return environment.get_template("page.html.j2").module
 
 
-def build_page(predictor, folder: Path, recorded: dict, dataset: str):
+def build_page(predictor, run: Run):
     import gradio as gr
 
     from evaluation.model_card import WARNING, read_reports
@@ -114,9 +111,10 @@ def build_page(predictor, folder: Path, recorded: dict, dataset: str):
     # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
-    names, texts = recorded["class_names"], load_texts()
-    adapter = None if recorded.get("base") else describe_best(folder / BEST)
-    report = next(reversed(read_reports(folder, adapter, dataset).values()), None)  # test, if that was measured
+    names, texts = run.recorded["class_names"], load_texts()
+    adapter = None if run.is_base_model else describe_best(run.best_folder)
+    reports = read_reports(run.folder, adapter, run.config.dataset)
+    report = next(reversed(reports.values()), None)  # of test, if that was measured
     is_calibrated = predictor.calibration is not None
     with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as page:
         gr.HTML(texts.header(len(names)))
@@ -136,11 +134,11 @@ def build_page(predictor, folder: Path, recorded: dict, dataset: str):
         event = {"fn": partial(answer_to, predictor, texts), "inputs": photo, "outputs": answer}
         event |= {"trigger_mode": "always_last", "concurrency_id": "model", "api_visibility": "private"}
         gr.on([photo.input, photo.clear], **event)
-        examples = [str(path) for path in sorted((folder / EXAMPLES_FOLDER).glob("*.jpg"))]
+        examples = [str(path) for path in sorted((run.folder / EXAMPLES_FOLDER).glob("*.jpg"))]
         if examples:
             shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
             shown.load_input_event.then(**event)
-        gr.HTML(texts.footer(folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
+        gr.HTML(texts.footer(run.folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
     return page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
 
 
@@ -181,7 +179,7 @@ def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
         return texts.start()
     path, name = upload
     try:
-        found = next(predictor.name([path]))
+        found = next(predictor.predict([path]))
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
         return texts.refusal("This photo could not be named: the program failed; its own output says why")

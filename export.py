@@ -140,34 +140,35 @@ def staging_dir(out: Path) -> Iterator[Path]:
 
 def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     """Write model, processor, class names and model card to `draft`, and verify the model. Raises UserError."""
-    from data.collator import PlantCollator
     from evaluation.model_card import build_model_card
     from evaluation.verify import LOGIT_IMAGES, first_readable
-    from models.builder import build_processor
+    from models.builder import PlantModel
     from runtime.checkpoint import CARD
     from runtime.device import choose_device
 
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
     validation = load_validation(run, options.limit)
-    processor, prompt = build_processor(run.config, run.recorded["class_names"])
-    collator = PlantCollator(processor, prompt, run.recorded["class_names"], run.config.image_size)
-    images = first_readable(collator, validation.rows, LOGIT_IMAGES)
-    save_classes(run, prompt, draft)
     if options.adapter_only:
-        found = export_adapter(run, draft, images, device)
+        plant = PlantModel.from_run(run, device)
+    else:
+        precision = "no" if options.dtype == "fp32" else options.dtype
+        plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
+    images = first_readable(plant.collator, validation.rows, LOGIT_IMAGES)
+    save_classes(run, plant.prompt, draft)
+    if options.adapter_only:
+        found = export_adapter(run, plant, draft, images)
         verification = ""
     else:
-        found = export_merged(run, options.dtype, draft, collator, images, validation, device)
+        logger.info(f"model | merging {run.best_folder} into {run.config.model} | {options.dtype}")
+        found = export_merged(run, plant, draft, images, validation)
         verification = f"Merged in {options.dtype} and loaded afresh: {found}."
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
-    card = build_model_card(
-        saved.config, saved.recorded, run.folder, prompt, verification, is_merged=not options.adapter_only
-    )
+    card = build_model_card(saved, plant.prompt, verification, is_merged=not options.adapter_only)
     (draft / CARD).write_text(card, encoding="utf-8")
 
 
-def export_merged(run: Run, dtype_name: str, draft: Path, collator, images, validation: Validation, device) -> str:
+def export_merged(run: Run, plant, draft: Path, images, validation: Validation) -> str:
     """Save the merged model; a sentence on how the loaded one compares with the run's weights."""
     import torch
     from transformers import AutoProcessor
@@ -181,49 +182,43 @@ def export_merged(run: Run, dtype_name: str, draft: Path, collator, images, vali
         logits_with,
         relative_difference,
     )
-    from models.builder import DTYPES, check_same_base, weights_fingerprint
+    from models.builder import check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
-    from runtime.device import collect_memory, fit_workers
+    from runtime.device import collect_memory
     from utils.tokenizer_utils import tokenizer_probe
 
-    config, processor, prompt = run.config, collator.processor, collator.prompt
-    dtype = DTYPES["no" if dtype_name == "fp32" else dtype_name]
+    config, device = run.config, plant.device
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
-    check_same_base({"tokenizer_probe": tokenizer_probe(processor.tokenizer), "model_files": files}, run)
+    check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
     adapter = None if config.trainable == "everything" else read_adapter(run.best_folder)
-    with base_weights(run, processor) as base:
-        check_disk(draft, weights_bytes(base, dtype))
-        logger.info(f"model | merging {run.best_folder} into {config.model} | {dtype_name}")
-        save_settings(base, processor, prompt, dtype, draft)
-        merge_into(base, adapter, draft, dtype)
+    with base_weights(run, plant.processor) as base:
+        check_disk(draft, weights_bytes(base, plant.dtype))
+        save_settings(base, plant.processor, plant.prompt, plant.dtype, draft)
+        merge_into(base, adapter, draft, plant.dtype)
         # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
-        reference = load_whole(base, dtype if adapter else torch.float32, device, config.gpu_memory_fraction)
-        expected, without_adapter = logits_with(adapter, reference, collator, images, dtype, device)
-        del reference
+        plant.model = load_whole(base, plant.dtype if adapter else torch.float32, device)
+        expected, base_difference = logits_with(adapter, plant, images)
+        plant.model = None
         collect_memory(device)
-    model = load_whole(draft, dtype, device, config.gpu_memory_fraction)
+    plant.model = load_whole(draft, plant.dtype, device)
     saved_processor = AutoProcessor.from_pretrained(draft)
-    collator = PlantCollator(saved_processor, prompt, collator.class_names, config.image_size)
-    rounding = relative_difference(logits_of(model, collator, images, dtype, device), expected)
+    plant.collator = PlantCollator(saved_processor, plant.prompt, plant.class_names, config.image_size)
+    rounding = relative_difference(logits_of(plant, images), expected)
     metrics = None
     if validation.correct is not None:
-        batch_size = config.per_device_eval_batch_size
-        workers = fit_workers(config.num_workers, collator.batch_bytes(batch_size))
-        metrics = compare_with_validated(
-            validation.correct, model, collator, validation.rows, batch_size, workers, dtype
-        )
-    advice = "" if dtype == torch.float32 else "; try --dtype fp32"
-    found = check_merge(rounding, without_adapter, dtype, metrics, advice)
+        metrics = compare_with_validated(validation.correct, plant, validation.rows)
+    advice = "" if plant.dtype == torch.float32 else "; try --dtype fp32"
+    found = check_merge(rounding, base_difference, plant.dtype, metrics, advice)
     return found if metrics else f"{found}; its accuracy is unknown, since the run was trained on val"
 
 
-def export_adapter(run: Run, draft: Path, images, device) -> str:
+def export_adapter(run: Run, plant, draft: Path, images) -> str:
     """Save the adapter; a sentence on how it compares with the run once PEFT attached it to a fresh base model."""
     from peft import PeftModel
 
     from evaluation.model_card import base_name
     from evaluation.verify import check_merge, logits_of, relative_difference
-    from models.builder import PlantModel, build_base
+    from models.builder import build_base
     from models.merging import save_processor
     from runtime.device import collect_memory
 
@@ -232,29 +227,26 @@ def export_adapter(run: Run, draft: Path, images, device) -> str:
     settings = json.loads((run.best_folder / "adapter_config.json").read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    plant = PlantModel.from_run(run, device)
     save_processor(plant.processor, draft)
-    expected = logits_of(plant.model, plant.collator, images, plant.dtype, device)
+    expected = logits_of(plant, images)
     plant.model = None  # the GPU has room for one model
-    collect_memory(device)
-    model = PeftModel.from_pretrained(build_base(config, plant.processor, device, plant.dtype), draft)
-    with model.disable_adapter():
-        base_logits = logits_of(model, plant.collator, images, plant.dtype, device)
-    logits = logits_of(model, plant.collator, images, plant.dtype, device)
-    return check_merge(relative_difference(logits, expected), relative_difference(base_logits, expected), plant.dtype)
+    collect_memory(plant.device)
+    plant.model = PeftModel.from_pretrained(build_base(config, plant.processor, plant.device, plant.dtype), draft)
+    with plant.model.disable_adapter():
+        base_difference = relative_difference(logits_of(plant, images), expected)
+    return check_merge(relative_difference(logits_of(plant, images), expected), base_difference, plant.dtype)
 
 
 def load_validation(run: Run, limit: int | None) -> Validation:
     from data.dataset import build_datasets, take
     from evaluation.evaluator import read_correct
+    from evaluation.verify import check_same_data
 
     data = build_datasets(run.config)
-    is_own = run.config.dataset == Run.load(run.folder).config.dataset
-    fingerprint = run.recorded["data_fingerprint"] if is_own else None
-    data.assert_matches(run.recorded["class_names"], fingerprint, run.folder)
+    check_same_data(data, run)
     if data.validation is None:
         return Validation(take(data.train, 100), None)
-    return Validation(take(data.validation, limit), read_correct(run.folder, "val")[1])
+    return Validation(take(data.validation, limit), read_correct(run, "val")[1])
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Name the plant in images, with a run that train.py made.
+"""Class names for images, from a run that train.py made.
 
-    python predict.py runs/default photo.jpg              one line: the name and how sure, or "not sure"
-    python predict.py runs/default images 'more/*.jpg'    folders with all below them, and patterns
-    python predict.py runs/default images --json          one JSON object a line, as they become known
+    python predict.py runs/default photo.jpg              a line: name and confidence, or "not sure"
+    python predict.py runs/default images 'more/*.jpg'    folders with all below, and patterns
+    python predict.py runs/default images --json          one JSON object per line, as they become known
 
-Names, and why a file could not be named, go to stdout in the order of the images, all else to stderr. Confidence and
-"not sure" are as fitted on val. Exit status 1 if a file could not be named.
+Names, and why a file could not be classified, go to stdout in the order of the images, all else to stderr. Confidence
+and "not sure" are calibrated on val. Exit status 1 if a file could not be classified.
 """
 
 import glob
@@ -32,36 +32,25 @@ def main(argv: list[str] | None = None) -> int:
     run, words, options = parse_run_command(argv, __doc__, PredictionOptions, COMPUTE_FIELDS, Run.load, "IMAGE ...")
     set_environment()
     setup_logging(stream=sys.stderr)
-    with report_errors(ConfigError, when_interrupted="what was named stands above"):
+    with report_errors(ConfigError, when_interrupted="the images above are classified"):
+        from evaluation.predictor import load_predictor
+
         images = list(find_images(words))
         readable = [image for image, reason in images if reason is None]
-        named = load_predictor(run).name(readable) if readable else iter(())
-        logger.info(f"naming {len(readable):,} images with {run.folder}")
-        tell, failed = as_json if options.json else as_line, 0
+        predictions = load_predictor(run).predict(readable) if readable else iter(())
+        logger.info(f"classifying {len(readable):,} images with {run.folder}")
+        format_result, failed = format_json if options.json else format_line, 0
         for image, reason in images:
-            found = reason or next(named)
+            found = reason or next(predictions)
             failed += isinstance(found, str)
             try:
-                print(tell(image, found, options.top), flush=True)
+                print(format_result(image, found, options.top), flush=True)
             except BrokenPipeError:  # whoever reads, such as head, has enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
                 return 1
         if failed:
-            logger.warning(f"{failed:,} of {len(images):,} could not be named; their lines say why")
+            logger.warning(f"{failed:,} of {len(images):,} could not be classified; their lines say why")
     return 1 if failed else 0
-
-
-def load_predictor(run: Run):
-    """The evaluation.predictor.Predictor of a run."""
-    from evaluation.predictor import build_predictor
-    from models.builder import PlantModel
-    from runtime.checkpoint import describe_best
-    from runtime.device import choose_device
-
-    adapter = None if run.is_base_model else describe_best(run.best_folder)
-    device = choose_device(run.config.model, run.config.gpu_memory_fraction)
-    plant = PlantModel.from_run(run, device)
-    return build_predictor(run.config, plant.model, plant.collator, plant.precision, run.folder, adapter)
 
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -85,20 +74,20 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
         yield from [(path, None) for path in found] or [(word, reason)]
 
 
-def as_line(image: str, found, top: int) -> str:
-    """photo: name 93 % (other 4 %, ...), or the reason why there is none, which begins with the image."""
+def format_line(image: str, found, top: int) -> str:
+    """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
     from evaluation.predictor import percent
     from utils.image_utils import printable
 
     if isinstance(found, str):
         return found
-    told = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
+    first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
     if not found.is_confident:
-        return f"{printable(image)}: not sure ({', '.join(told)})"
-    return f"{printable(image)}: {told[0]}" + f" ({', '.join(told[1:])})" * (len(told) > 1)
+        return f"{printable(image)}: not sure ({', '.join([first, *others])})"
+    return f"{printable(image)}: {first} ({', '.join(others)})" if others else f"{printable(image)}: {first}"
 
 
-def as_json(image: str, found, top: int) -> str:
+def format_json(image: str, found, top: int) -> str:
     if isinstance(found, str):
         return json.dumps({"image": image, "error": found})
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]

@@ -1,9 +1,11 @@
-"""From scores and truth to figures. Pure: no model, no files.
+"""From scores and labels to metrics. Pure: no model, no files.
 
-Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `labels` (n,) the true classes.
+Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `labels` (n,) the true classes, `correct`
+(n,) whether the likeliest class is the true one, `confidences` (n,) the probability of the likeliest class.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -13,37 +15,66 @@ from scipy.stats import binomtest
 from models.scoring import rank_true_classes
 
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
+MIN_ABSTENTION = 0.05  # share of val, the least confident, that is rejected however often it is right
+MAX_CONFUSIONS = 20  # pairs in a report
 
 
-def measure_scores(scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float | list[float]]]:
-    """(name, value) pairs of closed-set naming; `top1_interval` is Wilson's at 95 %.
+class SplitScores(NamedTuple):
+    """The log-probability of every class name for the images of a split."""
 
-    `mean_per_class` is the mean over the classes present of each one's own share: papers on Oxford Flowers report both,
-    since its test split has 20 to 238 images a class.
+    ids: list[str]
+    labels: np.ndarray  # (n,)
+    scores: np.ndarray  # (n, C) in nats
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.scores.argmax(axis=1) == self.labels
+
+
+class Calibration(NamedTuple):
+    """Fitted on val alone; threshold None: no confidence reaches the target selective accuracy there."""
+
+    temperature: float
+    threshold: float | None
+    target_selective_accuracy: float
+    images: int
+
+
+# ---- accuracy
+
+
+def measure_accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | list[float]]:
+    """Top-1 with its 95% Wilson interval, top-5, and the mean of the classes' own accuracies.
+
+    Papers on Oxford Flowers report both means, since its test split has 20 to 238 images a class.
     """
     correct, above, _ = rank_true_classes(scores, labels)
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
-    yield "n", len(labels)
-    yield "top1", float(correct.mean())
-    yield "top1_interval", [float(interval.low), float(interval.high)]
-    yield "top5", float((above < 5).mean())
-    yield "mean_per_class", float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
+    return {
+        "n": len(labels),
+        "top1": float(correct.mean()),
+        "top1_interval": [float(interval.low), float(interval.high)],
+        "top5": float((above < 5).mean()),
+        "mean_per_class": float(np.mean([correct[labels == label].mean() for label in np.unique(labels)])),
+    }
 
 
 def measure_replies(
     texts: Sequence[str], predictions: Sequence[int | None], names: Sequence[str], labels: Sequence[int]
-):
-    """(name, value) pairs of free naming; a prediction of None is a reply that is no class name, and counts as wrong.
+) -> dict[str, float]:
+    """Metrics of generated replies; a prediction of None, a reply that is no class name, counts as wrong.
 
-    `substring_match` is the published protocol's (arXiv 2405.18415): the true name occurs in the reply, whatever else
-    does.
+    `substring_match` is that of the published protocol (arXiv 2405.18415): the reply contains the true name, whatever
+    else it contains.
     """
     exact = [prediction == label for prediction, label in zip(predictions, labels, strict=True)]
     inside = [names[label].lower() in text.lower() for text, label in zip(texts, labels, strict=True)]
-    yield "replies", len(exact)
-    yield "exact_match", sum(exact) / len(exact)
-    yield "substring_match", sum(inside) / len(inside)
-    yield "unparsed", sum(prediction is None for prediction in predictions)
+    return {
+        "replies": len(exact),
+        "exact_match": sum(exact) / len(exact),
+        "substring_match": sum(inside) / len(inside),
+        "unparsed": sum(prediction is None for prediction in predictions),
+    }
 
 
 def per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
@@ -56,25 +87,39 @@ def per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> d
 
 
 def confusions(scores: np.ndarray, labels: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """(one class, another, images of either taken for the other), worst first, of the pairs that were confused."""
-    predictions = scores.argmax(axis=1)
+    """(class, other class, images of either that are predicted as the other), worst first, where there are any."""
     table = np.zeros((scores.shape[1],) * 2, dtype=int)
-    np.add.at(table, (labels, predictions), 1)
+    np.add.at(table, (labels, scores.argmax(axis=1)), 1)
     both = np.triu(table + table.T, k=1)
     worst = np.argsort(both, axis=None, kind="stable")[::-1][:most]
     pairs = [(int(place // len(both)), int(place % len(both))) for place in worst]
-    return [(one, other, int(both[one, other])) for one, other in pairs if both[one, other]]
+    return [(first, second, int(both[first, second])) for first, second in pairs if both[first, second]]
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
+    """McNemar's exact test of two models on the same images, of each whether it was right."""
+    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
+    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
+    discordant = only_first + only_second
+    return {
+        "n": len(first),
+        "first": sum(first) / len(first),
+        "second": sum(second) / len(second),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+    }
+
+
+# ---- confidence
 
 
 def adjust_scores(
     scores: np.ndarray, lengths: Sequence[int] | None = None, prior: Sequence[float] | None = None
 ) -> np.ndarray:
-    """Scores less those under a neutral image (`prior`), divided by each name's number of tokens (`lengths`)."""
+    """Scores minus the content-free prior (C,), divided by the number of tokens of each name (C,)."""
     scores = scores if prior is None else scores - np.asarray(prior)
     return scores if lengths is None else scores / np.asarray(lengths)
-
-
-# ---- confidence
 
 
 def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
@@ -83,7 +128,7 @@ def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that makes the true classes likeliest (Guo et al. 2017), sought between 0.01 and 100.
+    """The temperature, between 0.01 and 100, that makes the true classes likeliest (Guo et al. 2017).
 
     A standard normal prior on its logarithm, worth one image, keeps it finite where the model is right on every image.
     """
@@ -96,49 +141,74 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_bins(confidences: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:
-    """(mean confidence, share right, images) of each bin that holds images."""
+    """(mean confidence, accuracy, images) of each bin that has images."""
     bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
     return [
-        (float(confidences[bins == one].mean()), float(correct[bins == one].mean()), int((bins == one).sum()))
-        for one in np.unique(bins)
+        (float(confidences[bins == index].mean()), float(correct[bins == index].mean()), int((bins == index).sum()))
+        for index in np.unique(bins)
     ]
 
 
 def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> float:
-    """Mean over images of |confidence - share right| of the image's bin."""
+    """Mean over images of |confidence - accuracy| of the image's bin."""
     bins = calibration_bins(confidences, correct)
-    return sum(count * abs(mean - share) for mean, share, count in bins) / len(confidences)
+    return sum(count * abs(mean - accuracy) for mean, accuracy, count in bins) / len(confidences)
 
 
-def choose_threshold(confidences: np.ndarray, correct: np.ndarray, precision: float) -> float | None:
-    """The lowest confidence at and above which at least `precision` of the images are right; None: no such."""
+def choose_threshold(confidences: np.ndarray, correct: np.ndarray, target: float) -> float | None:
+    """The lowest confidence at and above which the accuracy is at least `target`; None: there is none."""
     order = np.argsort(-confidences, kind="stable")
-    shares = np.cumsum(correct[order]) / np.arange(1, len(correct) + 1)
-    ends = np.append(np.diff(confidences[order]) != 0, True)  # equal confidences are answered together
-    good = np.flatnonzero((shares >= precision) & ends)
+    accuracies = np.cumsum(correct[order]) / np.arange(1, len(correct) + 1)
+    ends = np.append(np.diff(confidences[order]) != 0, True)  # equal confidences are accepted together
+    good = np.flatnonzero((accuracies >= target) & ends)
     return float(confidences[order][good[-1]]) if len(good) else None
 
 
-def measure_selective(
-    confidences: np.ndarray, correct: np.ndarray, threshold: float | None
-) -> Iterator[tuple[str, float | None]]:
-    """(name, value) pairs of answering only at or above the threshold: share answered, share of those that is right."""
-    answered = confidences >= (np.inf if threshold is None else threshold)
-    yield "coverage", float(answered.mean())
-    yield "selective_accuracy", float(correct[answered].mean()) if answered.any() else None
+def measure_selective(confidences: np.ndarray, correct: np.ndarray, threshold: float | None) -> dict[str, float | None]:
+    """Selective prediction at a threshold: share of images accepted (coverage), and the accuracy on them."""
+    accepted = confidences >= (np.inf if threshold is None else threshold)
+    return {
+        "coverage": float(accepted.mean()),
+        "selective_accuracy": float(correct[accepted].mean()) if accepted.any() else None,
+    }
 
 
-# ---- two models on the same images
+def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibration:
+    """Temperature and "not sure" threshold, from val.
+
+    The threshold is what the target needs, but never so low that every image is accepted: out-of-distribution images
+    are found by being less confident than nearly all of val, and a good model may be right on all of val.
+    """
+    temperature = fit_temperature(split.scores, split.labels)
+    confidences = confidence(split.scores, temperature)
+    threshold = choose_threshold(confidences, split.correct, target_selective_accuracy)
+    if threshold is not None:
+        threshold = max(threshold, float(np.quantile(confidences, MIN_ABSTENTION, method="higher")))
+    return Calibration(temperature, threshold, target_selective_accuracy, len(confidences))
 
 
-def compare(first: Sequence[bool], second: Sequence[bool]) -> Iterator[tuple[str, float]]:
-    """(name, value) pairs of McNemar's exact test on images that both were shown."""
-    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
-    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
-    yield "n", len(first)
-    yield "first", sum(first) / len(first)
-    yield "second", sum(second) / len(second)
-    yield "only_first", only_first
-    yield "only_second", only_second
-    discordant = only_first + only_second
-    yield "p", float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+def abstention_rate(scores: np.ndarray, calibration: Calibration) -> float:
+    """Share of images whose confidence is below the threshold."""
+    confidences = confidence(scores, calibration.temperature)
+    return 1 - measure_selective(confidences, np.zeros(len(scores)), calibration.threshold)["coverage"]
+
+
+def measure_split(split: SplitScores, calibration: Calibration | None, names: Sequence[str]) -> dict:
+    """All metrics of eval_<split>.json that come from scores; without a calibration, of the model's own confidence."""
+    uncalibrated = expected_calibration_error(confidence(split.scores, 1.0), split.correct)
+    selective = {"ece": uncalibrated, "coverage": None, "selective_accuracy": None, "calibration": None}
+    if calibration is not None:
+        confidences = confidence(split.scores, calibration.temperature)
+        selective = {
+            "ece": expected_calibration_error(confidences, split.correct),
+            **measure_selective(confidences, split.correct, calibration.threshold),
+            "calibration": calibration._asdict(),
+        }
+    pairs = confusions(split.scores, split.labels, MAX_CONFUSIONS)
+    return {
+        **measure_accuracy(split.scores, split.labels),
+        "ece_uncalibrated": uncalibrated,
+        **selective,
+        "confusions": [{"names": [names[first], names[second]], "confused": count} for first, second, count in pairs],
+        "per_class": per_class(split.scores, split.labels, names),
+    }

@@ -9,31 +9,34 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from config.training_config import RANDOM_MODELS, TrainingConfig
+from config.training_config import RANDOM_MODELS
 from evaluation.report import render
+from runtime.atomic import write_file
 from runtime.checkpoint import CARD, describe_best, read_best
 from runtime.legacy import renamed
-from runtime.run_files import BEST, read_metrics
+from runtime.run_dir import Run
+from runtime.run_files import read_metrics
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
 
 
-def build_model_card(
-    config: TrainingConfig,
-    recorded: dict,
-    folder: str | Path,
-    prompt: Prompt,
-    verification: str = "",
-    is_merged: bool = False,
-) -> str:
-    """README.md of best/, or of an export: then `verification` says how it was checked, and it may be `is_merged`."""
-    folder = Path(folder)
+def write_model_card(run: Run, prompt: Prompt) -> None:
+    """README.md of best/."""
+    write_file(run.best_folder / CARD, build_model_card(Run.load(run.folder), prompt))
+
+
+def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False) -> str:
+    """README.md of best/, or of an export: then `verification` says how it was checked, and it may be `is_merged`.
+
+    `run` is as it was trained, whatever options it is used with.
+    """
+    config, folder = run.config, run.folder
     name, dataset = folder.resolve().name, Path(config.dataset).name
     is_adapter = config.trainable != "everything" and not is_merged
     is_random_base, is_local_base = config.model in RANDOM_MODELS, Path(config.model).is_dir()
     license = None if is_random_base else read_license(config.model)
-    reports = read_reports(folder, describe_best(folder / BEST), config.dataset)
+    reports = read_reports(folder, describe_best(run.best_folder), config.dataset)
     results = [
         EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
         for split, report in reports.items()
@@ -50,7 +53,7 @@ def build_model_card(
     )
     steps = [entry for entry in read_metrics(folder) if "loss" in entry]
     training = {
-        "best_step": read_best(folder / BEST)["step"],
+        "best_step": read_best(run.best_folder)["step"],
         "steps": len(steps),
         "batch_size": config.effective_batch_size,
         "minutes": sum(entry["seconds"] for entry in steps) / 60,
@@ -62,7 +65,7 @@ def build_model_card(
         card_data=card_data.to_yaml(),
         name=name,
         warning=WARNING,
-        run={"model_commit": None, "ranks": recorded.get("processes", 1)} | dataclasses.asdict(config) | recorded,
+        run={"model_commit": None, "ranks": 1} | dataclasses.asdict(config) | run.recorded,
         base=base_name(config.model),
         is_adapter=is_adapter,
         is_random_base=is_random_base,

@@ -1,93 +1,88 @@
-"""Names for images: the likeliest classes of each, how likely they are, and whether that is enough to say one."""
+"""Images to class names: the likeliest ones of each, their probabilities, and whether the first is certain enough."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy.special import softmax
 
-from config.training_config import TrainingConfig
 from evaluation.evaluator import read_calibration
-from evaluation.report import Calibration
-from models.builder import DTYPES
-from models.scoring import score_batches
-from runtime.device import fit_workers
+from evaluation.metrics import Calibration
+from models.builder import PlantModel
+from runtime.checkpoint import describe_best
+from runtime.device import choose_device
+from runtime.run_dir import Run
 from utils.logging_utils import logger
 
-FEW = 30  # images of val, with which a threshold says little
+FEW_IMAGES = 30  # of val, with which a threshold says little
 
 
 class Prediction(NamedTuple):
-    """What an image shows: all class names with their probabilities, likeliest first."""
+    """All class names of an image with their probabilities, likeliest first."""
 
     likeliest: list[tuple[str, float]]
-    is_confident: bool  # the likeliest reaches the threshold that was fitted on val
+    is_confident: bool  # whether the likeliest reaches the threshold fitted on val
 
 
 def percent(share: float) -> str:
-    """Never 0 % or 100 %, which no image is."""
+    """Clamped to <1% and >99%: the model is never certain."""
     return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
 
 
-def build_predictor(
-    config: TrainingConfig, model, collator, precision: str, folder: Path, adapter: str | None
-) -> "Predictor":
-    """A Predictor with the temperature and threshold fitted for these weights; warns where there are none."""
-    calibration = read_calibration(folder, adapter)
-    if calibration is None and config.train_on_val:
-        logger.warning(
-            '%s: learned from val, so nothing was fitted: confidence is the model\'s own, nothing "not sure"', folder
-        )
+def load_predictor(run: Run) -> "Predictor":
+    """The model of a run, with the temperature and threshold fitted for its weights; warns where there are none.
+
+    Raises UserError for weights, a base model or a calibration that cannot be used.
+    """
+    adapter = None if run.is_base_model else describe_best(run.best_folder)
+    calibration = read_calibration(run.folder, adapter)
+    plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
+    uncalibrated = 'confidence is the model\'s own, and no image is "not sure"'
+    if calibration is None and run.config.train_on_val:
+        logger.warning(f"{run.folder}: was trained on val, so nothing could be calibrated; {uncalibrated}")
     elif calibration is None:
         logger.warning(
-            '%s: has no calibration for its weights; confidence is the model\'s own and nothing is "not sure". '
-            "Fit it on val with: python evaluate.py %s",
-            *(folder, folder),
+            f"{run.folder}: has no calibration for its weights; {uncalibrated}. Calibrate on val with: "
+            f"python evaluate.py {run.folder}"
         )
-    elif calibration.images < FEW:
+    elif calibration.images < FEW_IMAGES:
         logger.warning(
-            '%s: "not sure" was fitted on %d images of val alone; do not rely on it', *(folder, calibration.images)
+            f'{run.folder}: "not sure" was calibrated on only {calibration.images} images of val; do not rely on it'
         )
     elif calibration.threshold is None:
         logger.warning(
-            '%s: no confidence reached a precision of %g on val, so that every image is "not sure"',
-            *(folder, calibration.target_selective_accuracy),
+            f"{run.folder}: no confidence reached a selective accuracy of {calibration.target_selective_accuracy:g} on "
+            'val, so every image is "not sure"'
         )
-    workers = fit_workers(config.num_workers, collator.batch_bytes(config.per_device_eval_batch_size))
-    return Predictor(model, collator, calibration, config.per_device_eval_batch_size, workers, DTYPES[precision])
+    return Predictor(plant, calibration)
 
 
 class Predictor:
-    """`collator` is a data.collator.PlantCollator; `calibration` None: the model's own confidence, always sure."""
+    """Classifies image files; without a calibration by the model's own confidence, and always confidently."""
 
-    def __init__(
-        self, model, collator, calibration: Calibration | None, batch_size: int, num_workers: int, dtype: torch.dtype
-    ):
-        self.model = model
-        self.collator = collator
+    def __init__(self, plant: PlantModel, calibration: Calibration | None):
+        self.plant = plant
         self.calibration = calibration
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.dtype = dtype
 
-    def name(self, images: Sequence[str | Path]) -> Iterator[Prediction | str]:
-        """For each file in turn what it shows, or the reason why it cannot be opened, as they become known."""
+    def predict(self, images: Sequence[str | Path]) -> Iterator[Prediction | str]:
+        """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch."""
         rows = [
             {"image": {"bytes": None, "path": str(image)}, "label": 0, "id": str(index)}
             for index, image in enumerate(images)
         ]
-        workers = min(self.num_workers, len(rows) // self.batch_size)  # they take longer to start than a few images
-        options = self.batch_size, workers, self.dtype
-        for scores, unreadable in score_batches(self.model, self.collator, rows, *options):
-            found = {int(one.id): self._judge(np.array(one.values)) for one in scores}
-            found |= {int(image): reason for image, _, reason in (one.partition(": ") for one in unreadable)}
+        batches = len(rows) // self.plant.eval_batch_size
+        workers = min(self.plant.num_workers, batches)  # starting them takes longer than a few images
+        for scores, unreadable in self.plant.score(rows, num_workers=workers):
+            found = {int(score.id): self._judge(np.array(score.values)) for score in scores}
+            for message in unreadable:
+                index, _, reason = message.partition(": ")
+                found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
     def _judge(self, scores: np.ndarray) -> Prediction:
-        shares = softmax(scores / (self.calibration.temperature if self.calibration else 1.0))
-        order = np.argsort(-shares, kind="stable")
-        likeliest = [(self.collator.class_names[label], float(shares[label])) for label in order]
-        threshold = 0.0 if self.calibration is None else self.calibration.threshold
+        probabilities = softmax(scores / (self.calibration.temperature if self.calibration else 1.0))
+        order = np.argsort(-probabilities, kind="stable")
+        likeliest = [(self.plant.class_names[label], float(probabilities[label])) for label in order]
+        threshold = self.calibration.threshold if self.calibration else 0.0
         return Prediction(likeliest, threshold is not None and likeliest[0][1] >= threshold)

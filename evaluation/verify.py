@@ -1,11 +1,12 @@
-"""That what was saved is what was measured: the reload test of a run, and the proof of merged weights.
+"""Checks that what was saved is what was measured: the reload test of a run, and the checks of an export.
 
 Shapes: n images, C names, K supervised positions, V vocabulary.
 """
 
 import contextlib
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,76 +15,92 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import LlavaNextForConditionalGeneration
 
-from evaluation.metrics import compare
-from models.builder import load_weights, read_without_mmap, unwrap
-from models.fused_layers import get_fused_layers
+from data.collator import PlantCollator
+from data.dataset import PlantData
+from evaluation.metrics import mcnemar
+from evaluation.model_card import write_model_card
+from models.builder import PlantModel, read_without_mmap
 from models.merging import Adapter
-from models.scoring import score_rows
-from runtime.device import available_gpu_memory
+from runtime.device import available_gpu_memory, collect_memory
+from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger
 
-FEW = 4  # images of the reload test
+RELOAD_IMAGES = 4  # scored before and after a reload
 LOGIT_IMAGES = 8  # of an export, whose logits are compared
-SAME = 1e-3  # nats between scores of the same weights
+TOLERANCE = 1e-3  # nats between scores of the same weights
 # Relative difference of logits that rounding the merged weights to a dtype may make (docs/LOG.md).
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 SCORING_BYTES = 3e9  # of a GPU, kept free for an image beside 16-bit weights
-CHANCE = 0.01  # p below which the exported model names worse
+SIGNIFICANCE = 0.01  # p below which an exported model is worse
 
 
-def first_readable(collator, rows, count: int) -> list[dict]:
-    """The first rows whose images open. Raises UserError if none does."""
+def first_readable(collator: PlantCollator, rows, count: int) -> list[dict]:
+    """The first rows whose images are readable. Raises UserError if none is."""
     found = list(itertools.islice((row for row in rows if collator([row]).samples), count))
     if not found:
-        raise UserError("no image can be opened, so nothing can be proven; mend or put back the images")
+        raise UserError("no image can be opened, so nothing can be verified; repair or put back the images")
     return found
+
+
+def check_same_data(data: PlantData, run: Run) -> None:
+    """Raise UserError unless the classes are those of the run, and its own data set is split as it was."""
+    is_own = run.config.dataset == Run.load(run.folder).config.dataset  # not another one, given with --dataset
+    fingerprint = run.recorded["data_fingerprint"] if is_own else None
+    data.assert_matches(run.recorded["class_names"], fingerprint, run.folder)
 
 
 # ---- the reload test
 
 
-def scores_of(model, collator, rows, dtype: torch.dtype) -> torch.Tensor:
-    """(n, C) in nats, computed by plain kernels one image at a time: equal weights give equal numbers."""
-    for one in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
-        one.kernels.eager()
-    return torch.tensor([one.values for one in score_rows(model, collator, rows, 1, 0, dtype)])
+def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
+    """(n, C) in nats, by plain kernels and one image at a time: equal weights give equal numbers."""
+    plant.eager()
+    return torch.tensor([score.values for scores, _ in plant.score(rows, 1, 0) for score in scores])
 
 
-def verify_reload(build: Callable, folder: Path, expected: torch.Tensor, collator, rows, dtype: torch.dtype) -> None:
-    """Load `folder` into the fresh model that `build()` returns; its scores of `rows` must be `expected`.
+def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
+    """Load best/ into a fresh base model, which must reproduce the scores of the trained one; write its model card.
 
-    Raises UserError if they are not.
+    The trained model is released first, since the GPU has room for one. Rank 0 does it; the others return at once.
+    Raises UserError where scores differ.
     """
-    model = build()
-    untouched = (scores_of(model, collator, rows, dtype) - expected).abs().max()
-    load_weights(model, folder)
-    apart = (scores_of(model, collator, rows, dtype) - expected).abs().max()
-    if not apart <= SAME:  # a NaN is no proof either
+    if not run.is_main_process:
+        return
+    rows = first_readable(plant.collator, data.train if data.validation is None else data.validation, RELOAD_IMAGES)
+    expected = scores_of(plant, rows)
+    plant.model = None
+    collect_memory(plant.device)
+    config = dataclasses.replace(run.config, compile="false")
+    fresh = PlantModel.from_config(config, plant.class_names, plant.device)
+    base_difference = (scores_of(fresh, rows) - expected).abs().max()
+    fresh.load_weights(run.best_folder)
+    difference = (scores_of(fresh, rows) - expected).abs().max()
+    if not difference <= TOLERANCE:  # NaN verifies nothing either
         raise UserError(
-            f"{folder}: does not give back what was trained: the scores of {len(rows)} images differ by up to "
-            f"{apart:.3g} nats; do not use it, run the same command again, and report it if it comes again"
+            f"{run.best_folder}: reloaded, its scores of {len(rows)} images differ by up to {difference:.3g} nats from "
+            "those of the trained model; do not use it. Run the same command again, and report it if it happens again"
         )
     logger.info(
-        "result %s, loaded into a fresh base, scores %d images as before (within %.1g nats; the base alone is off by "
-        "%.2g)",
-        *(folder, len(rows), max(float(apart), 1e-6), untouched),
+        f"result | {run.best_folder} reloaded into a fresh base model | scores of {len(rows)} images reproduced within "
+        f"{max(float(difference), 1e-6):.1g} nats | the base model alone differs by {base_difference:.2g}"
     )
-    if untouched <= SAME:
-        logger.warning("%s: learned too little to be told from the untouched model by its scores", folder)
+    if base_difference <= TOLERANCE:
+        logger.warning(f"{run.best_folder}: its scores are those of the base model; it was hardly trained")
+    write_model_card(run, plant.prompt)
 
 
 # ---- merged weights
 
 
-def logits_of(model, collator, rows, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def logits_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
     """(K, V) in fp32 at the positions of the true names, image by image."""
-    model.eval()
-    found = []
+    plant.model.eval()
+    is_autocast, found = plant.dtype != torch.float32, []
     for row in rows:
-        (micro_batch,) = collator([row]).to(device).split(1)
+        (micro_batch,) = plant.collator([row]).to(plant.device).split(1)
         inputs = {name: value for name, value in micro_batch.items() if "labels" not in name}
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found.append(model(**inputs).logits[0].float().cpu())
+        with torch.no_grad(), torch.autocast(plant.device.type, plant.dtype, enabled=is_autocast):
+            found.append(plant.model(**inputs).logits[0].float().cpu())
     return torch.cat(found)
 
 
@@ -93,36 +110,32 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((logits - reference).square().mean().sqrt() / spread.square().mean().sqrt())
 
 
-def load_whole(
-    folder: str | Path, dtype: torch.dtype, device: torch.device, gpu_memory_fraction: float
-) -> LlavaNextForConditionalGeneration:
-    """A saved model as anyone loads it; what a GPU has no room for waits in the host's memory."""
-    room = available_gpu_memory(device, gpu_memory_fraction)
-    place = {"device_map": {"": device}}
+def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> LlavaNextForConditionalGeneration:
+    """A saved model as anyone loads it; what a GPU has no room for is offloaded to the host's memory."""
+    room = available_gpu_memory(device)
+    placement = {"device_map": {"": device}}
     if room is not None:
-        place = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
+        placement = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
     with read_without_mmap():
-        return LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **place)
+        return LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **placement)
 
 
 @contextlib.contextmanager
-def adapter_beside(base: nn.Module, adapter: Adapter, device: torch.device) -> Iterator[None]:
-    """The adapter's products added to those of the base's own linears, by hooks.
+def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> Iterator[None]:
+    """Add the adapter's low-rank products to those of the base model's linear layers, by forward hooks.
 
-    Not by PEFT, which cannot attach to a model of which a part waits in the host's memory.
+    Not by PEFT, which cannot attach to a model of which a part is offloaded.
     """
     hooks = []
 
     def low_rank(down, up):
-        return lambda _, given, product: (
-            product + (adapter.scale * linear(linear(given[0].float(), down), up)).to(product)
-        )
+        return lambda _, given, output: output + (adapter.scale * linear(linear(given[0].float(), down), up)).to(output)
 
     def whole(weight, bias):
-        return lambda _, given, product: linear(given[0].float(), weight, bias).to(product)
+        return lambda _, given, output: linear(given[0].float(), weight, bias).to(output)
 
     for name, pair in adapter.low_rank.items():
-        hook = low_rank(*(one.to(device).float() for one in pair))
+        hook = low_rank(*(matrix.to(device).float() for matrix in pair))
         hooks.append(base.get_submodule(name).register_forward_hook(hook))
     for name, weight in adapter.whole.items():
         if name.endswith(".weight"):
@@ -137,53 +150,50 @@ def adapter_beside(base: nn.Module, adapter: Adapter, device: torch.device) -> I
             hook.remove()
 
 
-def logits_with(
-    adapter: Adapter | None, base: nn.Module, collator, rows, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, float | None]:
-    """(logits of the base with the adapter beside it; how far those without it are off, None: there is no adapter)."""
-    without = logits_of(base, collator, rows, dtype, device)
+def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch.Tensor, float | None]:
+    """(logits of the base model with the adapter; how far those without it differ, None: there is no adapter)."""
+    without = logits_of(plant, rows)
     if adapter is None:
         return without, None
-    with adapter_beside(base, adapter, device):
-        found = logits_of(base, collator, rows, dtype, device)
+    with attach_adapter(plant.model, adapter, plant.device):
+        found = logits_of(plant, rows)
     return found, relative_difference(without, found)
 
 
-def check_merge(
-    rounding: float, untouched: float | None, dtype: torch.dtype, metrics: dict | None = None, advice: str = ""
-) -> str:
-    """The proof in a sentence. Raises UserError unless the saved model is the one that was measured.
-
-    `rounding` and `untouched` are relative differences of logits from those of the run: of what was saved, and of the
-    base without its adapter. `metrics` are of evaluation.metrics.compare, the validated model first.
-    """
-    told = f"its logits are {rounding:.2%} off those of the run's weights"
-    if not rounding <= ROUNDING[dtype]:
-        raise UserError(
-            f"what was saved is not what was trained: {told}, where rounding to {dtype} makes {ROUNDING[dtype]:.2%} at "
-            f"most; nothing was exported{advice}"
-        )
-    if untouched is not None:
-        told += f" (the base without the adapter: {untouched:.2%})"
-    if metrics is None:
-        return told
-    told += (
-        f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
-        f"(p = {metrics['p']:.2g}, McNemar)"
-    )
-    if metrics["second"] < metrics["first"] and metrics["p"] < CHANCE:
-        raise UserError(f"the merged model names worse than what was validated: {told}; nothing was exported")
-    return told
-
-
-def compare_with_validated(validated: dict[str, bool], model, collator, rows: Sequence[dict], *options) -> dict:
-    """evaluation.metrics.compare of what was validated, first, and of this model on the same images.
+def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
+    """McNemar's test of the validated model, first, and of this one on the same images.
 
     Raises UserError if none of the images was validated.
     """
-    scored = score_rows(model, collator, rows, *options)
-    correct = {one.id: int(np.argmax(one.values)) == one.label for one in scored}
-    both = [image for image in correct if image in validated]
-    if not both:
+    found = [score for scores, _ in plant.score(rows) for score in scores if score.id in validated]
+    if not found:
         raise UserError("none of these images of val was validated; score them first: python evaluate.py RUN")
-    return dict(compare([validated[image] for image in both], [correct[image] for image in both]))
+    correct = [int(np.argmax(score.values)) == score.label for score in found]
+    return mcnemar([validated[score.id] for score in found], correct)
+
+
+def check_merge(
+    rounding: float, base_difference: float | None, dtype: torch.dtype, metrics: dict | None = None, advice: str = ""
+) -> str:
+    """The verification in a sentence. Raises UserError unless the saved model is the measured one.
+
+    `rounding` and `base_difference` are relative differences of logits from those of the run: of what was saved, and of
+    the base model without its adapter. `metrics` are those of compare_with_validated.
+    """
+    sentence = f"its logits differ by {rounding:.2%} from those of the run's weights"
+    if not rounding <= ROUNDING[dtype]:
+        raise UserError(
+            f"what was saved is not what was trained: {sentence}, where rounding to {dtype} makes "
+            f"{ROUNDING[dtype]:.2%} at most; nothing was exported{advice}"
+        )
+    if base_difference is not None:
+        sentence += f" (the base model without the adapter: {base_difference:.2%})"
+    if metrics is None:
+        return sentence
+    sentence += (
+        f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
+        f"(p = {metrics['p']:.2g}, McNemar)"
+    )
+    if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
+        raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
+    return sentence

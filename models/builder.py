@@ -55,7 +55,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 class PlantModel:
     """A LLaVA-NeXT with everything that travels with it: processor, prompt, collator, precision and device."""
 
-    model: PreTrainedModel | PeftModel | None  # None once released
+    model: PreTrainedModel | PeftModel | None  # None before it is loaded and once it is released
     processor: LlavaNextProcessor
     prompt: Prompt
     collator: PlantCollator
@@ -69,22 +69,24 @@ class PlantModel:
     def from_config(cls, config: TrainingConfig, class_names: Sequence[str], device: torch.device) -> "PlantModel":
         """The base model of a config, with a new adapter if it has one, checked. Raises UserError."""
         precision = choose_precision(config.mixed_precision, device)
+        plant = cls.from_config_unloaded(config, class_names, device, precision)
+        set_seed(config.seed)  # LoRA's A matrices are initialized at random
+        plant.model = build_model(config, plant.processor, device, precision)
+        plant.checks = check_model(
+            plant.model, plant.processor, plant.prompt, config.load_in_4bit, config.trainable, precision
+        )
+        return plant
+
+    @classmethod
+    def from_config_unloaded(
+        cls, config: TrainingConfig, class_names: Sequence[str], device: torch.device, precision: str
+    ) -> "PlantModel":
+        """All of it but the model, for weights from elsewhere."""
         processor, prompt = build_processor(config, class_names)
         collator = PlantCollator(processor, prompt, class_names, config.image_size)
-        set_seed(config.seed)  # LoRA's A matrices are initialized at random
-        model = build_model(config, processor, device, precision)
         batch_bytes = collator.batch_bytes(config.per_device_eval_batch_size) * get_local_world_size()
-        return cls(
-            model,
-            processor,
-            prompt,
-            collator,
-            precision,
-            device,
-            config.per_device_eval_batch_size,
-            fit_workers(config.num_workers, batch_bytes),
-            check_model(model, processor, prompt, config.load_in_4bit, config.trainable, precision),
-        )
+        workers = fit_workers(config.num_workers, batch_bytes)
+        return cls(None, processor, prompt, collator, precision, device, config.per_device_eval_batch_size, workers)
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device) -> "PlantModel":

@@ -154,14 +154,16 @@ def test_two_score_what_one_does_through_a_fault(here, one):
         import os, sys
         import evaluate
         from evaluation import evaluator
-        evaluator.ROUND = 2
-        real = evaluator.Evaluator._own_scores
-        def own_scores(self, rows):
-            for image in real(self, rows):
-                if image["id"] == os.environ["FAULT"]:
+        from models.builder import PlantModel
+        evaluator.SAMPLES_PER_GATHER = 2
+        real = PlantModel.score
+        def score(self, rows):
+            for scores, unreadable in real(self, rows, 1, 0):
+                (sample,) = [score.id for score in scores]
+                if sample == os.environ["FAULT"]:
                     raise OSError("no such image")
-                yield {"bad": f"{image['id']}: torn"} if image["id"] == os.environ["BAD"] else image
-        evaluator.Evaluator._own_scores = own_scores
+                yield ([], [f"{sample}: torn"]) if sample == os.environ["BAD"] else (scores, unreadable)
+        PlantModel.score = score
         sys.exit(evaluate.main())
         """)
     )
@@ -174,10 +176,10 @@ def test_two_score_what_one_does_through_a_fault(here, one):
         ids[image] for image in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11)
     )
     status, told = end_of(launch(here, argv, program=script, BAD=ids[3], FAULT=""))
-    assert status == 0 and "11 images were done before" in told and told.count("result test: top-1") == 1, told
+    assert status == 0 and "11 images were scored before" in told and told.count("result | test | top-1") == 1, told
     report = json.loads((here / "run" / "eval_test.json").read_text())
-    assert (report["n"], report["unreadable_images"], report["processes"]) == (18, 1, 2)
-    assert (here / "run" / "evaluate.log").read_text().count(f"photo left out: {ids[3]}: torn") == 2
+    assert (report["n"], report["unreadable_images"], report["ranks"]) == (18, 1, 2)
+    assert (here / "run" / "evaluate.log").read_text().count(f"unreadable image skipped: {ids[3]}: torn") == 2
     found = {entry["id"]: entry for entry in read_entries(scores)[1]}
     scores.unlink()
     status, told = end_of(launch(here, argv, (), script, BAD=ids[3], FAULT=""))
@@ -204,8 +206,8 @@ def test_every_way_of_scoring_is_shared_out(argv, here, one):
     shutil.copytree(one, here / "run")
     for _ in range(2):
         status, told = end_of(launch(here, argv, program=ROOT / "evaluate.py"))
-        assert status == 0 and told.count("result ") >= 1 and "rank 1" not in told, told
-    assert "images were done before" in told
+        assert status == 0 and told.count("result | ") >= 1 and "rank 1" not in told, told
+    assert "images were scored before" in told
 
 
 def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one):
@@ -215,12 +217,12 @@ def test_a_report_that_is_interrupted_on_one_machine_ends_on_the_other(here, one
         textwrap.dedent("""
         import os, sys
         import evaluate
-        from evaluation import evaluator
-        def own_scores(self, rows):
+        from models.builder import PlantModel
+        def score(self, rows):
             if os.environ["RANK"] == "1":
                 raise KeyboardInterrupt
             yield from real(self, rows)
-        real, evaluator.Evaluator._own_scores = evaluator.Evaluator._own_scores, own_scores
+        real, PlantModel.score = PlantModel.score, score
         sys.exit(evaluate.main())
         """)
     )
@@ -390,7 +392,7 @@ def test_weights_that_are_spread_compute_what_whole_ones_do(here, quantized):
     status, told = end_of(launch(here, [*argv, "--sharding", "fsdp"]))
     assert status == 0 and "resuming from run/checkpoint-" in told, told
     assert_as_one(here / "run", one)
-    assert "run/best, loaded into a fresh base, scores 4 images as before" in told
+    assert "run/best reloaded into a fresh base model | scores of 4 images reproduced" in told
 
 
 def test_a_process_without_memory_ends_all_that_share_its_weights(here, quantized):
@@ -412,9 +414,9 @@ def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(
     argv, _ = quantized
     argv = [*argv, "--sharding", "fsdp", "--train-on-val", "true", "--eval-steps", "none", "--max-steps", "3"]
     status, told = end_of(launch(here, [*argv, "--output-dir", "run"]))
-    assert status == 0 and "run/best, loaded into a fresh base, scores 4 images as before" in told, told
+    assert status == 0 and "run/best reloaded into a fresh base model | scores of 4 images reproduced" in told, told
     status, told = end_of(launch(here, ["run", "--split", "test", "--limit", "5"], program=ROOT / "evaluate.py"))
-    assert status == 0 and "result test: top-1" in told, told
+    assert status == 0 and "result | test | top-1" in told, told
 
 
 def test_weights_that_come_back_altered_are_not_trained_with(here, quantized):

@@ -27,7 +27,7 @@ class FakePredictor:
     def __init__(self, found):
         self.found = found
 
-    def name(self, images):
+    def predict(self, images):
         if isinstance(self.found, Exception):
             raise self.found
         yield self.found

@@ -27,7 +27,7 @@ def test_a_run_is_scored_as_its_training_said(trained, capsys):
     (trained / "eval_val.scores.jsonl").unlink()
     status, told = run(capsys, "one", *FAST)
     report = json.loads((trained / "eval_val.json").read_text())
-    assert status == 0 and "result val: top-1" in told and "20 images of val" in told
+    assert status == 0 and "result | val | top-1" in told and "20 images of val" in told
     same = set(report) - {"images_per_s"}
     assert {name: report[name] for name in same} == {name: at_training[name] for name in same}
     assert report["adapter"].startswith("step 6, manifest ") and report["commit"] is None
@@ -46,15 +46,15 @@ def test_test_split_is_calibrated_on_val_alone(trained, here, image_folder, caps
     assert "% of 3" in run(capsys, "one", "--limit", "4", "--ood", str(root), *FAST)[1]
 
 
-def test_the_untouched_base_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
+def test_a_base_model_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
     base = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base"]
     status, told = run(capsys, *base, *FAST)
-    assert status == 0 and "the untouched" in told
+    assert status == 0 and f"run | base | {checkpoint()}" in told
     report = json.loads((here / "base" / "eval_val.json").read_text())
     assert report["adapter"] is None and report["question"] == "What type of object is in this photo?"
-    assert run(capsys, "base", *FAST)[0] == 0  # the folder of a base can be named again
+    assert run(capsys, "base", *FAST)[0] == 0  # the folder of a base model can be given again
     status, told = run(capsys, "base", "one")
-    assert status == 0 and "result val, 20 images: base " in told and "(McNemar, exact)" in told
+    assert status == 0 and "result | val | 20 images | base " in told and "(McNemar's exact test)" in told
     assert not (here / "base" / "best").exists()
 
 
@@ -62,19 +62,19 @@ def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, image_f
     root = image_folder({"oak": 10, "ash": 10})
     argv = ["--model", checkpoint(), "--dataset", str(root), "--image-size", "70", "--output-dir", "base", *FAST]
     status, told = run(capsys, *argv, "--prior-calibration", "true", "--per-token", "true")
-    assert status == 0 and "result val: top-1" in told
+    assert status == 0 and "result | val | top-1" in told
 
 
-def test_a_run_that_learned_from_val_is_not_calibrated(here, few_drawings, capsys):
+def test_a_run_that_was_trained_on_val_is_not_calibrated(here, few_drawings, capsys):
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "one"]) == 0
     status, told = run(capsys, "one", *FAST)
-    assert status == 1 and "learned from val, which measures nothing then; use --split test" in told
+    assert status == 1 and "was trained on val, which measures nothing then; use --split test" in told
     assert run(capsys, "one", "--split", "test", *FAST)[0] == 0
     report = json.loads((here / "one" / "eval_test.json").read_text())
-    assert report["not_calibrated"] == "the run learned from val" and report["coverage"] is None
+    assert report["not_calibrated"] == "the run was trained on val" and report["coverage"] is None
 
 
-def test_photos_that_changed_since_the_training_are_not_scored(here, image_folder, capsys):
+def test_images_that_changed_since_the_training_are_not_scored(here, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
     assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
@@ -85,12 +85,12 @@ def test_photos_that_changed_since_the_training_are_not_scored(here, image_folde
     assert run(capsys, "mine", "--split", "test", "--dataset", str(other), *FAST)[0] == 0
 
 
-def test_replies_alone_are_told(trained, capsys):
+def test_replies_alone_are_reported(trained, capsys):
     status, told = run(capsys, "one", "--protocol", "generation", "--limit", "4", *FAST)
-    assert status == 0 and "result val: free replies: exact match" in told
+    assert status == 0 and "result | val | generation: exact match" in told
 
 
-def test_a_base_of_other_photos_takes_no_folder_of_another(here, few_drawings, image_folder, capsys):
+def test_a_base_model_on_other_images_takes_no_folder_of_another(here, few_drawings, image_folder, capsys):
     assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
     root = image_folder({"oak": 10, "ash": 10})
     status, told = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
@@ -127,7 +127,7 @@ BAD_INPUT = [
     (nothing, ["two"], "two: not a run, training_config.json is missing"),
     (no_config, ["one"], "one: not a run"),
     (no_weights, ["one"], "one/best: holds no complete weights (manifest.json is missing"),
-    (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (tokenizer_probe differ); put"),
+    (other_tokenizer, ["one"], "--model tiny: is not what one was trained on (tokenizer_probe differ); put that"),
     (other_weights, ["one"], "model.safetensors differs from its manifest"),
     (nothing, ["one", "two", "three"], "one two three: pass one run, or two to compare"),
     (nothing, ["one", "--learning-rate", "1"], "--learning-rate 1: is fixed by the run; options here: --allow"),
@@ -137,7 +137,7 @@ BAD_INPUT = [
     (nothing, ["one", "--limit", "0"], "limit=0: "),
     (nothing, ["one", "--target-selective-accuracy", "1.5"], "target_selective_accuracy=1.5: "),
     (nothing, ["one", "--protocoll", "both"], "--protocoll: unknown flag; did you mean --protocol?"),
-    (nothing, ["one", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned"),
+    (nothing, ["one", "--dataset", "{images}"], "its 2 classes are not the 10 of one (ash, oak)"),
     (nothing, ["one", "--ood", "{empty}"], "--ood {empty}: no images found there"),
     (nothing, ["one", "one", "--split", "test"], "eval_test.scores.jsonl: no scores yet; make them first: python"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),
@@ -156,7 +156,7 @@ def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_names_drawings_it_never_saw(here, capsys):
+def test_the_demo_classifies_images_it_never_saw(here, capsys):
     """About two minutes on two cores."""
     assert train.main(["--preset", "tiny", "--output-dir", "demo"]) == 0
     assert run(capsys, "demo", "--split", "test", "--protocol", "both")[0] == 0

@@ -74,7 +74,10 @@ def as_a_stranger(out, files) -> subprocess.CompletedProcess:
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
     assert run(capsys, "one", "tiny", *FAST)[0] == 0  # beside the program, under the name of what is built
     status, told = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and "result | verified: its logits are 0.00% off those of the run's weights; top-1 0." in told
+    assert (
+        status == 0
+        and "result | verified: its logits differ by 0.00% from those of the run's weights; top-1 0." in told
+    )
     files = {path.name for path in (here / "out").iterdir()}
     assert files == {
         "README.md", "class_names.json", "config.json", "generation_config.json", "model.safetensors",
@@ -113,7 +116,7 @@ def test_photos_of_unlike_lengths_are_padded_on_the_left(here, image_folder, che
 def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, capsys):
     """Compared with PEFT itself, which the export does not use to prove it."""
     status, told = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and re.search(r"its logits are 0.00% off .* without the adapter: \d", told)
+    assert status == 0 and re.search(r"its logits differ by 0.00% from .* without the adapter: \d", told)
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
     beside = PeftModel.from_pretrained(base, adapted / "best").eval()
     merged = LlavaNextForConditionalGeneration.from_pretrained(here / "out").eval()
@@ -136,7 +139,7 @@ def test_sixteen_bit_is_the_default_and_the_proof_names_it(dtype, kind, adapted,
     assert status == 0 and "model | merging two/best into " in told and f" | {dtype}\n" in told
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
     card = (here / "out" / "README.md").read_text()
-    assert f"Merged in {dtype} and loaded afresh: its logits are" in card and "was validated" in card
+    assert f"Merged in {dtype} and loaded afresh: its logits differ by" in card and "was validated" in card
 
 
 def test_the_adapter_alone(adapted, here, checkpoint, capsys):
@@ -157,7 +160,7 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     assert found.returncode == 0, found.stderr
 
 
-def test_a_run_that_learned_from_val_is_exported_without_an_accuracy(here, few_drawings, capsys):
+def test_a_run_that_was_trained_on_val_is_exported_without_an_accuracy(here, few_drawings, capsys):
     import train
     from tests.conftest import TINY
 
@@ -195,9 +198,9 @@ def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint
         "0.5",
     ]
     assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
-    assert "scores 4 images as before" in capsys.readouterr().out
+    assert "scores of 4 images reproduced" in capsys.readouterr().out
     status, told = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and "its logits are 0.00% off" in told
+    assert status == 0 and "its logits differ by 0.00%" in told
     assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
     assert "its license could not be read" in (here / "out" / "README.md").read_text()
 
@@ -235,10 +238,10 @@ def wrong_scale(monkeypatch):
         adapter = real(folder)
         return adapter._replace(scale=0.0)
 
-    beside = verify.adapter_beside  # which still has the right one
+    beside = verify.attach_adapter  # which still has the right one
     monkeypatch.setattr(merging, "read_adapter", read)
     monkeypatch.setattr(
-        verify, "adapter_beside", lambda base, own, device: beside(base, own._replace(scale=8.0), device)
+        verify, "attach_adapter", lambda base, own, device: beside(base, own._replace(scale=8.0), device)
     )
 
 
@@ -252,9 +255,9 @@ def one_weight_lost(monkeypatch):
     monkeypatch.setattr(merging, "save_file", save)
 
 
-def names_worse(monkeypatch):
-    figures = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
-    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: figures)
+def is_worse(monkeypatch):
+    metrics = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
+    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: metrics)
 
 
 def disk_full(monkeypatch):
@@ -272,9 +275,9 @@ def interrupted(monkeypatch):
 
 
 FAULTS = [
-    (wrong_scale, "error: what was saved is not what was trained: its logits are"),
-    (one_weight_lost, "error: what was saved is not what was trained: its logits are"),
-    (names_worse, "error: the merged model names worse than what was validated: "),
+    (wrong_scale, "error: what was saved is not what was trained: its logits differ by"),
+    (one_weight_lost, "error: what was saved is not what was trained: its logits differ by"),
+    (is_worse, "error: the merged model is worse than what was validated: "),
     (disk_full, "error: model.safetensors: No space left on device; free space"),
     (interrupted, "warning: interrupted; nothing was exported"),
 ]
@@ -347,7 +350,7 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--adapter-only", "--limit", "3"], "error: limit=3 with adapter_only=true: an adapter's"),
     (nothing, ["one", "out", "--adapter-only"], "error: one: all weights were trained, there is no adapter"),
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
-    (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned"),
+    (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 of one (ash, oak)"),
     (taken, ["one", "out"], "error: out: already exists; use a new folder"),
     (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),

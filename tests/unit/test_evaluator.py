@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,68 +8,64 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+import evaluation.evaluator
+from config.training_config import TrainingConfig
 from data.dataset import ROW
-from data.labels import parse_reply
 from data.sources import load_ood_images
-from evaluation.evaluator import Evaluator, read_correct, read_entries, score_with_cache
-from evaluation.metrics import confidence
-from evaluation.report import Calibration, Scored, calibrate, result_lines
+from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct, read_entries, score_with_cache
+from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
+from evaluation.report import result_lines
+from models.builder import PlantModel
 from runtime.atomic import replace_dir
 from runtime.checkpoint import write_manifest
+from runtime.run_dir import Run
 from utils.logging_utils import UserError, setup_logging
+
+# What runs of before 2026-11-26 called the keys of their files.
+OLD_KEYS = {"image": "photo", "images": "photos", "target_selective_accuracy": "target_precision", "metrics": "figures"}
+OLD_KEYS |= {"max_new_tokens": "longest"}
 
 
 def rows(tiny, count):
     return Dataset.from_list(tiny.rows(count), features=ROW)
 
 
-def make(tiny, folder, **options):
-    return Evaluator(
-        tiny.model(),
-        tiny.collator,
-        folder,
-        {"model": "m", "adapter": None, "question": "q"},
-        4,
-        0,
-        torch.float32,
-        **options,
-    )
+def make(tiny, folder, **method):
+    plant = PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", torch.device("cpu"))
+    return Evaluator(plant, folder, {"model": "m", "adapter": None, "question": "q"}, method=Method(**method))
 
 
-def test_a_report_holds_what_is_promised(tiny, tmp_path, capsys):
+def under_old_keys(text):
+    old = json.loads(text, object_hook=lambda entry: {OLD_KEYS.get(key, key): value for key, value in entry.items()})
+    return json.dumps(old)
+
+
+def test_a_report_holds_what_is_promised(tiny, tmp_path, monkeypatch, capsys):
     setup_logging()
+    monkeypatch.setattr(evaluation.evaluator, "known_duplicates", lambda ids: ["a = b"])
     drawn = tiny.rows(12)
     drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
     some = Dataset.from_list(drawn, features=ROW)
     evaluator = make(tiny, tmp_path)
-    evaluator.measure_replies(some, "val", parse_reply, 5)
-    ood = {"noise": [*tiny.rows(3), drawn[2]]}
-    report = evaluator.report(some, "val", evaluator.calibrate(some), ood=ood, duplicates=["a = b"])
+    evaluator.generate_report(some, "val", 5)
+    report = evaluator.report(some, "val", ood_rows=[*tiny.rows(3), drawn[2]])
     assert report == json.loads((tmp_path / "eval_val.json").read_text())
     assert {
-        *(
-            "split",
-            "n",
-            "top1",
-            "top1_interval",
-            "top5",
-            "mean_per_class",
-            "exact_match",
-            "substring_match",
-            "coverage",
-        ),
-        *("ece", "ece_uncalibrated", "images_per_s", "model", "adapter", "per_class", "confusions", "duplicates"),
-    } <= set(report)
+        "split", "n", "top1", "top1_interval", "top5", "mean_per_class", "exact_match", "substring_match", "coverage",
+        "ece", "ece_uncalibrated", "images_per_s", "model", "adapter", "per_class", "confusions", "duplicates",
+    } <= set(report)  # fmt: skip
     assert (report["n"], report["unreadable_images"], report["replies"]) == (11, 1, 11)
-    assert report["ood"]["noise"]["n"] == 3 and 0 <= report["ood"]["noise"]["abstention_rate"] <= 1
-    assert sum(own["n"] for own in report["per_class"].values()) == 11
-    told = capsys.readouterr().out
-    assert "photo left out: test-00002: gone.jpg: is empty" in told and "result val: top-1" in told
+    assert report["ood"]["your images"]["n"] == 3 and 0 <= report["ood"]["your images"]["abstention_rate"] <= 1
+    assert {kind: found["n"] for kind, found in report["ood"].items() if kind != "your images"} == {
+        "noise": 40, "plain": 40, "stripes": 40,
+    }  # fmt: skip
+    assert sum(found["n"] for found in report["per_class"].values()) == 11
+    log = capsys.readouterr().out
+    assert "unreadable image skipped: test-00002: gone.jpg: is empty" in log and "result | val | top-1" in log
     text = (tmp_path / "eval_val.md").read_text()
-    assert f"top-1 {report['top1']:.3f}" in text and "| noise | 3 |" in text and "a = b" in text
-    assert (
-        Image.open(tmp_path / "eval_val.png").width > 900 and Image.open(tmp_path / "eval_val_images.png").width > 900
-    )
+    assert f"top-1 {report['top1']:.3f}" in text and "| your images | 3 |" in text and "a = b" in text
+    for name in ("eval_val.png", "eval_val_images.png"):
+        assert Image.open(tmp_path / name).width > 900
     saved = json.loads((tmp_path / "calibration.json").read_text())
     assert saved["temperature"] == report["calibration"]["temperature"] and saved["scored"] == evaluator.facts
 
@@ -80,28 +77,39 @@ def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, co
     labels = answers if right else scores.argmin(axis=1)
     other = tmp_path / "other"
     other.mkdir()
-    relabelled = [row | {"label": int(label)} for row, label in zip(tiny.rows(4), labels)]
-    make(tiny, other).report(Dataset.from_list(relabelled, features=ROW), "val", None, "a test")
-    title = np.asarray(Image.open(other / "eval_val_images.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
+    relabeled = [row | {"label": int(label)} for row, label in zip(tiny.rows(4), labels)]
+    make(tiny, other).report(Dataset.from_list(relabeled, features=ROW), "test")
+    title = np.asarray(Image.open(other / "eval_test_images.png").convert("RGB"))[:15].reshape(-1, 3).astype(int)
     redder = title[:, 0] - title[:, 1]
     assert (redder.max() > 50, redder.min() < -50) == (color == "red", color == "green")
 
 
 def test_without_calibration_it_says_why(tiny, tmp_path):
-    report = make(tiny, tmp_path).report(rows(tiny, 4), "test", None, "the run learned from val")
-    assert report["coverage"] is None and report["not_calibrated"] == "the run learned from val"
-    assert "Not calibrated: the run learned from val." in (tmp_path / "eval_test.md").read_text()
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "test")
+    assert (report["coverage"], report["ood"]) == (None, {}) and report[
+        "not_calibrated"
+    ] == "the run was trained on val"
+    assert "Not calibrated: the run was trained on val." in (tmp_path / "eval_test.md").read_text()
 
 
-def test_a_half_done_evaluation_goes_on(tiny, tmp_path, monkeypatch):
+def test_without_rows_there_is_nothing_to_report(tiny, tmp_path):
+    assert make(tiny, tmp_path).report(None, "val") == {} and not list(tmp_path.iterdir())
+
+
+def test_test_images_are_calibrated_on_val(tiny, tmp_path):
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "test", validation=rows(tiny, 7))
+    assert (report["n"], report["calibration"]["images"]) == (4, 7)
+
+
+def test_an_interrupted_evaluation_resumes(tiny, tmp_path, monkeypatch):
     path = tmp_path / "eval_val.scores.jsonl"
     whole = make(tiny, tmp_path).score(rows(tiny, 10), "val")[0]
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # five images and a torn line
     scored = []
     evaluator = make(tiny, tmp_path)
-    compute = evaluator._raw_scores
-    monkeypatch.setattr(evaluator, "_raw_scores", lambda left: (scored.append(len(left)), compute(left))[1])
+    compute = evaluator.compute_scores
+    monkeypatch.setattr(evaluator, "compute_scores", lambda left: (scored.append(len(left)), compute(left))[1])
     again = evaluator.score(rows(tiny, 10), "val")[0]
     assert scored == [5] and again.ids == whole.ids
     np.testing.assert_allclose(again.scores, whole.scores, atol=2e-4)
@@ -129,7 +137,7 @@ def test_scores_of_another_model_are_not_used(tiny, tmp_path):
         score_with_cache(rows(tiny, 2), lambda left: [], path, {"model": "c"}, 0.4)
 
 
-def test_a_photo_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny, tmp_path):
+def test_an_image_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny, tmp_path):
     path = tmp_path / "kept.jsonl"
 
     def compute(left):
@@ -143,7 +151,7 @@ def test_a_photo_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny,
     assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
 
 
-def test_a_photo_on_disk_is_known_by_size_and_time(image_folder, tmp_path):
+def test_an_image_on_disk_is_known_by_size_and_time(image_folder, tmp_path):
     rows = load_ood_images(image_folder({"oak": 2}))
     seen = []
 
@@ -158,23 +166,21 @@ def test_a_photo_on_disk_is_known_by_size_and_time(image_folder, tmp_path):
     assert seen == [2, 1]
 
 
-def test_a_photo_that_is_gone_is_a_bad_one(image_folder, tiny, tmp_path, capsys):
+def test_an_image_that_is_gone_is_unreadable(image_folder, tiny, tmp_path, capsys):
     setup_logging()
     some = load_ood_images(image_folder({"oak": 3}))
     Path(some[1]["image"]["path"]).unlink()
-    report = make(tiny, tmp_path).report(some, "val", None, "a test")
-    assert (report["n"], report["unreadable_images"]) == (
-        2,
-        1,
-    ) and "cannot be read (No such file" in capsys.readouterr().out
+    report = make(tiny, tmp_path).report(some, "test")
+    assert (report["n"], report["unreadable_images"]) == (2, 1)
+    assert "cannot be read (No such file" in capsys.readouterr().out
 
 
-def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, monkeypatch):
+def test_cached_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, monkeypatch):
     path = tmp_path / "eval_val.scores.jsonl"
     make(tiny, tmp_path).score(rows(tiny, 3), "val")
     kept = path.read_text()
     with monkeypatch.context() as fault:
-        fault.setattr("runtime.atomic.os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        fault.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(tiny, tmp_path).score(rows(tiny, 3), "val")
     assert path.read_text() == kept
@@ -182,7 +188,7 @@ def test_kept_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path, 
 
 def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
     evaluator = make(tiny, tmp_path, per_token=True, limit=4)
-    report = evaluator.report(rows(tiny, 4), "val", evaluator.calibrate(rows(tiny, 4)))
+    report = evaluator.report(rows(tiny, 4), "val")
     assert (report["per_token"], report["prior_calibration"], report["limit"]) == (True, False, 4)
     text = (tmp_path / "eval_val.md").read_text()
     assert "divided by each name's number of tokens" in text and "a random sample of the split" in text
@@ -191,16 +197,46 @@ def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
 
 def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, capsys):
     setup_logging()
-    figures = make(tiny, tmp_path).measure_replies(rows(tiny, 4), "val", parse_reply, 5)
-    assert "free replies: exact match" in capsys.readouterr().out
-    report = make(tiny, tmp_path).report(rows(tiny, 4), "val", None, "a test")
-    assert report["exact_match"] == figures["exact_match"] and report["replies"] == 4
+    metrics = make(tiny, tmp_path).generate_report(rows(tiny, 4), "test", 5)
+    assert "result | test | generation: exact match" in capsys.readouterr().out
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "test")
+    assert report["exact_match"] == metrics["exact_match"] and report["replies"] == 4
+    (tmp_path / "eval_test.replies.json").write_text('{"scored": {')
+    assert make(tiny, tmp_path).report(rows(tiny, 4), "test")["exact_match"] is None
 
 
-def test_strangers_that_do_not_open(tiny, tmp_path):
+def test_unreadable_ood_images(tiny, tmp_path):
     broken = [{"image": {"bytes": b"", "path": "gone.jpg"}, "label": 0, "id": "gone"}]
     with pytest.raises(UserError, match="--ood: none of its images can be opened"):
-        make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1, 0.5, 0.95, 4), ood={"x": broken})
+        make(tiny, tmp_path).report(rows(tiny, 4), "val", ood_rows=broken)
+
+
+def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, monkeypatch):
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "val")
+    make(tiny, tmp_path).generate_report(rows(tiny, 4), "val", 5)
+    for name in ("calibration.json", "eval_val.replies.json"):
+        (tmp_path / name).write_text(under_old_keys((tmp_path / name).read_text()))
+    for name in ("eval_val.scores.jsonl", "eval_val.replies.jsonl"):
+        lines = (tmp_path / name).read_text().splitlines()
+        (tmp_path / name).write_text("".join(f"{under_old_keys(line)}\n" for line in lines))
+        assert '"photo"' in (tmp_path / name).read_text()
+    evaluator = make(tiny, tmp_path)
+    ood = evaluator.compute_scores
+    monkeypatch.setattr(evaluator, "compute_scores", lambda images: ood(images) if len(images) == 40 else 1 / 0)
+    monkeypatch.setattr(evaluator, "compute_replies", lambda *_, **__: 1 / 0)
+    assert read_calibration(tmp_path, None) == Calibration(**report["calibration"])
+    assert evaluator.report(rows(tiny, 4), "val")["top1"] == report["top1"]
+    assert evaluator.generate_report(rows(tiny, 4), "val", 5)["replies"] == 4
+
+
+def test_a_corrupted_cache_is_scored_again(tiny, tmp_path):
+    path = tmp_path / "eval_val.scores.jsonl"
+    whole = make(tiny, tmp_path).score(rows(tiny, 4), "val")[0]
+    lines = path.read_bytes().splitlines()
+    for damaged in (b"", b"\x00\xff" * 9, b"\n".join([lines[0], b"{}", b"[1]", b"7", lines[1][:30], *lines[2:]])):
+        path.write_bytes(damaged)
+        assert make(tiny, tmp_path).score(rows(tiny, 4), "val")[0].ids == whole.ids
+        assert len(read_entries(path)[1]) == 4
 
 
 def test_score_kinds(tiny, tmp_path):
@@ -213,28 +249,30 @@ def test_score_kinds(tiny, tmp_path):
     assert len(set(prior.prior)) > 1
 
 
-def test_a_threshold_that_nothing_reaches_answers_nothing(tiny, tmp_path):
-    report = make(tiny, tmp_path).report(rows(tiny, 4), "val", Calibration(1.0, None, 0.95, 4), ood={"x": tiny.rows(2)})
+def test_a_threshold_that_nothing_reaches_rejects_every_image(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.evaluator, "calibrate", lambda *_: Calibration(1.0, None, 0.95, 4))
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "val", ood_rows=tiny.rows(2))
     assert (report["coverage"], report["selective_accuracy"]) == (0.0, None)
-    assert report["ood"]["x"] == {"n": 2, "abstention_rate": 1.0}
+    assert report["ood"]["your images"] == {"n": 2, "abstention_rate": 1.0}
 
 
-def test_the_least_sure_are_not_answered_even_where_all_are_right():
+def test_the_least_confident_are_rejected_even_where_all_are_right():
     scores = np.log(np.linspace(0.6, 0.99, 100))[:, None] * np.array([1.0, 0.0])
     scores[:, 1] = np.log(1 - np.exp(scores[:, 0]))
-    scored = Scored([f"p{index}" for index in range(100)], np.zeros(100, int), scores)
+    scored = SplitScores([f"p{index}" for index in range(100)], np.zeros(100, int), scores)
     calibration = calibrate(scored, 0.95)
-    answered = confidence(scores, calibration.temperature) >= calibration.threshold
-    assert answered.tolist() == [False] * 5 + [True] * 95
+    accepted = confidence(scores, calibration.temperature) >= calibration.threshold
+    assert accepted.tolist() == [False] * 5 + [True] * 95
     assert calibrate(scored._replace(labels=np.ones(100, int)), 0.95).threshold is None
 
 
-def test_hits_of_a_folder(tiny, tmp_path):
+def test_correct_images_of_a_run(tiny, tmp_path):
+    run = Run(TrainingConfig(output_dir=str(tmp_path)))
     with pytest.raises(UserError, match="no scores yet; make them first: python evaluate.py"):
-        read_correct(tmp_path, "val")
+        read_correct(run, "val")
     scored = make(tiny, tmp_path).score(rows(tiny, 6), "val")[0]
     right = scored.scores.argmax(axis=1) == scored.labels
-    facts, correct = read_correct(tmp_path, "val")
+    facts, correct = read_correct(run, "val")
     assert list(correct.values()) == right.tolist() and facts["model"] == "m"
     path = tmp_path / "eval_val.scores.jsonl"
     path.write_text(path.read_text().replace('"adapter": null', '"adapter": "step 3, manifest abc"'))
@@ -242,13 +280,11 @@ def test_hits_of_a_folder(tiny, tmp_path):
         (draft / "best.json").write_text('{"step": 3}')
         write_manifest(draft)
     with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
-        read_correct(tmp_path, "val")
+        read_correct(run, "val")
 
 
-@pytest.mark.parametrize(("share", "doubted"), [(0.9, False), (0.2, True)])
-def test_strangers_that_are_named_as_surely_as_plants_are_told(tiny, tmp_path, share, doubted):
-    some = rows(tiny, 6)
-    evaluator = make(tiny, tmp_path)
-    report = evaluator.report(some, "val", evaluator.calibrate(some), ood={"noise": tiny.rows(2)})
-    report |= {"coverage": 0.5, "ood": {"noise": {"n": 5, "abstention_rate": share}}}
-    assert ("do not rely on it" in list(result_lines(report))[-1]) == doubted
+@pytest.mark.parametrize(("rate", "is_doubted"), [(0.9, False), (0.2, True)])
+def test_ood_images_that_are_named_as_confidently_as_plants_are_reported(tiny, tmp_path, rate, is_doubted):
+    report = make(tiny, tmp_path).report(rows(tiny, 6), "val")
+    report |= {"coverage": 0.5, "ood": {"noise": {"n": 5, "abstention_rate": rate}}}
+    assert ("do not rely on it" in list(result_lines(report))[-1]) == is_doubted

@@ -5,13 +5,13 @@ from evaluation.metrics import (
     adjust_scores,
     calibration_bins,
     choose_threshold,
-    compare,
     confidence,
     confusions,
     expected_calibration_error,
     fit_temperature,
+    mcnemar,
+    measure_accuracy,
     measure_replies,
-    measure_scores,
     measure_selective,
     per_class,
 )
@@ -19,11 +19,11 @@ from models.callbacks import resolvable_gain
 
 LABELS = np.array([0, 0, 0, 1, 2])
 SCORES = np.log(np.array([[6, 3, 1], [5, 4, 1], [2, 7, 1], [6, 3, 1], [1, 1, 8]]) / 10)  # right: 0, 1 and 4
-HITS = np.array([True, True, False, False, True])
+CORRECT = np.array([True, True, False, False, True])
 
 
 def test_compute_metrics_a_hand_made_case():
-    found = dict(measure_scores(SCORES, LABELS))
+    found = measure_accuracy(SCORES, LABELS)
     assert (found["n"], found["top1"], found["top5"]) == (5, 0.6, 1.0)
     assert found["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert found["top1_interval"] == pytest.approx([0.2307, 0.8824], abs=1e-4)  # Wilson, 3 of 5
@@ -36,20 +36,20 @@ def test_compute_metrics_a_hand_made_case():
 
 def test_top5_counts_what_stands_before_the_truth():
     scores = np.arange(7.0)[None].repeat(7, axis=0)
-    assert dict(measure_scores(scores, np.arange(7)))["top5"] == pytest.approx(5 / 7)
+    assert measure_accuracy(scores, np.arange(7))["top5"] == pytest.approx(5 / 7)
 
 
-def test_look_alikes_add_up_both_ways():
+def test_confusions_add_up_both_ways():
     assert confusions(SCORES, LABELS, 5) == [(0, 1, 2)]
     assert confusions(SCORES, LABELS, 0) == []
 
 
 def test_replies_are_matched_exactly_and_as_substring():
     texts = ["Rose.", "a rose, or mallow", "tulip", ""]
-    found = dict(measure_replies(texts, [0, None, None, None], ["rose", "mallow"], [0, 0, 1, 1]))
+    found = measure_replies(texts, [0, None, None, None], ["rose", "mallow"], [0, 0, 1, 1])
     assert found == {"replies": 4, "exact_match": 0.25, "substring_match": 0.5, "unparsed": 3}
     with pytest.raises(ValueError, match="longer|shorter"):
-        dict(measure_replies(["a"], [0], ["rose"], [0, 1]))
+        measure_replies(["a"], [0], ["rose"], [0, 1])
 
 
 def test_adjusted_scores():
@@ -94,20 +94,20 @@ def test_calibration_error_of_a_hand_made_case():
     assert [count for *_, count in calibration_bins(sure, right)] == [1, 4, 1]
 
 
-def test_the_threshold_answers_as_many_as_the_precision_allows():
+def test_the_threshold_accepts_as_many_as_the_precision_allows():
     sure, right = np.array([0.9, 0.8, 0.7, 0.7, 0.5]), np.array([1, 1, 0, 1, 1], bool)
     assert choose_threshold(sure, right, 0.8) == 0.5
     assert choose_threshold(sure, right, 0.9) == 0.8
     assert choose_threshold(sure, ~right, 0.9) is None
-    assert dict(measure_selective(sure, right, 0.7)) == {"coverage": 0.8, "selective_accuracy": 0.75}
-    assert dict(measure_selective(sure, right, None)) == {"coverage": 0.0, "selective_accuracy": None}
+    assert measure_selective(sure, right, 0.7) == {"coverage": 0.8, "selective_accuracy": 0.75}
+    assert measure_selective(sure, right, None) == {"coverage": 0.0, "selective_accuracy": None}
 
 
-def test_mcnemar_on_photos_that_differ():
-    found = dict(compare([True] * 6 + [False] * 4, [True] * 2 + [False] * 4 + [True] * 4))
+def test_mcnemar_on_images_that_differ():
+    found = mcnemar([True] * 6 + [False] * 4, [True] * 2 + [False] * 4 + [True] * 4)
     assert (found["only_first"], found["only_second"], found["p"]) == (4, 4, 1.0)
-    assert dict(compare([True] * 10, [False] * 10))["p"] == pytest.approx(2 / 2**10)
-    assert dict(compare([True, False], [True, False]))["p"] == 1.0
+    assert mcnemar([True] * 10, [False] * 10)["p"] == pytest.approx(2 / 2**10)
+    assert mcnemar([True, False], [True, False])["p"] == 1.0
 
 
 def test_a_gain_is_at_least_one_image():

@@ -8,12 +8,13 @@ from huggingface_hub import ModelCard
 from config.training_config import TrainingConfig
 from evaluation.model_card import build_model_card, read_reports
 from runtime.checkpoint import describe_best, write_manifest
+from runtime.run_dir import Run
 from runtime.run_files import append_metrics
 from utils.tokenizer_utils import Prompt
 
 PROMPT = Prompt("[INST] <image>\nWhat? [/INST]", " ", "</s>", 2)
 RECORDED = {
-    "model_commit": "c0ffee", "precision": "bf16", "device": "NVIDIA H100", "processes": 2,
+    "model_commit": "c0ffee", "precision": "bf16", "device": "NVIDIA H100", "ranks": 2,
     "packages": {"torch": "2.13.0"}, "class_names": ["ash", "oak"],
 }  # fmt: skip
 
@@ -28,6 +29,11 @@ def folder(tmp_path):
     for step in (1, 2):
         append_metrics(run, {"step": step, "loss": 1.0, "seconds": 30.0, "peak_gib": 5.25})
     return run
+
+
+def card_of(folder, config=None, recorded=RECORDED, prompt=PROMPT):
+    config = config or TrainingConfig()
+    return build_model_card(Run(dataclasses.replace(config, output_dir=str(folder)), recorded), prompt)
 
 
 def report(folder, split, **changed):
@@ -57,7 +63,7 @@ def report(folder, split, **changed):
 def test_a_card_says_what_the_run_found(folder):
     report(folder, "val")
     report(folder, "test", top1=0.75)
-    text = build_model_card(TrainingConfig(model="me/base", dataset="oxford_flowers102"), RECORDED, folder, PROMPT)
+    text = card_of(folder, TrainingConfig(model="me/base", dataset="oxford_flowers102"))
     card = ModelCard(text)
     assert card.data.base_model == "me/base" and card.data.library_name == "peft"
     assert {(one.dataset_split, one.metric_value) for one in card.data.eval_results} == {("val", 0.8), ("test", 0.75)}
@@ -78,7 +84,7 @@ def test_a_card_says_what_the_run_found(folder):
 )
 def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
     report(folder, "val", **changed)
-    text = build_model_card(TrainingConfig(), RECORDED, folder, PROMPT)
+    text = card_of(folder)
     assert "It was not measured." in text and "| val |" not in text
 
 
@@ -89,7 +95,7 @@ def test_a_truncated_report_is_left_out(folder):
 
 
 def test_an_adapter_of_a_base_that_is_saved_nowhere_has_no_code(folder):
-    text = build_model_card(TrainingConfig(model="tiny", dataset="synthetic"), RECORDED, folder, PROMPT)
+    text = card_of(folder, TrainingConfig(model="tiny", dataset="synthetic"))
     assert "saved nowhere" in text and "```" not in text
 
 
@@ -98,7 +104,7 @@ def test_a_base_in_a_folder_is_named_and_its_license_read(folder, tmp_path):
     base.mkdir(parents=True)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
     config = TrainingConfig(model=str(base), dataset=str(tmp_path / "secret place" / "my plants"), image_size=None)
-    text = build_model_card(dataclasses.replace(config, question="What tree?"), RECORDED, folder, PROMPT)
+    text = card_of(folder, dataclasses.replace(config, question="What tree?"))
     assert "apache-2.0, as its model card states" in text and ModelCard(text).data.license == "apache-2.0"
     assert "secret place" not in text and "`my plants`" in text and "at their own size" in text
 
@@ -106,7 +112,7 @@ def test_a_base_in_a_folder_is_named_and_its_license_read(folder, tmp_path):
 @pytest.mark.parametrize("size", [336, None])
 def test_the_code_is_python(folder, size):
     config = TrainingConfig(image_size=size, trainable="everything", load_in_4bit=False)
-    (code,) = re.findall(r"```python\n(.*?)```", build_model_card(config, RECORDED, folder, PROMPT), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", card_of(folder, config), re.DOTALL)
     compile(code, "card", "exec")
     assert (".resize((336, 336), Image.Resampling.BICUBIC)" in code) == (size == 336) and "peft" not in code
 
@@ -118,7 +124,7 @@ def test_text_of_users_is_data_and_never_markup(tmp_path, folder):
     report(named, "val", confusions=[pair], per_class={name: {"n": 1, "top1": 0.5} for name in names}, dataset="x`y")
     config = TrainingConfig(dataset="x`y", question='What\nis "this" | ---\n# it?')
     prompt = PROMPT._replace(prompt='[INST] "<image>"\n```\n\'\\ {{ 7 * 7 }}')
-    text = build_model_card(config, RECORDED | {"class_names": names}, named, prompt)
+    text = card_of(named, config, RECORDED | {"class_names": names}, prompt)
     card = ModelCard(text)
     assert card.data.model_name == named.name and card.data.eval_results[0].dataset_name == "x`y"
     assert card.text.strip().startswith(r"# a: \[b\] \`c\` {{ 7 \* 7 }} --- \| # \*d\*: 2 plants")
@@ -135,7 +141,7 @@ def test_a_report_of_an_older_run_is_read_under_its_new_keys(folder):
     old = {"coverage": "answered", "selective_accuracy": "answered_precision", "confusions": "look_alikes"}
     old |= {"ood": "strangers", "abstention_rate": "not_sure", "images": "photos"}
     old |= {"target_selective_accuracy": "target_precision"}
-    new_text = build_model_card(TrainingConfig(), RECORDED, folder, PROMPT)
+    new_text = card_of(folder)
     path.write_text(
         json.dumps(
             json.loads(
@@ -144,4 +150,4 @@ def test_a_report_of_an_older_run_is_read_under_its_new_keys(folder):
         )
     )
     assert "answered_precision" in path.read_text() and "look_alikes" in path.read_text()
-    assert build_model_card(TrainingConfig(), RECORDED, folder, PROMPT) == new_text
+    assert card_of(folder) == new_text
