@@ -137,7 +137,7 @@ BAD_INPUT = [
     (nothing, ["one", "--limit", "0"], "limit=0: "),
     (nothing, ["one", "--target-selective-accuracy", "1.5"], "target_selective_accuracy=1.5: "),
     (nothing, ["one", "--protocoll", "both"], "--protocoll: unknown flag; did you mean --protocol?"),
-    (nothing, ["one", "--dataset", "{images}"], "its 2 classes are not the 10 of one (ash, oak)"),
+    (nothing, ["one", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned (ash, oak)"),
     (nothing, ["one", "--ood", "{empty}"], "--ood {empty}: no images found there"),
     (nothing, ["one", "one", "--split", "test"], "eval_test.scores.jsonl: no scores yet; make them first: python"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),

@@ -350,7 +350,7 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--adapter-only", "--limit", "3"], "error: limit=3 with adapter_only=true: an adapter's"),
     (nothing, ["one", "out", "--adapter-only"], "error: one: all weights were trained, there is no adapter"),
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
-    (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 of one (ash, oak)"),
+    (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned (ash, oak)"),
     (taken, ["one", "out"], "error: out: already exists; use a new folder"),
     (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),

@@ -67,8 +67,8 @@ def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
     lines = read_metrics(folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6] and lines[-1]["completed"]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
-    for word in ("run    runs/tiny", "data   synthetic flowers", "model  tiny", "plan   6 steps of 16 images", "step 2/6",
-                 "step 3 | val loss", "result | val | top-1"):  # fmt: skip
+    for word in ("run | runs/tiny", "data | synthetic flowers", "model | tiny", "plan | 6 steps | global batch size 16",
+                 "step 2/6", "step 3 | val loss", "result | val | top-1"):  # fmt: skip
         assert word in told and word in (folder / "train.log").read_text()
     assert Image.open(folder / "eval_val_images.png").width == 960
 
