@@ -152,11 +152,6 @@ class PlantModel:
     def load_weights(self, folder: str | Path) -> None:
         load_weights(self.model, folder)
 
-    def save(self, folder: str | Path) -> None:
-        """The trainable weights (of a full fine-tune the whole model) as safetensors, and the processor."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-
     def compile(self) -> None:
         compile_layers(self.model)
 

@@ -105,41 +105,17 @@ def build_tiny_model(
     processor: LlavaNextProcessor, seed: int, size: Size = SIZES["tiny"], text_config: type = MistralConfig
 ) -> LlavaNextForConditionalGeneration:
     """Random weights for a processor of build_tiny_processor; float32, on the CPU."""
-    tokenizer = processor.tokenizer
     text = text_config(
-        vocab_size=len(tokenizer),
-        hidden_size=size.width,
+        vocab_size=len(processor.tokenizer),
         intermediate_size=3 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=4096,
-        initializer_range=size.initializer_range,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **_text_shape(processor, size),
     )
     if hasattr(text, "sliding_window"):
         text.sliding_window = None
-    vision = CLIPVisionConfig(
-        hidden_size=size.width,
-        intermediate_size=4 * size.width,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.heads,
-        image_size=size.tile,
-        patch_size=PATCH,
-        projection_dim=size.width,
-    )
-    config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_grid_pinpoints=[[size.tile, size.tile]],
-        vision_feature_layer=-1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    vision = dict(hidden_size=size.width, intermediate_size=4 * size.width, num_attention_heads=size.heads)
+    config = _join(processor, size, text, vision | {"projection_dim": size.width}, vision_feature_layer=-1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaNextForConditionalGeneration(config).float()
@@ -149,36 +125,43 @@ def build_tiny_model(
 
 def full_config(processor: LlavaNextProcessor) -> LlavaNextConfig:
     """The shape of llava-v1.6-mistral-7b for a processor of build_tiny_processor."""
-    size, tokenizer = SIZES["full"], processor.tokenizer
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=16,
-        image_size=size.tile,
-        patch_size=PATCH,
-        projection_dim=768,
-    )
+    size = SIZES["full"]
     text = MistralConfig(
         vocab_size=32064,
-        hidden_size=size.width,
         intermediate_size=14336,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
         num_key_value_heads=8,
         max_position_embeddings=32768,
-        initializer_range=size.initializer_range,
         rope_theta=1e6,
         sliding_window=None,
-        **special,
+        **_text_shape(processor, size),
     )
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=768)
+    return _join(processor, size, text, vision)
+
+
+def _text_shape(processor: LlavaNextProcessor, size: Size) -> dict:
+    return {
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "initializer_range": size.initializer_range,
+        **_special_ids(processor),
+    }
+
+
+def _special_ids(processor: LlavaNextProcessor) -> dict[str, int]:
+    return {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _join(processor: LlavaNextProcessor, size: Size, text, vision: dict, **options) -> LlavaNextConfig:
+    tower = CLIPVisionConfig(num_hidden_layers=size.vision_layers, image_size=size.tile, patch_size=PATCH, **vision)
     return LlavaNextConfig(
-        vision_config=vision,
+        vision_config=tower,
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints],
-        **special,
+        image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints or ((size.tile, size.tile),)],
+        **options,
+        **_special_ids(processor),
     )
 
 

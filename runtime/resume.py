@@ -69,10 +69,8 @@ def _decide_explicit(config: TrainingConfig, folder: Path) -> Decision:
         raise ConfigError(f"--output-dir {folder}: holds a run, and --resume never starts a new one; give a new folder")
     saved, _ = load_config(folder)
     notes = _check_options(config, saved, folder)
-    if is_completed(folder) and (config.max_steps, config.num_train_epochs) == (
-        saved.max_steps,
-        saved.num_train_epochs,
-    ):
+    same_end = (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs)
+    if same_end and is_completed(folder):
         move = "give a new folder, or a larger --max-steps to continue"
         return Decision(config, "completed", [f"{folder} is complete; {move}"])
     return Decision(config, "interrupted", [*notes, _resume_note(config, folder)])

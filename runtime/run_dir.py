@@ -127,13 +127,10 @@ class Run:
         logger.info(f"model | {config.model} | {described} | {where}{untested}")
         logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
 
-    def append_metrics(self, entry: dict) -> None:
-        append_metrics(self.folder, entry)
-
     def complete(self, step: int) -> None:
         """The last line of metrics.jsonl: only a run that has it is complete."""
         if self.is_main_process:
-            self.append_metrics({"step": step, "completed": True})
+            append_metrics(self.folder, {"step": step, "completed": True})
 
     def discard_if_never_started(self) -> None:
         """Remove the folder of a new run that failed before its first step, unless it holds anything else."""
