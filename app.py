@@ -1,4 +1,4 @@
-"""A web page that names the plant in a photo, with a run that train.py made.
+"""A web page that gives the name of the plant in a photo, by a run that train.py made.
 
     pip install -r requirements-app.txt
     python app.py runs/default                   the page, for this machine alone, at http://127.0.0.1:7860
@@ -86,19 +86,12 @@ def find_port(host: str, port: int) -> int:
 
 def load_texts():
     """The macros of web/page.html.j2: header, start, answer, refusal, footer."""
-    import jinja2
-
     from evaluation.predictor import percent
+    from evaluation.report import open_templates
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(WEB),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    return environment.get_template("page.html.j2").module
+    templates = open_templates(WEB, is_html=True)
+    templates.filters["percent"] = percent
+    return templates.get_template("page.html.j2").module
 
 
 def build_page(predictor, run: Run):
@@ -182,7 +175,7 @@ def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
         found = next(predictor.predict([path]))
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
-        return texts.refusal("This photo could not be named: the program failed; its own output says why")
+        return texts.refusal("There is no name for this photo, since the program failed; its own output says why")
     if isinstance(found, str):  # it begins with the path, which is private
         return texts.refusal(found.replace(printable(path), printable(name or Path(path).name)))
     return texts.answer(found, SHOWN)

@@ -155,7 +155,8 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
 def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
     """No run (a base model), one, or two, with flags over the run's saved config."""
     line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
-    runs = [line.load_run(folder, Run.load) for folder in line.words]
+    loaded = [line.load_run(folder, Run.load) for folder in line.words]
+    runs = [run for run in loaded if run is not None]
     if len(line.words) > 2:
         line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
     elif not line.words and not {"model", "preset"} & set(line.given):
@@ -163,33 +164,32 @@ def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
             f"RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: {list_runs()}"
         )
     if line.words:
-        own = [field.name for field in dataclasses.fields(EvaluationOptions)]
-        allowed = {"split"} if len(line.words) == 2 else {*own, *OVERRIDABLE}
+        options = [field.name for field in dataclasses.fields(EvaluationOptions)]
+        allowed = {"split"} if len(line.words) == 2 else {*options, *OVERRIDABLE}
         reason = "has no effect when runs are compared" if len(line.words) == 2 else "is fixed by the run"
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(allowed))
-        names = [*own, *(field.name for field in dataclasses.fields(TrainingConfig))]
+        names = [*options, *(field.name for field in dataclasses.fields(TrainingConfig))]
         line.refuse({name: f"{reason}; options here: {flags}" for name in names if name not in allowed})
-    known = [run for run in runs if run is not None]
-    run = known[0] if known else Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
+    run = runs[0] if runs else Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
     options, config = line.apply(EvaluationOptions()), line.apply(run.config)
+    run = dataclasses.replace(run, config=config)
     if not line.words:
-        config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
-        line.problems += () if line.problems else find_other_base(config)
+        run.config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
+        line.problems += () if line.problems else find_other_base(run)
     line.exit_on_problems()
-    return Evaluation(dataclasses.replace(run, config=config), known[1] if len(known) == 2 else None, options)
+    return Evaluation(run, runs[1] if len(runs) == 2 else None, options)
 
 
-def find_other_base(config: TrainingConfig) -> list[str]:
+def find_other_base(run: Run) -> list[str]:
     """Why the directory of this base model cannot be used: it holds a run, or another base model or data set."""
-    folder = Path(config.output_dir)
-    if not (folder / CONFIG_FILE).exists():
+    if not (run.folder / CONFIG_FILE).exists():
         return []
     try:
-        saved = Run.load(folder)
+        saved = Run.load(run.folder)
     except ConfigError as error:
         return [str(error)]
-    changed = changed_fields(config, saved.config) if saved.is_base_model else ["a run"]
-    return [f"{folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
+    changed = changed_fields(run.config, saved.config) if saved.is_base_model else ["a run"]
+    return [f"{run.folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
             others = [str(file) for file in files if not is_image_name(file)]
             if found and others:
                 logger.warning(f"{printable(word)}: {len(others):,} files are not read ({printable(others[0])}, ...)")
-            reason = f"{printable(word)}: holds no images; files that end in {' '.join(SUFFIXES)} are taken for such"
+            reason = f"{printable(word)}: holds no images; those are files that end in {' '.join(SUFFIXES)}"
         elif glob.has_magic(word) and not os.path.exists(word):
             found = sorted(path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
             reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"

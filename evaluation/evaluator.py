@@ -82,7 +82,7 @@ class Evaluator:
     """Scores splits with one model and writes its metrics to the run directory.
 
     `facts` say what is scored (model, weights, question, ...): they are in each report, and scores on disk are used
-    again only under the same ones. All ranks make the same calls; rank 0 writes, and the others get nothing back.
+    again only under the same ones. All ranks make the same calls; rank 0 writes, and other ranks get nothing back.
     """
 
     def __init__(
@@ -102,55 +102,37 @@ class Evaluator:
         self.max_unreadable_fraction = max_unreadable_fraction
         self.lengths = [len(ids) for ids in plant.collator.name_ids] if method.per_token else None
         self.prior = None
-        self._scored: dict[str, tuple[SplitScores | None, float | None]] = {}
         if method.prior_calibration:
             neutral = {"image": grey_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
             (entry,) = self.compute_scores([neutral])
             self.prior = entry["scores"]
 
-    # ---- what the model says of each image, on all ranks
-
     def compute_scores(self, rows) -> Iterator[dict]:
         """{"id", "label", "scores"} of each readable image, distributed across ranks; every rank gets all of them."""
-
-        def compute(mine) -> Iterator[dict]:
-            for scores, unreadable in self.plant.score(mine):
-                yield from ({"unreadable": message} for message in unreadable)
-                for score in scores:
-                    values = [round(value, DIGITS) for value in score.values]
-                    yield {"id": score.id, "label": score.label, "scores": values}
-
-        return self._distribute(compute, rows)
+        for score in self._distribute(self.plant.score, rows):
+            yield {"id": score.id, "label": score.label, "scores": [round(value, DIGITS) for value in score.values]}
 
     def compute_replies(self, rows, max_new_tokens: int) -> Iterator[dict]:
         """{"id", "label", "text"} of each readable image, as compute_scores."""
+        generate = functools.partial(self.plant.generate, max_new_tokens=max_new_tokens)
+        yield from (reply._asdict() for reply in self._distribute(generate, rows))
 
-        def compute(mine) -> Iterator[dict]:
-            for replies, unreadable in self.plant.generate(mine, max_new_tokens):
-                yield from ({"unreadable": message} for message in unreadable)
-                yield from (reply._asdict() for reply in replies)
-
-        return self._distribute(compute, rows)
-
-    def _distribute(self, compute: Callable, rows) -> Iterator[dict]:
+    def _distribute(self, predict: Callable, rows) -> Iterator:
         ranks = self.dist.world_size
-        mine = compute(Subset(rows, range(self.dist.rank, len(rows), ranks)))
+        batches = predict(Subset(rows, range(self.dist.rank, len(rows), ranks)))
+        mine = (result for results, unreadable in batches for result in (*unreadable, *results))
         count = SAMPLES_PER_GATHER if ranks > 1 else 1
         while gathered := self.dist.gather_object(list(itertools.islice(mine, count))):
-            for entry in gathered:
-                if "unreadable" not in entry:
-                    yield entry
+            for result in gathered:
+                if not isinstance(result, str):
+                    yield result
                 elif self.dist.is_main_process:
-                    logger.warning("unreadable image skipped: %s", entry["unreadable"])
-
-    # ---- closed-set scoring
+                    logger.warning("unreadable image skipped: %s", result)
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
-        """Scores of a split, computed once, and images/s where any were computed now. Other ranks: None first."""
-        if split not in self._scored:
-            entries, speed = self._score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
-            self._scored[split] = self._adjust(entries) if self.dist.is_main_process else None, speed
-        return self._scored[split]
+        """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
+        entries, speed = self._score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
+        return self._adjust(entries) if self.dist.is_main_process else None, speed
 
     def _score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
         path = self.folder / name
@@ -160,11 +142,8 @@ class Evaluator:
         scores = adjust_scores(np.array([entry["scores"] for entry in entries]), self.lengths, self.prior)
         return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
-    def calibrate(self, validation) -> Calibration | None:
-        """Temperature and "not sure" threshold from val; also to calibration.json, if the method is plain."""
-        scores, _ = self.score(validation, "val")
-        if scores is None:
-            return None
+    def calibrate(self, scores: SplitScores) -> Calibration:
+        """Temperature and "not sure" threshold from scores of val; to calibration.json too, if the method is plain."""
         calibration = calibrate(scores, self.method.target_selective_accuracy)
         if self.method.is_plain:
             saved = calibration._asdict() | {"scored": self.facts}
@@ -179,13 +158,15 @@ class Evaluator:
         """
         if rows is None:
             return {}
-        validation = rows if split == "val" else validation
-        calibration = None if validation is None else self.calibrate(validation)
         scores, speed = self.score(rows, split)
+        is_calibrated, val_scores = split == "val" or validation is not None, scores
+        if split != "val" and is_calibrated:
+            val_scores, _ = self.score(validation, "val")
         ood = draw_ood_images() | ({} if ood_rows is None else {"your images": ood_rows})
-        ood_scores = {} if validation is None else {kind: self._score_ood(images) for kind, images in ood.items()}
+        ood_scores = {kind: self._score_ood(images) for kind, images in ood.items()} if is_calibrated else {}
         if scores is None:
             return {}
+        calibration = self.calibrate(val_scores) if is_calibrated else None
         report = {
             "split": split,
             **self.facts,
@@ -197,7 +178,7 @@ class Evaluator:
             "substring_match": None,
             **self._read_replies(rows, split),
             **measure_split(scores, calibration, self.plant.class_names),
-            "not_calibrated": "the run was trained on val" if calibration is None else None,
+            "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
             "ood": {
                 kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
@@ -215,8 +196,6 @@ class Evaluator:
             raise UserError("--ood: none of its images can be opened; the lines above say why")
         return self._adjust(entries).scores
 
-    # ---- generation
-
     def generate_report(self, rows, split: str, max_new_tokens: int) -> dict:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
         compute = functools.partial(self.compute_replies, max_new_tokens=max_new_tokens)
@@ -228,20 +207,18 @@ class Evaluator:
         predictions = [parse_reply(text, names) for text in texts]
         metrics = measure_replies(texts, predictions, names, [entry["label"] for entry in entries])
         saved = {"scored": self.facts, "metrics": metrics | {"replies_per_s": speed}}
-        write_file(self._replies_path(split), json.dumps(saved, indent=2) + "\n")
+        write_file(self.folder / f"eval_{split}.replies.json", json.dumps(saved, indent=2) + "\n")
         logger.info(
             f"result | {split} | generation: exact match {metrics['exact_match']:.3f} | substring match "
-            f"{metrics['substring_match']:.3f} | {metrics['replies']:,} images | {metrics['unparsed']} name no class"
+            f"{metrics['substring_match']:.3f} | {metrics['replies']:,} images | {metrics['unparsed']} without a class"
         )
         return metrics
 
-    def _replies_path(self, split: str) -> Path:
-        return self.folder / f"eval_{split}.replies.json"
-
     def _read_replies(self, rows, split: str) -> dict:
         """Metrics of the same model's replies to as many images, if they were measured."""
+        path = self.folder / f"eval_{split}.replies.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or torn by a kill
-            saved = json.loads(self._replies_path(split).read_text(encoding="utf-8"), object_hook=renamed)
+            saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
             if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
                 return saved["metrics"]
         return {}

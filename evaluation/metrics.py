@@ -98,13 +98,13 @@ def confusions(scores: np.ndarray, labels: np.ndarray, most: int) -> list[tuple[
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
     """McNemar's exact test of two models on the same images, of each whether it was right."""
-    only_first = sum(one and not other for one, other in zip(first, second, strict=True))
-    only_second = sum(other and not one for one, other in zip(first, second, strict=True))
+    a, b = np.array(first, bool), np.array(second, bool)
+    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     discordant = only_first + only_second
     return {
-        "n": len(first),
-        "first": sum(first) / len(first),
-        "second": sum(second) / len(second),
+        "n": len(a),
+        "first": float(a.mean()),
+        "second": float(b.mean()),
         "only_first": only_first,
         "only_second": only_second,
         "p": float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,

@@ -74,13 +74,13 @@ class Predictor:
         batches = len(rows) // self.plant.eval_batch_size
         workers = min(self.plant.num_workers, batches)  # starting them takes longer than a few images
         for scores, unreadable in self.plant.score(rows, num_workers=workers):
-            found = {int(score.id): self._judge(np.array(score.values)) for score in scores}
+            found = {int(score.id): self._decide(np.array(score.values)) for score in scores}
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
-    def _judge(self, scores: np.ndarray) -> Prediction:
+    def _decide(self, scores: np.ndarray) -> Prediction:
         probabilities = softmax(scores / (self.calibration.temperature if self.calibration else 1.0))
         order = np.argsort(-probabilities, kind="stable")
         likeliest = [(self.plant.class_names[label], float(probabilities[label])) for label in order]

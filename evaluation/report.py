@@ -22,17 +22,23 @@ EXAMPLES_FOLDER = "examples"  # of a run
 EXAMPLES, EXAMPLE_SIDE = 6, 640  # images kept there, and the longer side of each in pixels
 
 
-def render(template: str, **facts) -> str:
-    """A Markdown template of this folder, filled in. What users wrote must pass `text`, `code` or `repr` there."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def open_templates(folder: Path, is_html: bool = False) -> jinja2.Environment:
+    """The templates of a folder; a misspelled variable is an error, and in HTML all text is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=is_html,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"text": escape_markdown, "code": code_span, "number": format_number, "repr": repr}
-    return environment.get_template(template).render(**facts)
+
+
+def render(template: str, **facts) -> str:
+    """A Markdown template of this folder, filled in. What users wrote must pass `text`, `code` or `repr` there."""
+    templates = open_templates(Path(__file__).parent)
+    templates.filters |= {"text": escape_markdown, "code": code_span, "number": format_number, "repr": repr}
+    return templates.get_template(template).render(**facts)
 
 
 def escape_markdown(text: str) -> str:

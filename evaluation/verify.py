@@ -53,7 +53,7 @@ def check_same_data(data: PlantData, run: Run) -> None:
 
 
 def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
-    """(n, C) in nats, by plain kernels and one image at a time: equal weights give equal numbers."""
+    """(n, C) in nats, by eager kernels, image by image: equal weights give equal numbers."""
     plant.eager()
     return torch.tensor([score.values for scores, _ in plant.score(rows, 1, 0) for score in scores])
 
@@ -61,7 +61,7 @@ def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
 def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     """Load best/ into a fresh base model, which must reproduce the scores of the trained one; write its model card.
 
-    The trained model is released first, since the GPU has room for one. Rank 0 does it; the others return at once.
+    The trained model is released first, since the GPU has room for one. Other ranks return at once.
     Raises UserError where scores differ.
     """
     if not run.is_main_process:

@@ -23,5 +23,10 @@ RENAMED = {
 
 
 def renamed(entry: dict) -> dict:
-    """An object of a run's JSON under today's keys; for json.loads as `object_hook`."""
+    """An object of a run's JSON under today's keys; for json.loads as `object_hook`.
+
+    Not the metrics of each class, or of each kind of image, whose keys are names that users chose.
+    """
+    if all(isinstance(value, dict) and "n" in value for value in entry.values()):
+        return entry
     return {RENAMED.get(key, key): value for key, value in entry.items()}

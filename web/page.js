@@ -10,7 +10,7 @@ for (const kind of ["change", "drop", "paste"]) addEventListener(kind, event => 
     event.preventDefault();
     event.stopPropagation();
     const nothing = new DragEvent("drop", {bubbles: true, dataTransfer: new DataTransfer()});
-    if (kind === "drop") event.target.dispatchEvent(nothing);  // else the box goes on waiting for it
+    if (kind === "drop") event.target.dispatchEvent(nothing);  // else the box still waits for it
     const files = new DataTransfer();
     files.items.add(isImage ? file : new File([file], file.name, {type: "image/jpeg"}));
     input.files = files.files;

@@ -75,8 +75,10 @@ def open_page(shown, chromium):
         context = chromium.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda one: one.url.startswith((shown, "data:", "blob:")) or wrong.append(one.url))
-        page.on("console", lambda one: one.type == "error" and wrong.append(one.text))
+        page.on(
+            "request", lambda request: request.url.startswith((shown, "data:", "blob:")) or wrong.append(request.url)
+        )
+        page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(dialog.message))
         page.goto(shown)
@@ -123,7 +125,7 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
     assert len(lines) == 5
     for line in lines:
         text = line.query_selector("b").inner_text()
-        whole, part = (one.bounding_box()["width"] for one in line.query_selector_all("span"))
+        whole, part = (bar.bounding_box()["width"] for bar in line.query_selector_all("span"))
         share = {"<1%": 0.0, ">99%": 1.0}.get(text) if text[0] in "<>" else int(text[:-1]) / 100
         assert abs(part / whole - share) < 0.011
     page.locator("#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']").click()

@@ -70,7 +70,7 @@ def test_a_refusal_shows_the_file_by_its_own_name(tmp_path):
 def test_no_photo_is_no_answer_and_a_failure_is_said():
     assert app.answer_to(FakePredictor(None), TEXTS, None) == TEXTS.start()
     html = app.answer_to(FakePredictor(RuntimeError("CUDA error")), TEXTS, ("a.jpg", "a.jpg"))
-    assert "could not be named: the program failed" in html and "CUDA" not in html
+    assert "There is no name for this photo, since the program failed" in html and "CUDA" not in html
 
 
 def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
@@ -87,7 +87,7 @@ def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
         ({"split": "val"}, True, "photos of val (95% interval 88% to &gt;99%). It gave a name to 75% of them"),
         ({"split": "val"}, True, "Its weights were chosen on these photos"),
         ({"coverage": 0.0, "selective_accuracy": None}, True, "It was sure of none of them."),
-        ({"coverage": None}, False, "is named as one of them; how sure it is was not tested."),
+        ({"coverage": None}, False, "is named as one of them; its confidence was not tested."),
         (None, True, "How often the run mine is right was not measured."),
     ],
 )

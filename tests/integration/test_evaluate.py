@@ -1,3 +1,5 @@
+"""evaluate.py on runs and base models, whole: from the command line to the files it writes."""
+
 import json
 import shutil
 
@@ -25,9 +27,9 @@ def run(capsys, *argv) -> tuple[int, str]:
 def test_a_run_is_scored_as_its_training_said(trained, capsys):
     at_training = json.loads((trained / "eval_val.json").read_text())
     (trained / "eval_val.scores.jsonl").unlink()
-    status, told = run(capsys, "one", *FAST)
+    status, log = run(capsys, "one", *FAST)
     report = json.loads((trained / "eval_val.json").read_text())
-    assert status == 0 and "result | val | top-1" in told and "20 images of val" in told
+    assert status == 0 and "result | val | top-1" in log and "20 images of val" in log
     same = set(report) - {"images_per_s"}
     assert {name: report[name] for name in same} == {name: at_training[name] for name in same}
     assert report["adapter"].startswith("step 6, manifest ") and report["commit"] is None
@@ -35,40 +37,40 @@ def test_a_run_is_scored_as_its_training_said(trained, capsys):
 
 def test_test_split_is_calibrated_on_val_alone(trained, here, image_folder, capsys):
     before = json.loads((trained / "calibration.json").read_text())
-    status, told = run(capsys, "one", "--split", "test", "--protocol", "both", "--limit", "8", *FAST)
+    status, log = run(capsys, "one", "--split", "test", "--protocol", "both", "--limit", "8", *FAST)
     report = json.loads((trained / "eval_test.json").read_text())
     assert status == 0 and report["n"] == 8 and report["replies"] == 8
     assert report["calibration"]["images"] == 8 and before["images"] == 20  # val is limited too
     assert 0 <= report["exact_match"] <= report["substring_match"] <= 1
     assert len(read_entries(trained / "eval_test.replies.jsonl")[1]) == 8
-    assert (Image.open(trained / "eval_test.png").width > 900 and "noise 100% of 40" in told) or "of 40, plain" in told
+    assert (Image.open(trained / "eval_test.png").width > 900 and "noise 100% of 40" in log) or "of 40, plain" in log
     root = image_folder({"cat": 3})
     assert "% of 3" in run(capsys, "one", "--limit", "4", "--ood", str(root), *FAST)[1]
 
 
 def test_a_base_model_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
     base = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base"]
-    status, told = run(capsys, *base, *FAST)
-    assert status == 0 and f"run | base | {checkpoint()}" in told
+    status, log = run(capsys, *base, *FAST)
+    assert status == 0 and f"run | base | {checkpoint()}" in log
     report = json.loads((here / "base" / "eval_val.json").read_text())
     assert report["adapter"] is None and report["question"] == "What type of object is in this photo?"
     assert run(capsys, "base", *FAST)[0] == 0  # the folder of a base model can be given again
-    status, told = run(capsys, "base", "one")
-    assert status == 0 and "result | val | 20 images | base " in told and "(McNemar's exact test)" in told
+    status, log = run(capsys, "base", "one")
+    assert status == 0 and "result | val | 20 images | base " in log and "(McNemar's exact test)" in log
     assert not (here / "base" / "best").exists()
 
 
 def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
     argv = ["--model", checkpoint(), "--dataset", str(root), "--image-size", "70", "--output-dir", "base", *FAST]
-    status, told = run(capsys, *argv, "--prior-calibration", "true", "--per-token", "true")
-    assert status == 0 and "result | val | top-1" in told
+    status, log = run(capsys, *argv, "--prior-calibration", "true", "--per-token", "true")
+    assert status == 0 and "result | val | top-1" in log
 
 
 def test_a_run_that_was_trained_on_val_is_not_calibrated(here, few_drawings, capsys):
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "one"]) == 0
-    status, told = run(capsys, "one", *FAST)
-    assert status == 1 and "was trained on val, which measures nothing then; use --split test" in told
+    status, log = run(capsys, "one", *FAST)
+    assert status == 1 and "was trained on val, which measures nothing then; use --split test" in log
     assert run(capsys, "one", "--split", "test", *FAST)[0] == 0
     report = json.loads((here / "one" / "eval_test.json").read_text())
     assert report["not_calibrated"] == "the run was trained on val" and report["coverage"] is None
@@ -79,22 +81,22 @@ def test_images_that_changed_since_the_training_are_not_scored(here, image_folde
     assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
     image_folder({"oak": 12, "ash": 10})
-    status, told = run(capsys, "mine", "--split", "test", *FAST)
-    assert status == 1 and "its images changed since mine was trained" in told
+    status, log = run(capsys, "mine", "--split", "test", *FAST)
+    assert status == 1 and "its images changed since mine was trained" in log
     other = image_folder({"oak": 12, "ash": 10}).rename(here / "other")
     assert run(capsys, "mine", "--split", "test", "--dataset", str(other), *FAST)[0] == 0
 
 
 def test_replies_alone_are_reported(trained, capsys):
-    status, told = run(capsys, "one", "--protocol", "generation", "--limit", "4", *FAST)
-    assert status == 0 and "result | val | generation: exact match" in told
+    status, log = run(capsys, "one", "--protocol", "generation", "--limit", "4", *FAST)
+    assert status == 0 and "result | val | generation: exact match" in log
 
 
 def test_a_base_model_on_other_images_takes_no_folder_of_another(here, few_drawings, image_folder, capsys):
     assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
     root = image_folder({"oak": 10, "ash": 10})
-    status, told = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
-    assert status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in told and "use another --output-dir" in told
+    status, log = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
+    assert status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in log and "use another --output-dir" in log
 
 
 def other_weights(folder):
@@ -144,15 +146,15 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[:40] for _, _, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
+@pytest.mark.parametrize(("corrupt", "argv", "words"), BAD_INPUT, ids=[words[:40] for _, _, words in BAD_INPUT])
+def test_bad_input(corrupt, argv, words, trained, here, image_folder, capsys):
     (here / "empty").mkdir()
     shutil.move(trained, here / "runs" / "one") if not argv else None
     places = {"images": str(image_folder({"oak": 10, "ash": 10})), "empty": str(here / "empty")}
     if argv:
-        damage(trained)
-    status, told = run(capsys, *[word.format(**places) for word in argv])
-    assert status != 0 and words.format(**places) in told and "Traceback" not in told
+        corrupt(trained)
+    status, log = run(capsys, *[word.format(**places) for word in argv])
+    assert status != 0 and words.format(**places) in log and "Traceback" not in log
 
 
 @pytest.mark.slow
@@ -164,4 +166,4 @@ def test_the_demo_classifies_images_it_never_saw(here, capsys):
     assert report["n"] == 300 and report["top1"] >= 0.97 and report["top5"] == 1.0
     assert report["top1"] >= report["exact_match"]
     shown = 1 - report["coverage"]
-    assert all(own["abstention_rate"] > shown for own in report["ood"].values())
+    assert all(found["abstention_rate"] > shown for found in report["ood"].values())

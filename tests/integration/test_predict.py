@@ -1,3 +1,5 @@
+"""predict.py, from the command line to what it prints."""
+
 import json
 import shutil
 import subprocess
@@ -31,7 +33,7 @@ def run(capsys, *argv) -> tuple[int, str, str]:
 
 @pytest.fixture
 def images(here):
-    """Twelve drawings in two folders."""
+    """Twelve synthetic images in two folders."""
     for number, row in enumerate(draw_split("test")[:12]):
         folder = here / "images" / ("deep" if number > 8 else "")
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,8 +68,8 @@ def test_scores_are_those_of_the_evaluation(trained, images, capsys):
         )
         found = json.loads(out.splitlines()[0])
         assert status == 0 and found["image"] == "images/00.png"
-        for one in found["likeliest"]:
-            assert one["confidence"] == pytest.approx(expected[list(SPECIES).index(one["name"])], abs=1e-3)
+        for entry in found["likeliest"]:
+            assert entry["confidence"] == pytest.approx(expected[list(SPECIES).index(entry["name"])], abs=1e-3)
         is_confident = calibration["threshold"] is not None and found["confidence"] >= calibration["threshold"]
         assert found["name"] == (found["likeliest"][0]["name"] if is_confident else None)
 
@@ -101,9 +103,9 @@ def calibration_of_others(path):
     path.write_text(path.read_text().replace("step 6", "step 5"))
 
 
-@pytest.mark.parametrize("damage", [no_calibration, calibration_of_others])
-def test_a_calibration_that_is_not_of_these_weights_is_not_used(damage, trained, images, capsys):
-    damage(trained / "calibration.json")
+@pytest.mark.parametrize("corrupt", [no_calibration, calibration_of_others])
+def test_a_calibration_that_is_not_of_these_weights_is_not_used(corrupt, trained, images, capsys):
+    corrupt(trained / "calibration.json")
     status, out, err = run(capsys, "one", "images/00.png", *FAST)
     assert status == 0 and "not sure" not in out and "has no calibration for its weights" in err
 
@@ -122,7 +124,7 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
     assert lines[12:] == [
         "gone.png: cannot be read (No such file or directory)",
         "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
-        "empty: holds no images; files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff are taken for such",
+        "empty: holds no images; those are files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff",
         f"{'a' * 300}: cannot be read (File name too long)",
     ]
     assert "warning: images: 1 files are not read (images/notes.heic, ...)" in err
@@ -169,7 +171,7 @@ def gone(folder):
     shutil.rmtree(folder)
 
 
-def unfinished(folder):
+def incomplete(folder):
     shutil.rmtree(folder / "best")
 
 
@@ -187,14 +189,14 @@ BAD_INPUT = [
     (nothing, ["one", "--load-in-4bit", "no", "x.png"], "error: load_in_4bit=no: true or false is needed"),
     (nothing, ["one", "x.png", "--question", "What?"], "error: --question What?: is fixed by the run"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
-    (unfinished, ["one", "images"], "error: one/best: holds no complete weights (manifest.json is missing"),
+    (incomplete, ["one", "images"], "error: one/best: holds no complete weights (manifest.json is missing"),
     (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be read (JSONDecodeError"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, images, capsys):
-    damage(trained)
+@pytest.mark.parametrize(("corrupt", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
+def test_bad_input(corrupt, argv, words, trained, images, capsys):
+    corrupt(trained)
     status, out, err = run(capsys, *argv, *FAST)
     assert status != 0 and words in err and out == "" and "Traceback" not in err
 

@@ -1,3 +1,5 @@
+"""Scores of splits: their cache, their reports, and generation."""
+
 import json
 import os
 from pathlib import Path
@@ -18,12 +20,11 @@ from evaluation.report import result_lines
 from models.builder import PlantModel
 from runtime.atomic import replace_dir
 from runtime.checkpoint import write_manifest
+from runtime.legacy import RENAMED, renamed
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, setup_logging
 
-# What runs of before 2026-11-26 called the keys of their files.
-OLD_KEYS = {"image": "photo", "images": "photos", "target_selective_accuracy": "target_precision", "metrics": "figures"}
-OLD_KEYS |= {"max_new_tokens": "longest"}
+OLD_KEYS = {new: old for old, new in RENAMED.items()}
 
 
 def rows(tiny, count):
@@ -43,12 +44,12 @@ def under_old_keys(text):
 def test_a_report_holds_what_is_promised(tiny, tmp_path, monkeypatch, capsys):
     setup_logging()
     monkeypatch.setattr(evaluation.evaluator, "known_duplicates", lambda ids: ["a = b"])
-    drawn = tiny.rows(12)
-    drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
-    some = Dataset.from_list(drawn, features=ROW)
+    samples = tiny.rows(12)
+    samples[2] = samples[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    some = Dataset.from_list(samples, features=ROW)
     evaluator = make(tiny, tmp_path)
     evaluator.generate_report(some, "val", 5)
-    report = evaluator.report(some, "val", ood_rows=[*tiny.rows(3), drawn[2]])
+    report = evaluator.report(some, "val", ood_rows=[*tiny.rows(3), samples[2]])
     assert report == json.loads((tmp_path / "eval_val.json").read_text())
     assert {
         "split", "n", "top1", "top1_interval", "top5", "mean_per_class", "exact_match", "substring_match", "coverage",
@@ -143,11 +144,11 @@ def test_an_image_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny
     def compute(left):
         yield from ({"id": image, "label": 9, "value": len(left)} for image in left["id"])
 
-    drawn = tiny.rows(3)
-    score_with_cache(Dataset.from_list(drawn, features=ROW), compute, path, {})
-    drawn[1] = drawn[1] | {"image": drawn[2]["image"]}
-    drawn[2] = drawn[2] | {"label": 7}
-    entries, _ = score_with_cache(Dataset.from_list(drawn, features=ROW), compute, path, {})
+    samples = tiny.rows(3)
+    score_with_cache(Dataset.from_list(samples, features=ROW), compute, path, {})
+    samples[1] = samples[1] | {"image": samples[2]["image"]}
+    samples[2] = samples[2] | {"label": 7}
+    entries, _ = score_with_cache(Dataset.from_list(samples, features=ROW), compute, path, {})
     assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
 
 
@@ -219,7 +220,7 @@ def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, monke
     for name in ("eval_val.scores.jsonl", "eval_val.replies.jsonl"):
         lines = (tmp_path / name).read_text().splitlines()
         (tmp_path / name).write_text("".join(f"{under_old_keys(line)}\n" for line in lines))
-        assert '"photo"' in (tmp_path / name).read_text()
+        assert f'"{OLD_KEYS["image"]}"' in (tmp_path / name).read_text()
     evaluator = make(tiny, tmp_path)
     ood = evaluator.compute_scores
     monkeypatch.setattr(evaluator, "compute_scores", lambda images: ood(images) if len(images) == 40 else 1 / 0)
@@ -229,12 +230,17 @@ def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, monke
     assert evaluator.generate_report(rows(tiny, 4), "val", 5)["replies"] == 4
 
 
+def test_names_of_classes_are_no_keys():
+    per_class = {old: {"n": 1, "top1": 0.5} for old in RENAMED}
+    assert renamed(per_class) == per_class and renamed({OLD_KEYS["ood"]: {}, "n": 1}) == {"ood": {}, "n": 1}
+
+
 def test_a_corrupted_cache_is_scored_again(tiny, tmp_path):
     path = tmp_path / "eval_val.scores.jsonl"
     whole = make(tiny, tmp_path).score(rows(tiny, 4), "val")[0]
     lines = path.read_bytes().splitlines()
-    for damaged in (b"", b"\x00\xff" * 9, b"\n".join([lines[0], b"{}", b"[1]", b"7", lines[1][:30], *lines[2:]])):
-        path.write_bytes(damaged)
+    for corrupted in (b"", b"\x00\xff" * 9, b"\n".join([lines[0], b"{}", b"[1]", b"7", lines[1][:30], *lines[2:]])):
+        path.write_bytes(corrupted)
         assert make(tiny, tmp_path).score(rows(tiny, 4), "val")[0].ids == whole.ids
         assert len(read_entries(path)[1]) == 4
 

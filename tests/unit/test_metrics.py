@@ -1,3 +1,5 @@
+"""Metrics on arrays made by hand."""
+
 import numpy as np
 import pytest
 
@@ -89,18 +91,18 @@ def test_a_calibrated_model_stays_calibrated_on_a_small_val(images):
 
 
 def test_calibration_error_of_a_hand_made_case():
-    sure, right = np.array([0.9, 0.9, 0.9, 0.9, 0.3, 1.0]), np.array([1, 1, 1, 0, 0, 1], bool)
-    assert expected_calibration_error(sure, right) == pytest.approx((4 * 0.15 + 0.3 + 0) / 6)
-    assert [count for *_, count in calibration_bins(sure, right)] == [1, 4, 1]
+    confidences, right = np.array([0.9, 0.9, 0.9, 0.9, 0.3, 1.0]), np.array([1, 1, 1, 0, 0, 1], bool)
+    assert expected_calibration_error(confidences, right) == pytest.approx((4 * 0.15 + 0.3 + 0) / 6)
+    assert [count for *_, count in calibration_bins(confidences, right)] == [1, 4, 1]
 
 
 def test_the_threshold_accepts_as_many_as_the_precision_allows():
-    sure, right = np.array([0.9, 0.8, 0.7, 0.7, 0.5]), np.array([1, 1, 0, 1, 1], bool)
-    assert choose_threshold(sure, right, 0.8) == 0.5
-    assert choose_threshold(sure, right, 0.9) == 0.8
-    assert choose_threshold(sure, ~right, 0.9) is None
-    assert measure_selective(sure, right, 0.7) == {"coverage": 0.8, "selective_accuracy": 0.75}
-    assert measure_selective(sure, right, None) == {"coverage": 0.0, "selective_accuracy": None}
+    confidences, right = np.array([0.9, 0.8, 0.7, 0.7, 0.5]), np.array([1, 1, 0, 1, 1], bool)
+    assert choose_threshold(confidences, right, 0.8) == 0.5
+    assert choose_threshold(confidences, right, 0.9) == 0.8
+    assert choose_threshold(confidences, ~right, 0.9) is None
+    assert measure_selective(confidences, right, 0.7) == {"coverage": 0.8, "selective_accuracy": 0.75}
+    assert measure_selective(confidences, right, None) == {"coverage": 0.0, "selective_accuracy": None}
 
 
 def test_mcnemar_on_images_that_differ():

@@ -1,3 +1,5 @@
+"""The model card: its facts, its code, and text of users in it."""
+
 import dataclasses
 import json
 import re
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCard
 from config.training_config import TrainingConfig
 from evaluation.model_card import build_model_card, read_reports
 from runtime.checkpoint import describe_best, write_manifest
+from runtime.legacy import RENAMED
 from runtime.run_dir import Run
 from runtime.run_files import append_metrics
 from utils.tokenizer_utils import Prompt
@@ -38,7 +41,7 @@ def card_of(folder, config=None, recorded=RECORDED, prompt=PROMPT):
 
 def report(folder, split, **changed):
     pair = {"names": ["ash", "oak"], "confused": 3}
-    own = {"ash": {"n": 10, "top1": 0.7}, "oak": {"n": 10, "top1": 0.9}}
+    per_class = {"ash": {"n": 10, "top1": 0.7}, "oak": {"n": 10, "top1": 0.9}}
     found = {
         "split": split,
         "adapter": describe_best(folder / "best"),
@@ -56,7 +59,7 @@ def report(folder, split, **changed):
         "confusions": [pair],
     }
     found |= {"calibration": {"temperature": 1.5, "threshold": None, "target_selective_accuracy": 0.95, "images": 20}}
-    found |= {"per_class": own, "ood": {"noise": {"n": 40, "abstention_rate": 0.5}}} | changed
+    found |= {"per_class": per_class, "ood": {"noise": {"n": 40, "abstention_rate": 0.5}}} | changed
     (folder / f"eval_{split}.json").write_text(json.dumps(found))
 
 
@@ -66,7 +69,10 @@ def test_a_card_says_what_the_run_found(folder):
     text = card_of(folder, TrainingConfig(model="me/base", dataset="oxford_flowers102"))
     card = ModelCard(text)
     assert card.data.base_model == "me/base" and card.data.library_name == "peft"
-    assert {(one.dataset_split, one.metric_value) for one in card.data.eval_results} == {("val", 0.8), ("test", 0.75)}
+    assert {(result.dataset_split, result.metric_value) for result in card.data.eval_results} == {
+        ("val", 0.8),
+        ("test", 0.75),
+    }
     for words in (
         "Not for deciding whether a plant is edible or poisonous", "`me/base` at commit `c0ffee`", "336 x 336 pixels",
         "| test | 20 | 0.750 (0.580 to 0.920) | 1.000 | 0.800 | 0.040 | 0.600 | 1.000 |", "| ash | oak | 3 |",
@@ -82,13 +88,13 @@ def test_a_card_says_what_the_run_found(folder):
     "changed",
     [{"adapter": "step 1, manifest 0"}, {"per_token": True}, {"prior_calibration": True}, {"dataset": "others"}],
 )
-def test_reports_of_other_weights_or_scores_are_left_out(folder, changed):
+def test_reports_of_other_weights_or_scores_are_excluded(folder, changed):
     report(folder, "val", **changed)
     text = card_of(folder)
     assert "It was not measured." in text and "| val |" not in text
 
 
-def test_a_truncated_report_is_left_out(folder):
+def test_a_truncated_report_is_excluded(folder):
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
     assert list(read_reports(folder, describe_best(folder / "best"), "oxford_flowers102")) == ["val"]
@@ -118,15 +124,21 @@ def test_the_code_is_python(folder, size):
 
 
 def test_text_of_users_is_data_and_never_markup(tmp_path, folder):
-    named = folder.rename(tmp_path / "a: [b] `c` {{ 7 * 7 }} --- | # *d*")
+    renamed_folder = folder.rename(tmp_path / "a: [b] `c` {{ 7 * 7 }} --- | # *d*")
     names = ["oak | {{ 7 * 7 }}", "<script>*ash*</script>"]
     pair = {"names": names, "confused": 1}
-    report(named, "val", confusions=[pair], per_class={name: {"n": 1, "top1": 0.5} for name in names}, dataset="x`y")
+    report(
+        renamed_folder,
+        "val",
+        confusions=[pair],
+        per_class={name: {"n": 1, "top1": 0.5} for name in names},
+        dataset="x`y",
+    )
     config = TrainingConfig(dataset="x`y", question='What\nis "this" | ---\n# it?')
     prompt = PROMPT._replace(prompt='[INST] "<image>"\n```\n\'\\ {{ 7 * 7 }}')
-    text = card_of(named, config, RECORDED | {"class_names": names}, prompt)
+    text = card_of(renamed_folder, config, RECORDED | {"class_names": names}, prompt)
     card = ModelCard(text)
-    assert card.data.model_name == named.name and card.data.eval_results[0].dataset_name == "x`y"
+    assert card.data.model_name == renamed_folder.name and card.data.eval_results[0].dataset_name == "x`y"
     assert card.text.strip().startswith(r"# a: \[b\] \`c\` {{ 7 \* 7 }} --- \| # \*d\*: 2 plants")
     assert r"| oak \| {{ 7 \* 7 }} | \<script\>\*ash\*\</script\> | 1 |" in text and "`x'y`" in text
     assert r'the question "What is "this" \| --- # it?".' in text and "49" not in text
@@ -138,16 +150,11 @@ def test_text_of_users_is_data_and_never_markup(tmp_path, folder):
 def test_a_report_of_an_older_run_is_read_under_its_new_keys(folder):
     report(folder, "val")
     path = folder / "eval_val.json"
-    old = {"coverage": "answered", "selective_accuracy": "answered_precision", "confusions": "look_alikes"}
-    old |= {"ood": "strangers", "abstention_rate": "not_sure", "images": "photos"}
-    old |= {"target_selective_accuracy": "target_precision"}
-    new_text = card_of(folder)
-    path.write_text(
-        json.dumps(
-            json.loads(
-                path.read_text(), object_hook=lambda entry: {old.get(key, key): value for key, value in entry.items()}
-            )
-        )
+    old_keys = {new: old for old, new in RENAMED.items()}
+    text = card_of(folder)
+    older = json.loads(
+        path.read_text(), object_hook=lambda entry: {old_keys.get(key, key): entry[key] for key in entry}
     )
-    assert "answered_precision" in path.read_text() and "look_alikes" in path.read_text()
-    assert card_of(folder) == new_text
+    path.write_text(json.dumps(older))
+    assert not {"coverage", "selective_accuracy", "confusions", "ood"} & set(older)
+    assert card_of(folder) == text
