@@ -10,6 +10,7 @@ import pytest
 
 from config.training_config import PRESETS, TrainingConfig
 from runtime.run_files import save_config
+from tests.unit.test_house import CORE
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +19,11 @@ EVERY = {"README.md": README} | {f"docs/{name}": text for name, text in PAGES.it
 INDENTED = re.findall(r"^    (\w.*(?:(?<=\\)\n.*)*)", "\n".join(EVERY.values()), re.MULTILINE)
 COMMANDS = sorted({re.split("  +#?", line)[0] for line in INDENTED if re.match(r"(python|make) ", line)})
 LAUNCHES = sorted({line for line in INDENTED if re.match(r"(torchrun|accelerate|srun) ", line)})
+MODULES = [
+    path.relative_to(ROOT)
+    for room in ("", "config", "data", "models", "evaluation", "runtime", "utils")
+    for path in sorted((ROOT / room).glob("[a-z]*.py"))
+]
 
 
 def errors_of(script: str, flags: list[str], capsys) -> list[str]:
@@ -123,10 +129,15 @@ def test_names_in_the_file_tree_exist():
 
 def test_readme_lists_the_core_path_in_reading_order():
     shown = re.findall(r"^    (\w+\.py|\w+/\w+\.py)  ", README.partition("## Code")[2], re.MULTILINE)
-    assert [Path(name).stem for name in shown] == [
-        *("train", "training_config", "dataset", "collator", "builder", "trainer", "scoring"),
-        *("evaluator", "metrics", "run_dir", "checkpoint"),
-    ]
+    assert shown == CORE
+
+
+def test_every_module_is_mentioned_and_every_mention_exists():
+    text = README + PAGES["architecture.md"]
+    assert not [str(module) for module in MODULES if module.name not in text]
+    names = {module.name for module in MODULES} | {path.name for path in (ROOT / "tests").rglob("*.py")}
+    mentioned = re.findall(r"\b(\w+\.py)\b", "\n".join(EVERY.values()))
+    assert not sorted(set(mentioned) - names - {"modeling_llava_next.py", "masking_utils.py"})
 
 
 def makefile() -> str:
