@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import ImageError, fit_image, fitted_size, grey_image, open_image, read_image_size
+from utils.image_utils import ImageError, fit_image, fitted_size, gray_image, open_image, read_image_size
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt, count_image_tokens
@@ -217,7 +217,7 @@ class PlantCollator:
                 sizes.add(read_image_size(row["image"]))
         largest = max(sizes or {(500, 500)}, key=lambda size: self.count_tokens(size)[0])
         longest = max(range(len(self.answers)), key=lambda label: len(self.answers[label].ids))
-        return {"image": grey_image(largest), "label": longest, "id": "largest"}
+        return {"image": gray_image(largest), "label": longest, "id": "largest"}
 
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""

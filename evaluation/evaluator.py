@@ -34,7 +34,7 @@ from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.legacy import renamed
 from runtime.run_dir import Run
-from utils.image_utils import grey_image
+from utils.image_utils import gray_image
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"
@@ -103,7 +103,7 @@ class Evaluator:
         self.lengths = [len(ids) for ids in plant.collator.name_ids] if method.per_token else None
         self.prior = None
         if method.prior_calibration:
-            neutral = {"image": grey_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
+            neutral = {"image": gray_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
             (entry,) = self.compute_scores([neutral])
             self.prior = entry["scores"]
 

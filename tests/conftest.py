@@ -109,7 +109,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def few_drawings(monkeypatch):
+def small_splits(monkeypatch):
     """The synthetic source in a fraction of a second."""
     from data import dataset
 
@@ -157,7 +157,7 @@ def kept(tmp_path_factory):
 
 
 @pytest.fixture
-def trained(here, few_drawings, capsys, kept):
+def trained(here, small_splits, capsys, kept):
     """`one` in the working folder: a run of six steps in which all weights learned, made once."""
     import train
 
@@ -167,7 +167,7 @@ def trained(here, few_drawings, capsys, kept):
 
 
 @pytest.fixture
-def adapted(here, few_drawings, checkpoint, capsys, kept):
+def adapted(here, small_splits, checkpoint, capsys, kept):
     """`two`: a run of six steps of adapter and projector beside a 4-bit base, made once."""
     import train
 

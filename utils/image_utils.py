@@ -82,7 +82,7 @@ def png_image(image: Image.Image, compress_level: int = -1) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def grey_image(size: tuple[int, int]) -> dict:
+def gray_image(size: tuple[int, int]) -> dict:
     """The image of a row: plain grey of this (H, W)."""
     return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
 

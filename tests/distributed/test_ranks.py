@@ -490,7 +490,7 @@ def drawn_parquet(here):
     return folder
 
 
-def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, few_drawings, capsys):
+def test_a_stream_goes_on_where_it_was_left(here, drawn_parquet, small_splits, capsys):
     """Two processes with two workers each; 20 steps of 11 are more than a pass. Dropout draws as it would have."""
     argv = [*RUN, "--sample-fraction", "1", "--dataset", str(drawn_parquet), "--streaming", "true"]
     argv += ["--num-workers", "2", "--per-device-train-batch-size", "11"]

@@ -30,7 +30,7 @@ def test_the_bomb_works(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, few_drawings):
+def here(tmp_path, monkeypatch, small_splits):
     """A working folder with run/, which was left after step 3 with a checkpoint of step 2."""
     monkeypatch.chdir(tmp_path)
     real = callbacks.RunLog.on_step_end

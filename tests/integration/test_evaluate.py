@@ -48,7 +48,7 @@ def test_test_split_is_calibrated_on_val_alone(trained, here, image_folder, caps
     assert "% of 3" in run(capsys, "one", "--limit", "4", "--ood", str(root), *FAST)[1]
 
 
-def test_a_base_model_and_a_comparison(trained, here, few_drawings, checkpoint, capsys):
+def test_a_base_model_and_a_comparison(trained, here, small_splits, checkpoint, capsys):
     base = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base"]
     status, log = run(capsys, *base, *FAST)
     assert status == 0 and f"run | base | {checkpoint()}" in log
@@ -67,7 +67,7 @@ def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, image_f
     assert status == 0 and "result | val | top-1" in log
 
 
-def test_a_run_that_was_trained_on_val_is_not_calibrated(here, few_drawings, capsys):
+def test_a_run_that_was_trained_on_val_is_not_calibrated(here, small_splits, capsys):
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "one"]) == 0
     status, log = run(capsys, "one", *FAST)
     assert status == 1 and "was trained on val, which measures nothing then; use --split test" in log
@@ -92,7 +92,7 @@ def test_replies_alone_are_reported(trained, capsys):
     assert status == 0 and "result | val | generation: exact match" in log
 
 
-def test_a_base_model_on_other_images_takes_no_folder_of_another(here, few_drawings, image_folder, capsys):
+def test_a_base_model_on_other_images_takes_no_folder_of_another(here, small_splits, image_folder, capsys):
     assert run(capsys, "--preset", "tiny", "--limit", "4", *FAST)[0] == 0
     root = image_folder({"oak": 10, "ash": 10})
     status, log = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)

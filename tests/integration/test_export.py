@@ -160,7 +160,7 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     assert found.returncode == 0, found.stderr
 
 
-def test_a_run_that_was_trained_on_val_is_exported_without_an_accuracy(here, few_drawings, capsys):
+def test_a_run_that_was_trained_on_val_is_exported_without_an_accuracy(here, small_splits, capsys):
     import train
     from tests.conftest import TINY
 
@@ -171,7 +171,7 @@ def test_a_run_that_was_trained_on_val_is_exported_without_an_accuracy(here, few
 
 
 @pytest.mark.parametrize("trainable", ["adapter", "projector"])
-def test_what_else_can_learn_is_merged(trainable, here, few_drawings, checkpoint, capsys):
+def test_what_else_can_learn_is_merged(trainable, here, small_splits, checkpoint, capsys):
     """With an image of val that does not open among the first, and a base that would draw names by lot."""
     import train
     from tests.conftest import TINY

@@ -154,7 +154,7 @@ def test_lines_come_while_it_works_and_head_is_content(trained, images, here):
     assert len(piped.stdout.splitlines()) == 2 and "Traceback" not in piped.stderr and "Exception" not in piped.stderr
 
 
-def test_a_base_model_predicts_too(here, few_drawings, images, checkpoint, capsys):
+def test_a_base_model_predicts_too(here, small_splits, images, checkpoint, capsys):
     import evaluate
 
     argv = ["--preset", "tiny", "--model", checkpoint(), "--output-dir", "base", "--limit", "4", *FAST]
@@ -222,7 +222,7 @@ def test_a_base_whose_files_changed_is_refused(adapted, images, checkpoint, caps
 
 
 def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
-    here, few_drawings, images, checkpoint, monkeypatch, capsys
+    here, small_splits, images, checkpoint, monkeypatch, capsys
 ):
     """A cache as the hub's library keeps it: main moves to other weights, then the old ones go."""
     old, new = "a" * 40, "b" * 40

@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch):
 TINY = ["--preset", "tiny", "--num-workers", "0"]
 
 
-def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(few_drawings, capsys, here):
+def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits, capsys, here):
     status, lines = run(capsys, *TINY)
     assert status == 0 and len(lines) == 17 and all(line.startswith("ok") for line in lines.values())
     assert "Number of image tokens: 1 (expanded to 55, as many as feature rows)" in lines["image tokens"]
@@ -72,7 +72,7 @@ def test_a_missing_package_is_told_and_the_rest_is_skipped(capsys, monkeypatch):
     assert lines["device"].startswith("skip")
 
 
-def test_another_version_than_the_tested_one_is_said(few_drawings, capsys, monkeypatch):
+def test_another_version_than_the_tested_one_is_said(small_splits, capsys, monkeypatch):
     real = test_trainer.version
     monkeypatch.setattr(test_trainer, "version", lambda name: "2.11.0" if name == "torch" else real(name))
     _, lines = run(capsys, *TINY)
@@ -82,14 +82,14 @@ def test_another_version_than_the_tested_one_is_said(few_drawings, capsys, monke
     )
 
 
-def test_a_leak_fails(few_drawings, capsys, monkeypatch):
+def test_a_leak_fails(small_splits, capsys, monkeypatch):
     grown = iter(range(0, 10**12, 10**8))
     monkeypatch.setattr(callbacks, "memory_in_use", lambda device: next(grown))
     status, lines = run(capsys, *TINY)
     assert status == 1 and lines["leak"].startswith("FAIL") and "memory grew over 4 steps" in lines["leak"]
 
 
-def test_an_implausible_first_loss_fails(few_drawings, capsys, monkeypatch):
+def test_an_implausible_first_loss_fails(small_splits, capsys, monkeypatch):
     real = callbacks.append_metrics
     monkeypatch.setattr(callbacks, "append_metrics", lambda folder, entry: real(folder, entry | {"loss": 20.0}))
     status, lines = run(capsys, *TINY)

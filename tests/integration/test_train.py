@@ -47,7 +47,7 @@ def run(capsys, *argv) -> tuple[int, str]:
     return status, printed.out + printed.err
 
 
-def test_a_whole_run_writes_what_it_promises(here, few_drawings, capsys):
+def test_a_whole_run_writes_what_it_promises(here, small_splits, capsys):
     status, told = run(capsys, *TINY, "--eval-steps", "3", "--logging-steps", "2")
     assert status == 0
     folder = here / "runs" / "tiny"
@@ -88,7 +88,7 @@ def losses(folder) -> list[tuple[int, float]]:
         (["--trainable", "everything"], "model.safetensors"),
     ],
 )
-def test_the_same_command_goes_on_and_ends_as_if_never_stopped(kind, weights, here, few_drawings, capsys, monkeypatch):
+def test_the_same_command_goes_on_and_ends_as_if_never_stopped(kind, weights, here, small_splits, capsys, monkeypatch):
     assert run(capsys, *TINY, *kind, "--output-dir", "undisturbed")[0] == 0
     real = callbacks.RunLog.on_step_end
 
@@ -110,7 +110,7 @@ def test_the_same_command_goes_on_and_ends_as_if_never_stopped(kind, weights, he
     assert status == 0 and "runs/tiny is finished" in told and (here / "runs" / "tiny-2" / "best").is_dir()
 
 
-def test_a_run_stopped_after_its_last_step_is_only_finished(here, few_drawings, capsys, monkeypatch):
+def test_a_run_stopped_after_its_last_step_is_only_finished(here, small_splits, capsys, monkeypatch):
     from evaluation import report
 
     with monkeypatch.context() as fault:
@@ -133,7 +133,7 @@ def test_a_four_bit_run_on_your_own_plants(here, checkpoint, image_folder, capsy
     assert (here / "runs" / "default" / "best" / "adapter_model.safetensors").exists()
 
 
-def test_a_run_that_learns_from_val_measures_nothing_on_it(here, few_drawings, capsys):
+def test_a_run_that_learns_from_val_measures_nothing_on_it(here, small_splits, capsys):
     status, told = run(capsys, *TINY, "--train-on-val", "true", "--output-dir", "mine")
     assert status == 0 and "68 train, no val (it is in train)" in told
     assert not (here / "mine" / "eval_val.json").exists() and read_metrics(here / "mine")[-1]["completed"]
@@ -142,7 +142,7 @@ def test_a_run_that_learns_from_val_measures_nothing_on_it(here, few_drawings, c
     assert "mine/best holds the weights of step 8" in run(capsys, *longer)[1]
 
 
-def test_a_token_is_never_written(here, few_drawings, capsys, monkeypatch):
+def test_a_token_is_never_written(here, small_splits, capsys, monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_very_secret")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     _, told = run(capsys, *TINY, "--max-steps", "2")
@@ -217,7 +217,7 @@ def places(here, image_folder, checkpoint):
 
 
 @pytest.mark.parametrize(("fault", "argv", "words"), BAD_INPUT, ids=[words[:40] for _, _, words in BAD_INPUT])
-def test_bad_input(fault, argv, words, places, few_drawings, capsys, monkeypatch, here):
+def test_bad_input(fault, argv, words, places, small_splits, capsys, monkeypatch, here):
     fault(monkeypatch)
     before = {path: path.stat().st_size for path in here.rglob("*") if path.is_file()}
     status, told = run(capsys, *[word.format(**places) for word in argv])
@@ -225,7 +225,7 @@ def test_bad_input(fault, argv, words, places, few_drawings, capsys, monkeypatch
     assert all(path.exists() and path.stat().st_size == size for path, size in before.items())
 
 
-def test_a_checkpoint_begins_another_run_that_ends_alike(here, few_drawings, capsys):
+def test_a_checkpoint_begins_another_run_that_ends_alike(here, small_splits, capsys):
     assert run(capsys, *TINY, "--output-dir", "mine")[0] == 0
     before = {path: path.read_bytes() for path in (here / "mine").rglob("*") if path.is_file()}
     branch = [*TINY, "--resume", "mine/checkpoint-4", "--output-dir", "other"]
@@ -251,7 +251,7 @@ def test_photos_that_changed_are_refused_unless_that_is_allowed(here, image_fold
     assert len(losses(here / "mine")) == 6
 
 
-def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, few_drawings, capsys):
+def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, small_splits, capsys):
     from runtime.run_dir import lock_folder
 
     with lock_folder("mine"):
@@ -276,7 +276,7 @@ def test_the_lock_of_a_killed_training_is_free(here):
         assert (here / "mine" / "run.lock").read_text().startswith(f"{os.getpid()} on ")
 
 
-def test_an_explicit_folder_that_holds_another_config(few_drawings, capsys, here):
+def test_an_explicit_folder_that_holds_another_config(small_splits, capsys, here):
     assert run(capsys, *TINY, "--output-dir", "mine")[0] == 0
     kept = (here / "mine" / "training_config.json").read_text()
     status, told = run(capsys, *TINY, "--output-dir", "mine", "--seed", "7")
@@ -284,7 +284,7 @@ def test_an_explicit_folder_that_holds_another_config(few_drawings, capsys, here
     assert (here / "mine" / "training_config.json").read_text() == kept
 
 
-def test_a_folder_that_may_not_be_written(here, few_drawings, monkeypatch, capsys):
+def test_a_folder_that_may_not_be_written(here, small_splits, monkeypatch, capsys):
     """The refusal is injected: the system refuses root nothing."""
     real = os.mkdir
 
@@ -358,7 +358,7 @@ def test_real_photos_train(here, checkpoint, capsys):
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_a_run_ends_with_its_weights_loaded_afresh(kind, here, few_drawings, checkpoint, capsys):
+def test_a_run_ends_with_its_weights_loaded_afresh(kind, here, small_splits, checkpoint, capsys):
     flags = ["--model", checkpoint(), "--trainable", "adapter", "--load-in-4bit", "true"] if kind == "adapter" else []
     status, told = run(capsys, *TINY, *flags, "--learning-rate", "1e-3")
     assert status == 0 and re.search(
@@ -369,7 +369,7 @@ def test_a_run_ends_with_its_weights_loaded_afresh(kind, here, few_drawings, che
     assert verify_checkpoint(here / "runs" / "tiny" / "best") is None
 
 
-def test_weights_that_do_not_come_back_are_an_error(here, few_drawings, monkeypatch, capsys):
+def test_weights_that_do_not_come_back_are_an_error(here, small_splits, monkeypatch, capsys):
     """An adapter whose keys match nothing loads without a word: here nothing is loaded at all."""
     with monkeypatch.context() as fault:
         fault.setattr(PlantModel, "load_weights", lambda plant, folder: None)
@@ -379,7 +379,7 @@ def test_weights_that_do_not_come_back_are_an_error(here, few_drawings, monkeypa
     assert status == 0 and "resuming from runs/tiny/checkpoint-6" in told and "reloaded into a fresh base model" in told
 
 
-def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, few_drawings, monkeypatch, capsys):
+def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, small_splits, monkeypatch, capsys):
     """A GPU has room for one."""
     left = []
 
@@ -393,6 +393,6 @@ def test_the_trained_model_is_gone_before_the_fresh_one_comes(here, few_drawings
     assert len(left) <= before
 
 
-def test_a_model_that_was_hardly_trained_is_reported(here, few_drawings, checkpoint, capsys):
+def test_a_model_that_was_hardly_trained_is_reported(here, small_splits, checkpoint, capsys):
     flags = ["--model", checkpoint(), "--trainable", "adapter", "--max-steps", "1", "--learning-rate", "1e-30"]
     assert "its scores are those of the base model; it was hardly trained" in run(capsys, *TINY, *flags)[1]

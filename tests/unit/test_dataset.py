@@ -29,7 +29,7 @@ def is_memory_mapped(rows) -> bool:
 # ---- synthetic
 
 
-def test_synthetic_rows(few_drawings):
+def test_synthetic_rows(small_splits):
     data = build("--preset", "tiny")
     assert set(data.train.column_names) == {"image", "label", "id"}
     assert isinstance(data.train[0]["image"]["bytes"], bytes)
@@ -273,7 +273,7 @@ def test_empty_folder(tmp_path):
         build("--dataset", str(tmp_path))
 
 
-def test_an_image_in_train_and_test_is_an_error(few_drawings, monkeypatch):
+def test_an_image_in_train_and_test_is_an_error(small_splits, monkeypatch):
     rows = sources.draw_split("train")
     monkeypatch.setattr(sources, "draw_split", lambda split: rows)
     with pytest.raises(UserError, match="image train-00000 is in two splits"):
@@ -299,7 +299,7 @@ def test_sample_fraction_keeps_balance_and_is_seeded(image_folder):
     assert Counter(tiny.train["label"]) == {0: 1, 1: 1}
 
 
-def test_train_on_val_trains_on_both(few_drawings):
+def test_train_on_val_trains_on_both(small_splits):
     data = build("--preset", "tiny", "--train-on-val", "true")
     assert data.num_train == len(data.train) == 68 and data.validation is None
 
@@ -322,7 +322,7 @@ def test_a_limited_split_is_the_same_every_time(image_folder):
     assert dataset.take(rows, None) is rows and dataset.take(rows, 99) is rows
 
 
-def test_a_sample_is_spread_over_the_split(few_drawings):
+def test_a_sample_is_spread_over_the_split(small_splits):
     data = build("--preset", "tiny")
     assert sample_rows(data.train, 5)["id"] == [f"train-{index:05d}" for index in (0, 10, 20, 30, 40)]
     assert sample_rows(data.train, 48)["id"] == sample_rows(data.train)["id"] == data.train["id"]
