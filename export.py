@@ -143,7 +143,7 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     from evaluation.model_card import build_model_card
     from evaluation.verify import LOGIT_IMAGES, first_readable
     from models.builder import PlantModel
-    from runtime.checkpoint import CARD
+    from runtime.checkpoint import MODEL_CARD
     from runtime.device import choose_device
 
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
@@ -165,7 +165,7 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
     card = build_model_card(saved, plant.prompt, verification, is_merged=not options.adapter_only)
-    (draft / CARD).write_text(card, encoding="utf-8")
+    (draft / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 def export_merged(run: Run, plant, draft: Path, images, validation: Validation) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from config.training_config import RANDOM_MODELS
 from evaluation.report import render
 from runtime.atomic import write_file
-from runtime.checkpoint import CARD, describe_best, read_best
+from runtime.checkpoint import MODEL_CARD, describe_best, read_best
 from runtime.legacy import renamed
 from runtime.run_dir import Run
 from runtime.run_files import read_metrics
@@ -23,7 +23,7 @@ WARNING = "Not for deciding whether a plant is edible or poisonous."
 
 def write_model_card(run: Run, prompt: Prompt) -> None:
     """README.md of best/."""
-    write_file(run.best_folder / CARD, build_model_card(Run.load(run.folder), prompt))
+    write_file(run.best_folder / MODEL_CARD, build_model_card(Run.load(run.folder), prompt))
 
 
 def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False) -> str:
@@ -102,6 +102,6 @@ def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, d
 def read_license(model: str) -> str | None:
     """As the base model's own card states it; None where there is no card or the hub cannot be reached."""
     try:
-        return ModelCard.load(Path(model) / CARD if Path(model).is_dir() else model).data.license
+        return ModelCard.load(Path(model) / MODEL_CARD if Path(model).is_dir() else model).data.license
     except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
         return None

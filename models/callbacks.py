@@ -20,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from models.throughput import measure_matmul_rate
 from runtime.atomic import replace_dir
-from runtime.checkpoint import CARD, METRICS_OF_BEST, read_best, rotate, write_manifest
+from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, rotate, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
 from runtime.run_files import PREFIX, append_metrics, read_metrics, truncate_metrics
 from utils.logging_utils import logger
@@ -201,7 +201,7 @@ class BestCheckpoint(TrainerCallback):
         with replace_dir(self.folder) as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
-            (folder / CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
+            (folder / MODEL_CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
             (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_manifest(folder)
 

@@ -19,14 +19,16 @@ MANIFEST = "manifest.json"
 RUN_ID_FILE = "run_id"  # in a checkpoint: the run that wrote it
 DELETED = ".deleted"  # suffix of a directory that is being deleted
 METRICS_OF_BEST = "best.json"
-CARD = "README.md"  # rewritten after every evaluation, so no manifest has it
+MODEL_CARD = "README.md"  # rewritten after every evaluation, so no manifest has it
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 
 
 def write_manifest(folder: Path) -> None:
     """Sync every file of the directory to disk, then record its size and sha256 in manifest.json, synced last."""
     entries = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD)):
+    for path in sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, MODEL_CARD)
+    ):
         sync(path)
         entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_file(folder / MANIFEST, json.dumps(entries, indent=2))
@@ -101,10 +103,10 @@ def _is_own(checkpoint: Path, run_id: str) -> bool:
 
 def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
     """Delete the run's checkpoints that are older than its newest `keep` completed ones."""
-    own = [path for path in checkpoints_in(run_folder) if _is_own(path, run_id)]
-    completed = [path for path in own if (path / MANIFEST).exists()]
+    newest_first = [path for path in checkpoints_in(run_folder) if _is_own(path, run_id)]
+    completed = [path for path in newest_first if (path / MANIFEST).exists()]
     if len(completed) >= keep:
-        for path in own[own.index(completed[keep - 1]) + 1 :]:  # the newest come first
+        for path in newest_first[newest_first.index(completed[keep - 1]) + 1 :]:
             path.rename(path.with_name(path.name + DELETED))  # half deleted, it would look like a corrupted one
     for path in Path(run_folder).glob(f"{PREFIX}*{DELETED}"):
         if path.is_dir() and _is_own(path, run_id):

@@ -1,4 +1,4 @@
-"""Where a run computes and how precisely. Imports torch and psutil alone, so that a missing GPU is told in seconds."""
+"""Where a run computes, how precisely, and its memory. Little but torch is imported, for quick errors."""
 
 import gc
 import resource
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from config.training_config import CPU_MODELS
 from runtime.distributed import get_local_rank, get_world_size
@@ -29,7 +28,7 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
         refuse_several_ranks()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UserError(
-            f"--model {model}: no such folder; name a folder with config.json and *.safetensors, or a hub id"
+            f"--model {model}: no such folder; use one with config.json and *.safetensors, or a Hugging Face Hub id"
         )
     if torch.cuda.is_available():
         num_gpus, index = torch.cuda.device_count(), get_local_rank()
@@ -41,7 +40,7 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
-        # cuDNN's attention (torch 2.11, H100) gave the stock layers gradients 1,300 times too large (docs/LOG.md).
+        # cuDNN's attention (torch 2.11, H100) made gradients of the stock layers 1,300 times too large (docs/LOG.md).
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     if model in CPU_MODELS:
@@ -52,9 +51,8 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
     ):
         return torch.device("cpu")
     raise UserError(
-        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try this "
-        "program on the "
-        "CPU with --preset tiny"
+        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try "
+        "--preset tiny, which runs on the CPU"
     )
 
 
@@ -85,20 +83,19 @@ def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
     return "bf16" if capability >= BF16_CAPABILITY else "fp16"
 
 
-def fit_workers(wanted: int, batch_bytes: int, shared_memory: str = "/dev/shm") -> int:
-    """Loader workers whose finished batches fit into shared memory, else 0 and a warning: they would wait for ever.
+def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/shm") -> int:
+    """`num_workers` if their batches fit into shared memory, else 0 and a warning: they would wait for ever.
 
-    Two batches a worker are on their way, and one is in use. Docker gives a container 64 MiB.
+    Two batches per worker are prefetched, and one is in use. Docker gives a container 64 MiB.
     """
-    if wanted == 0 or not Path(shared_memory).is_dir():
-        return wanted
-    free, needed = shutil.disk_usage(shared_memory).free, (2 * wanted + 1) * batch_bytes
+    if num_workers == 0 or not Path(shared_memory).is_dir():
+        return num_workers
+    free, needed = shutil.disk_usage(shared_memory).free, (2 * num_workers + 1) * batch_bytes
     if free >= needed:
-        return wanted
+        return num_workers
     logger.warning(
-        "%s has %.0f MB free and %d workers need %.0f MB; images are decoded by the training process instead "
-        "(docker run --shm-size=1g, or fewer --num-workers)",
-        *(shared_memory, free / 1e6, wanted, needed / 1e6),
+        f"{shared_memory} has {free / 1e6:.0f} MB free and {num_workers} workers need {needed / 1e6:.0f} MB; images "
+        "are decoded by the main process instead (docker run --shm-size=1g, or fewer --num-workers)"
     )
     return 0
 
@@ -118,7 +115,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: most that torch had allocated on a CUDA GPU, else the process's largest resident size."""
+    """Bytes: the most that torch had allocated on a CUDA GPU, else the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -126,7 +123,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From now on peak_memory counts anew; it cannot for the resident size of a process."""
+    """peak_memory starts again from now, on a CUDA GPU; the largest resident size of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -140,13 +137,15 @@ def available_gpu_memory(device: torch.device) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA GPU has done what it was given."""
+    """Wait until a CUDA GPU has done all work launched on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, cuBLAS, Triton or the driver (asked for page-locked memory) says so."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     message = str(error)
     return (
         isinstance(error, torch.OutOfMemoryError)

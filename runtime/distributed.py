@@ -3,8 +3,8 @@
 A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and says by environment variables which is
 which. Each rank takes every n-th sample of the same batches, so the order of samples and a step's exact token mean are
 those of a single rank, whatever is left over at the end. Gradients are all-reduced once, after the last micro-batch,
-and not by DDP's hooks in its backward pass: a rank that runs out of memory there could not retry it, for the others
-would wait in the middle of the reduction.
+and not by DDP's hooks in its backward pass: a rank that runs out of memory there could not retry it, for the other
+ranks would wait in the middle of the reduction.
 
 Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank: an adapter is small, so
 gradients, optimizer and checkpoints are the same with and without sharding, and either resumes from the other's.
@@ -37,7 +37,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 RENDEZVOUS_S = 60  # seconds in which all ranks must have found each other
 COLLECTIVE_S = (
-    3600  # seconds that a rank may wait for the others: for a data set to be read, a checkpoint to be written
+    3600  # seconds that a rank may wait in a collective: for a data set to be read, a checkpoint to be written
 )
 LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")  # says gloo, or NCCL
 HOW_TO_START = "Start with torchrun, or under Slurm as the README shows."
@@ -356,7 +356,7 @@ def checksum_quantized(base) -> list[int]:
 
 @contextlib.contextmanager
 def unsharded(fsdp_modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, all weights are whole on each rank, which may then compute what the others do not."""
+    """Inside, all weights are whole on each rank, which may then compute what other ranks do not."""
     unshard(fsdp_modules)
     try:
         yield

@@ -90,7 +90,7 @@ def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream
 
 
 def report_as_rank(rank: int) -> None:
-    """Of several ranks, rank 0 logs for all; the others log their errors alone, with their rank, and write no file."""
+    """Of several ranks, rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
     if rank == 0:
         return
     logger.setLevel(logging.ERROR)

@@ -80,19 +80,19 @@ def not_a_mapping(folder):
     (folder / MANIFEST).write_text("[1, 2]")
 
 
-DAMAGES = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_out, path_out, not_a_mapping]
+CORRUPTIONS = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_out, path_out, not_a_mapping]
 
 
-def test_an_untouched_checkpoint_is_valid(folder):
+def test_a_new_checkpoint_is_valid(folder):
     assert verify_checkpoint(folder) is None and not (folder / f"{MANIFEST}.draft").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_corruption_is_found_and_the_checkpoint_before_is_resumed(damage, folder, tmp_path, capsys):
+@pytest.mark.parametrize("corrupt", CORRUPTIONS)
+def test_corruption_is_found_and_the_checkpoint_before_is_resumed(corrupt, folder, tmp_path, capsys):
     setup_logging()
     older = make(tmp_path, 9, "mine")
     assert last_checkpoint(tmp_path, "mine") == folder
-    damage(folder)
+    corrupt(folder)
     assert verify_checkpoint(folder)
     assert last_checkpoint(tmp_path, "mine") == older
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-9", "corrupted-checkpoint-10"]
@@ -233,9 +233,9 @@ def test_checkpoints_of_another_run_are_neither_resumed_nor_renamed_nor_written_
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-5", "checkpoint-90"]
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("min")])
-def test_a_checkpoint_whose_run_id_is_corrupted_is_still_of_its_run(damage, tmp_path):
-    damage(make(tmp_path, 20, "mine") / "run_id")
+@pytest.mark.parametrize("corrupt", [lambda file: file.unlink(), lambda file: file.write_text("min")])
+def test_a_checkpoint_whose_run_id_is_corrupted_is_still_of_its_run(corrupt, tmp_path):
+    corrupt(make(tmp_path, 20, "mine") / "run_id")
     assert last_checkpoint(tmp_path, "mine") is None and os.listdir(tmp_path) == ["corrupted-checkpoint-20"]
 
 

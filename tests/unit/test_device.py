@@ -10,7 +10,7 @@ from utils.logging_utils import UserError
 @pytest.mark.parametrize(
     ("capability", "precision"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), (None, "no")]
 )
-def test_auto_precision_is_what_the_card_computes_natively(capability, precision):
+def test_auto_precision_is_what_the_gpu_computes_natively(capability, precision):
     assert precision_for("auto", capability) == precision
 
 
@@ -18,13 +18,13 @@ def test_an_explicit_precision_is_kept():
     assert [precision_for(asked, (7, 5)) for asked in ("bf16", "fp16", "no")] == ["bf16", "fp16", "no"]
 
 
-def test_fp16_without_a_card_is_refused():
+def test_fp16_without_a_gpu_is_refused():
     with pytest.raises(UserError, match="--mixed-precision fp16: needs a CUDA GPU"):
         choose_precision("fp16", torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
+def test_without_a_gpu_small_models_run_on_the_cpu(tmp_path, monkeypatch):
     assert choose_device("tiny", 0.9).type in ("cpu", "mps")
     (tmp_path / "model.safetensors").write_bytes(b"small")
     assert choose_device(str(tmp_path), 0.9).type == "cpu"
@@ -37,7 +37,7 @@ def test_without_a_card_the_cpu_takes_what_fits_it(tmp_path, monkeypatch):
         choose_device("llava-hf/some", 0.9)
 
 
-def test_the_share_of_the_card_is_enforced(monkeypatch):
+def test_the_gpu_memory_fraction_is_enforced(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -57,17 +57,18 @@ def test_attention_is_never_cudnns(monkeypatch):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_room_on_a_card_is_its_share_and_never_more_than_is_free(monkeypatch):
+def test_available_gpu_memory_is_the_fraction_and_never_more_than_is_free(monkeypatch):
     free = 10e9
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5e9)
-    assert available_gpu_memory(torch.device("cuda", 0), 0.9) == 15e9
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.9)
+    assert available_gpu_memory(torch.device("cuda", 0)) == 15e9
     free = 79e9
-    assert available_gpu_memory(torch.device("cuda", 0), 0.9) == 72e9
-    assert available_gpu_memory(torch.device("cpu"), 0.9) is None
+    assert available_gpu_memory(torch.device("cuda", 0)) == 72e9
+    assert available_gpu_memory(torch.device("cpu")) is None
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_several_ranks_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="this program runs as a single process"):
         choose_device("tiny", 0.9)

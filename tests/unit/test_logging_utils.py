@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
-def told(capsys, folder, error) -> tuple[int, str, str]:
+def log_error(capsys, folder, error) -> tuple[int, str, str]:
     setup_logging(folder)
     with pytest.raises(SystemExit) as stop, report_errors(KeyError):
         raise error
@@ -19,17 +19,17 @@ def told(capsys, folder, error) -> tuple[int, str, str]:
 
 
 def test_a_user_error_is_one_sentence_on_the_screen_and_a_traceback_in_the_log(tmp_path, capsys):
-    status, screen, log = told(capsys, tmp_path, UserError("--dataset x: no such folder; name one"))
+    status, screen, log = log_error(capsys, tmp_path, UserError("--dataset x: no such folder; name one"))
     assert (status, screen) == (1, "error: --dataset x: no such folder; name one\n")
     assert "Traceback" in log and "UserError" in log
 
 
-def test_other_kinds_can_be_named_as_user_errors(tmp_path, capsys):
-    assert "Traceback" not in told(capsys, tmp_path, KeyError("x"))[1]
+def test_other_kinds_of_errors_can_count_as_user_errors(tmp_path, capsys):
+    assert "Traceback" not in log_error(capsys, tmp_path, KeyError("x"))[1]
 
 
 def test_a_critical_error_has_its_traceback_in_both(tmp_path, capsys):
-    status, screen, log = told(capsys, tmp_path, ZeroDivisionError("boom"))
+    status, screen, log = log_error(capsys, tmp_path, ZeroDivisionError("boom"))
     assert status == 1 and screen.startswith("critical: ZeroDivisionError: boom") and "Traceback" in screen
     assert "CRITICAL ZeroDivisionError: boom" in log and "Traceback" in log
 
@@ -50,7 +50,7 @@ def test_an_error_that_python_must_ignore_is_a_line_on_the_screen_and_a_tracebac
 
 def test_a_full_disk_is_a_sentence(tmp_path, capsys):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/checkpoint-5")
-    status, screen, _ = told(capsys, tmp_path, error)
+    status, screen, _ = log_error(capsys, tmp_path, error)
     assert status == 1 and screen.startswith("error: runs/x/checkpoint-5: No space left on device; free space")
 
 
@@ -65,23 +65,23 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
         OSError(errno.ENOSPC, "No space left on device", "hub/x"),
         PermissionError(errno.EACCES, "Denied", "y"),
     )
-    status, screen, _ = told(capsys, tmp_path, chained(full, UserError("check the network")))
+    status, screen, _ = log_error(capsys, tmp_path, chained(full, UserError("check the network")))
     assert status == 1 and screen.startswith("error: hub/x: No space left on device; free space")
-    assert told(capsys, tmp_path, chained(closed, UserError("image y")))[1] == "error: image y\n"
+    assert log_error(capsys, tmp_path, chained(closed, UserError("image y")))[1] == "error: image y\n"
     assert (
         "y: Denied; choose a place that you may write to (--output-dir"
-        in told(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
+        in log_error(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
     )
 
 
 def test_a_writer_that_does_not_say_that_the_disk_is_full(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.logging_utils.shutil.disk_usage", lambda path: SimpleNamespace(free=1e6))
-    status, screen, _ = told(capsys, tmp_path, RuntimeError("unexpected pos 64"))
+    status, screen, _ = log_error(capsys, tmp_path, RuntimeError("unexpected pos 64"))
     assert status == 1 and "its disk is full (RuntimeError); free space and re-run the same command" in screen
 
 
 def test_an_interrupt_says_how_to_resume(tmp_path, capsys):
-    status, screen, _ = told(capsys, tmp_path, KeyboardInterrupt())
+    status, screen, _ = log_error(capsys, tmp_path, KeyboardInterrupt())
     assert status == 130 and "to resume from what was saved" in screen
 
 
