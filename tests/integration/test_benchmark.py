@@ -14,8 +14,8 @@ def run(capsys, *argv) -> tuple[int, str]:
     except SystemExit as stopped:
         status = stopped.code
     logger.handlers.clear()
-    told = capsys.readouterr()
-    return status, told.out + told.err
+    output = capsys.readouterr()
+    return status, output.out + output.err
 
 
 def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, checkpoint, capsys):
@@ -23,12 +23,12 @@ def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, 
     monkeypatch.setattr("benchmark.IMAGES", 4)
     few = ["--steps", "2", "--image", "84x60", "--image-size", "70", "--num-workers", "0"]
     small = ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2"]
-    status, told = run(capsys, "--model", checkpoint(), *few, *small, "--against", "stock")
-    assert status == 0, told
-    assert "images 84x60, image_size 70: 55 image tokens" in told and "4 images a step, 0 workers" in told
+    status, output = run(capsys, "--model", checkpoint(), *few, *small, "--against", "stock")
+    assert status == 0, output
+    assert "images 84x60, image_size 70: 55 image tokens" in output and "4 images a step, 0 workers" in output
     for words in ("matmul peak", "loader alone", "waiting for images", "first step after", "TFLOP/image"):
-        assert words in told
-    rows = dict(re.findall(r"^(this project|scoring 102 names|stock Trainer) +(\d+\.\d\d) \(", told, re.MULTILINE))
+        assert words in output
+    rows = dict(re.findall(r"^(this project|scoring 102 names|stock Trainer) +(\d+\.\d\d) \(", output, re.MULTILINE))
     assert len(rows) == 3 and all(float(rate) > 0 for rate in rows.values())
     assert not list(tmp_path.iterdir())
 
@@ -52,5 +52,5 @@ BAD_INPUT = [
 @pytest.mark.parametrize("argv, words", BAD_INPUT, ids=[words[:40] for _, words in BAD_INPUT])
 def test_bad_input(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, told = run(capsys, *argv)
-    assert status != 0 and words in told and "Traceback" not in told and not list(tmp_path.iterdir())
+    status, output = run(capsys, *argv)
+    assert status != 0 and words in output and "Traceback" not in output and not list(tmp_path.iterdir())

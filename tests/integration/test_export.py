@@ -23,8 +23,8 @@ from evaluation import verify
 from models import merging
 
 FAST = ["--num-workers", "0"]
-# What anyone runs who has the folder alone; appended to the code in its README.md.
-STRANGER = """
+# Appended to the code in the README.md of an export, which runs without this project.
+CHECKS = """
 import sys
 together = ids[:, inputs["input_ids"].shape[1] :].tolist()
 assert "models" not in sys.modules and "data" not in sys.modules
@@ -49,7 +49,7 @@ def run(capsys, *argv) -> tuple[int, str]:
     return status, printed.out + printed.err
 
 
-def drawings(folder, sizes) -> list[str]:
+def synthetic_images(folder, sizes) -> list[str]:
     from io import BytesIO
 
     from PIL import Image
@@ -61,23 +61,20 @@ def drawings(folder, sizes) -> list[str]:
     return files
 
 
-def as_a_stranger(out, files) -> subprocess.CompletedProcess:
-    """The README's code and STRANGER, in a process that can import nothing of ours."""
+def run_readme_code(out, files) -> subprocess.CompletedProcess:
+    """The code of README.md and CHECKS, in a process that cannot import this project."""
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     code = code.replace('files = ["photo.jpg"]', f"files = {files!r}").replace("max_new_tokens=20", "max_new_tokens=6")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    text = code + STRANGER.replace("max_new_tokens=20", "max_new_tokens=6")
+    text = code + CHECKS.replace("max_new_tokens=20", "max_new_tokens=6")
     argv = [sys.executable, "-c", text]
     return subprocess.run(argv, cwd=out, env=environment, capture_output=True, text=True)
 
 
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
-    assert run(capsys, "one", "tiny", *FAST)[0] == 0  # beside the program, under the name of what is built
-    status, told = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
-    assert (
-        status == 0
-        and "result | verified: its logits differ by 0.00% from those of the run's weights; top-1 0." in told
-    )
+    assert run(capsys, "one", "tiny", *FAST)[0] == 0  # in the working directory, under the name of a random model
+    status, output = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and "result | verified: its logits differ by 0.00% from those of the run's weights; top-1 0." in output
     files = {path.name for path in (here / "out").iterdir()}
     assert files == {
         "README.md", "class_names.json", "config.json", "generation_config.json", "model.safetensors",
@@ -89,12 +86,12 @@ def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys)
     assert len(classes["class_names"]) == 10 and classes["image_size"] == 70 and "temperature" in classes
     ours, theirs = load_file(trained / "best" / "model.safetensors"), load_file(here / "out" / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours) and len(ours) == len(theirs)
-    found = as_a_stranger(here / "out", drawings(here, [(84, 84), (40, 90), (84, 84)]))
+    found = run_readme_code(here / "out", synthetic_images(here, [(84, 84), (40, 90), (84, 84)]))
     assert found.returncode == 0 and found.stdout.splitlines()[-1].startswith("3 "), found.stderr
 
 
-def test_photos_of_unlike_lengths_are_padded_on_the_left(here, image_folder, checkpoint, capsys):
-    """At their own size images have unlike numbers of image tokens; right padding would garble the shorter ones."""
+def test_images_of_different_lengths_are_padded_on_the_left(here, image_folder, checkpoint, capsys):
+    """At their own size images have different numbers of image tokens; right padding would garble the shorter ones."""
     import train
     from tests.conftest import TINY
 
@@ -107,16 +104,16 @@ def test_photos_of_unlike_lengths_are_padded_on_the_left(here, image_folder, che
     assert train.main([*argv, "--output-dir", "own"]) == 0
     assert run(capsys, "own", "out", "--dtype", "fp32", *FAST)[0] == 0
     assert "own size" in (here / "out" / "README.md").read_text()
-    found = as_a_stranger(here / "out", drawings(here, [(84, 84), (60, 130), (130, 60)]))
+    found = run_readme_code(here / "out", synthetic_images(here, [(84, 84), (60, 130), (130, 60)]))
     assert found.returncode == 0, found.stderr
     lengths = re.findall(r"\d+", found.stdout.splitlines()[-1].partition("tensor")[2])
     assert len(set(lengths)) > 1
 
 
 def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, capsys):
-    """Compared with PEFT itself, which the export does not use to prove it."""
-    status, told = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and re.search(r"its logits differ by 0.00% from .* without the adapter: \d", told)
+    """Compared with PEFT itself, which the export does not use for its verification."""
+    status, output = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and re.search(r"its logits differ by 0.00% from .* without the adapter: \d", output)
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
     beside = PeftModel.from_pretrained(base, adapted / "best").eval()
     merged = LlavaNextForConditionalGeneration.from_pretrained(here / "out").eval()
@@ -134,44 +131,44 @@ def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, caps
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_sixteen_bit_is_the_default_and_the_proof_names_it(dtype, kind, adapted, here, capsys):
-    status, told = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
-    assert status == 0 and "model | merging two/best into " in told and f" | {dtype}\n" in told
+def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, adapted, here, capsys):
+    status, output = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
+    assert status == 0 and "model | merging two/best into " in output and f" | {dtype}\n" in output
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
     card = (here / "out" / "README.md").read_text()
     assert f"Merged in {dtype} and loaded afresh: its logits differ by" in card and "was validated" in card
 
 
 def test_the_adapter_alone(adapted, here, checkpoint, capsys):
-    status, told = run(capsys, "two", "out", "--adapter-only", *FAST)
-    assert status == 0 and "result | verified" in told
+    status, output = run(capsys, "two", "out", "--adapter-only", *FAST)
+    assert status == 0 and "result | verified" in output
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "class_names.json", "tokenizer.json"} <= {
         path.name for path in (here / "out").iterdir()
     }
     settings = json.loads((here / "out" / "adapter_config.json").read_text())
-    assert "/" not in settings["base_model_name_or_path"]  # where the folder lay is nobody's business
+    assert "/" not in settings["base_model_name_or_path"]  # the folder of the base model stays private
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, here / "out"))
     saved = load_file(adapted / "best" / "adapter_model.safetensors")
     assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
-    files = drawings(here, [(84, 84), (40, 90)])
-    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the GPU says it is
-    found = as_a_stranger(here / "out", files)
+    files = synthetic_images(here, [(84, 84), (40, 90)])
+    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the model card says it is
+    found = run_readme_code(here / "out", files)
     assert found.returncode == 0, found.stderr
 
 
-def test_a_run_that_was_trained_on_val_is_exported_without_an_accuracy(here, small_splits, capsys):
+def test_a_run_trained_on_val_is_exported_without_an_accuracy(here, small_splits, capsys):
     import train
     from tests.conftest import TINY
 
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "run"]) == 0
-    status, told = run(capsys, "run", "out", *FAST)
-    assert status == 0 and "its accuracy is unknown, since the run was trained on val" in told
+    status, output = run(capsys, "run", "out", *FAST)
+    assert status == 0 and "its accuracy is unknown, since the run was trained on val" in output
     assert "It was not measured." in (here / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("trainable", ["adapter", "projector"])
-def test_what_else_can_learn_is_merged(trainable, here, small_splits, checkpoint, capsys):
+def test_other_trainable_parameters_are_merged(trainable, here, small_splits, checkpoint, capsys):
     """With an image of val that does not open among the first, and a base that would draw names by lot."""
     import train
     from tests.conftest import TINY
@@ -184,7 +181,7 @@ def test_what_else_can_learn_is_merged(trainable, here, small_splits, checkpoint
     for split, count in (("train", 8), ("val", 6), ("test", 2)):
         for name in ("ash", "oak"):
             (images / split / name).mkdir(parents=True)
-            drawings(images / split / name, [(60, 60)] * count)
+            synthetic_images(images / split / name, [(60, 60)] * count)
     (images / "val" / "ash" / "0.png").write_bytes(b"broken")
     argv = [
         *TINY,
@@ -198,9 +195,9 @@ def test_what_else_can_learn_is_merged(trainable, here, small_splits, checkpoint
         "0.5",
     ]
     assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
-    assert "scores of 4 images reproduced" in capsys.readouterr().out
-    status, told = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and "its logits differ by 0.00%" in told
+    assert "scores 4 images as before" in capsys.readouterr().out
+    status, output = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
+    assert status == 0 and "its logits differ by 0.00% from" in output
     assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
     assert "its license could not be read" in (here / "out" / "README.md").read_text()
 
@@ -212,18 +209,20 @@ def test_a_base_whose_files_changed_is_not_merged_into(flags, adapted, here, che
     config.write_text(config.read_text().replace(checkpoint(), str(other)))
     weights = load_file(other / "model.safetensors")
     save_file({name: 1.3 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    status, told = run(capsys, "two", "out", *flags, *FAST)
-    assert status == 1 and "is not what two was trained on (model_files differ)" in told and not (here / "out").exists()
+    status, output = run(capsys, "two", "out", *flags, *FAST)
+    assert (
+        status == 1 and "is not what two was trained on (model_files differ)" in output and not (here / "out").exists()
+    )
 
 
-def test_a_calibration_of_other_weights_is_not_handed_on(trained, here, capsys):
+def test_a_calibration_of_other_weights_is_not_exported(trained, here, capsys):
     path = trained / "calibration.json"
     path.write_text(path.read_text().replace("step 6", "step 5"))
     assert run(capsys, "one", "out", *FAST)[0] == 0
     assert "temperature" not in json.loads((here / "out" / "class_names.json").read_text())
 
 
-def test_the_model_card_is_of_the_training_whatever_the_export_is_told(adapted, here, capsys):
+def test_the_model_card_describes_the_training_not_the_export(adapted, here, capsys):
     assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
     assert "base model in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
 
@@ -255,9 +254,9 @@ def one_weight_lost(monkeypatch):
     monkeypatch.setattr(merging, "save_file", save)
 
 
-def is_worse(monkeypatch):
-    metrics = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
-    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: metrics)
+def lower_accuracy(monkeypatch):
+    figures = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
+    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: figures)
 
 
 def disk_full(monkeypatch):
@@ -275,9 +274,9 @@ def interrupted(monkeypatch):
 
 
 FAULTS = [
-    (wrong_scale, "error: what was saved is not what was trained: its logits differ by"),
-    (one_weight_lost, "error: what was saved is not what was trained: its logits differ by"),
-    (is_worse, "error: the merged model is worse than what was validated: "),
+    (wrong_scale, "error: what was saved is not what was trained: its logits are"),
+    (one_weight_lost, "error: what was saved is not what was trained: its logits are"),
+    (lower_accuracy, "error: the merged model names worse than what was validated: "),
     (disk_full, "error: model.safetensors: No space left on device; free space"),
     (interrupted, "warning: interrupted; nothing was exported"),
 ]
@@ -286,15 +285,15 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_nothing_is_left_of_an_export_that_failed(fault, words, adapted, here, monkeypatch, capsys):
     fault(monkeypatch)
-    status, told = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
-    assert status != 0 and words in told and not (here / "out").exists() and not (here / "out.draft").exists()
+    status, output = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
+    assert status != 0 and words in output and not (here / "out").exists() and not (here / "out.draft").exists()
 
 
-def test_an_export_that_was_killed_is_made_anew(trained, here, capsys):
+def test_an_export_that_was_killed_starts_again(trained, here, capsys):
     (here / "out.draft").mkdir()
     (here / "out.draft" / "half.safetensors").write_bytes(b"half")
     (here / "out.draft" / export.LOCK_FILE).touch()
-    (here / "out").mkdir()  # empty is as good as none
+    (here / "out").mkdir()  # empty
     assert run(capsys, "one", "out", *FAST)[0] == 0
     assert "half.safetensors" not in os.listdir(here / "out") and not (here / "out.draft").exists()
 
@@ -367,16 +366,16 @@ BAD_INPUT = [
 def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
     damage(trained)
     images = str(image_folder({"oak": 10, "ash": 10}))
-    status, told = run(capsys, *[word.format(images=images) for word in argv], *FAST)
-    assert status != 0 and words in told and "Traceback" not in told
+    status, output = run(capsys, *[word.format(images=images) for word in argv], *FAST)
+    assert status != 0 and words in output and "Traceback" not in output
     assert not (here / "out").exists() or os.listdir(here / "out") == ["mine.txt"]
     assert not (here / "out.draft").exists() or os.listdir(here / "out.draft") == ["thesis"]
 
 
-def test_a_full_disk_is_foreseen(trained, here, monkeypatch, capsys):
+def test_a_full_disk_is_reported_before_any_work(trained, here, monkeypatch, capsys):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    status, told = run(capsys, "one", "out", *FAST)
-    assert status == 1 and "its disk has 0.0 GB free, the merged weights need 0.0 GB; make room" in told
+    status, output = run(capsys, "one", "out", *FAST)
+    assert status == 1 and "its disk has 0.0 GB free, the merged weights need 0.0 GB; make room" in output
 
 
 # ---- merging
@@ -417,7 +416,7 @@ def test_many_files_have_an_index(tmp_path, monkeypatch):
     assert merging.weights_bytes(tmp_path / "out", torch.float32) == 4 * (5 * 16 + 4)
 
 
-def test_what_cannot_be_merged_is_refused(tmp_path):
+def test_weights_that_cannot_be_merged_are_refused(tmp_path):
     adapter = merging.Adapter({"model.language_model.layers.0.self_attn.q_proj": PAIR}, {}, scale=1.0)
     with pytest.raises(merging.UserError, match="is not in 16 bit .* merging into 4 bit would change"):
         merge(tmp_path, {f"{NAME}.weight": torch.ones(4, 3, dtype=torch.uint8)}, adapter)
@@ -502,8 +501,8 @@ def hub(monkeypatch):
 
 
 def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
-    status, told = run(capsys, "two", "out", "--adapter-only", "--push-to-hub", "me/plants", *FAST)
-    assert status == 0 and "saved | http" in told, told
+    status, output = run(capsys, "two", "out", "--adapter-only", "--push-to-hub", "me/plants", *FAST)
+    assert status == 0 and "saved | http" in output, output
     assert hub.private
     assert {name: len(content) for name, content in hub.files.items()} == {
         path.name: path.stat().st_size for path in (here / "out").iterdir()
@@ -512,27 +511,27 @@ def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
 
 
 @pytest.mark.parametrize("step", ["create", "commit"])
-def test_a_hub_that_refuses_is_told_and_the_export_stays(step, trained, here, hub, capsys):
+def test_a_refusal_of_the_hub_is_reported_and_the_export_stays(step, trained, here, hub, capsys):
     hub.refuses = step
-    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
-    assert status == 1 and "error: me/plants: the hub refuses (" in told and "Traceback" not in told
-    is_complete = "out is complete; upload it with: hf upload me/plants out" in told
+    status, output = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in output and "Traceback" not in output
+    is_complete = "out is complete; upload it with: hf upload me/plants out" in output
     assert is_complete == (here / "out").exists() == (step == "commit")
 
 
-def test_no_network_is_told_before_any_work(trained, here, monkeypatch, capsys):
+def test_a_missing_network_is_reported_before_any_work(trained, here, monkeypatch, capsys):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    status, told = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
-    assert status == 1 and "error: me/plants: the hub refuses (" in told and "merging" not in told
+    status, output = run(capsys, "one", "out", "--push-to-hub", "me/plants", *FAST)
+    assert status == 1 and "error: me/plants: the hub refuses (" in output and "merging" not in output
 
 
-def test_two_exports_do_not_write_to_one_draft(trained, here, capsys):
+def test_two_exports_cannot_write_to_one_staging_directory(trained, here, capsys):
     import filelock
 
     (here / "out.draft").mkdir()
     with filelock.FileLock(here / "out.draft" / export.LOCK_FILE):
-        status, told = run(capsys, "one", "out", *FAST)
-    assert status == 1 and "error: out.draft: another export writes to it" in told and (here / "out.draft").exists()
+        status, output = run(capsys, "one", "out", *FAST)
+    assert status == 1 and "error: out.draft: another export writes to it" in output and (here / "out.draft").exists()

@@ -15,9 +15,9 @@ from models import callbacks
 def run(capsys, *argv) -> tuple[int, dict[str, str]]:
     """Exit status, and each check's line by its name."""
     status = test_trainer.main(list(argv))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     return status, {
-        name: line for line, name in re.findall(r"^((?:ok|FAIL|skip|stop)\s+([^:]+):.*)$", told, re.MULTILINE)
+        name: line for line, name in re.findall(r"^((?:ok|FAIL|skip|stop)\s+([^:]+):.*)$", output, re.MULTILINE)
     }
 
 
@@ -40,7 +40,7 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits,
     assert not list(here.iterdir())
 
 
-def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, image_folder, capsys):
+def test_a_checkpoint_folder_with_images_at_their_own_size(checkpoint, image_folder, capsys):
     root = image_folder({"oak": 8, "ash": 8})
     for image in (root / "oak").iterdir():
         Image.new("RGB", (90, 30), "green").save(image)
@@ -52,13 +52,13 @@ def test_a_checkpoint_folder_with_photos_at_their_own_size(checkpoint, image_fol
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_card_it_says_so_and_offers_the_tiny_preset(capsys):
+def test_without_a_gpu_the_tiny_preset_is_offered(capsys):
     status, lines = run(capsys)
     assert status == 1 and lines["device"].startswith("FAIL") and "--preset tiny" in lines["device"]
     assert lines["data"] == "skip  data: needs the device above" and lines["disk and memory"].startswith("ok")
 
 
-def test_a_missing_package_is_told_and_the_rest_is_skipped(capsys, monkeypatch):
+def test_a_missing_package_is_reported_and_the_rest_is_skipped(capsys, monkeypatch):
     real = test_trainer.version
 
     def lacking(name):
@@ -72,7 +72,7 @@ def test_a_missing_package_is_told_and_the_rest_is_skipped(capsys, monkeypatch):
     assert lines["device"].startswith("skip")
 
 
-def test_another_version_than_the_tested_one_is_said(small_splits, capsys, monkeypatch):
+def test_untested_versions_are_reported(small_splits, capsys, monkeypatch):
     real = test_trainer.version
     monkeypatch.setattr(test_trainer, "version", lambda name: "2.11.0" if name == "torch" else real(name))
     _, lines = run(capsys, *TINY)
@@ -132,18 +132,18 @@ def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there" / "yet"))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5e9))
     status, lines = run(capsys)
-    told = lines["disk and memory"]
-    assert status == 1 and told.startswith("FAIL") and "set HF_HOME to another disk" in told
-    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the images takes 20" in told
+    output = lines["disk and memory"]
+    assert status == 1 and output.startswith("FAIL") and "set HF_HOME to another disk" in output
+    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the images takes 20" in output
 
 
-def test_an_empty_environment_is_told_how_to_be_filled(capsys, monkeypatch):
+def test_an_empty_environment_is_answered_with_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
     status, lines = run(capsys, *TINY)
     assert status == 1 and "nothing is installed in this environment; run: pip install -r" in lines["packages"]
 
 
-def test_an_interrupt_is_a_line(capsys, monkeypatch):
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def check_data(ready):
         raise KeyboardInterrupt
 
