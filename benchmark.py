@@ -1,13 +1,13 @@
-"""How fast does this GPU train, and in how much memory? One table, on made images.
+"""How fast does this GPU train, and in how much memory? One table, on generated images.
 
     python benchmark.py --model full                          random weights of the full-size shape: no download
     python benchmark.py --model full --preset native          images at their own size (--image 500x667)
     python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
 
-Takes the flags of train.py but those of data, length and saving. Images are decoded and batched as in training; nothing
-is kept. The table gives images/s as the median step (slowest - fastest), tokens/s, the share of the measured
-matmul rate that is reached without counting recomputation, and the most memory that torch used and reserved.
+Takes the flags of train.py except those of data, length and saving. Images are decoded and batched as in training;
+nothing is saved. The table has images/s as the median step (slowest - fastest), tokens/s, the share of the measured
+matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
 """
 
 import contextlib
@@ -22,43 +22,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 from config.cli import CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
+from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
-WARM_UP = 2  # steps that are not timed: libraries start, the optimizer makes its state
-IMAGES = 64  # that are made, and used in turn
-DATA_OPTIONS = (
-    "dataset",
-    "dataset_revision",
-    "streaming",
-    "train_on_val",
-    "sample_fraction",
-    "val_fraction",
-    "test_fraction",
-    "allow_missing",
-    "max_unreadable_fraction",
-)
-RUN_OPTIONS = (
-    "output_dir",
-    "resume",
-    "allow_changed",
-    "num_train_epochs",
-    "max_steps",
-    "eval_steps",
-    "early_stopping_patience",
-    "early_stopping_min_gain",
-    "save_steps",
-    "save_total_limit",
-    "max_skipped_steps",
-    "report_to",
-)
+WARM_UP = 2  # steps that are not timed: libraries start, the optimizer allocates its state
+IMAGES = 64  # different ones, used in turn
+LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
-REFUSED = dict.fromkeys(DATA_OPTIONS, "has no effect, images are generated; use --image WIDTHxHEIGHT")
-REFUSED |= dict.fromkeys(RUN_OPTIONS, "has no effect, a benchmark runs --steps optimizer steps and saves nothing")
+REFUSED = {
+    name: reason
+    for names, reason in (
+        (
+            "dataset dataset_revision streaming train_on_val sample_fraction val_fraction test_fraction allow_missing "
+            "max_unreadable_fraction",
+            "has no effect, images are generated; use --image WIDTHxHEIGHT",
+        ),
+        (
+            "output_dir resume allow_changed num_train_epochs max_steps eval_steps early_stopping_patience "
+            "early_stopping_min_gain save_steps save_total_limit max_skipped_steps report_to",
+            "has no effect, a benchmark runs --steps optimizer steps and saves nothing",
+        ),
+    )
+    for name in names.split()
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,16 @@ class BenchmarkOptions:
     image: str = option("500x667", "width x height of the generated images, before image_size")
     scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
     against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
+
+
+class Result(NamedTuple):
+    """A row of the table."""
+
+    system: str
+    rates: list[float]  # images/s of each timed step
+    peak: float  # bytes that torch had allocated
+    reserved: float  # bytes
+    note: str
 
 
 def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, BenchmarkOptions, tuple[int, int]]:
@@ -80,16 +83,6 @@ def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, Benc
     return config, options, (int(size[1]), int(size[2]))
 
 
-class Result(NamedTuple):
-    """A row of the table."""
-
-    system: str
-    rates: list[float]  # images/s of each timed step
-    peak: float  # bytes that torch had allocated at most
-    reserved: float
-    note: str
-
-
 def main(argv: list[str] | None = None) -> int:
     config, options, image = parse_benchmark(argv)
     set_environment()
@@ -97,69 +90,50 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
-        from data.collator import PlantCollator
         from data.labels import CLASS_NAMES
-        from models.builder import DTYPES, build_model, build_processor
-        from models.memory import is_out_of_memory
+        from models.builder import PlantModel
         from models.throughput import FlopCounter, measure_matmul_rate
-        from runtime.device import GIB, choose_device, choose_precision, peak_memory
+        from runtime.device import GIB, choose_device, peak_memory
 
-        device = choose_device(config.model, config.gpu_memory_fraction)
-        precision = choose_precision(config.mixed_precision, device)
         steps = WARM_UP + options.steps
-        # A run of a few steps would not compile its kernels; what is measured here is a long one.
-        compiles = config.compile == "auto" and device.type == "cuda" and config.trainable != "everything"
-        compiles = (
-            compiles and not config.lora_dropout and (config.auto_batch or config.per_device_train_batch_size > 1)
-        )
         config = dataclasses.replace(
-            config,
-            output_dir=folder,
-            max_steps=steps,
-            eval_steps=None,
-            save_steps=10 * steps,
-            report_to="none",
-            compile="true" if compiles else config.compile,
+            config, output_dir=folder, max_steps=steps, eval_steps=None, save_steps=10 * steps, report_to="none"
         )
-        count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        rows = make_rows(image, len(CLASS_NAMES), count)
-        processor, prompt = build_processor(config, CLASS_NAMES)
-        collator = PlantCollator(processor, prompt, CLASS_NAMES, config.image_size)
-        (sample,) = collator([rows[0]]).samples
-        for line in describe(config, device, precision, image, sample):
-            print(line, flush=True)
+        device = choose_device(config.model, config.gpu_memory_fraction)
+        print(describe_machine(device), flush=True)
         began = time.perf_counter()
-        model = build_model(config, processor, device, precision)
+        plant = PlantModel.from_config(config, CLASS_NAMES, device)
         host = peak_memory(torch.device("cpu")) / GIB
-        print(f"model ready in {time.perf_counter() - began:.1f} s, host peak {host:.1f} GiB", flush=True)
-        results, phases = [], None
-        result, phases, data_rate = train_ours(config, model, processor, collator, rows, precision, device)
-        results.append(result)
+        data = make_data(
+            image, CLASS_NAMES, max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
+        )
+        (sample,) = plant.collator([data.train[0]]).samples
+        print(
+            f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
+            f"dropout {config.lora_dropout:g} | {config.optim} | global batch size {config.effective_batch_size} | "
+            f"{config.num_workers} workers\n"
+            f"images {image[0]}x{image[1]} | image_size {config.image_size} | {sample.image_tokens:,} image tokens, "
+            f"{sample.length:,} tokens in all | {sample.tiles} tiles\n"
+            f"model ready in {time.perf_counter() - began:.1f} s | host peak {host:.1f} GiB",
+            flush=True,
+        )
+        flops = FlopCounter(plant.model)(sample.length, sample.tiles)
+        results = [train_ours(Run(config), plant, data)]
         if options.scoring:
-            results.append(score_ours(config, model, collator, rows, precision, device))
-        flops = FlopCounter(model)(sample.length, sample.tiles)
+            results.append(score_ours(plant, data.train))
         if options.against == "stock":
-            del model
-            try:
-                results.append(train_stock(config, processor, prompt, rows, CLASS_NAMES, precision, device))
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                logger.warning(
-                    "stock Trainer: out of memory with %d images at a time; try fewer --per-device-train-batch-size",
-                    config.per_device_train_batch_size,
-                )
-        report(results, phases, data_rate, flops, measure_matmul_rate(device, DTYPES[precision]), sample)
+            results += train_stock(Run(config), plant, data)
+        report(results, flops, measure_matmul_rate(device, plant.dtype), sample.length)
     return 0
 
 
-def make_rows(image: tuple[int, int], classes: int, count: int):
-    """Rows of JPEG images of this (W, H): smooth noise, so that they decode and resize like photographs."""
+def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
+    """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs."""
     import numpy as np
     from datasets import Dataset
     from PIL import Image
 
-    from data.dataset import ROW
+    from data.dataset import ROW, PlantData
 
     generator = np.random.default_rng(0)
     files = []
@@ -169,139 +143,89 @@ def make_rows(image: tuple[int, int], classes: int, count: int):
         coarse.resize(image, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     rows = [
-        {"image": {"bytes": files[index % IMAGES], "path": None}, "label": index % classes, "id": f"made-{index}"}
-        for index in range(count)
+        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(class_names), "id": f"generated-{i}"}
+        for i in range(count)
     ]
-    return Dataset.from_list(rows, features=ROW)
+    train = Dataset.from_list(rows, features=ROW)
+    return PlantData(train, None, train, list(class_names), "generated images")
 
 
-def describe(config: TrainingConfig, device, precision: str, image, sample) -> list[str]:
-    """The conditions."""
-    from importlib.metadata import version
-
+def describe_machine(device) -> str:
     import torch
 
-    place = platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
+        gpu = torch.cuda.get_device_properties(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        has_tool = shutil.which(query[0])
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split() if has_tool else ["unknown"]
-        place = f"{card.name}, {card.total_memory / 2**30:.1f} GiB, driver {' '.join(driver[:1])}, "
-        place += f"CUDA {torch.version.cuda}"
+        output = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else "unknown"
+        driver = output.split()[0]
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, driver {driver}, CUDA {torch.version.cuda}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    return [
-        f"{place}; {packages}; Python {platform.python_version()}",
-        f"{config.model}, {'nf4' if config.load_in_4bit else 'not quantized'}, {precision}, {config.trainable}, LoRA "
-        f"r={config.lora_r}, dropout {config.lora_dropout:g}, {config.optim}, {config.effective_batch_size} images a "
-        f"step, {config.num_workers} workers, compile {config.compile}",
-        f"images {image[0]}x{image[1]}, image_size {config.image_size}: {sample.image_tokens:,} image tokens, "
-        f"{sample.length:,} in all, {sample.tiles} tiles",
-    ]
+    return f"{name} | {packages}, Python {platform.python_version()}"
 
 
-def train_ours(config, model, processor, collator, rows, precision, device):
-    """(result, seconds of each phase of a step, images/s of the loader alone): the trainer as train.py builds it."""
-    from data.dataset import PlantData
-    from models.builder import PlantModel
+def train_ours(run: Run, plant, data) -> Result:
+    """The trainer as train.py builds it. Prints the time to its first step, of its loader and of each phase."""
     from models.trainer import build_trainer
-    from runtime.run_dir import Run
 
-    plant = PlantModel(model, processor, collator.prompt, collator, precision, device)
-    data = PlantData(rows, None, rows, list(collator.class_names), "made images")
-    trainer = build_trainer(Run(config), plant, data)
+    trainer = build_trainer(run, plant, data)
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
     trainer.plan_memory(steps_left=math.inf)  # a run long enough to compile for
-    clock = build_clock(device)
-    trainer.add_callback(clock)
-    with memory_of(device) as memory:
-        trainer.train()
+    result, clock = time_training(trainer, "this project", run.config.effective_batch_size)
     print(f"first step after {clock.first_step - began:.1f} s, planning included", flush=True)
-    data_rate = load_rate(trainer, config.effective_batch_size)
-    note = f"{trainer.micro_batch_size} at a time"
+    print(f"loader alone {load_rate(trainer):.1f} images/s")
+    print(" | ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in clock.phases().items()))
+    note = f"micro-batch {trainer.micro_batch_size}"
     if trainer.fused:
-        note += f", {sum(one.keep for one in trainer.fused)} of {len(trainer.fused)} layers keep activations"
-    rates = [config.effective_batch_size / seconds for seconds in clock.steps[WARM_UP:]]
+        checkpointed = sum(not layer.keep for layer in trainer.fused)
+        note += f", activation checkpointing {checkpointed}/{len(trainer.fused)} layers"
     trainer.accelerator.free_memory()
-    return Result("this project", rates, *memory, note), clock.phases(), data_rate
+    return result._replace(note=note)
 
 
-def train_stock(config, processor, prompt, rows, names, precision, device) -> Result:
-    """The plain Trainer on PEFT's own layers, at the configured micro-batch, everything else as documented."""
-    import gc
+def train_stock(run: Run, plant, data) -> list[Result]:
+    """The plain Trainer, in place of the model of `plant`; nothing if it runs out of memory."""
+    from benchmarks.stock_trainer import build_stock_trainer
+    from models.memory import is_out_of_memory
+    from runtime.device import collect_memory
 
-    import torch
-    from peft import prepare_model_for_kbit_training
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    from models.builder import DTYPES, build_base, set_trainable
-    from utils.image_utils import fit_image, open_image
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    base = build_base(config, processor, device, DTYPES[precision])
-    if config.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
-    end = len(processor.tokenizer(prompt.prompt).input_ids)
-
-    def collate(some):
-        images = [fit_image(open_image(row["image"]), config.image_size) for row in some]
-        texts = [prompt.text(names[row["label"]]) for row in some]
-        batch = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        labels[:, : end - 1 + int((batch["input_ids"][0] == processor.image_token_id).sum())] = -100
-        return batch | {"labels": labels}
-
-    clock = build_clock(device)
-    with tempfile.TemporaryDirectory() as folder, memory_of(device) as memory:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=config.per_device_train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            gradient_checkpointing=config.load_in_4bit,
-            learning_rate=config.learning_rate,
-            max_grad_norm=config.max_grad_norm,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            use_cpu=device.type == "cpu",
-            optim=config.optim,
-            max_steps=config.max_steps,
-            dataloader_num_workers=config.num_workers,
-            remove_unused_columns=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_strategy="no",
+    plant.model = None  # the GPU has room for one model
+    collect_memory(plant.device)
+    micro_batch_size = run.config.per_device_train_batch_size
+    try:
+        trainer = build_stock_trainer(run.config, plant, data.train)
+        result, _ = time_training(trainer, "stock Trainer", run.config.effective_batch_size)
+        return [result._replace(note=f"micro-batch {micro_batch_size}")]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning(
+            f"stock Trainer: out of memory with micro-batch {micro_batch_size}; lower --per-device-train-batch-size"
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock])
-        trainer.remove_callback(PrinterCallback)
+        return []
+
+
+def score_ours(plant, rows) -> Result:
+    """The log-likelihoods of all class names, images decoded as in an evaluation."""
+    size, rates = plant.eval_batch_size, []
+    with measure_memory(plant.device) as memory:
+        began = time.perf_counter()
+        for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
+            now = time.perf_counter()
+            if batch >= 2:  # workers have started
+                rates.append(len(scores) / (now - began))
+            began = now
+    return Result(f"scoring {len(plant.class_names)} names", rates, *memory, f"batch {size}")
+
+
+def time_training(trainer, system: str, batch_size: int) -> tuple[Result, Any]:
+    """(its result; the clock that timed it)"""
+    clock = build_clock(trainer.args.device)
+    trainer.add_callback(clock)
+    with measure_memory(trainer.args.device) as memory:
         trainer.train()
-    rates = [config.effective_batch_size / seconds for seconds in clock.steps[WARM_UP:]]
-    return Result("stock Trainer", rates, *memory, f"{config.per_device_train_batch_size} at a time")
-
-
-def score_ours(config, model, collator, rows, precision, device) -> Result:
-    """All class names on each image, images decoded as in an evaluation."""
-    from models.builder import DTYPES
-    from models.scoring import score_rows
-
-    size = config.per_device_eval_batch_size
-    some = rows.select(range(10 * size))
-    rates = []
-    with memory_of(device) as memory:
-        began, done = None, 0
-        scores = score_rows(model, collator, some, size, config.num_workers, DTYPES[precision])
-        for count, _ in enumerate(scores, start=1):
-            if count % size == 0:  # a batch's scores come all at once
-                now = time.perf_counter()
-                if count >= 3 * size:  # workers have started
-                    rates.append((count - done) / (now - began))
-                began, done = now, count
-    return Result(f"scoring {len(collator.class_names)} names", rates, *memory, f"{size} at a time")
+    return Result(system, [batch_size / seconds for seconds in clock.steps[WARM_UP:]], *memory, ""), clock
 
 
 def build_clock(device):
@@ -335,8 +259,8 @@ def build_clock(device):
 
 
 @contextlib.contextmanager
-def memory_of(device):
-    """[peak allocated, peak reserved] bytes of what runs inside; of the process where there is no CUDA card."""
+def measure_memory(device):
+    """[peak allocated, peak reserved] bytes of what runs inside; the resident size of the process without CUDA."""
     import torch
 
     from runtime.device import peak_memory, reset_peak_memory
@@ -348,31 +272,28 @@ def memory_of(device):
     found += [peak_memory(device), reserved]
 
 
-def load_rate(trainer, images: int) -> float:
-    """Images/s that the training's loader gives when nothing waits for the device, its workers running."""
+def load_rate(trainer) -> float:
+    """Images/s of the training's loader when nothing waits for the device, once its workers run."""
     batches = iter(trainer.get_train_dataloader())
     next(batches)
     began, count = time.perf_counter(), 0
     for batch in batches:
         count += len(batch.samples)
-        if time.perf_counter() - began > 10:
+        if time.perf_counter() - began > LOAD_S:
             break
     return count / (time.perf_counter() - began)
 
 
-def report(results: list[Result], phases: dict, data_rate: float, flops: float, matmul_rate: float, sample) -> None:
-    print(
-        f"matmul peak {matmul_rate / 1e12:.3g} TFLOP/s measured | {flops / 1e12:.3g} TFLOP/image without recomputation"
-    )
-    print(f"loader alone {data_rate:.1f} images/s")
-    print("; ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in phases.items()))
+def report(results: list[Result], flops: float, matmul_rate: float, tokens: int) -> None:
+    """`flops` and `tokens` are those of an image, `matmul_rate` is in FLOP/s."""
+    print(f"matmul {matmul_rate / 1e12:.3g} TFLOP/s measured | {flops / 1e12:.3g} TFLOP/image without recomputation")
     print(f"{'':22} {'images/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
     for result in results:
-        middle = statistics.median(result.rates)
-        spread = f"{middle:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
-        share = f"{middle * flops / matmul_rate:.0%}" if "scoring" not in result.system else ""
+        rate = statistics.median(result.rates)
+        spread = f"{rate:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
+        share = "" if "scoring" in result.system else f"{rate * flops / matmul_rate:.0%}"
         print(
-            f"{result.system:22} {spread:>18} {middle * sample.length:9,.0f} {share:>6} {result.peak / 2**30:6.2f} GiB "
+            f"{result.system:22} {spread:>18} {rate * tokens:9,.0f} {share:>6} {result.peak / 2**30:6.2f} GiB "
             f"{result.reserved / 2**30:6.2f} GiB  {result.note}"
         )
 

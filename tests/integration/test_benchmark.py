@@ -25,11 +25,12 @@ def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, 
     small = ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "2"]
     status, output = run(capsys, "--model", checkpoint(), *few, *small, "--against", "stock")
     assert status == 0, output
-    assert "images 84x60, image_size 70: 55 image tokens" in output and "4 images a step, 0 workers" in output
-    for words in ("matmul peak", "loader alone", "waiting for images", "first step after", "TFLOP/image"):
+    assert "images 84x60 | image_size 70 | 55 image tokens" in output and "batch size 4 | 0 workers" in output
+    for words in ("matmul ", "loader alone", "waiting for images", "first step after", "TFLOP/image"):
         assert words in output
     rows = dict(re.findall(r"^(this project|scoring 102 names|stock Trainer) +(\d+\.\d\d) \(", output, re.MULTILINE))
     assert len(rows) == 3 and all(float(rate) > 0 for rate in rows.values())
+    assert re.search(r"^stock Trainer .* micro-batch 2$", output, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
