@@ -157,7 +157,7 @@ class TrainingConfig:
 
 PRESETS: dict[str, dict] = {
     "default": {},
-    # Drawn flowers and a LLaVA-NeXT of 0.7 million random weights, all of them trained, on two CPU cores.
+    # Synthetic images and a LLaVA-NeXT of 0.7 million random weights, all of them trained, on two CPU cores.
     "tiny": dict(
         model="tiny",
         dataset="synthetic",
@@ -178,7 +178,7 @@ PRESETS: dict[str, dict] = {
         per_device_eval_batch_size=50,
         num_workers=1,
     ),
-    # A LLaVA-NeXT of 27 million random weights that learns flowers from real images alone, on a GPU in minutes.
+    # A LLaVA-NeXT of 27 million random weights, trained on real images alone, on a GPU in minutes.
     "scratch": dict(
         model="scratch",
         image_size=112,

@@ -74,7 +74,10 @@ def run_readme_code(out, files) -> subprocess.CompletedProcess:
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
     assert run(capsys, "one", "tiny", *FAST)[0] == 0  # in the working directory, under the name of a random model
     status, output = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
-    assert status == 0 and "result | verified: its logits differ by 0.00% from those of the run's weights; top-1 0." in output
+    assert (
+        status == 0
+        and "result | verified: its logits differ by 0.00% from those of the run's weights; top-1 0." in output
+    )
     files = {path.name for path in (here / "out").iterdir()}
     assert files == {
         "README.md", "class_names.json", "config.json", "generation_config.json", "model.safetensors",
@@ -126,8 +129,8 @@ def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, caps
     with torch.no_grad():
         expected, found = beside(**inputs).logits, merged(**inputs).logits
         with beside.disable_adapter():
-            untouched = beside(**inputs).logits
-    assert (found - expected).abs().max() < 1e-4 < 0.1 < (untouched - expected).abs().max()
+            base_logits = beside(**inputs).logits
+    assert (found - expected).abs().max() < 1e-4 < 0.1 < (base_logits - expected).abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -135,8 +138,8 @@ def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, adapt
     status, output = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
     assert status == 0 and "model | merging two/best into " in output and f" | {dtype}\n" in output
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
-    card = (here / "out" / "README.md").read_text()
-    assert f"Merged in {dtype} and loaded afresh: its logits differ by" in card and "was validated" in card
+    model_card = (here / "out" / "README.md").read_text()
+    assert f"Merged in {dtype} and loaded afresh: its logits differ by" in model_card and "was validated" in model_card
 
 
 def test_the_adapter_alone(adapted, here, checkpoint, capsys):
@@ -152,7 +155,9 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     saved = load_file(adapted / "best" / "adapter_model.safetensors")
     assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
     files = synthetic_images(here, [(84, 84), (40, 90)])
-    shutil.copytree(checkpoint(), here / "out" / settings["base_model_name_or_path"])  # where the model card says it is
+    shutil.copytree(
+        checkpoint(), here / "out" / settings["base_model_name_or_path"]
+    )  # where the model model_card says it is
     found = run_readme_code(here / "out", files)
     assert found.returncode == 0, found.stderr
 
@@ -195,7 +200,7 @@ def test_other_trainable_parameters_are_merged(trainable, here, small_splits, ch
         "0.5",
     ]
     assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0
-    assert "scores 4 images as before" in capsys.readouterr().out
+    assert "scores of 4 images reproduced" in capsys.readouterr().out
     status, output = run(capsys, "run", "out", "--dtype", "fp32", *FAST)
     assert status == 0 and "its logits differ by 0.00% from" in output
     assert json.loads((here / "out" / "generation_config.json").read_text())["do_sample"] is False
@@ -237,11 +242,13 @@ def wrong_scale(monkeypatch):
         adapter = real(folder)
         return adapter._replace(scale=0.0)
 
-    beside = verify.attach_adapter  # which still has the right one
+    attach = verify.attach_adapter  # keeps the right scale
+
+    def attach_scaled(base, adapter, device):
+        return attach(base, adapter._replace(scale=8.0), device)
+
     monkeypatch.setattr(merging, "read_adapter", read)
-    monkeypatch.setattr(
-        verify, "attach_adapter", lambda base, own, device: beside(base, own._replace(scale=8.0), device)
-    )
+    monkeypatch.setattr(verify, "attach_adapter", attach_scaled)
 
 
 def one_weight_lost(monkeypatch):
@@ -254,9 +261,9 @@ def one_weight_lost(monkeypatch):
     monkeypatch.setattr(merging, "save_file", save)
 
 
-def lower_accuracy(monkeypatch):
-    figures = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
-    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: figures)
+def worse_accuracy(monkeypatch):
+    metrics = {"n": 300, "first": 0.9, "second": 0.8, "only_first": 40, "only_second": 10, "p": 1e-5}
+    monkeypatch.setattr(verify, "compare_with_validated", lambda *args: metrics)
 
 
 def disk_full(monkeypatch):
@@ -274,9 +281,9 @@ def interrupted(monkeypatch):
 
 
 FAULTS = [
-    (wrong_scale, "error: what was saved is not what was trained: its logits are"),
-    (one_weight_lost, "error: what was saved is not what was trained: its logits are"),
-    (lower_accuracy, "error: the merged model names worse than what was validated: "),
+    (wrong_scale, "error: what was saved is not what was trained: its logits"),
+    (one_weight_lost, "error: what was saved is not what was trained: its logits"),
+    (worse_accuracy, "error: the merged model is worse than what was validated: "),
     (disk_full, "error: model.safetensors: No space left on device; free space"),
     (interrupted, "warning: interrupted; nothing was exported"),
 ]
@@ -306,7 +313,7 @@ def no_scores(folder):
     (folder / "eval_val.scores.jsonl").unlink()
 
 
-def unfinished(folder):
+def no_weights(folder):
     shutil.rmtree(folder / "best")
 
 
@@ -354,7 +361,7 @@ BAD_INPUT = [
     (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),
     (nothing, ["one", "."], "error: .: is a link, a disk or the working directory"),
-    (unfinished, ["one", "out"], "error: one/best: holds no complete weights"),
+    (no_weights, ["one", "out"], "error: one/best: holds no complete weights"),
     (no_scores, ["one", "out"], "no scores yet; make them first: python evaluate.py one --split val"),
     (as_base, ["one", "out"], "error: one: is a base model, nothing was trained"),
     (as_full, ["one", "out"], "error: one: its randomly initialized base model existed on a GPU only"),
@@ -362,9 +369,9 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
-def test_bad_input(damage, argv, words, trained, here, image_folder, capsys):
-    damage(trained)
+@pytest.mark.parametrize(("corrupt", "argv", "words"), BAD_INPUT, ids=[words[7:47] for *_, words in BAD_INPUT])
+def test_bad_input(corrupt, argv, words, trained, here, image_folder, capsys):
+    corrupt(trained)
     images = str(image_folder({"oak": 10, "ash": 10}))
     status, output = run(capsys, *[word.format(images=images) for word in argv], *FAST)
     assert status != 0 and words in output and "Traceback" not in output
@@ -455,10 +462,8 @@ class Hub(BaseHTTPRequestHandler):
             )
             self._answer({"url": f"http://{self.headers['Host']}/me/plants", "name": "me/plants"})
         elif "preupload" in self.path:
-            own = json.loads(body)["files"]
-            self._answer(
-                {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in own]}
-            )
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
         elif "commit" in self.path:
             for line in body.decode().splitlines():
                 entry = json.loads(line)

@@ -1,6 +1,7 @@
 """test_trainer.py on tiny models: each check passes, and fails with its reason."""
 
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 import test_trainer
 from models import callbacks
+from tests.conftest import ROOT
 
 
 def run(capsys, *argv) -> tuple[int, dict[str, str]]:
@@ -34,9 +36,9 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits,
     status, lines = run(capsys, *TINY)
     assert status == 0 and len(lines) == 17 and all(line.startswith("ok") for line in lines.values())
     assert "Number of image tokens: 1 (expanded to 55, as many as feature rows)" in lines["image tokens"]
-    assert "25 patches of 14 x 14 + 1 CLS a tile" in lines["pixels"] and "(1, 2, 3, 70, 70)" in lines["pixels"]
-    assert "learned: ' amber starwort</s>'" in lines["sample"] and "as expected of random weights" in lines["steps"]
-    assert "minutes an epoch of 3 steps" in lines["time"] and "transformers 5" in lines["packages"]
+    assert "25 patches of 14 x 14 + 1 CLS per tile" in lines["pixels"] and "(1, 2, 3, 70, 70)" in lines["pixels"]
+    assert "supervised: ' amber starwort</s>'" in lines["sample"] and "as expected of random weights" in lines["steps"]
+    assert "minutes per epoch of 3 steps" in lines["time"] and "transformers 5" in lines["packages"]
     assert not list(here.iterdir())
 
 
@@ -78,7 +80,7 @@ def test_untested_versions_are_reported(small_splits, capsys, monkeypatch):
     _, lines = run(capsys, *TINY)
     assert (
         lines["packages"].startswith("ok")
-        and "others than tested: torch 2.11.0 (==2.13.0 is pinned)" in lines["packages"]
+        and "not the tested versions: torch 2.11.0 (==2.13.0 is pinned)" in lines["packages"]
     )
 
 
@@ -113,11 +115,11 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "argv", "check", "words"), BAD_INPUT)
-def test_bad_input(damage, argv, check, words, image_folder, capsys):
+@pytest.mark.parametrize(("corrupt", "argv", "check", "words"), BAD_INPUT)
+def test_bad_input(corrupt, argv, check, words, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
-    if damage:
-        damage(root)
+    if corrupt:
+        corrupt(root)
     status, lines = run(capsys, *TINY, "--dataset", str(root), *argv)
     assert status == 1 and lines[check].startswith("FAIL") and words in lines[check]
 
@@ -134,20 +136,40 @@ def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeyp
     status, lines = run(capsys)
     output = lines["disk and memory"]
     assert status == 1 and output.startswith("FAIL") and "set HF_HOME to another disk" in output
-    assert f"{tmp_path}: 5 GB are free, llava-hf/llava-v1.6-mistral-7b-hf with the images takes 20" in output
+    assert f"{tmp_path}: 5 GB free, llava-hf/llava-v1.6-mistral-7b-hf and the images take 20" in output
 
 
-def test_an_empty_environment_is_answered_with_what_to_install(capsys, monkeypatch):
+def test_an_empty_environment_is_reported_with_the_command_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
     status, lines = run(capsys, *TINY)
-    assert status == 1 and "nothing is installed in this environment; run: pip install -r" in lines["packages"]
+    assert status == 1 and "no packages in this environment; run: pip install -r" in lines["packages"]
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def check_data(ready):
         raise KeyboardInterrupt
 
-    checks = [check_data if check is test_trainer.check_data else check for check in test_trainer.CHECKS]
+    checks = [
+        (check_data if check is test_trainer.check_data else check, needs) for check, needs in test_trainer.CHECKS
+    ]
     monkeypatch.setattr(test_trainer, "CHECKS", checks)
     status, lines = run(capsys, *TINY)
     assert status == 130 and lines["data"] == "stop  data: interrupted"
+
+
+def test_of_several_ranks_one_reports(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, *TINY) == (0, {})
+    monkeypatch.setenv("RANK", "0")
+    status, lines = run(capsys, *TINY)
+    assert status == 1 and "WORLD_SIZE=2: this program runs as a single process" in lines["device"]
+
+
+def test_a_reader_that_leaves_ends_it_quietly(few_drawings):
+    """As in `python test_trainer.py | head -1`: exit status 141, no traceback."""
+    command = [sys.executable, ROOT / "test_trainer.py", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("ok    config")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141 and "Traceback" not in process.stderr.read()

@@ -65,8 +65,8 @@ def test_negative_numbers_are_values():
 
 
 BAD_FLAGS = [
-    (["--learning-rat", "1"], "error: --learning-rat: unknown flag; did you mean --learning-rate?\n"),
-    (["--learning_rat=1"], "error: --learning_rat=1: unknown flag; did you mean --learning-rate?\n"),
+    (["--lora-alpa", "1"], "error: --lora-alpa: unknown flag; did you mean --lora-alpha?\n"),
+    (["--lora_alpa=1"], "error: --lora_alpa=1: unknown flag; did you mean --lora-alpha?\n"),
     (["--preset", "tny"], "error: --preset tny: not one of default, tiny, scratch, native, projector, published; did"),
     (["runs/x"], "error: runs/x: unexpected argument; options are given as --name value\n"),
     (["--load-in-4bit", "nope"], "error: load_in_4bit=nope: true or false is needed\n"),
