@@ -165,7 +165,7 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
     model_card = build_model_card(saved, plant.prompt, verification, is_merged=not options.adapter_only)
-    (draft / CARD).write_text(model_card, encoding="utf-8")
+    (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
 
 
 def export_merged(run: Run, plant, draft: Path, images, validation: Validation) -> str:

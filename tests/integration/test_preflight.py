@@ -166,7 +166,7 @@ def test_of_several_ranks_one_reports(capsys, monkeypatch):
     assert status == 1 and "WORLD_SIZE=2: this program runs as a single process" in lines["device"]
 
 
-def test_a_reader_that_leaves_ends_it_quietly(few_drawings):
+def test_a_reader_that_leaves_ends_it_quietly(small_splits):
     """As in `python test_trainer.py | head -1`: exit status 141, no traceback."""
     command = [sys.executable, ROOT / "test_trainer.py", *TINY]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
