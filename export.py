@@ -284,7 +284,7 @@ def save_classes(run: Run, prompt, draft: Path) -> None:
         "question": run.config.question,
         "prompt": prompt.prompt,
         "response_prefix": prompt.response_prefix,
-        "end": prompt.end,
+        "end": prompt.eos,
         "image_size": run.config.image_size,
     }
     calibration = read_calibration(run.folder, describe_best(run.best_folder))

@@ -234,7 +234,7 @@ def check_processor(found: PreFlight) -> str:
             raise UserError("saving and loading changes what the tokenizer reads; convert it to a fast tokenizer")
     found.collator = PlantCollator(processor, prompt, found.data.class_names, found.config.image_size)
     return (
-        f"prompt {prompt.prompt!r}, then {prompt.response_prefix!r}, the class name, {prompt.end!r} | the tokenizer "
+        f"prompt {prompt.prompt!r}, then {prompt.response_prefix!r}, the class name, {prompt.eos!r} | the tokenizer "
         "survives saving"
     )
 

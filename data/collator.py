@@ -12,10 +12,18 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import ImageError, fit_image, fitted_size, gray_image, open_image, read_image_size
+from utils.image_utils import (
+    ImageError,
+    count_image_tokens,
+    fit_image,
+    fitted_size,
+    gray_image,
+    open_image,
+    read_image_size,
+)
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
-from utils.tokenizer_utils import Prompt, count_image_tokens
+from utils.tokenizer_utils import Prompt
 
 IGNORED = -100  # label of a token that is not supervised
 
@@ -121,7 +129,7 @@ class Batch(dict):
                 )
 
     def _find_fault(self, index: int, collator: "PlantCollator") -> str | None:
-        sample, processor, end = self.samples[index], collator.processor, collator.prompt.end_id
+        sample, processor = self.samples[index], collator.processor
         answer = collator.answers[sample.label]
         ids, size = self["input_ids"][index], tuple(self["image_sizes"][index].tolist())
         placeholders = answer.text.count(processor.image_token)
@@ -138,8 +146,8 @@ class Batch(dict):
             return f"{image_tokens} image tokens, expected {sample.image_tokens}, one for each feature row of its image"
         if len(ids) < sample.length:
             return f"truncated to {len(ids)} of {sample.length} tokens"
-        if end not in supervised[-1:]:
-            return f"its last token is not the end-of-turn token {collator.prompt.end!r}"
+        if collator.prompt.eos_id not in supervised[-1:]:
+            return f"its last token is not the end-of-turn token {collator.prompt.eos!r}"
         if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
             text = processor.tokenizer.decode(supervised[:-1])
             return f"its answer is {text!r}, expected {collator.class_names[sample.label]!r}"
@@ -207,7 +215,7 @@ class PlantCollator:
         )
 
     def largest_row(self, rows: Sequence[dict]) -> dict:
-        """A row of plain grey that becomes as many tokens as the largest of `rows` can: image and longest name.
+        """A row of plain gray that becomes as many tokens as the largest of `rows` can: image and longest name.
 
         Unless images are resized, the header of each is read; unreadable ones are ignored.
         """
@@ -262,7 +270,7 @@ class PlantCollator:
             raise UserError(
                 f"class name {name!r}: its training text has {placeholders} image tokens, expected 1; rename the class"
             )
-        if supervised[-1] != self.prompt.end_id or tokenizer.decode(supervised[:-1]).strip() != name:
+        if supervised[-1] != self.prompt.eos_id or tokenizer.decode(supervised[:-1]).strip() != name:
             raise UserError(
                 f"class name {name!r}: the tokenizer decodes its tokens to {tokenizer.decode(supervised)!r}; rename "
                 "the class"

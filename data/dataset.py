@@ -148,7 +148,7 @@ def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
     for index, label in enumerate(rows["label"]):
         by_class[label].append(index)
     draw = random.Random(seed)
-    kept = [draw.sample(own, max(round(fraction * len(own)), 1)) for _, own in sorted(by_class.items())]
+    kept = [draw.sample(indices, max(round(fraction * len(indices)), 1)) for _, indices in sorted(by_class.items())]
     return rows.select(sorted(itertools.chain(*kept)))
 
 
@@ -161,7 +161,7 @@ def take(rows: Dataset, count: int | None) -> Dataset:
 
 def known_duplicates(ids: Collection[str]) -> list[str]:
     """Which of these images have a known copy in another split of the official release."""
-    return [f"{image} = {twin}" for image, twin in KNOWN_DUPLICATES.items() if image in set(ids)]
+    return [f"{image} = {duplicate}" for image, duplicate in KNOWN_DUPLICATES.items() if image in set(ids)]
 
 
 def check_unreadable_fraction(unreadable: Collection[str], images: int, max_unreadable_fraction: float) -> None:

@@ -161,8 +161,8 @@ def _find_parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Pat
         if count < expected:
             message = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
             if not allow_missing:
-                raise UserError(f"{message}; add the others, or continue without them: --allow-missing true")
-            logger.warning("%s; continuing without the others", message)
+                raise UserError(f"{message}; add the missing files, or continue without them: --allow-missing true")
+            logger.warning("%s; continuing without the missing files", message)
     for file in itertools.chain(*files.values()):
         try:
             pyarrow.parquet.read_metadata(file)

@@ -1,8 +1,8 @@
-"""Drawn flowers of ten invented species: the data set of the tiny preset, made in seconds, the same on every machine.
+"""Synthetic images of flowers, ten invented species: the data set of the tiny preset, the same on every machine.
 
 Two species differ in at least two of petal count, petal shape, color and center; the star- and moonworts of one color
-differ in petal shape alone. Ground, size, place, rotation and hue vary, so that a drawing's mean color gives away
-little (measured in docs/LOG.md).
+differ in petal shape alone. Background, size, place, rotation and hue vary, so that the mean color of an image gives
+away little (measured in docs/LOG.md).
 """
 
 import colorsys
@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 from utils.image_utils import png_image
 
-SIDE = 84  # pixels of a drawing
-OVERSAMPLING = 2  # drawn larger and scaled down, since ImageDraw does not smooth edges
-SPLIT_SIZES = {"train": 4000, "validation": 300, "test": 300}
+SIDE = 84  # pixels of a square image
+OVERSAMPLING = 2  # rendered larger and scaled down, since ImageDraw does not smooth edges
+SPLIT_SIZES = {"train": 4000, "validation": 300, "test": 300}  # images
 
 
 class Species(NamedTuple):
@@ -38,7 +38,7 @@ SPECIES = {
     "violet heartcup": Species(4, "notched", "violet", "dark"),
     "ivory trillet": Species(3, "pointed", "ivory", "green"),
 }
-COLORS = {
+COLORS = {  # hue, saturation and value, each 0 to 1
     "amber": (0.12, 0.9, 0.95),
     "rosy": (0.94, 0.65, 0.92),
     "violet": (0.75, 0.6, 0.8),
@@ -61,33 +61,33 @@ def _draw_row(split: str, index: int, names: list[str]) -> dict:
 
 
 def draw_ood_images(count: int = 40) -> dict[str, list[dict]]:
-    """{kind: rows} of pictures that show no plant at all: noise, plain color, stripes. The label 0 means nothing."""
+    """{kind: rows} of out-of-distribution images, without a plant: noise, plain color, stripes; label 0 is unused."""
     return {kind: [_draw_ood_image(kind, index) for index in range(count)] for kind in ("noise", "plain", "stripes")}
 
 
 def _draw_ood_image(kind: str, index: int) -> dict:
     rng = random.Random(f"{kind} {index}")
-    one, other = _ground_color(rng.random(), rng), _ground_color(rng.random(), rng)
-    image = Image.new("RGB", (SIDE, SIDE), one)
+    color, stripe_color = _background_color(rng.random(), rng), _background_color(rng.random(), rng)
+    image = Image.new("RGB", (SIDE, SIDE), color)
     if kind == "noise":
         image = Image.frombytes("RGB", (SIDE, SIDE), rng.randbytes(3 * SIDE * SIDE))
     elif kind == "stripes":
         pen, width = ImageDraw.Draw(image), rng.randint(3, 12)
         for start in range(0, 2 * SIDE, 2 * width):
-            pen.line((start, 0, start - SIDE // 2, SIDE), fill=other, width=width)
+            pen.line((start, 0, start - SIDE // 2, SIDE), fill=stripe_color, width=width)
     return {"image": png_image(image), "label": 0, "id": f"{kind}-{index:05d}"}
 
 
 def draw_flower(species: Species, rng: random.Random) -> Image.Image:
-    """One drawing, SIDE x SIDE pixels, RGB."""
+    """An image of one flower, SIDE x SIDE pixels, RGB."""
     side = SIDE * OVERSAMPLING
     hue = rng.random()
-    image = Image.new("RGB", (side, side), _ground_color(hue, rng))
+    image = Image.new("RGB", (side, side), _background_color(hue, rng))
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 2)):
         x, y, radius = rng.random() * side, rng.random() * side, rng.uniform(0.08, 0.35) * side
         height = radius * rng.uniform(0.3, 1)
-        color = _ground_color(hue + rng.uniform(-0.15, 0.15), rng)
+        color = _background_color(hue + rng.uniform(-0.15, 0.15), rng)
         pen.ellipse((x - radius, y - height, x + radius, y + height), fill=color)
     _draw_blossom(pen, species, rng, side)
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -129,7 +129,7 @@ def _petal(species: Species) -> list[tuple[float, float]]:
     return half + [(u, -v) for u, v in reversed(half)]
 
 
-def _ground_color(hue: float, rng: random.Random) -> tuple[int, ...]:
+def _background_color(hue: float, rng: random.Random) -> tuple[int, ...]:
     return _rgb(hue, rng.uniform(0.05, 0.45), rng.uniform(0.15, 0.9))
 
 

@@ -62,7 +62,7 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     yield pinpoints[0] == pinpoints[1], "pinpoints are the model's"
     yield strategy == ("default", 1), "CLS is counted and dropped"
     yield tokens <= embeddings, f"all {tokens} tokens have an embedding of the model's {embeddings}"
-    yield prompt.end_id in stop_ids, f"generation stops at {prompt.end!r}"
+    yield prompt.eos_id in stop_ids, f"generation stops at {prompt.eos!r}"
 
 
 def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype) -> Iterable[tuple[bool, str]]:

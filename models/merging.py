@@ -101,7 +101,7 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
     # Greedy, whatever the base was set to: a class name is not to be sampled.
     generation = GenerationConfig(
         bos_token_id=saved.bos_token_id,
-        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.end_id}),
+        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.eos_id}),
         pad_token_id=processor.tokenizer.pad_token_id,
         do_sample=False,
     )

@@ -1,4 +1,4 @@
-"""Images: any file becomes an upright RGB picture within limits, and is sized in the one way every script uses.
+"""Images: any file becomes an upright RGB image within limits, resized in the same way by every script.
 
 H, W: height and width in pixels of the upright image.
 """
@@ -12,16 +12,16 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 
 from utils.logging_utils import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images in folders, in any case
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of image files, in upper or lower case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
-MAX_BYTES = 400_000_000  # of a file: 16-bit RGB of so many pixels, not compressed
+MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS of 16-bit RGB, not compressed
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 class ImageError(UserError):
-    """An image that cannot be used; the message names the file and the reason."""
+    """An image that cannot be read; the message gives the file and the reason."""
 
 
 def is_image_name(path: Path) -> bool:
@@ -29,12 +29,12 @@ def is_image_name(path: Path) -> bool:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Files below a folder that are named like images, in the order of their names; nothing hidden."""
+    """Image files in a folder and its subfolders, sorted by path, without hidden ones."""
     return [path for path in files_below(folder) if is_image_name(path)]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All but folders and what is hidden."""
+    """Files in a folder and its subfolders, sorted by path, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -43,15 +43,15 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def open_image(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as an upright RGB picture: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
+    """The upright RGB image: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
 
     `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}.
-    Raises ImageError for a file that is missing, empty, no image, broken, or above `max_pixels`.
+    Raises ImageError for a file that is missing, empty, corrupted, above `max_pixels` or not an image.
     """
     name, image = _open_header(source, max_pixels)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise whatever a broken file makes them trip over
+    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
         raise ImageError(f"{name}: cannot be decoded ({error})") from error
 
 
@@ -66,25 +66,13 @@ def read_image_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> 
 
 
 def fit_image(image: Image.Image, image_size: int | None) -> Image.Image:
-    """The whole image as a square of `image_size` pixels, bicubic, aspect not kept; None leaves its own size.
+    """The whole image resized to `image_size` x `image_size` pixels, bicubic, aspect ratio not kept; None: as it is.
 
-    The square is what the base view of LLaVA-NeXT does to any image anyway, and gives every image equally many tokens.
+    The base view of LLaVA-NeXT makes a square of any image anyway, and a square gives all images the same token count.
     """
     if image_size is None or image.size == (image_size, image_size):
         return image
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-
-
-def png_image(image: Image.Image, compress_level: int = -1) -> dict:
-    """The image of a row, {"bytes": PNG, "path": None}; a compression level of 0 to 9, -1: zlib's default."""
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=compress_level)
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def gray_image(size: tuple[int, int]) -> dict:
-    """The image of a row: plain grey of this (H, W)."""
-    return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
 
 
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
@@ -92,13 +80,58 @@ def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int
     return size if image_size is None else (image_size, image_size)
 
 
+def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:
+    """(image tokens, tiles) that LLaVA-NeXT makes of an image of this (H, W), as its anyres code does.
+
+    `pinpoints` are the (H, W) that an image may be resized to, `tile` is the side in pixels of what the vision tower
+    takes, `patch` that of one of its tokens. The first tile shows the whole image, (tile / patch)^2 tokens. The rest
+    show it at the pinpoint that keeps most of its pixels and, among equals, wastes least; rows and columns of padding
+    are dropped, and each remaining row ends in a newline token. Independent of the code of processor and model, so
+    that the three can be compared. Source: Liu et al., LLaVA-NeXT (2024).
+    """
+    height, width = size
+    best_height, best_width = max(pinpoints, key=lambda pinpoint: _kept_and_waste(size, pinpoint))
+    side = tile // patch
+    rows, columns = best_height // tile * side, best_width // tile * side
+    if width * rows > height * columns:  # wider than the pinpoint: padded above and below
+        rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
+    return side * side + rows * (columns + 1), 1 + best_height // tile * (best_width // tile)
+
+
+def _kept_and_waste(size: tuple[int, int], pinpoint: list[int]) -> tuple[int, int]:
+    """Sort key: pixels that a pinpoint keeps of an image, and minus those that it wastes."""
+    height, width = size
+    scale = min(pinpoint[1] / width, pinpoint[0] / height)
+    kept = min(int(width * scale) * int(height * scale), width * height)
+    return kept, kept - pinpoint[0] * pinpoint[1]
+
+
+def png_image(image: Image.Image, compress_level: int = -1) -> dict:
+    """An image as that of a row, {"bytes": PNG, "path": None}; compression level 0 to 9, or -1 for zlib's default."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=compress_level)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def gray_image(size: tuple[int, int]) -> dict:
+    """Plain gray of this (H, W), as the image of a row."""
+    return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
+
+
+def printable(name: str) -> str:
+    """A file name that stays on one line of the log."""
+    return name if name.isprintable() else repr(name)
+
+
 def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image.Image]:
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
-    name = printable(str(path or "photo without a name"))
+    name = printable(str(path or "image without a name"))
     try:
         if contents is None:
-            contents = _read(Path(path or ""), name)
+            contents = _read_file(Path(path or ""), name)
     except ImageError:
         raise
     except (OSError, TypeError, ValueError) as error:
@@ -120,21 +153,16 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     return name, image
 
 
-def _read(path: Path, name: str) -> bytes:
-    """Only of a file: a pipe would be waited for, and a device has no end."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+def _read_file(path: Path, name: str) -> bytes:
+    """The bytes of a regular file: reading a pipe would wait for ever, and a device has no end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ImageError(
             f"{name}: cannot be read (it is a {'folder' if path.is_dir() else 'device or pipe'}, not a file)"
         )
-    if found.st_size > MAX_BYTES:
-        raise ImageError(f"{name}: {found.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
+    if status.st_size > MAX_BYTES:
+        raise ImageError(f"{name}: {status.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
     return path.read_bytes()
-
-
-def printable(name: str) -> str:
-    """A file's name on one line."""
-    return name if name.isprintable() else repr(name)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,7 +188,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.nan_to_num(values, copy=False)
         low, high = float(values.min()), float(values.max())
-        values /= max(high / 2 - low / 2, 1e-12)  # halves: the distance of the two may be above the largest number
+        values /= max(high / 2 - low / 2, 1e-12)  # halves: high - low may overflow
         values -= low / max(high / 2 - low / 2, 1e-12)
         values *= 65535 / 2
     np.clip(values, 0, 65535, out=values)

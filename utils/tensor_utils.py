@@ -1,4 +1,4 @@
-"""Checks on tensors that need no look at their values, so that none of them makes the host wait for the device."""
+"""Checks of tensors that read no values, so that the host never waits for the device."""
 
 import torch
 
@@ -12,21 +12,16 @@ def check_tensor(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> None:
-    """Raise UserError unless `tensor` has this shape (None: any length), dtype and device."""
+    """Raise UserError unless `tensor` has this shape (None: any size), dtype and device (None: any)."""
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{name}: a tensor is needed, not {type(tensor).__name__}")
-    fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, tensor.shape))
-    if not fits:
-        wanted = ", ".join("any" if length is None else str(length) for length in shape)
+        raise UserError(f"{name}: {type(tensor).__name__}, expected a tensor")
+    if tensor.dim() != len(shape) or any(size not in (None, found) for size, found in zip(shape, tensor.shape)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise UserError(
-            f"{name}: shape {tuple(tensor.shape)} where ({wanted}) is needed; was the batch built by data/collator.py?"
+            f"{name}: shape {tuple(tensor.shape)}, expected ({expected}); was the batch built by data/collator.py?"
         )
     if tensor.dtype != dtype:
-        raise UserError(f"{name}: {tensor.dtype} where {dtype} is needed")
-    if device is not None and _place(tensor.device) != _place(device):
-        raise UserError(f"{name}: on {tensor.device} where the model is on {device}")
-
-
-def _place(device: torch.device) -> tuple[str, int]:
-    """mps and mps:0 are one device, though torch says that they differ."""
-    return device.type, device.index or 0
+        raise UserError(f"{name}: {tensor.dtype}, expected {dtype}")
+    # mps and mps:0 are the same device, but unequal to torch.
+    if device is not None and (tensor.device.type, tensor.device.index or 0) != (device.type, device.index or 0):
+        raise UserError(f"{name}: on {tensor.device}, expected {device} as the model")

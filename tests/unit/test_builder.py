@@ -293,7 +293,7 @@ def test_each_family_trains_two_steps_and_generation_stops_at_its_end_token(fami
         hook.remove()
         return ids.shape[1] - inputs["input_ids"].shape[1]
 
-    assert (length_when_it_says(prompt.end_id), length_when_it_says(9)) == (1, 6)
+    assert (length_when_it_says(prompt.eos_id), length_when_it_says(9)) == (1, 6)
 
 
 def test_trained_labels_end_in_the_end_token(checkpoint, batch_of):
@@ -301,7 +301,7 @@ def test_trained_labels_end_in_the_end_token(checkpoint, batch_of):
         config = TrainingConfig(model=checkpoint(family), image_size=70)
         processor, prompt = build_processor(config, NAMES)
         labels = batch_of(prompt)(processor)["shift_labels"]
-        assert all(row[row != -100][-1] == prompt.end_id for row in labels)
+        assert all(row[row != -100][-1] == prompt.eos_id for row in labels)
 
 
 # ---- checkpoints that cannot be used

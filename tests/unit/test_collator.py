@@ -60,7 +60,7 @@ def test_batch_holds_the_contract(tiny):
         assert supervised == set(range(sample.prompt_length - 1, sample.length - 1))
         answer = batch["shift_labels"][index][batch["shift_labels"][index] != IGNORED]
         assert tiny.processor.tokenizer.decode(answer[:-1]).strip() == tiny.names[sample.label]
-        assert answer[-1] == tiny.prompt.end_id
+        assert answer[-1] == tiny.prompt.eos_id
         assert (batch["input_ids"][index, sample.length :] == tiny.processor.tokenizer.pad_token_id).all()
 
 

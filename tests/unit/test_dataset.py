@@ -100,10 +100,10 @@ def test_a_missing_parquet_file_is_noticed_by_the_names_of_the_others(stream, pa
     setup_logging()
     folder = parquet_folder(labels=[0, 1], names=["a", "b"])
     (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
-    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the others, or"):
+    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the missing files, or"):
         build("--dataset", folder, *stream)
     assert build("--dataset", folder, "--allow-missing", "true", *stream).class_names == ["a", "b"]
-    assert "train-*-of-00004: 1 of 4 files are there; continuing without the others" in capsys.readouterr().out
+    assert "train-*-of-00004: 1 of 4 files are there; continuing without the missing files" in capsys.readouterr().out
 
 
 def test_parquet_images_with_the_same_name_in_two_splits_get_different_ids(parquet_folder, tmp_path):

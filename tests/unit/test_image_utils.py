@@ -5,11 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, PLACES, contents, write_corpus
-from utils.image_utils import FORMATS, ImageError, fit_image, fitted_size, open_image, read_image_size
+from utils.image_utils import (
+    FORMATS,
+    ImageError,
+    count_image_tokens,
+    fit_image,
+    fitted_size,
+    open_image,
+    read_image_size,
+)
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> dict:
@@ -123,7 +134,7 @@ def test_a_photo_that_is_not_there(tmp_path):
         open_image(tmp_path / "gone.jpg")
     with pytest.raises(ImageError, match="cannot be read"):
         open_image(tmp_path)
-    with pytest.raises(ImageError, match="photo without a name: cannot be read"):
+    with pytest.raises(ImageError, match="image without a name: cannot be read"):
         open_image({"bytes": None, "path": None})
 
 
@@ -179,3 +190,27 @@ print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if 
 def test_the_largest_photos_take_bounded_memory(kind, mode):
     found = subprocess.run([sys.executable, "-c", LARGEST, kind, mode], cwd=ROOT, capture_output=True, text=True)
     assert float(found.stdout) < 1200, found  # MB of the whole process
+
+
+# ---- anyres geometry
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "tiles"),
+    [((336, 336), 1176, 3), ((500, 667), 2340, 5), ((667, 500), 2352, 5), ((500, 500), 2928, 5), ((1, 1000), 576, 4)],
+)
+def test_image_tokens_of_known_sizes(size, tokens, tiles):
+    assert count_image_tokens(size, PINPOINTS, 336, 14) == (tokens, tiles)
+
+
+def test_our_arithmetic_agrees_with_the_model_and_the_processor(tiny):
+    """Images of many shapes through the real processor and the model's own packing of features."""
+    model = tiny.model()
+    for size in [(1, 300), (300, 1), (2, 2), (70, 70), (69, 71), (35, 140), (211, 97), (97, 211)]:
+        image = Image.new("RGB", size[::-1])
+        encoded = tiny.processor(images=[image], text=[tiny.prompt.prompt], return_tensors="pt")
+        tokens, tiles = tiny.native.count_tokens(size)
+        with torch.no_grad():
+            features = model.get_image_features(encoded["pixel_values"], encoded["image_sizes"]).pooler_output
+        assert (encoded["input_ids"] == tiny.processor.image_token_id).sum() == tokens == len(features[0])
+        assert encoded["pixel_values"].shape[1] == tiles
