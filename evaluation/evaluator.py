@@ -253,7 +253,8 @@ def score_with_cache(
         # Written anew, since a torn last line would swallow the next one.
         write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *cached]))
         entries = {entry["id"]: entry for entry in cached}
-    pending = dist.broadcast_object([index for index, sample in enumerate(rows["id"]) if sample not in entries])
+    pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
+    pending = dist.gather_object(pending if dist.is_main_process else [])  # too many for the store of broadcast_object
     computed = compute(rows.select(pending)) if pending else ()
     if not dist.is_main_process:
         collections.deque(computed, maxlen=0)
