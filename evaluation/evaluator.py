@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,8 @@ from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.legacy import renamed
 from runtime.run_dir import Run
-from utils.image_utils import gray_image
+from runtime.run_files import read_entries
+from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
 CALIBRATION_FILE = "calibration.json"
@@ -275,30 +275,6 @@ def score_with_cache(
         raise UserError(f"{path}: no image could be opened; the lines above say why")
     labels = zip(rows["id"], rows["label"])
     return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
-
-
-def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
-    """(header, entries) of a cache, without lines that a kill tore; (None, []) where there is none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    objects = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            objects.append(json.loads(line, object_hook=renamed))
-    objects = [entry for entry in objects if isinstance(entry, dict)]
-    return (objects[0], [entry for entry in objects[1:] if "image" in entry]) if objects else (None, [])
-
-
-def image_fingerprint(image: dict) -> list[int]:
-    """Tells an image from another of the same id: its size and checksum, or size and time of its file.
-
-    Empty for a file that is not there: opening it reports that, and counts it among the unreadable images.
-    """
-    if image["bytes"] is not None:
-        return [len(image["bytes"]), zlib.crc32(image["bytes"])]
-    if not image["path"] or not Path(image["path"]).is_file():
-        return []
-    status = Path(image["path"]).stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:

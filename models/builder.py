@@ -1,7 +1,6 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from transformers import (
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import PlantCollator
-from models.checks import DTYPES, LORA_TARGETS, check_model
+from models.checks import DTYPES, LORA_TARGETS, check_model, check_same_base, weights_fingerprint
 from models.fused_layers import (
     FusedLayer,
     can_fuse,
@@ -47,7 +46,6 @@ from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 
 # The list replaces the default of transformers, so lm_head is in it.
 IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprint
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
 
 
@@ -207,23 +205,6 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
     return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
 
 
-def weights_fingerprint(model: str) -> str | None:
-    """Hash of a few KB of each weights file of a folder: other weights differ everywhere. None for a hub model.
-
-    A model of the hub has its commit; its cached files have other names on every machine.
-    """
-    files = sorted(Path(model).glob("*.safetensors")) if model and Path(model).is_dir() else []
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest() if files else None
-
-
 def _loading_failed(model: str, part: str, error: Exception) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -268,17 +249,6 @@ def build_model(
     elif checkpointing:
         enable_gradient_checkpointing(model)
     return model
-
-
-def check_same_base(found: dict, run: Run) -> None:
-    """Raise UserError unless tokenizer, commit and weights, as far as they were found, are those the run recorded."""
-    names = [name for name in ("tokenizer_probe", "model_commit", "model_files") if name in found]
-    changed = [name for name in names if name in run.recorded and found[name] != run.recorded[name]]
-    if changed:
-        raise UserError(
-            f"--model {run.config.model}: is not what {run.folder} was trained on ({', '.join(changed)} differ); put "
-            "that checkpoint back"
-        )
 
 
 def build_base(

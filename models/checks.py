@@ -1,7 +1,9 @@
 """The assertions on a loaded model: that it is what was asked for, walked module by module."""
 
+import hashlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -10,6 +12,7 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
 
 from models.fused_layers import unwrap
+from runtime.run_dir import Run
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
@@ -17,6 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Leaf names alone would match the vision tower too.
 LORA_TARGETS = rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"
+SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprint
 
 
 def check_model(
@@ -109,3 +113,34 @@ def _may_train(name: str, trainable: str) -> bool:
         or ("adapter" in trainable and in_adapter)
         or ("projector" in trainable and in_projector)
     )
+
+
+# ---- that it is the model a run was trained on
+
+
+def weights_fingerprint(model: str) -> str | None:
+    """Hash of a few KB of each weights file of a folder: other weights differ everywhere. None for a hub model.
+
+    A model of the hub has its commit; its cached files have other names on every machine.
+    """
+    files = sorted(Path(model).glob("*.safetensors")) if model and Path(model).is_dir() else []
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def check_same_base(found: dict, run: Run) -> None:
+    """Raise UserError unless tokenizer, commit and weights, as far as they were found, are those the run recorded."""
+    names = [name for name in ("tokenizer_probe", "model_commit", "model_files") if name in found]
+    changed = [name for name in names if name in run.recorded and found[name] != run.recorded[name]]
+    if changed:
+        raise UserError(
+            f"--model {run.config.model}: is not what {run.folder} was trained on ({', '.join(changed)} differ); put "
+            "that checkpoint back"
+        )

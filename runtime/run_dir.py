@@ -6,8 +6,6 @@ Nothing heavy is imported here, so that every script can read a run before it im
 import contextlib
 import dataclasses
 import logging
-import os
-import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from config.training_config import CONFIG_FILE, TrainingConfig
 from runtime.resume import check_same_facts, decide_run
-from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, save_config
+from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, lock_folder, save_config
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
 
 if TYPE_CHECKING:
@@ -185,28 +183,6 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
             if run.is_main_process:
                 run.discard_if_never_started()
             raise
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
-
-    Raises UserError with the process that holds it.
-    """
-    import filelock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    try:
-        with filelock.FileLock(path, timeout=0):
-            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            yield
-    except filelock.Timeout as error:
-        holder = path.read_text(encoding="utf-8") or "that has just started"
-        raise UserError(
-            f"{folder}: another training, process {holder}, writes to it; wait for it to end, or use another "
-            "--output-dir"
-        ) from error
 
 
 def _appears(path: Path, seconds: float = 10) -> bool:

@@ -3,13 +3,18 @@
 Nothing heavy is imported here, so that every script can read a run before it imports torch.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, config_from_dict
 from runtime.atomic import write_file
 from runtime.legacy import renamed
+from utils.logging_utils import UserError
 
 METRICS_FILE = "metrics.jsonl"
 PREFIX = "checkpoint-"
@@ -97,3 +102,36 @@ def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eva
         and (keep_eval or line["step"] < step or "eval_loss" not in line)
     ]
     write_file(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
+
+    Raises UserError with the process that holds it.
+    """
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    try:
+        with filelock.FileLock(path, timeout=0):
+            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            yield
+    except filelock.Timeout as error:
+        holder = path.read_text(encoding="utf-8") or "that has just started"
+        raise UserError(
+            f"{folder}: another training, process {holder}, writes to it; wait for it to end, or use another "
+            "--output-dir"
+        ) from error
+
+
+def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
+    """(header, entries) of a cache, without lines that a kill tore; (None, []) where there is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    objects = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            objects.append(json.loads(line, object_hook=renamed))
+    objects = [entry for entry in objects if isinstance(entry, dict)]
+    return (objects[0], [entry for entry in objects[1:] if "image" in entry]) if objects else (None, [])

@@ -25,10 +25,9 @@ import export
 import train
 from config.training_config import TrainingConfig
 from data.dataset import build_datasets, take
-from evaluation.evaluator import read_entries
 from runtime import distributed
 from runtime.distributed import ShardedBatchSampler
-from runtime.run_files import load_config, read_metrics
+from runtime.run_files import load_config, read_entries, read_metrics
 from tests.conftest import ROOT
 from utils.logging_utils import UserError
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import evaluate
 import train
-from evaluation.evaluator import read_entries
+from runtime.run_files import read_entries
 from tests.conftest import TINY
 
 FAST = ["--num-workers", "0"]

@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_evaluation(trained, images, capsys):
     from scipy.special import softmax
 
     from data.synthetic import SPECIES
-    from evaluation.evaluator import read_entries
+    from runtime.run_files import read_entries
 
     entry = read_entries(trained / "eval_val.scores.jsonl")[1][7]
     calibration = json.loads((trained / "calibration.json").read_text())

@@ -252,7 +252,7 @@ def test_photos_that_changed_are_refused_unless_that_is_allowed(here, image_fold
 
 
 def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, small_splits, capsys):
-    from runtime.run_dir import lock_folder
+    from runtime.run_files import lock_folder
 
     with lock_folder("mine"):
         status, told = run(capsys, *TINY, "--output-dir", "mine")
@@ -263,9 +263,9 @@ def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here,
 
 def test_the_lock_of_a_killed_training_is_free(here):
     """The operating system gives it back; no file must be removed by hand."""
-    code = "from runtime.checkpoint import lock_folder\nwith lock_folder('mine'):\n    print(flush=True)\n    input()"
+    code = "from runtime.run_files import lock_folder\nwith lock_folder('mine'):\n    print(flush=True)\n    input()"
     where = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    from runtime.run_dir import lock_folder
+    from runtime.run_files import lock_folder
 
     with subprocess.Popen([sys.executable, "-c", code], **where) as other:
         other.stdout.readline()

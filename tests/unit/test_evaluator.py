@@ -14,7 +14,7 @@ import evaluation.evaluator
 from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
-from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct, read_entries, score_with_cache
+from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct, score_with_cache
 from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
 from evaluation.report import result_lines
 from models.builder import PlantModel
@@ -22,6 +22,7 @@ from runtime.atomic import replace_dir
 from runtime.checkpoint import write_manifest
 from runtime.legacy import RENAMED, renamed
 from runtime.run_dir import Run
+from runtime.run_files import read_entries
 from utils.logging_utils import UserError, setup_logging
 
 OLD_KEYS = {new: old for old, new in RENAMED.items()}
