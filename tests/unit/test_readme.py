@@ -21,7 +21,7 @@ COMMANDS = sorted({re.split("  +#?", line)[0] for line in INDENTED if re.match(r
 LAUNCHES = sorted({line for line in INDENTED if re.match(r"(torchrun|accelerate|srun) ", line)})
 MODULES = [
     path.relative_to(ROOT)
-    for room in ("", "config", "data", "models", "evaluation", "runtime", "utils")
+    for room in ("", "benchmarks", "config", "data", "models", "evaluation", "runtime", "utils")
     for path in sorted((ROOT / room).glob("[a-z]*.py"))
 ]
 
