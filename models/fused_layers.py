@@ -1,4 +1,4 @@
-"""The language model's layers as one autograd function each: fewer passes over memory, and only what must be kept.
+"""The language model's layers as one autograd function each: fewer passes over memory, fewer saved activations.
 
 Shapes: B images, T tokens, M = B x T rows, D width of a linear's input, N of its output, R LoRA columns of a group.
 
@@ -28,108 +28,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from models.kernels import Kernels
 
-ALIGNED = 64  # LoRA columns are a multiple of this, so that the rows of a matmul stay aligned
-SMALL = 512  # rows below which the stock layer is faster: bitsandbytes multiplies few rows by 4-bit weights directly
+ALIGNMENT = 64  # LoRA columns are a multiple of this: a matmul is fast where each row starts at an aligned address
+MIN_ROWS = 512  # with fewer the stock layer is faster: bitsandbytes multiplies few rows by 4-bit weights directly
 
 
 # ---- projections
 
 
-class Projections:
-    """Frozen linears that read the same rows, each with LoRA or without, as matmuls of [rows, LoRA columns]."""
-
-    def __init__(self, modules: Sequence[nn.Module], kernels: Kernels):
-        self.kernels = kernels
-        self.bases = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-        adapters = [_lora_of(module) for module in modules]
-        self.parameters = [part for lora in adapters if lora for part in (lora.down, lora.up)]
-        self.scales = [lora.scale if lora else 0.0 for lora in adapters]
-        ranks = [lora.down.shape[0] if lora else 0 for lora in adapters]
-        ends = list(itertools.accumulate(ranks))
-        self.lora_slices = [slice(end - rank, end) for end, rank in zip(ends, ranks)]  # columns of each linear's LoRA
-        self.width = self.bases[0].in_features
-        self.columns = -(-ends[-1] // ALIGNED) * ALIGNED
-
-    def empty_rows(self, like: torch.Tensor) -> torch.Tensor:
-        """(M, D + R) whose first D columns are to be filled."""
-        return like.new_empty(like.shape[0], self.width + self.columns)
-
-    def down(self, parameters: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """(R, D): sA of each linear, zero rows behind them."""
-        stacked = like.new_empty(self.columns, self.width)
-        for columns, part, scale in zip(self.lora_slices, parameters[::2], self.scales):
-            torch.mul(part, scale, out=stacked[columns])
-        stacked[self.lora_slices[-1].stop :].zero_()
-        return stacked
-
-    def weight(self, index: int, parameters: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """[W, B] of one linear, zeros beside B: (N, D + R)."""
-        base = self.bases[index]
-        whole = like.new_empty(base.out_features, self.width + self.columns)
-        up = parameters[2 * index + 1] if parameters else None
-        self.kernels.dequantize(base, up, self.lora_slices[index].start, whole)
-        return whole
-
-    def forward(self, rows: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """(M, N) of each linear; fills the last R columns of `rows`."""
-        if self.columns:
-            torch.mm(rows[:, : self.width], self.down(parameters, rows).T, out=rows[:, self.width :])
-        return [self._matmul(index, rows, parameters) for index in range(len(self.bases))]
-
-    def _matmul(self, index: int, rows: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-        weight, bias = self.weight(index, parameters, rows), self.bases[index].bias
-        return rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-
-    def backward(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(M, D + R): gradient of the rows without LoRA's part, and of the LoRA columns."""
-        whole = None
-        for index, gradient in enumerate(gradients):
-            weight = self.weight(index, parameters, gradient)
-            whole = gradient @ weight if whole is None else whole.addmm_(gradient, weight)
-            del weight  # before the next is made
-        return whole
-
-    def backward_inner(self, gradients: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(M, R): gradient of the LoRA columns alone."""
-        inner = gradients[0].new_zeros(gradients[0].shape[0], self.columns)
-        for columns, gradient, up in zip(self.lora_slices, gradients, parameters[1::2]):
-            inner[:, columns] = gradient @ up.to(gradient.dtype)
-        return inner
-
-    def add_lora_grad(self, whole: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(M, D): the gradient of the rows, from that of `backward`, in place."""
-        rows = whole[:, : self.width]
-        return rows.addmm_(whole[:, self.width :], self.down(parameters, whole)) if self.columns else rows
-
-    def backward_adapters(
-        self, gradients: Sequence[torch.Tensor], inner: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """fp32 gradients of A, B of each linear; `inner` (M, R) is gB, `rows` (M, D) x, `columns` (M, R) sxA'."""
-        ranks = self.lora_slices[-1].stop
-        of_downs = _matmul_fp32(inner[:, :ranks].T, rows)  # (ranks, D)
-        if len(set(self.scales)) == 1:
-            of_downs *= self.scales[0]
-        else:
-            for lora, scale in zip(self.lora_slices, self.scales):
-                of_downs[lora] *= scale
-        found = []
-        for lora, gradient in zip(self.lora_slices, gradients):
-            found += [of_downs[lora], _matmul_fp32(gradient.T, columns[:, lora])]
-        return found
-
-
-def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Their product in fp32, in which it is summed anyway."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
-
-
 class Lora(NamedTuple):
-    """A linear's low-rank update scale * B A: down is A (rank, D), up is B (N, rank)."""
+    """The low-rank update of a linear: scale * B A."""
 
-    down: torch.Tensor
-    up: torch.Tensor
+    a: torch.Tensor  # (rank, D)
+    b: torch.Tensor  # (N, rank)
     scale: float
 
 
@@ -138,6 +48,100 @@ def _lora_of(module: nn.Module) -> Lora | None:
         return None
     (name,) = module.active_adapters
     return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+class Projections:
+    """A group of frozen linears that read the same rows, each with LoRA or without.
+
+    Their rows are (M, D + R): the input x, and behind it the LoRA columns s xA' of all linears. `lora`: A and B of each
+    linear in turn, as the autograd function gets them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], kernels: Kernels):
+        self.kernels = kernels
+        self.linears = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
+        loras = [_lora_of(module) for module in modules]
+        self.parameters = [part for lora in loras if lora for part in (lora.a, lora.b)]
+        self.scales = [lora.scale if lora else 0.0 for lora in loras]
+        ranks = [lora.a.shape[0] if lora else 0 for lora in loras]
+        ends = list(itertools.accumulate(ranks))
+        self.slices = [slice(end - rank, end) for end, rank in zip(ends, ranks)]  # LoRA columns of each linear
+        self.width = self.linears[0].in_features
+        self.columns = -(-ends[-1] // ALIGNMENT) * ALIGNMENT
+
+    def empty_rows(self, like: torch.Tensor) -> torch.Tensor:
+        """(M, D + R) whose first D columns are to be filled."""
+        return like.new_empty(like.shape[0], self.width + self.columns)
+
+    def scaled_a(self, lora: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """(R, D): sA of each linear, below them zeros."""
+        stacked = like.new_empty(self.columns, self.width)
+        for columns, a, scale in zip(self.slices, lora[::2], self.scales):
+            torch.mul(a, scale, out=stacked[columns])
+        stacked[self.slices[-1].stop :].zero_()
+        return stacked
+
+    def weight(self, index: int, lora: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """(N, D + R): [W, B] of one linear, zeros in the columns of the other linears."""
+        linear = self.linears[index]
+        extended = like.new_empty(linear.out_features, self.width + self.columns)
+        b = lora[2 * index + 1] if lora else None
+        self.kernels.dequantize(linear, b, self.slices[index].start, extended)
+        return extended
+
+    def forward(self, rows: torch.Tensor, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """(M, N) of each linear; fills the LoRA columns of `rows`."""
+        if self.columns:
+            torch.mm(rows[:, : self.width], self.scaled_a(lora, rows).T, out=rows[:, self.width :])
+        return [self._matmul(index, rows, lora) for index in range(len(self.linears))]
+
+    def _matmul(self, index: int, rows: torch.Tensor, lora: Sequence[torch.Tensor]) -> torch.Tensor:
+        weight, bias = self.weight(index, lora, rows), self.linears[index].bias
+        return rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+
+    def backward(self, gradients: Sequence[torch.Tensor], lora: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(M, D + R): gradient of the rows, in which `add_lora_grad` is still missing, and of the LoRA columns."""
+        extended = None
+        for index, gradient in enumerate(gradients):
+            weight = self.weight(index, lora, gradient)
+            extended = gradient @ weight if extended is None else extended.addmm_(gradient, weight)
+            del weight  # before the next is made
+        return extended
+
+    def backward_columns(self, gradients: Sequence[torch.Tensor], lora: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(M, R): gradient of the LoRA columns alone."""
+        found = gradients[0].new_zeros(gradients[0].shape[0], self.columns)
+        for columns, gradient, b in zip(self.slices, gradients, lora[1::2]):
+            found[:, columns] = gradient @ b.to(gradient.dtype)
+        return found
+
+    def add_lora_grad(self, extended: torch.Tensor, lora: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(M, D): the gradient of the rows, from that of `backward`, in place."""
+        rows = extended[:, : self.width]
+        return rows.addmm_(extended[:, self.width :], self.scaled_a(lora, extended)) if self.columns else rows
+
+    def lora_grads(
+        self, gradients: Sequence[torch.Tensor], of_columns: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """fp32 gradients of A, B of each linear; `of_columns` (M, R) is gB, `rows` (M, D) x, `columns` (M, R) sxA'."""
+        ranks = self.slices[-1].stop
+        of_a = _matmul_fp32(of_columns[:, :ranks].T, rows)  # (ranks, D)
+        if len(set(self.scales)) == 1:
+            of_a *= self.scales[0]
+        else:
+            for part, scale in zip(self.slices, self.scales):
+                of_a[part] *= scale
+        found = []
+        for part, gradient in zip(self.slices, gradients):
+            found += [of_a[part], _matmul_fp32(gradient.T, columns[:, part])]
+        return found
+
+
+def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Their product in fp32, in which it is summed anyway."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 # ---- a layer
@@ -153,16 +157,16 @@ class Rows(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a layer saves for its backward beside its input."""
+    """What a layer saves for its backward besides its input."""
 
     leaves: list[torch.Tensor]  # q, k, v as leaves of a graph of their own
     attended: torch.Tensor  # attention's output (B, T, heads, head_dim), at the end of that graph
     residual: torch.Tensor  # the second one
     gate: torch.Tensor
     up: torch.Tensor
-    lora_heads: torch.Tensor  # LoRA columns of q, k, v
-    lora_out: torch.Tensor
-    lora_mlp: torch.Tensor
+    qkv_columns: torch.Tensor  # LoRA columns
+    o_columns: torch.Tensor
+    mlp_columns: torch.Tensor
 
 
 class FusedLayer:
@@ -195,10 +199,10 @@ class FusedLayer:
         is_trainable = any(part.requires_grad for part in self.parameters)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or is_trainable)
         q_proj = self.layer.self_attn.q_proj
-        switched_off = getattr(q_proj, "disable_adapters", False) or getattr(q_proj, "merged", False)
+        lora_is_off = getattr(q_proj, "disable_adapters", False) or getattr(q_proj, "merged", False)
         if (
-            images * tokens < SMALL
-            or switched_off
+            images * tokens < MIN_ROWS
+            or lora_is_off
             or (trains and (attention_mask is not None or past_key_values is not None))
         ):
             return self.stock(
@@ -228,33 +232,33 @@ class FusedLayer:
 
     def forward(self, rows: Rows, parameters, mask=None, cache=None, keep=True, needs_output=True):
         """(output (M, D) or None, Saved or None)."""
-        kernels, (heads, out_projection, mlp, down) = self.kernels, self.groups
+        kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
         images, h, cos, sin = rows
-        of_heads, of_out, of_mlp, of_down = self.split(parameters)
+        qkv_lora, o_lora, gate_up_lora, down_lora = self.split(parameters)
         first, second = self.norms
-        x = heads.empty_rows(h)
-        kernels.norm(h, first.weight, first.variance_epsilon, x[:, : heads.width])
-        query, key, value = heads.forward(x, of_heads)
-        lora_heads = x[:, heads.width :].clone() if keep else None
+        x = qkv.empty_rows(h)
+        kernels.rms_norm(h, first.weight, first.variance_epsilon, x[:, : qkv.width])
+        query, key, value = qkv.forward(x, qkv_lora)
+        qkv_columns = x[:, qkv.width :].clone() if keep else None
         query, key = kernels.rotate(query, key, cos, sin)
         leaves, attended = self.attend(images, query, key, value, mask, cache, keep)
         del query, key, value
-        x = out_projection.empty_rows(h)
-        x[:, : out_projection.width] = attended.detach().flatten(0, 1).flatten(1)
-        (update,) = out_projection.forward(x, of_out)
-        lora_out = x[:, out_projection.width :].clone() if keep else None
-        x = mlp.empty_rows(h)
-        residual = kernels.add_norm(h, update, second.weight, second.variance_epsilon, x[:, : mlp.width])
+        x = o_proj.empty_rows(h)
+        x[:, : o_proj.width] = attended.detach().flatten(0, 1).flatten(1)
+        (update,) = o_proj.forward(x, o_lora)
+        o_columns = x[:, o_proj.width :].clone() if keep else None
+        x = gate_up.empty_rows(h)
+        residual = kernels.add_rms_norm(h, update, second.weight, second.variance_epsilon, x[:, : gate_up.width])
         del update
-        gate, up = mlp.forward(x, of_mlp)
-        lora_mlp = x[:, mlp.width :].clone() if keep else None
-        saved = Saved(leaves, attended, residual, gate, up, lora_heads, lora_out, lora_mlp) if keep else None
+        gate, up = gate_up.forward(x, gate_up_lora)
+        mlp_columns = x[:, gate_up.width :].clone() if keep else None
+        saved = Saved(leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns) if keep else None
         if not needs_output:
             return None, saved
-        x = down.empty_rows(gate)
-        kernels.swiglu(gate, up, x[:, : down.width])
+        x = down_proj.empty_rows(gate)
+        kernels.swiglu(gate, up, x[:, : down_proj.width])
         del gate, up, leaves, attended
-        (update,) = down.forward(x, of_down)
+        (update,) = down_proj.forward(x, down_lora)
         return residual + update, saved
 
     def attend(self, images, query, key, value, mask, cache, keep):
@@ -272,50 +276,53 @@ class FusedLayer:
         return leaves, attended
 
     def backward(self, rows: Rows, parameters, saved: list[Saved], gradient, needs_rows: bool, needs_lora: bool):
-        """(gradient of the rows or None, gradients of the parameters). Takes Saved out of `saved`, to free it early."""
-        kernels, (heads, out_projection, mlp, down) = self.kernels, self.groups
+        """(gradient of the rows or None, gradients of the parameters).
+
+        Takes Saved out of the list, so that each tensor is freed after its last use.
+        """
+        kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
         _, h, cos, sin = rows
-        of_heads, of_out, of_mlp, of_down = self.split(parameters)
+        qkv_lora, o_lora, gate_up_lora, down_lora = self.split(parameters)
         first, second = self.norms
-        leaves, attended, residual, gate, up, lora_heads, lora_out, lora_mlp = saved.pop()
-        whole = down.backward([gradient], of_down)
-        x = down.add_lora_grad(whole, of_down)
-        kernels.swiglu_backward(gate, up, x)  # gate and up become their gradients, x the product they gave
-        found_down = _lora_grads(needs_lora, down, of_down, [gradient], whole, x)
+        leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
+        extended = down_proj.backward([gradient], down_lora)
+        x = down_proj.add_lora_grad(extended, down_lora)
+        kernels.swiglu_backward(gate, up, x)  # gate and up become their gradients, x the input of down_proj
+        down_grads = _lora_grads(needs_lora, down_proj, down_lora, [gradient], extended, x)
         del x
-        whole = mlp.backward([gate, up], of_mlp)
+        extended = gate_up.backward([gate, up], gate_up_lora)
         x = torch.empty_like(h)
-        of_x = mlp.add_lora_grad(whole, of_mlp)
-        gradient = kernels.norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
-        found_mlp = _lora_grads(needs_lora, mlp, of_mlp, [gate, up], whole, x, lora_mlp)
+        of_x = gate_up.add_lora_grad(extended, gate_up_lora)
+        gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
+        gate_up_grads = _lora_grads(needs_lora, gate_up, gate_up_lora, [gate, up], extended, x, mlp_columns)
         del gate, up, residual
-        whole = out_projection.backward([gradient], of_out)
-        of_x = out_projection.add_lora_grad(whole, of_out)
+        extended = o_proj.backward([gradient], o_lora)
+        of_x = o_proj.add_lora_grad(extended, o_lora)
         values = attended.detach().flatten(0, 1).flatten(1)
-        found_out = _lora_grads(needs_lora, out_projection, of_out, [gradient], whole, values, lora_out)
+        o_grads = _lora_grads(needs_lora, o_proj, o_lora, [gradient], extended, values, o_columns)
         of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
         gradients = [*kernels.rotate_backward(of_query, of_key, cos, sin), of_value]
         if needs_rows:
-            whole = heads.backward(gradients, of_heads)
-            of_x = heads.add_lora_grad(whole, of_heads)
-            gradient = kernels.norm_backward(of_x, h, first.weight, first.variance_epsilon, gradient, x)
+            extended = qkv.backward(gradients, qkv_lora)
+            of_x = qkv.add_lora_grad(extended, qkv_lora)
+            gradient = kernels.rms_norm_backward(of_x, h, first.weight, first.variance_epsilon, gradient, x)
         else:
             gradient = None
-            whole = heads.backward_inner(gradients, of_heads)
-            kernels.norm(h, first.weight, first.variance_epsilon, x)
-        found_heads = _lora_grads(needs_lora, heads, of_heads, gradients, whole, x, lora_heads)
-        return gradient, [*found_heads, *found_out, *found_mlp, *found_down]
+            extended = qkv.backward_columns(gradients, qkv_lora)
+            kernels.rms_norm(h, first.weight, first.variance_epsilon, x)
+        qkv_grads = _lora_grads(needs_lora, qkv, qkv_lora, gradients, extended, x, qkv_columns)
+        return gradient, [*qkv_grads, *o_grads, *gate_up_grads, *down_grads]
 
 
-def _lora_grads(needs_lora: bool, group: Projections, parameters, gradients, whole, rows, columns=None):
-    """Gradients of a group's LoRA parameters; `whole` ends in the gradient of its LoRA columns."""
-    if not needs_lora or not parameters:
-        return [None] * len(parameters)
+def _lora_grads(needs_lora: bool, group: Projections, lora, gradients, extended, rows, columns=None):
+    """Gradients of a group's LoRA parameters; `extended` ends in the gradient of its LoRA columns."""
+    if not needs_lora or not lora:
+        return [None] * len(lora)
     if columns is None:
-        columns = rows @ group.down(parameters, rows).T
-    return group.backward_adapters(gradients, whole[:, -group.columns :], rows, columns)
+        columns = rows @ group.scaled_a(lora, rows).T
+    return group.lora_grads(gradients, extended[:, -group.columns :], rows, columns)
 
 
 class _Function(torch.autograd.Function):
@@ -339,8 +346,8 @@ class _Function(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             if saved[0] is None:
                 saved[0] = ctx.layer.forward(rows, parameters, needs_output=False)[1]
-            of_h, found = ctx.layer.backward(rows, parameters, saved, gradient.contiguous(), needs_rows, needs_lora)
-        return None, None, of_h, None, None, *found
+            of_h, of_lora = ctx.layer.backward(rows, parameters, saved, gradient.contiguous(), needs_rows, needs_lora)
+        return None, None, of_h, None, None, *of_lora
 
 
 def offload_to_pinned_memory(h: torch.Tensor) -> torch.Tensor:
@@ -352,21 +359,23 @@ FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
 
 def can_fuse(layers: Iterable[nn.Module]) -> bool:
-    """Whether they are frozen layers of a known kind with a gated SiLU MLP, without dropout, and plain LoRA or none."""
-    for layer in layers:
-        known = type(layer).__name__ in FUSABLE and isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation))
-        adapted = [module for module in layer.modules() if isinstance(module, LoraLayer)]
-        plain = len(adapted) in (0, 7) and all(
-            len(module.active_adapters) == 1
-            and not module.lora_variant
-            and not module.lora_bias[module.active_adapters[0]]
-            and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity)
-            for module in adapted
-        )
-        is_frozen = not any(part.requires_grad for name, part in layer.named_parameters() if "lora_" not in name)
-        if not known or not plain or not is_frozen or layer.self_attn.attention_dropout:
-            return False
-    return True
+    """Whether they are frozen layers of a known class with a gated SiLU MLP, no dropout, and plain LoRA or none."""
+    return all(_can_fuse(layer) for layer in layers)
+
+
+def _can_fuse(layer: nn.Module) -> bool:
+    if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation)):
+        return False
+    adapted = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+    is_plain_lora = len(adapted) in (0, 7) and all(
+        len(module.active_adapters) == 1
+        and not module.lora_variant
+        and not module.lora_bias[module.active_adapters[0]]
+        and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity)
+        for module in adapted
+    )
+    is_frozen = not any(part.requires_grad for name, part in layer.named_parameters() if "lora_" not in name)
+    return is_plain_lora and is_frozen and not layer.self_attn.attention_dropout
 
 
 def fuse_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
@@ -389,7 +398,7 @@ def get_fused_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
 
 
 def set_activation_checkpointing(fused: Sequence[FusedLayer], kept: int, offload: bool = False) -> None:
-    """Activation checkpointing in all but the last `kept` layers, which free their activations first in the backward.
+    """Activation checkpointing in all but the last `kept` layers: those free their activations first in the backward.
 
     `offload`: the checkpointed inputs are kept in the CPU's memory.
     """

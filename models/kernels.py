@@ -22,7 +22,7 @@ except ImportError:  # as on a machine without a CUDA GPU
 # ---- elementwise: each becomes one kernel or two
 
 
-def _norm(h, weight, eps, out):
+def _rms_norm(h, weight, eps, out):
     out.copy_(_normalized(h, weight, eps))
 
 
@@ -31,13 +31,13 @@ def _normalized(h, weight, eps):
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(h.dtype)
 
 
-def _add_norm(h, update, weight, eps, out):
+def _add_rms_norm(h, update, weight, eps, out):
     total = h + update
     out.copy_(_normalized(total, weight, eps))
     return total
 
 
-def _norm_backward(gradient, h, weight, eps, residual, out):
+def _rms_norm_backward(gradient, h, weight, eps, residual, out):
     """Gradient of h from that of its norm, plus the residual's; the norm itself, recomputed, goes to `out`."""
     wide = h.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -74,16 +74,16 @@ def _swiglu(gate, up, out):
 
 
 def _swiglu_backward(gate, up, gradient):
-    """In place: `gate` and `up` become their gradients, `gradient` becomes the activation."""
+    """In place: `gate` and `up` become their gradients, `gradient` becomes silu(gate) * up."""
     wide_gate, wide_up, wide = gate.float(), up.float(), gradient.float()
-    share = torch.sigmoid(wide_gate)
-    active = wide_gate * share
-    of_gate = wide * wide_up * share * (1 + wide_gate * (1 - share))
-    of_up = wide * active
-    activation = active.to(gate.dtype) * up
+    sigmoid = torch.sigmoid(wide_gate)
+    silu = wide_gate * sigmoid
+    of_gate = wide * wide_up * sigmoid * (1 + wide_gate * (1 - sigmoid))
+    of_up = wide * silu
+    out = silu.to(gate.dtype) * up
     gate.copy_(of_gate)
     up.copy_(of_up)
-    gradient.copy_(activation)
+    gradient.copy_(out)
 
 
 class CompiledKernel:
@@ -138,8 +138,8 @@ if triton is not None:
 
     @triton.jit
     def _dequantize(
-        packed, levels, absmax, absmax_levels, absmax_scale, offset, up, out, rank, start, stride,
-        columns: tl.constexpr, beside: tl.constexpr, beside_power: tl.constexpr, BYTES: tl.constexpr,
+        packed, levels, absmax, absmax_levels, absmax_scale, offset, lora_b, out, rank, start, stride,
+        columns: tl.constexpr, lora_columns: tl.constexpr, lora_power: tl.constexpr, BYTES: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         first = tl.program_id(1) * BYTES
@@ -153,11 +153,11 @@ if triton is not None:
             values = tl.interleave(tl.load(levels + (pairs >> 4)) * scale, tl.load(levels + (pairs & 15)) * scale)
             tl.store(out + row * stride + 2 * first + tl.arange(0, 2 * BYTES), values.to(out.dtype.element_ty))
         else:
-            column = tl.arange(0, beside_power)
+            column = tl.arange(0, lora_power)
             in_lora = (column >= start) & (column < start + rank)
-            adapter = tl.load(up + row * rank + column - start, mask=in_lora, other=0.0)
+            row_of_b = tl.load(lora_b + row * rank + column - start, mask=in_lora, other=0.0)
             place = out + row * stride + columns + column
-            tl.store(place, adapter.to(out.dtype.element_ty), mask=column < beside)
+            tl.store(place, row_of_b.to(out.dtype.element_ty), mask=column < lora_columns)
 
 
 def can_dequantize(weight: torch.Tensor, state: QuantState | None) -> bool:
@@ -171,15 +171,17 @@ def can_dequantize(weight: torch.Tensor, state: QuantState | None) -> bool:
     )
 
 
-def dequantize(weight: torch.Tensor, state: QuantState, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
-    """[W, 0 B 0] into `out` (N, D + R): the (N, D) weight, and `up` (N, rank) in R columns from `start` on."""
+def dequantize(
+    weight: torch.Tensor, state: QuantState, lora_b: torch.Tensor | None, start: int, out: torch.Tensor
+) -> None:
+    """[W, 0 B 0] into `out` (N, D + R): the (N, D) weight, and `lora_b` (N, rank) in R columns from `start` on."""
     inner = state.state2
     rows, columns = state.shape
-    beside = out.shape[1] - columns
-    rank, lora = (0, state.code) if up is None else (up.shape[1], up)  # without LoRA nothing is read from it
-    _dequantize[rows, columns // (2 * BYTES) + (beside > 0)](
+    lora_columns = out.shape[1] - columns
+    rank, b = (0, state.code) if lora_b is None else (lora_b.shape[1], lora_b)  # without LoRA it is not read
+    _dequantize[rows, columns // (2 * BYTES) + (lora_columns > 0)](
         weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset,
-        lora, out, rank, start, out.stride(0), columns, beside, triton.next_power_of_2(max(beside, 1)), BYTES,
+        b, out, rank, start, out.stride(0), columns, lora_columns, triton.next_power_of_2(max(lora_columns, 1)), BYTES,
     )  # fmt: skip
 
 
@@ -190,7 +192,8 @@ class Kernels:
     """The kernels above, eager until `compile`, and dequantization. One object for all layers of a model."""
 
     def __init__(self):
-        elementwise = (_norm, _add_norm, _norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
+        norms = _rms_norm, _add_rms_norm, _rms_norm_backward
+        elementwise = *norms, _rotate, _rotate_backward, _swiglu, _swiglu_backward
         self.by_name = {kernel.__name__.strip("_"): kernel for kernel in elementwise}
         self._is_compiled = False
         self.has_triton = triton is not None
@@ -223,14 +226,14 @@ class Kernels:
             self._positions = embeddings[0], images, rows
         return rows
 
-    def dequantize(self, linear: nn.Module, up: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
+    def dequantize(self, linear: nn.Module, lora_b: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its LoRA B at `start`."""
         weight = linear.weight
         # FSDP unshards a weight without its state; shard_frozen_parameters left that at the module.
         state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
         if self.has_triton and can_dequantize(weight, state):
             try:
-                dequantize(weight, state, up, start, out)
+                dequantize(weight, state, lora_b, start, out)
                 return
             except Exception as error:  # Triton builds its launcher with the machine's C compiler
                 if is_out_of_memory(error):
@@ -240,5 +243,5 @@ class Kernels:
         plain = weight if state is None else dequantize_4bit(weight.data, state)
         out[:, : plain.shape[1]] = plain
         out[:, plain.shape[1] :] = 0
-        if up is not None:
-            out[:, plain.shape[1] + start :][:, : up.shape[1]] = up
+        if lora_b is not None:
+            out[:, plain.shape[1] + start :][:, : lora_b.shape[1]] = lora_b

@@ -123,7 +123,7 @@ def on_a_gpu(monkeypatch):
     from runtime.device import memory_in_use
 
     monkeypatch.setattr("models.memory.available_gpu_memory", lambda device: memory_in_use(device) + 4e9)
-    monkeypatch.setattr("models.fused_layers.SMALL", 1)
+    monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
     return monkeypatch
 
 

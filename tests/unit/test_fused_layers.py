@@ -20,7 +20,7 @@ KINDS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen2": Qwen2Config}
 
 @pytest.fixture(autouse=True)
 def few_rows_too(monkeypatch):
-    monkeypatch.setattr(fused_layers, "SMALL", 1)
+    monkeypatch.setattr(fused_layers, "MIN_ROWS", 1)
 
 
 def language_model(kind="mistral", load_in_4bit=False, targets=TARGETS, **lora):
@@ -80,13 +80,13 @@ def run(model, needs_rows=True, images=3, tokens=37):
     return output, rows.grad, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}
 
 
-def assert_same(one, other):
-    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
-    if one[1] is not None:
-        torch.testing.assert_close(one[1], other[1], atol=1e-4, rtol=1e-4)
-    for name, gradient in one[2].items():
+def assert_same(expected, found):
+    torch.testing.assert_close(expected[0], found[0], atol=1e-5, rtol=1e-5)
+    if expected[1] is not None:
+        torch.testing.assert_close(expected[1], found[1], atol=1e-4, rtol=1e-4)
+    for name, gradient in expected[2].items():
         scale = gradient.abs().max()
-        torch.testing.assert_close(other[2][name] / scale, gradient / scale, atol=2e-5, rtol=0, msg=name)
+        torch.testing.assert_close(found[2][name] / scale, gradient / scale, atol=2e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("needs_rows", [True, False])
@@ -101,7 +101,7 @@ def test_output_and_gradients_are_those_of_the_stock_layers(kind, load_in_4bit, 
 
 
 @pytest.mark.slow
-def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
+def test_compiled_kernels_compute_what_eager_ones_do_for_any_number_of_rows():
     from torch._dynamo.utils import counters
 
     stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
@@ -118,7 +118,7 @@ def test_compiled_kernels_are_the_plain_ones_for_any_number_of_rows():
     assert not layers[0].kernels.compiled and layers[0].kernels.by_name == kernels.Kernels().by_name != compiled
 
 
-def test_without_adapters_and_with_frozen_ones():
+def test_layers_without_lora_and_with_frozen_lora():
     plain = language_model(targets=None).train()
     stock = run(plain)
     fuse_layers(layers_of(plain))
@@ -127,13 +127,13 @@ def test_without_adapters_and_with_frozen_ones():
     for model in frozen:
         model.requires_grad_(False)
     fuse_layers(layers_of(frozen[1]))
-    one, other = run(frozen[0]), run(frozen[1])
-    assert_same(one, other)
-    assert one[1].abs().max() > 0 and not one[2]
+    expected = run(frozen[0])
+    assert_same(expected, run(frozen[1]))
+    assert expected[1].abs().max() > 0 and not expected[2]
 
 
 def test_a_checkpointed_layer_saves_its_input_alone():
-    """Bytes that stay between forward and backward, by what memory.py counts on."""
+    """Bytes saved between forward and backward, against what memory.py counts on."""
     from models.memory import LayerShape
 
     config = language_model().config
@@ -153,7 +153,7 @@ def test_a_checkpointed_layer_saves_its_input_alone():
     assert found[3] == pytest.approx(80 * (expected - 4 * 8), rel=0.01)  # the log-sum is attention's own
 
 
-def test_a_cache_and_a_mask_are_for_scoring():
+def test_scoring_uses_a_cache_and_a_mask():
     """Prefill with a cache, then rows with a mask of their own: as models/scoring.py does."""
     outputs = []
     for is_fused in (False, True):
@@ -179,14 +179,16 @@ def test_a_cache_and_a_mask_are_for_scoring():
     assert outputs[0][2] == outputs[1][2] == 13
 
 
-def test_when_the_stock_layer_does_it(monkeypatch):
+def test_few_rows_a_mask_in_training_and_inactive_lora_go_to_the_stock_layer(monkeypatch):
     model = language_model().train()
     layers = fuse_layers(layers_of(model))
     asked = []
-    for one in layers:
-        stock = one.stock
-        told = lambda *args, stock=stock, **kwargs: asked.append(1) or stock(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(one, "stock", told)
+
+    def counted(stock):
+        return lambda *args, **kwargs: asked.append(1) or stock(*args, **kwargs)
+
+    for layer in layers:
+        monkeypatch.setattr(layer, "stock", counted(layer.stock))
     rows = torch.randn(2, 8, 256, requires_grad=True)
     model(inputs_embeds=rows, use_cache=False)
     assert not asked
@@ -199,7 +201,7 @@ def test_when_the_stock_layer_does_it(monkeypatch):
     model(inputs_embeds=rows, use_cache=False)
     model.unmerge_adapter()
     assert len(asked) == 9
-    monkeypatch.setattr(fused_layers, "SMALL", 17)
+    monkeypatch.setattr(fused_layers, "MIN_ROWS", 17)
     model(inputs_embeds=rows, use_cache=False)
     assert len(asked) == 12
 
@@ -211,7 +213,7 @@ def test_when_the_stock_layer_does_it(monkeypatch):
         ("dropout of attention", lambda: with_attention_dropout(language_model())),
         ("some linears without an adapter", lambda: language_model(targets=["q_proj"])),
         ("a variant", lambda: language_model(use_dora=True)),
-        ("whole weights that learn", lambda: language_model(targets=None).requires_grad_(True)),
+        ("trainable weights besides LoRA", lambda: language_model(targets=None).requires_grad_(True)),
         ("another kind of layer", lambda: torch.nn.ModuleList([torch.nn.Linear(2, 2)])),
     ],
 )
@@ -225,12 +227,12 @@ def test_modules_names_and_weights_stay():
     before = {name: part.clone() for name, part in model.state_dict().items()}
     assert can_fuse(layers_of(model)) and not get_fused_layers(layers_of(model))
     made = fuse_layers(layers_of(model))
-    assert get_fused_layers(layers_of(model)) == made and all(isinstance(one, FusedLayer) for one in made)
+    assert get_fused_layers(layers_of(model)) == made and all(isinstance(layer, FusedLayer) for layer in made)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-UNPACK = """
+DEQUANTIZE = """
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from models.kernels import dequantize
@@ -247,11 +249,11 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
-def test_weights_are_unpacked_as_bitsandbytes_does():
+def test_weights_are_dequantized_as_bitsandbytes_does():
     """In Triton's interpreter, which must be asked for before Triton is imported; no GPU is needed."""
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA; its kernel ran on an H100 (docs/LOG.md)")
     there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
-    done = subprocess.run([sys.executable, "-c", UNPACK], **there, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", DEQUANTIZE], **there, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -267,7 +269,7 @@ def test_without_a_compiler_kernels_stay_eager_with_a_warning(monkeypatch, capsy
     stock, model = language_model(load_in_4bit=True).train(), language_model(load_in_4bit=True).train()
     layers = fuse_layers(layers_of(model))
     monkeypatch.setattr(kernels.CompiledKernel, "fails", False)
-    monkeypatch.setattr(torch, "compile", lambda piece: refuse)
+    monkeypatch.setattr(torch, "compile", lambda kernel: refuse)
     monkeypatch.setattr(kernels, "can_dequantize", lambda weight, state: True)
     monkeypatch.setattr(kernels, "dequantize", refuse)
     layers[0].kernels.has_triton = True
@@ -288,7 +290,7 @@ def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
 
     model = language_model().train()
     layers = fuse_layers(layers_of(model))
-    monkeypatch.setattr(torch, "compile", lambda piece: full)
+    monkeypatch.setattr(torch, "compile", lambda kernel: full)
     layers[0].kernels.compile()
     with pytest.raises(RuntimeError, match="out of memory"):
         run(model)

@@ -161,7 +161,7 @@ def test_an_adapter_and_sixteen_bits_are_scored_too(tiny, flowers):
 
 
 def test_fused_layers_give_the_same_scores(tiny, flowers, monkeypatch):
-    monkeypatch.setattr("models.fused_layers.SMALL", 1)
+    monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
     collator, base = flowers(NAMES, load_in_4bit=True)
     model = set_trainable(base, "adapter", 4, 8, 0.0).eval()
     for name, parameter in model.named_parameters():
