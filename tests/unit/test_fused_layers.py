@@ -276,12 +276,10 @@ def test_without_a_compiler_kernels_stay_eager_with_a_warning(monkeypatch, capsy
     layers[0].kernels.compile()
     assert_same(run(stock), run(model))
     printed = capsys.readouterr().out
-    assert printed.count("warning: kernels cannot be compiled on this machine (Failed to find C compiler.") == 2
+    assert printed.count("warning: kernels cannot be compiled on this machine (RuntimeError: Failed to find C com") == 2
     assert not layers[0].kernels.compiled
-    assert (
-        "eager kernels are used, slower and in more memory" in printed
-        and "bitsandbytes dequantizes the weights" in printed
-    )
+    assert "eager kernels are used, slower and in more memory" in printed
+    assert "bitsandbytes dequantizes the weights" in printed
 
 
 def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
