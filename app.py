@@ -5,13 +5,12 @@
     python app.py runs/default --open true       shown in the browser at once
     python app.py runs/default --host 0.0.0.0    for the whole network: whoever reaches it may use it
 
-Drop or paste a photo, or take one. Photos are named one at a time, kept for an hour, and sent nowhere.
+Drop or paste a photo, or take one. Photos are classified one by one, kept for an hour, and sent nowhere.
 """
 
 import contextlib
 import dataclasses
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -139,7 +138,6 @@ def serve(page, options: PageOptions) -> None:
     """Until Ctrl-C or SIGTERM."""
     import gradio as gr
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # gradio asks itself whether it runs, and would send that through a proxy
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},localhost,{options.host}"
@@ -160,7 +158,7 @@ def serve(page, options: PageOptions) -> None:
         css_paths=WEB / "page.css",
         head=f"<script>{(WEB / 'page.js').read_text(encoding='utf-8')}</script>",
     )
-    logger.info(f"page   {address} (Ctrl-C ends it)")
+    logger.info(f"page | {address} | Ctrl-C ends it")
     threading.Event().wait()
 
 

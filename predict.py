@@ -38,16 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         images = list(find_images(words))
         readable = [image for image, reason in images if reason is None]
         predictions = load_predictor(run).predict(readable) if readable else iter(())
-        logger.info(f"classifying {len(readable):,} images with {run.folder}")
+        logger.info(f"run | {run.folder} | {len(readable):,} images to classify")
         format_result, failed = format_json if options.json else format_line, 0
         for image, reason in images:
             found = reason or next(predictions)
             failed += isinstance(found, str)
-            try:
-                print(format_result(image, found, options.top), flush=True)
-            except BrokenPipeError:  # whoever reads, such as head, has enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
-                return 1
+            print(format_result(image, found, options.top), flush=True)
         if failed:
             logger.warning(f"{failed:,} of {len(images):,} could not be classified; their lines say why")
     return 1 if failed else 0

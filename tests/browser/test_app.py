@@ -42,12 +42,12 @@ def shown(tmp_path_factory):
         server = subprocess.Popen(argv, stdout=log, stderr=log, env=environment, cwd=folder)
     try:
         until = time.monotonic() + 120
-        while not (found := re.search(r"page   (\S+)", (folder / "log").read_text())):
+        while not (found := re.search(r"page \| (\S+)", (folder / "log").read_text())):
             assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
             time.sleep(0.2)
         yield found[1]
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 130
+        assert server.wait(20) == 143
         text = (folder / "log").read_text()
         assert "the page is closed" in text and "Traceback" not in text
         assert not list(temporary.glob("llava_plants_*")) and not list(ROOT.glob("*.pyi"))

@@ -44,7 +44,7 @@ def images(here):
 def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
     status, out, err = run(capsys, "one", "images/08.png", "images/deep", "images/*[0-3].png", "**/09.png", *FAST)
     names = [line.partition(": ")[0] for line in out.splitlines()]
-    assert status == 0 and "classifying 9 images with one" in err
+    assert status == 0 and "run | one | 9 images to classify" in err
     deep = [f"images/deep/{number}.png" for number in ("09", "10", "11")]
     assert names == ["images/08.png", *deep, *[f"images/0{number}.png" for number in range(4)], "images/deep/09.png"]
 
