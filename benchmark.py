@@ -176,7 +176,7 @@ def train_ours(run: Run, plant, data) -> Result:
     print(f"first step after {clock.first_step - began:.1f} s, planning included", flush=True)
     print(f"loader alone {load_rate(trainer):.1f} images/s")
     print(" | ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in clock.phases().items()))
-    note = f"micro-batch {trainer.micro_batch_size}"
+    note = f"micro-batch {trainer.micro_batcher.size}"
     if trainer.fused:
         checkpointed = sum(not layer.keep for layer in trainer.fused)
         note += f", activation checkpointing {checkpointed}/{len(trainer.fused)} layers"

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer = build_trainer(run, plant, data)
             run.record(plant, data, trainer)
             run.log_header(plant, data, trainer)
-            trainer.plan_memory(run.resume_from)
+            trainer.plan_memory()
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
             build_evaluator(run, plant, dist).report(data.validation, "val")

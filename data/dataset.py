@@ -20,7 +20,7 @@ from data.sources import ROW, SPLITS, load_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, logger
 
 SAMPLED = 2000  # images that stand for all of a split where reading each would take long
 STREAM_SAMPLED = 500  # of a stream, whose first rows are held in memory
@@ -172,3 +172,21 @@ def check_unreadable_fraction(unreadable: Collection[str], images: int, max_unre
             f"max_unreadable_fraction={max_unreadable_fraction} ({'; '.join(sorted(unreadable)[:5])}); repair or "
             "remove them, or raise --max-unreadable-fraction"
         )
+
+
+class UnreadableImages:
+    """The unreadable images of a split of `num_images`, found batch by batch; each is logged once."""
+
+    def __init__(self, split: str, num_images: int, max_fraction: float):
+        self.split = split
+        self.num_images = num_images
+        self.max_fraction = max_fraction
+        self.known: set[str] = set()
+
+    def add(self, unreadable: Collection[str], is_logged: bool = True) -> None:
+        """`unreadable` is "id: reason" of each image. Raises ImageError above `max_fraction` of the split."""
+        new = sorted(set(unreadable) - self.known)
+        self.known.update(new)
+        for entry in new if is_logged else ():
+            logger.warning("image skipped (%d of %s so far): %s", len(self.known), self.split, entry)
+        check_unreadable_fraction(self.known, self.num_images, self.max_fraction)

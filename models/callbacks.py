@@ -22,7 +22,7 @@ from models.throughput import measure_matmul_rate
 from runtime.atomic import replace_dir
 from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, rotate, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_files import PREFIX, append_metrics, read_metrics, truncate_metrics
+from runtime.run_files import PREFIX, append_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
@@ -36,19 +36,16 @@ class RunLog(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.folder = Path(trainer.args.output_dir)
+        self.run = trainer.run
         self.window: list[dict] = []  # steps since the last line
         self.losses, self.norms = SpikeDetector(LOSS_FACTOR, LOSS_MARGIN), SpikeDetector(NORM_FACTOR)
         self.matmul_rate: float | None = None  # FLOP/s of all GPUs; not measured on the CPU
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """On resume, drop what was written after the checkpoint, so that each step is there once."""
-        if state.is_world_process_zero:
-            truncate_metrics(self.folder, self.folder, state.global_step)
-            if args.device.type == "cuda":
-                dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    self.matmul_rate = measure_matmul_rate(args.device, dtype) * args.world_size
+        if state.is_world_process_zero and args.device.type == "cuda":
+            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self.matmul_rate = measure_matmul_rate(args.device, dtype) * args.world_size
         state.log_history.extend(self.trainer.backfilled_evals)
         self.first_step = state.global_step
         self.train_began = self.step_began = time.perf_counter()
@@ -62,7 +59,7 @@ class RunLog(TrainerCallback):
         }
         self.step_began = now
         if state.is_world_process_zero:
-            append_metrics(self.folder, step)
+            append_metrics(self.run.folder, step)
             self.warn_of_spikes(step)
             self.window.append(step)
             if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
@@ -71,24 +68,24 @@ class RunLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.is_world_process_zero:
-            append_metrics(self.folder, {"step": state.global_step} | metrics)
+            append_metrics(self.run.folder, {"step": state.global_step} | metrics)
             logger.info(
                 f"eval | step {state.global_step} | val loss {metrics['eval_loss']:.4f} | "
                 f"val top-1 {metrics['eval_top1']:.3f} | val top-5 {metrics['eval_top5']:.3f}"
             )
-            plot_training(read_metrics(self.folder), self.folder / "loss.png")
+            plot_training(read_metrics(self.run.folder), self.run.folder / "loss.png")
         self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        lines = read_metrics(self.folder)
+        lines = read_metrics(self.run.folder)
         skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
             logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
         if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
-            plot_training(lines, self.folder / "loss.png")
+            plot_training(lines, self.run.folder / "loss.png")
 
     def format_line(self, state) -> str:
         seconds, images, image_tokens, flops = (

@@ -192,11 +192,11 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
         if available is None:
             return
         if not trainer.fused:
-            logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batch_size)
+            logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batcher.size)
             return
         began = time.perf_counter()
         # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
-        if options.compile == "auto" and (options.auto_batch or trainer.micro_batch_size > 1):
+        if options.compile == "auto" and (options.auto_batch or trainer.micro_batcher.size > 1):
             seconds, _ = try_micro_batch(trainer, row, 1)
             _compile_if_worth(trainer, seconds, steps_left)
         if options.auto_batch:
@@ -262,7 +262,7 @@ def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> Non
     ignored = {name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")}
     trainer.dummy_micro_batch = dummy | ignored
     collect_memory(device)
-    held, size = memory_in_use(device), trainer.micro_batch_size
+    held, size = memory_in_use(device), trainer.micro_batcher.size
     began = time.perf_counter()
     seconds, peak = try_micro_batch(trainer, row, size)
     if trainer.fused and device.type == "cuda" and peak < math.inf:
@@ -300,7 +300,7 @@ def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
     smallest = choose_plan(cost, step, 0, options.gradient_checkpointing)
     while True:
         plan = choose_plan(cost, step, budget, options.gradient_checkpointing, host)
-        trainer.micro_batch_size = plan.micro_batch_size
+        trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offload)
         _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
         collect_memory(device)
@@ -332,7 +332,7 @@ def out_of_memory_message(trainer) -> str:
         )
     smaller = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or "
     return (
-        f"out of memory with micro-batch {trainer.micro_batch_size}, which is not planned with sharded weights; "
-        f"{smaller if trainer.micro_batch_size > 1 else ''}use {checkpointing}, --image-size 336, --optim "
+        f"out of memory with micro-batch {trainer.micro_batcher.size}, which is not planned with sharded weights; "
+        f"{smaller if trainer.micro_batcher.size > 1 else ''}use {checkpointing}, --image-size 336, --optim "
         "paged_adamw_8bit"
     )

@@ -8,13 +8,12 @@ import functools
 import math
 import os
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
@@ -23,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.training_args import OptimizerNames
 
 from config.training_config import TrainingConfig
-from data.dataset import PlantData, check_unreadable_fraction, count_images, sample_rows
+from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
@@ -32,11 +31,29 @@ from models.scoring import build_tries, rank_true_classes, score_batch
 from models.throughput import FlopCounter
 from runtime.checkpoint import create_checkpoint_dir, read_best, verify_checkpoint
 from runtime.device import fit_workers, is_out_of_memory
-from runtime.distributed import all_reduce_gradients, get_world_size, shard_batches, unsharded
+from runtime.distributed import Distributed, all_reduce_gradients, get_world_size, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
-from runtime.run_files import BEST, PREFIX, step_of, truncate_metrics
+from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
+
+# Fields of the config that transformers has under the same name.
+ARGUMENTS = (
+    "output_dir",
+    "seed",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
 
 
 @dataclasses.dataclass
@@ -50,22 +67,17 @@ class StepState:
     skipped: list[str] = dataclasses.field(default_factory=list)  # what was non-finite in the last steps in a row
 
 
-class UnreadableImages:
-    """Images of a split that could not be read: each is logged once, and too large a fraction is an error."""
+class StepValues(NamedTuple):
+    """What is read from the device in an optimizer step: sums over all ranks, and the mean loss."""
 
-    def __init__(self, split: str, max_fraction: float):
-        self.split = split
-        self.max_fraction = max_fraction
-        self.known: set[str] = set()
-
-    def add(self, unreadable: Sequence[str], num_images: int, is_logged: bool) -> None:
-        """`unreadable` is "id: reason" of images among `num_images` of the split. Raises ImageError."""
-        new = [entry for entry in unreadable if entry not in self.known]
-        self.known.update(new)
-        for entry in new if is_logged else ():
-            logger.warning("image skipped (%d of %s so far): %s", len(self.known), self.split, entry)
-        if new:
-            check_unreadable_fraction(self.known, num_images, self.max_fraction)
+    loss: float
+    miscounted: float  # samples whose number of image tokens is not the collator's
+    images: float
+    image_tokens: float
+    flops: float
+    unreadable: float  # images
+    stops: float  # ranks that have received a signal
+    grad_norm: float
 
 
 class PlantTrainer(Trainer):
@@ -73,8 +85,8 @@ class PlantTrainer(Trainer):
 
     - a loader batch is a whole optimizer step, which `training_step` splits into micro-batches. Each loss is divided by
       the tokens of the whole step: the sum is the exact token mean and the order of images is the same for any split;
-    - after out-of-memory the same step is retried with half the micro-batch from its own random state;
-      models/memory.py plans beforehand what fits;
+    - after out-of-memory the same step is retried with half the micro-batch from its own random state; `plan_memory`
+      finds out beforehand what fits;
     - once per step, after clipping and before the weights are updated, loss, gradient norm and image-token counts are
       read from the device: a non-finite value skips the step or stops the run, a wrong count stops it;
     - `train` resumes exactly, saves and raises Interrupted on a signal, and ends with an evaluation;
@@ -85,39 +97,44 @@ class PlantTrainer(Trainer):
 
     def __init__(
         self,
-        *args,
+        run: Run,
+        memory_options: MemoryOptions,
         micro_batch_size: int,
         projector_learning_rate: float | None = None,
         max_unreadable_fraction: float = 0.0,
         max_skipped_steps: int = 0,
-        run_id: str = "",
         **kwargs,
     ):
-        self.micro_batch_size = micro_batch_size
+        self.run = run
+        self.dist = run.dist or Distributed()
+        self.memory_options = memory_options
+        self.micro_batcher = MicroBatcher(micro_batch_size)
         self.projector_learning_rate = projector_learning_rate
         self.max_skipped_steps = max_skipped_steps
-        self.run_id = run_id
         self.stop = StopRequest()
         self.step = StepState()
         self.step_metrics: dict = {}  # of the last complete step, for RunLog
         self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
-        self.unreadable = {split: UnreadableImages(split, max_unreadable_fraction) for split in ("train", "val")}
         self.fsdp_modules: list = []  # modules whose frozen weights are sharded across ranks
         self.dummy_micro_batch: dict = {}  # all labels -100, so that every rank takes part in each FSDP all-gather
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         base = unwrap(self.model)
         self.fused = get_fused_layers(base.model.language_model.layers)
         self.tile = base.config.vision_config.image_size
         self.count_flops = FlopCounter(self.model)
         self.tries = build_tries(self.data_collator.name_ids)
-        self.eval_micro_batch = MicroBatcher(self.args.per_device_eval_batch_size)
-        self.best = BestCheckpoint(Path(self.args.output_dir) / BEST)
+        self.eval_micro_batcher = MicroBatcher(self.args.per_device_eval_batch_size)
+        self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.streams = isinstance(self.train_dataset, IterableDataset)
+        self.unreadable_train, self.unreadable_val = (
+            UnreadableImages(split, count_images(rows or ()), max_unreadable_fraction)
+            for split, rows in (("train", self.train_dataset), ("val", self.eval_dataset))
+        )
         if self.streams:
-            self.train_dataset.set_rank(self.args.process_index, self.args.world_size, self.total_batch_size)
+            self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
             # The order of images depends on the number of workers, so every rank has what the smallest machine can.
-            fewest = min(gather_object([self.args.dataloader_num_workers]))
+            fewest = min(self.dist.gather_object([self.args.dataloader_num_workers]))
             if fewest < self.args.dataloader_num_workers:
                 logger.warning("num_workers lowered to %d: another machine has too little shared memory", fewest)
             self.args.dataloader_num_workers = fewest
@@ -128,10 +145,10 @@ class PlantTrainer(Trainer):
         if is_new and self.projector_learning_rate is not None:
             projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
             for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in projector]
-                if own:
+                in_projector = [p for p in group["params"] if id(p) in projector]
+                if in_projector:
                     group["params"] = [p for p in group["params"] if id(p) not in projector]
-                    optimizer.add_param_group(group | {"params": own, "lr": self.projector_learning_rate})
+                    optimizer.add_param_group(group | {"params": in_projector, "lr": self.projector_learning_rate})
             # The first group's learning rate is logged, so it must not be empty.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -156,20 +173,20 @@ class PlantTrainer(Trainer):
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
             _set_random_state(random_state, device)
-        if self.args.world_size > 1:
-            all_reduce_gradients(self.model.parameters(), self.args.world_size)
+        if self.dist.world_size > 1:
+            all_reduce_gradients(self.model.parameters(), self.dist.world_size)
         return self.step.loss
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
         total = torch.zeros((), device=self.args.device)
-        micro_batches = inputs.split(self.micro_batch_size)
+        micro_batches = inputs.split(self.micro_batcher.size)
         if self.fsdp_modules:  # the weights of each forward come from all ranks
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
         for micro_batch in micro_batches:
-            if self.args.world_size == 1:  # several ranks stop together, at the end of a step
+            if self.dist.world_size == 1:  # several ranks stop together, at the end of a step
                 self.stop.check()
             with self.accelerator.no_sync(model):  # no all-reduce by DDP's hooks; runtime/distributed.py says why
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
@@ -180,37 +197,36 @@ class PlantTrainer(Trainer):
 
         With micro-batch 1, what is left is to checkpoint the activations of all layers and offload them to the CPU.
         """
-        if not is_out_of_memory(error):
-            raise error
         step = self.state.global_step + 1
-        is_smallest = self.micro_batch_size == 1 and all(layer.offload and not layer.keep for layer in self.fused)
-        if self.fsdp_modules or is_smallest:
-            raise UserError(f"step {step}: {out_of_memory_message(self)}") from error
-        if self.micro_batch_size == 1:
+        message = f"step {step}: {out_of_memory_message(self)}"
+        if self.fsdp_modules and is_out_of_memory(error):
+            raise UserError(message) from error
+        can_offload = any(layer.keep or not layer.offload for layer in self.fused)
+        if self.micro_batcher.size == 1 and can_offload and is_out_of_memory(error):
             set_activation_checkpointing(self.fused, 0, offload=True)
-        self.micro_batch_size = max(self.micro_batch_size // 2, 1)
-        offloads = any(layer.offload for layer in self.fused)
-        logger.warning(
-            "step %d: out of memory; from here on retrying with micro-batch %d%s",
-            step,
-            self.micro_batch_size,
-            ", activation checkpointing in all layers, offloaded to the CPU" if offloads else "",
-        )
+            measure = ", activation checkpointing in all layers, offloaded to the CPU"
+        else:
+            self.micro_batcher.halve(error, message)
+            measure = ""
+        size = self.micro_batcher.size
+        logger.warning("step %d: out of memory; from here on retrying with micro-batch %d%s", step, size, measure)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between clipping and the optimizer's update: the one place in a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.check_step(grad_norm)
+        values = self.read_step(grad_norm)
+        if values.stops and self.dist.world_size > 1:
+            raise Interrupted
+        self.check_step(values)
         self.step.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
         return grad_norm
 
-    def check_step(self, grad_norm: torch.Tensor) -> None:
-        """Fill `step_metrics` from all ranks' loss and counts, or raise the same error on every rank."""
-        batch, world_size, step = self.step.batch, self.args.world_size, self.state.global_step + 1
-        miscounted = torch.zeros((), device=self.args.device)
+    def read_step(self, grad_norm: torch.Tensor) -> StepValues:
+        batch, device = self.step.batch, self.args.device
+        miscounted = torch.zeros((), device=device)
         if batch.samples:
-            is_image = batch["input_ids"] == self.processing_class.image_token_id
-            miscounted = (is_image.sum(dim=1) != batch["image_tokens"]).sum()
+            is_image_token = batch["input_ids"] == self.processing_class.image_token_id
+            miscounted = (is_image_token.sum(dim=1) != batch["image_tokens"]).sum()
         counts = [
             len(batch.samples),
             sum(sample.image_tokens for sample in batch.samples),
@@ -218,39 +234,40 @@ class PlantTrainer(Trainer):
             len(batch.unreadable),
             self.stop.signal is not None,
         ]
-        counts = torch.tensor(counts, dtype=torch.float32).to(self.args.device)
+        counts = torch.tensor(counts, dtype=torch.float32).to(device)
         values = torch.cat([torch.stack([self.step.loss.float(), miscounted.float()]), counts])
-        if world_size > 1:
+        if self.dist.world_size > 1:
             torch.distributed.all_reduce(values)
-            values[0] /= world_size
-        values = torch.cat([values, grad_norm.to(values).reshape(1)]).tolist()
-        loss, miscounted, images, image_tokens, flops, unreadable, stops, norm = values
-        if stops and world_size > 1:
-            raise Interrupted
-        if unreadable:
-            sentences = gather_object(batch.unreadable)
-            self.add_unreadable("train", sentences)
-            if not images:
+            values[0] /= self.dist.world_size
+        return StepValues._make(torch.cat([values, grad_norm.to(values).reshape(1)]).tolist())
+
+    def check_step(self, values: StepValues) -> None:
+        """Fill `step_metrics`; raise the same error on every rank for a step that must not update the weights."""
+        step, loss, norm, batch = self.state.global_step + 1, values.loss, values.grad_norm, self.step.batch
+        if values.unreadable:
+            unreadable = self.dist.gather_object(batch.unreadable)
+            self.unreadable_train.add(unreadable, self.dist.is_main_process)
+            if not values.images:
                 raise UserError(
-                    f"step {step}: none of its images can be read; fix or remove them ({'; '.join(sentences[:5])})"
+                    f"step {step}: none of its images can be read; fix or remove them ({'; '.join(unreadable[:5])})"
                 )
         self.step_metrics = {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
-            "images": int(images),
-            "image_tokens": int(image_tokens),
-            "flops": flops,
+            "images": int(values.images),
+            "image_tokens": int(values.image_tokens),
+            "flops": values.flops,
         }
-        if math.isfinite(loss) and math.isfinite(norm) and not miscounted:
+        if math.isfinite(loss) and math.isfinite(norm) and not values.miscounted:
             self.step.skipped.clear()
             return
-        ids = ", ".join(gather_object([sample.id for sample in batch.samples]))
-        if miscounted:
+        ids = ", ".join(self.dist.gather_object([sample.id for sample in batch.samples]))
+        if values.miscounted:
             raise UserError(
-                f"step {step}: the number of image tokens of {miscounted:.0f} samples changed between the collator and "
-                f"the step; the weights were not updated, please report this (samples: {ids})"
+                f"step {step}: the number of image tokens of {values.miscounted:.0f} samples changed between the "
+                f"collator and the step; the weights were not updated, please report this (samples: {ids})"
             )
         self.handle_non_finite_step(loss, norm, ids)
 
@@ -268,27 +285,24 @@ class PlantTrainer(Trainer):
         reason = f"step {step}: loss {loss}, gradient norm {norm}"
         self.step.skipped.append(f"{reason} (samples: {ids})")
         if len(self.step.skipped) > self.max_skipped_steps:
-            last = "this step" if len(self.step.skipped) == 1 else f"the last {len(self.step.skipped)} steps"
+            steps = "this step" if len(self.step.skipped) == 1 else f"the last {len(self.step.skipped)} steps"
             raise UserError(
-                f"{reason}; the weights were not updated in {last}. Check these images, or use a lower --learning-rate "
-                f"or --mixed-precision bf16: {'; '.join(self.step.skipped)}"
+                f"{reason}; the weights were not updated in {steps}. Check these images, or use a lower "
+                f"--learning-rate or --mixed-precision bf16: {'; '.join(self.step.skipped)}"
             )
-        if self.is_world_process_zero():
+        if self.dist.is_main_process:
             logger.warning("%s; the step is skipped (samples: %s)", reason, ids)
         self.step_metrics["skipped"] = "not finite"
         self.model.zero_grad()  # without gradients the optimizer updates nothing
         self._tr_loss.copy_(self.step.loss_sum)  # otherwise the mean loss that trackers get would stay NaN
 
-    def add_unreadable(self, split: str, unreadable: Sequence[str]) -> None:
-        rows = self.train_dataset if split == "train" else self.eval_dataset
-        self.unreadable[split].add(unreadable, count_images(rows), is_logged=self.is_world_process_zero())
-
     # ---- the run
 
-    def plan_memory(self, checkpoint: Path | None = None, steps_left: float | None = None) -> None:
-        """Choose what fits the GPU; `steps_left` None: those after `checkpoint`. Raises UserError."""
-        left = self.planned_steps() - step_of(checkpoint) if steps_left is None else steps_left
-        plan_memory(self, self.memory_options, self.data_collator.largest_row(sample_rows(self.train_dataset)), left)
+    def plan_memory(self, steps_left: float | None = None) -> None:
+        """Choose what fits the GPU; `steps_left` None: those after the run's checkpoint. Raises UserError."""
+        rows = sample_rows(self.train_dataset)
+        left = self.planned_steps() - step_of(self.run.resume_from) if steps_left is None else steps_left
+        plan_memory(self, self.memory_options, self.data_collator.largest_row(rows), left)
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -309,13 +323,11 @@ class PlantTrainer(Trainer):
         """
         with self.stop.listening():
             try:
-                if resume_from_checkpoint is None:
-                    super().train()
-                else:
-                    self._resume(resume_from_checkpoint)
+                if self._prepare_start(resume_from_checkpoint):
+                    super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
+                if self.eval_dataset is not None and not _is_evaluated(self.state):
+                    self.evaluate()
                 self.check_stop()
-                if self.eval_dataset is not None:
-                    self.evaluate_if_needed()
             except Interrupted:
                 self.save_now()
                 raise
@@ -325,14 +337,17 @@ class PlantTrainer(Trainer):
                     "run code when it is read. If you do not know where it is from, delete the folder."
                 ) from error
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _prepare_start(self, checkpoint: Path | None) -> bool:
+        """Bring metrics, stream and evaluations to the state of a checkpoint; whether a step is left to do."""
+        saved = TrainerState() if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        is_evaluated = _is_evaluated(saved)
+        if self.dist.is_main_process:
+            truncate_metrics(self.run.folder, self.run.folder, saved.global_step, is_evaluated)
+        if checkpoint is None:
+            return True
         logger.info("run | resuming from %s", checkpoint)
-        saved = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         saved.is_world_process_zero = self.is_world_process_zero()  # rank 0 wrote the file
         saved.is_local_process_zero = self.is_local_process_zero()
-        folder, is_evaluated = self.args.output_dir, _is_evaluated(saved)
-        if self.is_world_process_zero():
-            truncate_metrics(folder, folder, saved.global_step, is_evaluated)
         if self.streams:
             self.train_dataset.skip_steps(saved.global_step)
         interval = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
@@ -347,14 +362,14 @@ class PlantTrainer(Trainer):
             if isinstance(callback, EarlyStopping)
         )
         if saved.global_step < self.planned_steps() and not stopped_early:
-            super().train(resume_from_checkpoint=str(checkpoint))
-        else:  # no step is left, where transformers would do one more
-            self._load_from_checkpoint(str(checkpoint))
-            self.state = saved
+            return True
+        self._load_from_checkpoint(str(checkpoint))  # no step is left, where transformers would do one more
+        self.state = saved
+        return False
 
     def check_stop(self) -> None:
         """Raise Interrupted on every rank if any rank has received a signal."""
-        if self.args.world_size == 1:
+        if self.dist.world_size == 1:
             self.stop.check()
             return
         stops = torch.tensor(float(self.stop.signal is not None), device=self.args.device)
@@ -366,9 +381,9 @@ class PlantTrainer(Trainer):
         """A checkpoint of the last complete step, unless there is one; a step in progress leaves no trace in it."""
         if self.step.random_state is None or self.args.save_strategy == "no":
             return
-        folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
-        is_saved = self.is_world_process_zero() and folder.exists() and verify_checkpoint(folder) is None
-        if gather_object([is_saved])[0]:
+        folder = self.run.folder / f"{PREFIX}{self.state.global_step}"
+        is_saved = self.dist.is_main_process and folder.exists() and verify_checkpoint(folder) is None
+        if self.dist.gather_object([is_saved])[0]:
             return
         self.model.zero_grad()
         _set_random_state(self.step.random_state, self.args.device)
@@ -377,19 +392,18 @@ class PlantTrainer(Trainer):
         logger.info("saved | %s", folder)
         self.accelerator.wait_for_everyone()  # a launcher ends all ranks once one has exited
 
-    def load_best(self) -> int:
-        """Load the weights of best/ on every rank; returns their step. Without validation they are the last ones."""
-        best, step = self.best.folder, self.state.global_step
-        if self.is_world_process_zero():
-            if self.eval_dataset is None or read_best(best) is None:
+    def load_best(self) -> None:
+        """Load the weights of best/ on every rank. Without validation they are those of the last step."""
+        folder, step = self.best.folder, self.state.global_step
+        if self.dist.is_main_process:
+            if self.eval_dataset is None or read_best(folder) is None:
                 self.best.save(self.model, self.processing_class, {"step": step})
-            step = read_best(best)["step"]
-        step = gather_object([step])[0]
+            step = read_best(folder)["step"]
+        step = self.dist.gather_object([step])[0]
         if step != self.state.global_step:
-            load_weights(self.model, best)
+            load_weights(self.model, folder)
         unshard_weights(self)  # last: reading or writing a state dict reshards
-        logger.info("result | %s holds the weights of step %d", best, step)
-        return step
+        logger.info("result | %s holds the weights of step %d", folder, step)
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run that is no longer in fp16 has none to load
@@ -408,8 +422,8 @@ class PlantTrainer(Trainer):
         load_weights(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
-        if self.is_world_process_zero():
-            create_checkpoint_dir(Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}", self.run_id)
+        if self.dist.is_main_process:
+            create_checkpoint_dir(self.run.folder / f"{PREFIX}{self.state.global_step}", self.run.run_id)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each rank writes its random state, then rank 0 the manifest
@@ -436,20 +450,15 @@ class PlantTrainer(Trainer):
 
     def _get_dataloader(self, *args, **kwargs):
         if not kwargs.get("is_training"):
-            kwargs["batch_size"] *= self.args.world_size  # configured per rank, and sharded below
+            kwargs["batch_size"] *= self.dist.world_size  # configured per rank, and sharded below
         loader = super()._get_dataloader(*args, **kwargs)
-        if self.args.world_size > 1:
-            shard_batches(loader, self.args.process_index, self.args.world_size)
+        if self.dist.world_size > 1:
+            shard_batches(loader, self.dist.rank, self.dist.world_size)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         return loader
 
     # ---- evaluation
-
-    def evaluate_if_needed(self) -> None:
-        """Evaluate, unless that was done after this very step."""
-        if not _is_evaluated(self.state):
-            self.evaluate()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         scores = self.score_validation(eval_dataset)
@@ -467,22 +476,22 @@ class PlantTrainer(Trainer):
         with torch.random.fork_rng(), unsharded(self.fsdp_modules):
             for batch in self.get_eval_dataloader(eval_dataset):
                 self.check_stop()
-                if self.args.world_size == 1:  # at once, not after the whole split
-                    self.add_unreadable("val", batch.unreadable)
                 unreadable += batch.unreadable
+                if self.dist.world_size == 1:  # at once, not after the whole split
+                    self.unreadable_val.add(unreadable)
                 if not batch.samples:
                     continue
                 with self.accelerator.autocast():
-                    scores = score_batch(self.model, batch, self.tries, self.eval_micro_batch).cpu().double().numpy()
+                    scores = score_batch(self.model, batch, self.tries, self.eval_micro_batcher).cpu().double().numpy()
                 labels = np.array([sample.label for sample in batch.samples])
                 correct, rank, log_likelihood = rank_true_classes(scores, labels)
                 tokens = [sample.length - sample.prompt_length for sample in batch.samples]
                 ids = [sample.id for sample in batch.samples]
                 scored += zip(ids, zip(tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist()))
-        unreadable = gather_object(unreadable)
-        self.add_unreadable("val", unreadable)
+        unreadable = self.dist.gather_object(unreadable)
+        self.unreadable_val.add(unreadable, self.dist.is_main_process)
         # In the same order for any number of ranks: sums of floating-point numbers depend on it.
-        scored = sorted(gather_object(scored), key=lambda entry: entry[0])
+        scored = sorted(self.dist.gather_object(scored), key=lambda entry: entry[0])
         tokens, correct, rank, log_likelihood = np.array([values for _, values in scored]).T
         return {
             "loss": float(-log_likelihood.sum() / tokens.sum()),
@@ -511,38 +520,35 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
 
 def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     """The trainer of a run, with its callbacks. The run's id marks the checkpoints that it may resume and delete."""
-    config, collator = run.config, plant.collator
-    batch_bytes = collator.batch_bytes(max(config.effective_batch_size, config.per_device_eval_batch_size))
+    config = run.config
+    largest_batch = max(config.effective_batch_size, config.per_device_eval_batch_size)
     try:
         trainer = PlantTrainer(
+            run,
+            MemoryOptions(config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding),
+            config.per_device_train_batch_size,
+            config.projector_learning_rate,
+            config.max_unreadable_fraction,
+            config.max_skipped_steps,
             model=plant.model,
-            args=build_arguments(config, plant.precision, plant.device, batch_bytes),
-            data_collator=collator,
+            args=build_arguments(config, plant.precision, plant.device, plant.collator.batch_bytes(largest_batch)),
+            data_collator=plant.collator,
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=plant.processor,
-            micro_batch_size=config.per_device_train_batch_size,
-            projector_learning_rate=config.projector_learning_rate,
-            max_unreadable_fraction=config.max_unreadable_fraction,
-            max_skipped_steps=config.max_skipped_steps,
-            run_id=run.run_id,
         )
     except RuntimeError as error:
         if "Callback requires" not in str(error):
             raise
         raise UserError(f"--report-to {config.report_to}: {error}") from error
-    trainer.memory_options = MemoryOptions(
-        config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding
-    )
     for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
         trainer.remove_callback(callback)
     keeper = CheckpointKeeper(run.run_id, config.save_total_limit)
     for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar()):
         trainer.add_callback(callback)
     if config.early_stopping_patience is not None:
-        trainer.add_callback(
-            EarlyStopping(config.early_stopping_patience, config.early_stopping_min_gain, len(data.validation))
-        )
+        patience, min_gain = config.early_stopping_patience, config.early_stopping_min_gain
+        trainer.add_callback(EarlyStopping(patience, min_gain, len(data.validation)))
     return trainer
 
 
@@ -568,8 +574,7 @@ def build_arguments(
         )
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # accelerate launch may have set another one
     arguments = TrainingArguments(
-        output_dir=config.output_dir,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in ARGUMENTS},
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if device.type == "cpu" and ranks > 1 else None,
         ddp_find_unused_parameters=False,
@@ -578,22 +583,10 @@ def build_arguments(
         fp16=precision == "fp16",
         per_device_train_batch_size=config.effective_batch_size,  # of all ranks; runtime/distributed.py shards it
         gradient_accumulation_steps=1,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
-        logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         report_to=trackers,
         eval_strategy="steps" if config.eval_steps else "no",
-        eval_steps=config.eval_steps,
         save_strategy="steps",
-        save_steps=config.save_steps,
         save_total_limit=None,  # CheckpointKeeper rotates: transformers would delete before the manifest is written
         dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
         dataloader_pin_memory=config.pin_memory and device.type == "cuda",

@@ -253,7 +253,7 @@ def test_out_of_memory_of_one_is_its_own_affair(here, one):
     script = with_fault(here, """
         def once(self, *args):
             loss = real(self, *args)  # its gradients are there already
-            if rank == 1 and self.state.global_step == 3 and self.micro_batch_size > 2:
+            if rank == 1 and self.state.global_step == 3 and self.micro_batcher.size > 2:
                 open("met", "w").close()
                 raise torch.OutOfMemoryError("CUDA out of memory (injected)")
             return loss

@@ -18,7 +18,7 @@ from models.memory import (
     step_cost,
 )
 from runtime.device import is_out_of_memory
-from tests.unit.test_trainer import Cramped, make_fused, make_trainer, same, weights
+from tests.unit.test_trainer import equal, limit_memory, make_fused, make_trainer, weights
 from utils.logging_utils import UserError, setup_logging
 
 GIB = 2**30
@@ -145,8 +145,8 @@ def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, ca
     trainer = make_fused(tiny, tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=8)
     before, state = weights(trainer), torch.get_rng_state()
     plan(trainer, tiny)
-    assert (trainer.micro_batch_size, [layer.keep for layer in trainer.fused]) == (16, [True] * 3)
-    assert same(before, weights(trainer)) and torch.equal(state, torch.get_rng_state())
+    assert (trainer.micro_batcher.size, [layer.keep for layer in trainer.fused]) == (16, [True] * 3)
+    assert equal(before, weights(trainer)) and torch.equal(state, torch.get_rng_state())
     assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
     printed = capsys.readouterr().out
     assert "memory | micro-batch 16 | activation checkpointing 0/3 layers | peak " in printed
@@ -154,7 +154,7 @@ def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, ca
     trainer.train()
     other = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=8)
     other.train()
-    assert same(weights(trainer), weights(other), 1e-5)
+    assert equal(weights(trainer), weights(other), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_activation_checkpointing_as_configured(checkpointing, keeps, offloads, 
 def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, on_a_gpu):
     setup_logging()
     trainer = make_fused(tiny, tmp_path)
-    Cramped(trainer.model, room=4)
+    limit_memory(trainer.model, 4)
     plan(trainer, tiny)
-    assert trainer.micro_batch_size == 4
+    assert trainer.micro_batcher.size == 4
     words = "memory: micro-batch 16 with activation checkpointing in 0 of 3 layers does not fit; trying less"
     assert words in capsys.readouterr().out
 
@@ -189,12 +189,12 @@ def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, o
 
     on_a_gpu.setattr("models.memory.try_micro_batch", measure)
     plan(trainer, tiny, compile="false")
-    assert tried[0] == 16 and trainer.micro_batch_size == tried[-1] <= 4
+    assert tried[0] == 16 and trainer.micro_batcher.size == tried[-1] <= 4
 
 
 def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path, on_a_gpu):
     trainer = make_fused(tiny, tmp_path)
-    Cramped(trainer.model, room=0)
+    limit_memory(trainer.model, 0)
     with pytest.raises(UserError, match="memory: out of memory with micro-batch 1; use --gradient-checkpointing"):
         plan(trainer, tiny)
 
@@ -202,7 +202,7 @@ def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path
 def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, on_a_gpu):
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny, auto_batch=False)
-    assert trainer.micro_batch_size == 2 and not any(layer.keep for layer in trainer.fused)
+    assert trainer.micro_batcher.size == 2 and not any(layer.keep for layer in trainer.fused)
 
 
 @pytest.mark.parametrize("images, compiles", [(1, False), (2, True)])
@@ -240,8 +240,8 @@ def test_kernels_are_compiled_if_the_run_wins_the_time_back(
 def test_stock_layers_and_machines_without_a_gpu_are_as_configured(tiny, tmp_path, on_a_gpu):
     trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny)
-    assert trainer.micro_batch_size == 2
+    assert trainer.micro_batcher.size == 2
     on_a_gpu.setattr("models.memory.available_gpu_memory", lambda device: None)
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny)
-    assert trainer.micro_batch_size == 2
+    assert trainer.micro_batcher.size == 2
