@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run tests; each takes up to 2 GB of memory.
+TESTS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TESTS)
 
 .PHONY: demo app setup test test-all test-slow test-browser faults fuzz lint
 
@@ -16,14 +19,14 @@ runs/tiny/best/manifest.json: | $(VENV)/installed
 	$(BIN)/python train.py --preset tiny --output-dir runs/tiny
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: test test-slow
 
 # What `make test` leaves out: slow tests, several ranks, faults.
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m pytest -m '' tests/distributed tests/faults
+	$(PYTEST) -m slow
+	$(PYTEST) -m '' tests/distributed tests/faults
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest tests/browser

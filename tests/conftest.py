@@ -1,5 +1,7 @@
-"""Tiny real models and data, made once a session; no network."""
+"""Tiny real models, data and runs, made once a session; no network."""
 
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -7,9 +9,12 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
@@ -108,13 +113,17 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def small_splits(monkeypatch):
-    """The synthetic source in a fraction of a second."""
+def use_small_splits(patch: pytest.MonkeyPatch) -> None:
     from data import dataset
 
     for split, count in {"train": 48, "validation": 20, "test": 20}.items():
-        monkeypatch.setitem(dataset.SPLIT_SIZES, split, count)
+        patch.setitem(dataset.SPLIT_SIZES, split, count)
+
+
+@pytest.fixture
+def small_splits(monkeypatch):
+    """The synthetic source in a fraction of a second."""
+    use_small_splits(monkeypatch)
 
 
 @pytest.fixture
@@ -151,31 +160,79 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Finished(NamedTuple):
+    """A run of train.py that ended well; tests that read it copy its folder."""
+
+    folder: Path
+    output: str  # stdout and stderr
+
+
 @pytest.fixture(scope="session")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept")
+def train_once(tmp_path_factory) -> Callable[..., Finished]:
+    """train_once(*flags): the tiny preset for six steps, in runs/tiny of an empty folder; each run is made once."""
+    import train
+
+    runs: dict[tuple[str, ...], Finished] = {}
+
+    def make(*flags: str) -> Finished:
+        if flags not in runs:
+            output = io.StringIO()
+            with pytest.MonkeyPatch.context() as patch, working_folder(tmp_path_factory.mktemp("run")) as folder:
+                use_small_splits(patch)
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                    assert train.main([*TINY, *flags]) == 0
+            runs[flags] = Finished(folder / "runs" / "tiny", output.getvalue())
+        return runs[flags]
+
+    return make
+
+
+@contextlib.contextmanager
+def working_folder(folder: Path) -> Iterator[Path]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def full_run(train_once) -> Finished:
+    """All weights trained, with checkpoints of steps 4 and 6 and evaluations after steps 3 and 6."""
+    return train_once("--save-steps", "2", "--eval-steps", "3")
+
+
+@pytest.fixture(scope="session")
+def lora_run(train_once, checkpoint) -> Finished:
+    """LoRA and projector trained beside a 4-bit base."""
+    flags = ["--model", checkpoint(), "--load-in-4bit", "true", "--trainable", "adapter+projector", "--lora-r", "4"]
+    return train_once(*flags, "--learning-rate", "0.01", "--mixed-precision", "no")
 
 
 @pytest.fixture
-def trained(here, small_splits, capsys, kept):
-    """`one` in the working folder: a run of six steps in which all weights learned, made once."""
-    import train
-
-    if not (kept / "one").exists():
-        assert train.main([*TINY, "--output-dir", str(kept / "one")]) == 0
-    return shutil.copytree(kept / "one", here / "one")
+def trained(here, small_splits, full_run) -> Path:
+    """`one` in the working folder: a copy of `full_run`."""
+    return shutil.copytree(full_run.folder, here / "one")
 
 
 @pytest.fixture
-def adapted(here, small_splits, checkpoint, capsys, kept):
-    """`two`: a run of six steps of adapter and projector beside a 4-bit base, made once."""
-    import train
+def adapted(here, small_splits, lora_run) -> Path:
+    """`two` in the working folder: a copy of `lora_run`."""
+    return shutil.copytree(lora_run.folder, here / "two")
 
-    settings = ["--model", checkpoint(), "--load-in-4bit", "true", "--trainable", "adapter+projector", "--lora-r", "4"]
-    settings += ["--learning-rate", "0.01", "--mixed-precision", "no"]
-    if not (kept / "two").exists():
-        assert train.main([*TINY, *settings, "--output-dir", str(kept / "two")]) == 0
-    return shutil.copytree(kept / "two", here / "two")
+
+def run_main(main: Callable, capsys, *argv: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a script's main."""
+    capsys.readouterr()
+    try:
+        status = main(list(argv))
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    if isinstance(status, str):  # what Python itself would print
+        return 1, printed.out, printed.err + status
+    return status, printed.out, printed.err
 
 
 @pytest.fixture(autouse=True)
