@@ -181,7 +181,7 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     try:
-        with watchdog, _lost_rank_as_user_error():
+        with watchdog:
             yield Distributed(rank, world_size, device, store)
         torch.distributed.destroy_process_group()
         if rank != 0:
@@ -198,6 +198,11 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
         if failure is not None:  # a broken connection is only what followed from it
             watchdog.log_failure(failure)
             sys.exit(1)
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_RANK):
+            raise UserError(
+                "lost the connection to another rank: killed, most often by the system for lack of memory, or its "
+                f"machine went down. {RESUME}"
+            ) from error
         trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
         watchdog.fail(f"rank {rank}: {type(error).__name__}: {error}{trace}")
         raise
@@ -241,19 +246,6 @@ def _first_all_reduce_limited(world_size: int) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-@contextlib.contextmanager
-def _lost_rank_as_user_error() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_RANK):
-            raise
-        raise UserError(
-            "lost the connection to another rank: killed, most often by the system for lack of memory, or its machine "
-            f"went down. {RESUME}"
-        ) from error
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:

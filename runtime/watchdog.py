@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 
 from utils.logging_utils import logger
 
@@ -44,6 +45,14 @@ class Watchdog:
             self._exit_without_store()
         if error is None:  # no DONE heartbeat after an error, so that the other ranks abort
             self.heartbeat(DONE)
+            until = time.monotonic() + STALLED_S
+            while self.rank == 0 and not self._others_are_done() and time.monotonic() < until:
+                time.sleep(0.05)  # rank 0 may host the store, and without it the other ranks would count as failed
+
+    def _others_are_done(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return all(self.store.get(f"heartbeat {rank}") == DONE.encode() for rank in self.others)
+        return True
 
     def heartbeat(self, value: str) -> None:
         with contextlib.suppress(RuntimeError):

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -35,7 +36,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """An error of a library inside a sentence of ours: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()  # torch's are in colors
     return ": ".join([type(error).__name__, *lines[:1]])[:300]
 
 
