@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from config.cli import parse_config
-from config.training_config import RANDOM_MODELS, TrainingConfig
+from config.training_config import RANDOM_MODELS, TrainingConfig, format_value
 from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -89,13 +89,9 @@ def run_checks(found: PreFlight) -> int:
 
 
 def check_config(found: PreFlight) -> str:
-    config = found.config
-    return (
-        f"preset {config.preset} | {config.per_device_train_batch_size} x {config.gradient_accumulation_steps} images "
-        f"per step | learning rate {config.learning_rate:g} | precision {config.mixed_precision} | 4-bit "
-        f"{config.load_in_4bit} | clip {config.max_grad_norm:g} | activation checkpointing "
-        f"{config.gradient_checkpointing} | auto batch {config.auto_batch}"
-    )
+    names = ("preset", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm")
+    names += ("mixed_precision", "load_in_4bit", "gradient_checkpointing", "auto_batch")
+    return " | ".join(f"{name} {format_value(getattr(found.config, name))}" for name in names)
 
 
 def check_packages(found: PreFlight) -> str:

@@ -175,12 +175,11 @@ def _build_parser(description: str, fields: list[dataclasses.Field], words: str,
     if words:
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for field in fields:
-        is_boolean = isinstance(field.default, bool)
+        const = "true" if isinstance(field.default, bool) else MISSING
         choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         text = f"{field.metadata['help']}{choices} [{format_value(field.default)}]".replace("%", "%%")
-        const = "true" if is_boolean else MISSING
-        text = argparse.SUPPRESS if field.name in refused else text
-        parser.add_argument(_flag(field.name), dest=field.name, nargs="?", const=const, help=text)
+        shown = argparse.SUPPRESS if field.name in refused else text
+        parser.add_argument(_flag(field.name), dest=field.name, nargs="?", const=const, help=shown)
         if "_" in field.name:
             parser.add_argument(f"--{field.name}", dest=field.name, nargs="?", const=const, help=argparse.SUPPRESS)
     return parser
