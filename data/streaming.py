@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet
+import torch
+from accelerate.data_loader import DataLoaderShard
 from datasets import Image, load_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -51,6 +53,22 @@ class Stream(IterableDataset):
         So each worker skips the same number of batches, and the remainder of the last round comes out of the loader.
         """
         return self.steps_done % max(workers, 1)
+
+    def build_loader(self, num_workers: int, device: torch.device, **options) -> DataLoaderShard:
+        """This rank's batches, from the step after `skip_steps`; `options` are those of torch's DataLoader.
+
+        As accelerate prepares one, except that rank 0 would read for all ranks, and the last batch would be filled up.
+        """
+        workers = min(num_workers, len(self.rank_files))  # each worker reads whole files
+        return DataLoaderShard(
+            self,
+            device=device,
+            skip_batches=self.batches_to_skip(workers),
+            batch_size=self.batch_size,
+            num_workers=workers,
+            generator=torch.Generator(),  # by default it draws from the random state that a checkpoint restored
+            **options,
+        )
 
     def head(self, count: int) -> list[dict]:
         """The first rows of the rank's files, in their order."""

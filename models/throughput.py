@@ -37,7 +37,7 @@ class FlopCounter:
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the median of 0.2 s or more of them. Draws from no random state."""
+    """FLOP/s of a large square matmul, the median of 0.2 s or more of them. Draws from no random state."""
     side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)  # zeros would be faster: the GPU's power depends on the values
     a, b = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))

@@ -6,22 +6,17 @@ Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K s
 import dataclasses
 import functools
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.data_loader import DataLoaderShard
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.training_args import OptimizerNames
 
-from config.training_config import TrainingConfig
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
@@ -29,31 +24,14 @@ from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory, unshard_weights
 from models.scoring import build_tries, rank_true_classes, score_batch
 from models.throughput import FlopCounter
+from models.training_arguments import build_arguments
 from runtime.checkpoint import create_checkpoint_dir, read_best, verify_checkpoint
-from runtime.device import fit_workers, is_out_of_memory
-from runtime.distributed import Distributed, all_reduce_gradients, get_world_size, shard_batches, unsharded
+from runtime.device import is_out_of_memory
+from runtime.distributed import Distributed, all_reduce_gradients, shard_batches, unsharded
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
-
-# Fields of the config that transformers has under the same name.
-ARGUMENTS = (
-    "output_dir",
-    "seed",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_eval_batch_size",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-)
 
 
 @dataclasses.dataclass
@@ -431,21 +409,12 @@ class PlantTrainer(Trainer):
     def get_train_dataloader(self):
         if not self.streams:
             return super().get_train_dataloader()
-        rows = self.train_dataset
-        workers = min(
-            self.args.dataloader_num_workers, len(rows.rank_files)
-        )  # a worker without a file has nothing to read
-        # As accelerate prepares one, except that rank 0 would read for all ranks, or batches be filled up and dropped.
-        return DataLoaderShard(
-            rows,
-            device=self.args.device,
-            skip_batches=rows.batches_to_skip(workers),
-            batch_size=rows.batch_size,
+        return self.train_dataset.build_loader(
+            self.args.dataloader_num_workers,
+            self.args.device,
             collate_fn=self.data_collator,
-            num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=functools.partial(start_worker, None),
-            generator=torch.Generator(),  # by default it draws from the random state that a checkpoint restored
         )
 
     def _get_dataloader(self, *args, **kwargs):
@@ -515,9 +484,6 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-# ---- config -> Trainer
-
-
 def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     """The trainer of a run, with its callbacks. The run's id marks the checkpoints that it may resume and delete."""
     config = run.config
@@ -550,54 +516,3 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
         patience, min_gain = config.early_stopping_patience, config.early_stopping_min_gain
         trainer.add_callback(EarlyStopping(patience, min_gain, len(data.validation)))
     return trainer
-
-
-def build_arguments(
-    config: TrainingConfig, precision: str, device: torch.device, batch_bytes: int
-) -> TrainingArguments:
-    """The config in transformers' terms, where a batch is the whole optimizer step; see PlantTrainer."""
-    ranks = get_world_size()
-    if config.effective_batch_size < ranks:
-        raise UserError(
-            f"global batch size {config.effective_batch_size}: fewer images than the {ranks} ranks. Start at most "
-            f"{config.effective_batch_size} ranks, or raise --gradient-accumulation-steps."
-        )
-    optimizers = [name.value for name in OptimizerNames]
-    if config.optim not in optimizers:
-        raise UserError(f"--optim {config.optim}: not known to transformers; use one of {', '.join(optimizers)}")
-    trackers = config.report_to.split(",")
-    unknown = set(trackers) - {"none", "all"} - set(INTEGRATION_TO_CALLBACK)
-    if unknown:
-        raise UserError(
-            f"--report-to {config.report_to}: {', '.join(unknown)} not known to transformers; use none, all, or some "
-            f"of {', '.join(INTEGRATION_TO_CALLBACK)}"
-        )
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision  # accelerate launch may have set another one
-    arguments = TrainingArguments(
-        **{name: getattr(config, name) for name in ARGUMENTS},
-        use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if device.type == "cpu" and ranks > 1 else None,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        per_device_train_batch_size=config.effective_batch_size,  # of all ranks; runtime/distributed.py shards it
-        gradient_accumulation_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=trackers,
-        eval_strategy="steps" if config.eval_steps else "no",
-        save_strategy="steps",
-        save_total_limit=None,  # CheckpointKeeper rotates: transformers would delete before the manifest is written
-        dataloader_num_workers=fit_workers(config.num_workers, batch_bytes),
-        dataloader_pin_memory=config.pin_memory and device.type == "cuda",
-        dataloader_persistent_workers=False,
-        ignore_data_skip=config.streaming,  # a stream skips what it has trained on by itself
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        gradient_checkpointing=False,  # models/builder.py sets it, on the language model alone
-    )
-    # With several GPUs visible transformers would multiply batch and loss by their number, for DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    if device.type == "cpu" and ranks > 1:
-        arguments.__dict__["_setup_devices"] = device  # accelerate's cpu:0 is no torch.load map_location
-    return arguments
