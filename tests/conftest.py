@@ -57,7 +57,7 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
+def isolated_cache(tmp_path_factory):
     """Arrow files of the tests do not go into the user's cache."""
     import datasets
 
@@ -66,7 +66,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """What the tiny preset is made of; `rows(n)` are drawn images, `model()` is a fresh one."""
+    """What the tiny preset is made of; `rows(n)` are synthetic images, `model()` is a fresh one."""
     from config.training_config import PRESETS, TrainingConfig
     from data.collator import PlantCollator
     from data.synthetic import SPECIES, draw_split
@@ -76,7 +76,7 @@ def tiny():
     config = TrainingConfig(**PRESETS["tiny"])
     names = list(SPECIES)
     processor, prompt = build_processor(config, names)
-    drawn = draw_split("test")[:40]
+    split = draw_split("test")[:40]
     return SimpleNamespace(
         config=config,
         processor=processor,
@@ -84,7 +84,7 @@ def tiny():
         names=names,
         collator=PlantCollator(processor, prompt, names, config.image_size),
         native=PlantCollator(processor, prompt, names, None),
-        rows=lambda count: list(drawn[:count]),
+        rows=lambda count: list(split[:count]),
         model=lambda seed=0: build_tiny_model(processor, seed),
     )
 
@@ -127,7 +127,7 @@ def small_splits(monkeypatch):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
+def simulated_gpu(monkeypatch):
     """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
     from runtime.device import memory_in_use
 
@@ -138,7 +138,7 @@ def on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """image_folder({class: count}, split="") makes <tmp>/photos[/<split>]/<class>/<n>.png and returns the root."""
+    """image_folder({class: count}, split="") makes <tmp>/images[/<split>]/<class>/<n>.png and returns the root."""
     from PIL import Image
 
     def make(counts: dict[str, int], split: str = "") -> Path:
@@ -217,7 +217,7 @@ def trained(here, small_splits, full_run) -> Path:
 
 
 @pytest.fixture
-def adapted(here, small_splits, lora_run) -> Path:
+def trained_lora(here, small_splits, lora_run) -> Path:
     """`two` in the working folder: a copy of `lora_run`."""
     return shutil.copytree(lora_run.folder, here / "two")
 
@@ -233,6 +233,12 @@ def run_main(main: Callable, capsys, *argv: str) -> tuple[int, str, str]:
     if isinstance(status, str):  # what Python itself would print
         return 1, printed.out, printed.err + status
     return status, printed.out, printed.err
+
+
+def run_printed(main: Callable, capsys, *argv: str) -> tuple[int, str]:
+    """(exit status, all that was printed)"""
+    status, out, err = run_main(main, capsys, *argv)
+    return status, out + err
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import train
 from data import dataset
 from models import callbacks
 from runtime.checkpoint import write_manifest
+from tests.conftest import run_printed
 
 RUN = ["--preset", "tiny", "--max-steps", "4", "--save-steps", "2", "--num-workers", "0", "--output-dir", "run"]
 
@@ -58,21 +59,12 @@ def run(interrupted, here, small_splits):
     return here / "run"
 
 
-def call(main, argv, capsys) -> tuple[int, str]:
-    capsys.readouterr()
-    try:
-        status = main(argv)
-    except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_pickle_in_a_checkpoint_is_not_executed(name, run, capsys):
     checkpoint = run / "checkpoint-2"
     torch.save({"state": Payload()}, checkpoint / name)
     write_manifest(checkpoint)
-    status, output = call(train.main, RUN, capsys)
+    status, output = run_printed(train.main, capsys, *RUN)
     assert status == 1 and "checkpoint-2: a file in it holds more than numbers (" in output and "\x1b" not in output
     assert "Traceback" not in output and not Path("planted").exists()
 
@@ -82,15 +74,15 @@ def test_pickles_beside_the_weights_are_not_read(run, capsys):
         for name in ("training_args.bin", "pytorch_model.bin", "adapter_model.bin"):
             torch.save(Payload(), folder / name)
     write_manifest(run / "checkpoint-2")
-    assert call(train.main, RUN, capsys)[0] == 0
+    assert run_printed(train.main, capsys, *RUN)[0] == 0
     best = run / "best"
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "processor.pkl"):
         torch.save(Payload(), best / name)
     write_manifest(best)
-    assert call(evaluate.main, ["run", "--num-workers", "0"], capsys)[0] == 0
+    assert run_printed(evaluate.main, capsys, "run", "--num-workers", "0")[0] == 0
     (best / "model.safetensors").unlink()
     write_manifest(best)
-    status, output = call(evaluate.main, ["run", "--num-workers", "0"], capsys)
+    status, output = run_printed(evaluate.main, capsys, "run", "--num-workers", "0")
     assert status == 1 and "run/best: its weights cannot be loaded" in output and "Traceback" not in output
     assert not Path("planted").exists()
 
@@ -107,7 +99,7 @@ def test_code_that_comes_with_a_model_is_not_executed(kind, checkpoint, image_fo
         settings["auto_map"] = {f"Auto{part}": "code.Config" for part in ("Config", "Processor", "Model", "Tokenizer")}
         (model / name).write_text(json.dumps(settings | ({"model_type": kind} if name == "config.json" else {})))
     flags = ["--model", "./model", "--dataset", str(image_folder({"oak": 6, "ash": 6})), "--image-size", "70"]
-    status, output = call(train.main, [*flags, "--max-steps", "1", "--num-workers", "0"], capsys)
+    status, output = run_printed(train.main, capsys, *flags, "--max-steps", "1", "--num-workers", "0")
     assert (status == 0) == (kind == "llava_next") and "Traceback" not in output
     assert status == 0 or "/model: its config cannot be loaded" in output
     assert not Path("planted").exists()

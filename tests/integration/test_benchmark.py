@@ -1,21 +1,14 @@
 """benchmark.py on tiny models."""
 
+import functools
 import re
 
 import pytest
 
 from benchmark import main
-from utils.logging_utils import logger
+from tests.conftest import run_printed
 
-
-def run(capsys, *argv) -> tuple[int, str]:
-    try:
-        status = main(list(argv))
-    except SystemExit as stopped:
-        status = stopped.code
-    logger.handlers.clear()
-    output = capsys.readouterr()
-    return status, output.out + output.err
+run = functools.partial(run_printed, main)
 
 
 def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, checkpoint, capsys):

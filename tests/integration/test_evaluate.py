@@ -1,5 +1,6 @@
 """evaluate.py on runs and base models, whole: from the command line to the files it writes."""
 
+import functools
 import json
 import shutil
 
@@ -9,19 +10,12 @@ from PIL import Image
 import evaluate
 import train
 from runtime.run_files import read_entries
-from tests.conftest import TINY
+from tests.conftest import TINY, run_printed
 
 FAST = ["--num-workers", "0"]
 
 
-def run(capsys, *argv) -> tuple[int, str]:
-    capsys.readouterr()
-    try:
-        status = evaluate.main(list(argv))
-    except SystemExit as stop:
-        status = stop.code
-    printed = capsys.readouterr()
-    return status, printed.out + printed.err
+run = functools.partial(run_printed, evaluate.main)
 
 
 def test_a_run_is_scored_as_its_training_said(trained, capsys):

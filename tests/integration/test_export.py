@@ -1,6 +1,7 @@
 """export.py: what is exported loads without this project and predicts what was validated."""
 
 import base64
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import export
 from data.synthetic import draw_split
 from evaluation import verify
 from models import merging
+from tests.conftest import TINY, run_printed
 
 FAST = ["--num-workers", "0"]
 # Appended to the code in the README.md of an export, which runs without this project.
@@ -39,14 +41,7 @@ print(len(together), sorted({len(row) for row in inputs["attention_mask"].tolist
 """
 
 
-def run(capsys, *argv) -> tuple[int, str]:
-    capsys.readouterr()
-    try:
-        status = export.main(list(argv))
-    except SystemExit as stop:
-        status = stop.code
-    printed = capsys.readouterr()
-    return status, printed.out + printed.err
+run = functools.partial(run_printed, export.main)
 
 
 def synthetic_images(folder, sizes) -> list[str]:
@@ -96,7 +91,6 @@ def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys)
 def test_images_of_different_lengths_are_padded_on_the_left(here, image_folder, checkpoint, capsys):
     """At their own size images have different numbers of image tokens; right padding would garble the shorter ones."""
     import train
-    from tests.conftest import TINY
 
     root = image_folder({"oak": 10, "ash": 10})
     wide = shutil.copytree(checkpoint(), here / "base")
@@ -113,12 +107,12 @@ def test_images_of_different_lengths_are_padded_on_the_left(here, image_folder, 
     assert len(set(lengths)) > 1
 
 
-def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, capsys):
+def test_an_adapter_is_merged_as_PEFT_applies_it(trained_lora, here, checkpoint, capsys):
     """Compared with PEFT itself, which the export does not use for its verification."""
     status, output = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
     assert status == 0 and re.search(r"its logits differ by 0.00% from .* without the adapter: \d", output)
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
-    beside = PeftModel.from_pretrained(base, adapted / "best").eval()
+    beside = PeftModel.from_pretrained(base, trained_lora / "best").eval()
     merged = LlavaNextForConditionalGeneration.from_pretrained(here / "out").eval()
     processor = AutoProcessor.from_pretrained(here / "out")
     from PIL import Image
@@ -134,7 +128,7 @@ def test_an_adapter_is_merged_as_PEFT_applies_it(adapted, here, checkpoint, caps
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, adapted, here, capsys):
+def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, trained_lora, here, capsys):
     status, output = run(capsys, "two", "out", *([] if dtype == "bf16" else ["--dtype", dtype]), *FAST)
     assert status == 0 and "model | merging two/best into " in output and f" | {dtype}\n" in output
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
@@ -142,7 +136,7 @@ def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, adapt
     assert f"Merged in {dtype} and loaded afresh: its logits differ by" in model_card and "was validated" in model_card
 
 
-def test_the_adapter_alone(adapted, here, checkpoint, capsys):
+def test_the_adapter_alone(trained_lora, here, checkpoint, capsys):
     status, output = run(capsys, "two", "out", "--adapter-only", *FAST)
     assert status == 0 and "result | verified" in output
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "class_names.json", "tokenizer.json"} <= {
@@ -152,7 +146,7 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
     assert "/" not in settings["base_model_name_or_path"]  # the folder of the base model stays private
     base = LlavaNextForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(base, here / "out"))
-    saved = load_file(adapted / "best" / "adapter_model.safetensors")
+    saved = load_file(trained_lora / "best" / "adapter_model.safetensors")
     assert set(loaded) == set(saved) and all(torch.equal(loaded[name], saved[name]) for name in saved)
     files = synthetic_images(here, [(84, 84), (40, 90)])
     shutil.copytree(
@@ -164,7 +158,6 @@ def test_the_adapter_alone(adapted, here, checkpoint, capsys):
 
 def test_a_run_trained_on_val_is_exported_without_an_accuracy(here, small_splits, capsys):
     import train
-    from tests.conftest import TINY
 
     assert train.main([*TINY, "--train-on-val", "true", "--output-dir", "run"]) == 0
     status, output = run(capsys, "run", "out", *FAST)
@@ -176,7 +169,6 @@ def test_a_run_trained_on_val_is_exported_without_an_accuracy(here, small_splits
 def test_other_trainable_parameters_are_merged(trainable, here, small_splits, checkpoint, capsys):
     """With an image of val that does not open among the first, and a base that would draw names by lot."""
     import train
-    from tests.conftest import TINY
 
     base = shutil.copytree(checkpoint(), here / "base")
     generation = json.loads((base / "generation_config.json").read_text())
@@ -208,8 +200,8 @@ def test_other_trainable_parameters_are_merged(trainable, here, small_splits, ch
 
 
 @pytest.mark.parametrize("flags", [[], ["--adapter-only"]])
-def test_a_base_whose_files_changed_is_not_merged_into(flags, adapted, here, checkpoint, capsys):
-    config = adapted / "training_config.json"
+def test_a_base_whose_files_changed_is_not_merged_into(flags, trained_lora, here, checkpoint, capsys):
+    config = trained_lora / "training_config.json"
     other = shutil.copytree(checkpoint(), here / "base")
     config.write_text(config.read_text().replace(checkpoint(), str(other)))
     weights = load_file(other / "model.safetensors")
@@ -227,7 +219,7 @@ def test_a_calibration_of_other_weights_is_not_exported(trained, here, capsys):
     assert "temperature" not in json.loads((here / "out" / "class_names.json").read_text())
 
 
-def test_the_model_card_describes_the_training_not_the_export(adapted, here, capsys):
+def test_the_model_card_describes_the_training_not_the_export(trained_lora, here, capsys):
     assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
     assert "base model in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
 
@@ -290,7 +282,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "words"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_nothing_is_left_of_an_export_that_failed(fault, words, adapted, here, monkeypatch, capsys):
+def test_nothing_is_left_of_an_export_that_failed(fault, words, trained_lora, here, monkeypatch, capsys):
     fault(monkeypatch)
     status, output = run(capsys, "two", "out", "--dtype", "fp32", *FAST)
     assert status != 0 and words in output and not (here / "out").exists() and not (here / "out.draft").exists()
@@ -505,7 +497,7 @@ def hub(monkeypatch):
     server.shutdown()
 
 
-def test_the_same_files_go_to_the_hub(adapted, here, hub, capsys):
+def test_the_same_files_go_to_the_hub(trained_lora, here, hub, capsys):
     status, output = run(capsys, "two", "out", "--adapter-only", "--push-to-hub", "me/plants", *FAST)
     assert status == 0 and "saved | http" in output, output
     assert hub.private

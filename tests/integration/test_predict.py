@@ -1,5 +1,6 @@
 """predict.py, from the command line to what it prints."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,21 +15,13 @@ import predict
 import train
 from data.synthetic import draw_split
 from runtime.checkpoint import write_manifest
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, run_main
 from tests.faults.corpus import OPENS, write_corpus
 
 FAST = ["--num-workers", "0"]
 
 
-def run(capsys, *argv) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr)"""
-    capsys.readouterr()
-    try:
-        status = predict.main(list(argv))
-    except SystemExit as stop:
-        status = stop.code
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
+run = functools.partial(run_main, predict.main)
 
 
 @pytest.fixture
@@ -201,18 +194,18 @@ def test_bad_input(corrupt, argv, words, trained, images, capsys):
     assert status != 0 and words in err and out == "" and "Traceback" not in err
 
 
-def test_an_adapter_whose_keys_match_nothing_is_refused(adapted, images, capsys):
+def test_an_adapter_whose_keys_match_nothing_is_refused(trained_lora, images, capsys):
     """PEFT would load it without a word."""
-    path = adapted / "best" / "adapter_model.safetensors"
+    path = trained_lora / "best" / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "r_proj"): weight for name, weight in load_file(path).items()}, path)
-    write_manifest(adapted / "best")
+    write_manifest(trained_lora / "best")
     status, out, err = run(capsys, "two", "images/00.png", *FAST)
     assert status == 1 and out == "" and "error: two/best: the adapter does not fit the model: " in err
 
 
-def test_a_base_whose_files_changed_is_refused(adapted, images, checkpoint, capsys):
-    config = adapted / "training_config.json"
-    other = shutil.copytree(checkpoint(), adapted.parent / "base")
+def test_a_base_whose_files_changed_is_refused(trained_lora, images, checkpoint, capsys):
+    config = trained_lora / "training_config.json"
+    other = shutil.copytree(checkpoint(), trained_lora.parent / "base")
     config.write_text(config.read_text().replace(checkpoint(), str(other)))
     assert run(capsys, "two", "images/00.png", *FAST)[0] == 0
     weights = load_file(other / "model.safetensors")

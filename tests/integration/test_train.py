@@ -1,6 +1,7 @@
 """train.py as a whole: what it writes, how it resumes, what it refuses."""
 
 import errno
+import functools
 import gc
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ from models.builder import PlantModel
 from models.trainer import PlantTrainer
 from runtime.checkpoint import verify_checkpoint
 from runtime.run_files import lock_folder, read_metrics
-from tests.conftest import FLOWERS, run_main
+from tests.conftest import FLOWERS, run_printed
 from utils.logging_utils import UserError
 
 TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "2", "--num-workers", "0"]
@@ -39,10 +40,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(capsys, *argv) -> tuple[int, str]:
-    """(exit status, all that was printed)"""
-    status, out, err = run_main(train.main, capsys, *argv)
-    return status, out + err
+run = functools.partial(run_printed, train.main)
 
 
 def weights_of(folder: Path) -> dict:
@@ -108,8 +106,9 @@ def test_a_run_logs_what_it_is_its_steps_and_its_result(full_run):
 
 
 def test_the_model_card_warns_and_gives_the_accuracy(full_run):
-    card = (full_run.folder / "best" / "README.md").read_text()
-    assert "edible or poisonous" in card and "| val | 20 | 0." in card and "More Information Needed" not in card
+    model_card = (full_run.folder / "best" / "README.md").read_text()
+    assert "edible or poisonous" in model_card and "| val | 20 | 0." in model_card
+    assert "More Information Needed" not in model_card
 
 
 def test_a_token_is_never_written(here, small_splits, capsys, monkeypatch):

@@ -140,7 +140,7 @@ def plan(trainer, tiny, steps_left=4, **options):
     plan_memory(trainer, MemoryOptions(**options), tiny.collator.largest_row(tiny.rows(4)), steps_left)
 
 
-def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, capsys, on_a_gpu):
+def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, capsys, simulated_gpu):
     setup_logging()
     trainer = make_fused(tiny, tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=8)
     before, state = weights(trainer), torch.get_rng_state()
@@ -160,7 +160,7 @@ def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, ca
 @pytest.mark.parametrize(
     "checkpointing, keeps, offloads", [("true", 0, False), ("offload", 0, True), ("false", 3, False)]
 )
-def test_activation_checkpointing_as_configured(checkpointing, keeps, offloads, tiny, tmp_path, on_a_gpu):
+def test_activation_checkpointing_as_configured(checkpointing, keeps, offloads, tiny, tmp_path, simulated_gpu):
     trainer = make_fused(tiny, tmp_path)
     plan(trainer, tiny, gradient_checkpointing=checkpointing)
     assert (
@@ -169,7 +169,7 @@ def test_activation_checkpointing_as_configured(checkpointing, keeps, offloads, 
     )
 
 
-def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, on_a_gpu):
+def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, simulated_gpu):
     setup_logging()
     trainer = make_fused(tiny, tmp_path)
     limit_memory(trainer.model, 4)
@@ -179,7 +179,7 @@ def test_a_plan_that_does_not_fit_is_made_smaller(tiny, tmp_path, capsys, on_a_g
     assert words in capsys.readouterr().out
 
 
-def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, on_a_gpu):
+def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, simulated_gpu):
     trainer = make_fused(tiny, tmp_path)
     tried = []
 
@@ -187,29 +187,29 @@ def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, o
         tried.append(images)
         return 0.1, 1e12 if images > 4 else 1e6
 
-    on_a_gpu.setattr("models.memory.try_micro_batch", measure)
+    simulated_gpu.setattr("models.memory.try_micro_batch", measure)
     plan(trainer, tiny, compile="false")
     assert tried[0] == 16 and trainer.micro_batcher.size == tried[-1] <= 4
 
 
-def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path, on_a_gpu):
+def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path, simulated_gpu):
     trainer = make_fused(tiny, tmp_path)
     limit_memory(trainer.model, 0)
     with pytest.raises(UserError, match="memory: out of memory with micro-batch 1; use --gradient-checkpointing"):
         plan(trainer, tiny)
 
 
-def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, on_a_gpu):
+def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, simulated_gpu):
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny, auto_batch=False)
     assert trainer.micro_batcher.size == 2 and not any(layer.keep for layer in trainer.fused)
 
 
 @pytest.mark.parametrize("images, compiles", [(1, False), (2, True)])
-def test_micro_batches_of_one_image_are_not_compiled_for(images, compiles, tiny, tmp_path, on_a_gpu):
+def test_micro_batches_of_one_image_are_not_compiled_for(images, compiles, tiny, tmp_path, simulated_gpu):
     asked = []
-    on_a_gpu.setattr("models.memory.try_micro_batch", lambda *_: (1e6, 1e6))
-    on_a_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
+    simulated_gpu.setattr("models.memory.try_micro_batch", lambda *_: (1e6, 1e6))
+    simulated_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=images, gradient_accumulation_steps=16 // images)
     plan(trainer, tiny, auto_batch=False)
     assert bool(asked) == compiles
@@ -226,22 +226,22 @@ def test_micro_batches_of_one_image_are_not_compiled_for(images, compiles, tiny,
     ],
 )
 def test_kernels_are_compiled_if_the_run_wins_the_time_back(
-    compile, seconds, steps_left, compiles, tiny, tmp_path, on_a_gpu
+    compile, seconds, steps_left, compiles, tiny, tmp_path, simulated_gpu
 ):
     """16 images per step save a fifth of their seconds, and compiling takes 60; the seconds are given, not measured."""
     asked = []
-    on_a_gpu.setattr("models.memory.try_micro_batch", lambda *_: (seconds, 1e6))
-    on_a_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
+    simulated_gpu.setattr("models.memory.try_micro_batch", lambda *_: (seconds, 1e6))
+    simulated_gpu.setattr("models.kernels.Kernels.compile", lambda self: asked.append(self))
     trainer = make_fused(tiny, tmp_path)
     plan(trainer, tiny, compile=compile, steps_left=steps_left)
     assert bool(asked) == compiles
 
 
-def test_stock_layers_and_machines_without_a_gpu_are_as_configured(tiny, tmp_path, on_a_gpu):
+def test_stock_layers_and_machines_without_a_gpu_are_as_configured(tiny, tmp_path, simulated_gpu):
     trainer = make_trainer(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny)
     assert trainer.micro_batcher.size == 2
-    on_a_gpu.setattr("models.memory.available_gpu_memory", lambda device: None)
+    simulated_gpu.setattr("models.memory.available_gpu_memory", lambda device: None)
     trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)
     plan(trainer, tiny)
     assert trainer.micro_batcher.size == 2

@@ -495,7 +495,7 @@ def test_other_errors_of_a_forward_are_raised_as_they_are(tiny, tmp_path):
         trainer.train()
 
 
-def test_with_micro_batch_1_activations_are_checkpointed_and_offloaded_first(tiny, tmp_path, capsys, on_a_gpu):
+def test_with_micro_batch_1_activations_are_checkpointed_and_offloaded_first(tiny, tmp_path, capsys, simulated_gpu):
     setup_logging()
     trainer = make_fused(tiny, tmp_path, **split_into(1))
     set_activation_checkpointing(trainer.fused, 3)
@@ -506,7 +506,7 @@ def test_with_micro_batch_1_activations_are_checkpointed_and_offloaded_first(tin
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         return forward(self, *args, keep=keep, needs_output=needs_output, **kwargs)
 
-    on_a_gpu.setattr(FusedLayer, "forward", refuse)
+    simulated_gpu.setattr(FusedLayer, "forward", refuse)
     trainer.train()
     expected = "retrying with micro-batch 1, activation checkpointing in all layers, offloaded to the CPU"
     assert expected in capsys.readouterr().out
@@ -515,7 +515,7 @@ def test_with_micro_batch_1_activations_are_checkpointed_and_offloaded_first(tin
         trainer.halve_micro_batch(torch.OutOfMemoryError(OUT_OF_MEMORY))
 
 
-def test_with_micro_batch_1_checkpointed_activations_are_offloaded_next(tiny, tmp_path, on_a_gpu):
+def test_with_micro_batch_1_checkpointed_activations_are_offloaded_next(tiny, tmp_path, simulated_gpu):
     trainer = make_fused(tiny, tmp_path, **split_into(1))
     set_activation_checkpointing(trainer.fused, 0)
     trainer.halve_micro_batch(torch.OutOfMemoryError(OUT_OF_MEMORY))
