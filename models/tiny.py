@@ -46,7 +46,13 @@ SIZES = {
     "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
     # The shape of llava-v1.6-mistral-7b, to measure a GPU with: 7.57 billion weights, 1,176 to 2,928 image tokens.
     "full": Size(
-        *(336, 4096, 32, 24, 32, 0.02), pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+        tile=336,
+        width=4096,
+        heads=32,
+        vision_layers=24,
+        layers=32,
+        initializer_range=0.02,
+        pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
     ),
 }
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

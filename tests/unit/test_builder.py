@@ -1,3 +1,5 @@
+"""Processor, base model, adapter and the assertions on what was loaded."""
+
 import shutil
 
 import pytest

@@ -1,3 +1,5 @@
+"""Step log, early stopping and the best checkpoint."""
+
 from types import SimpleNamespace
 
 import pytest

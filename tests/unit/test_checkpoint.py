@@ -1,3 +1,5 @@
+"""Manifests, rotation, forks and room on the disk."""
+
 import json
 import os
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+"""Tests of collator."""
+
 import re
 
 import pytest

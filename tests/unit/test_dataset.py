@@ -1,3 +1,5 @@
+"""Tests of dataset."""
+
 import hashlib
 import shutil
 from collections import Counter

@@ -1,3 +1,5 @@
+"""Tests of device."""
+
 from types import SimpleNamespace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tests of image utils."""
+
 import io
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Tests of labels."""
+
 import pytest
 
 from data.labels import CLASS_NAMES, IMAGES_PER_CLASS, parse_reply

@@ -1,3 +1,5 @@
+"""Tests of logging utils."""
+
 import errno
 import itertools
 import os

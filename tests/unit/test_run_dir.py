@@ -1,3 +1,5 @@
+"""Where a run goes, and whether it resumes."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Exact scores of class names, and generation."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tests of synthetic."""
+
 import io
 
 import numpy as np

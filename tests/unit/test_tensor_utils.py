@@ -1,3 +1,5 @@
+"""Tests of tensor utils."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Tests of throughput."""
+
 import pytest
 import torch
 from transformers import LlavaNextForConditionalGeneration

@@ -1,3 +1,5 @@
+"""Tests of tokenizer utils."""
+
 import pytest
 from transformers import AutoProcessor
 

@@ -1,3 +1,5 @@
+"""One optimizer step, evaluation and resume of the trainer."""
+
 import itertools
 import math
 import multiprocessing
