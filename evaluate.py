@@ -25,7 +25,6 @@ from runtime.run_files import save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 MAX_NEW_TOKENS = 64  # of a reply in the published protocol (arXiv 2405.18415)
-WORTH_COMPILING = 2000  # images of a split from which compiled kernels win back their compilation (docs/LOG.md)
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415, asked of a base model
 # Options of a run that may differ in its evaluation.
 OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming")
@@ -70,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         from evaluation.model_card import write_model_card
         from evaluation.verify import check_same_data
         from models.builder import PlantModel
+        from models.memory import is_worth_compiling
         from runtime.checkpoint import describe_best
         from runtime.distributed import assert_same_across_ranks, init_distributed
 
@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 plant = build_base_model(run, data.class_names, dist)
             else:
                 plant = PlantModel.from_run(run, dist.device)
-            is_long = len(rows) / dist.world_size >= WORTH_COMPILING
-            if run.config.compile == "auto" and dist.device.type == "cuda" and is_long:
+            if dist.device.type == "cuda" and is_worth_compiling(run.config.compile, len(rows) / dist.world_size):
                 plant.compile()
             logger.info("run | %s | %s", run.folder, run.config.model)
             logger.info(

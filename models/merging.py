@@ -1,7 +1,7 @@
-"""An adapter merged into the 16-bit weights it was trained beside, file by file: no more than one file is in memory.
+"""An adapter merged into the 16-bit weights of its base, file by file: no more than one file is in memory.
 
-Merging into the 4-bit base would change what the model says (0.05 and more in its logits on a tiny model); this is the
-other way round: the adapter was trained beside rounded weights and is added to those that were not.
+Merging into the 4-bit base would round the sum and so change the model's output (0.05 and more in the logits of a tiny
+model). The adapter was trained on rounded weights and is added to those that were not.
 """
 
 import json
@@ -38,8 +38,8 @@ def read_adapter(folder: Path) -> Adapter:
         name.removeprefix("base_model.model."): weight
         for name, weight in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()
     }
-    ups = {name.removesuffix(".lora_B.weight"): up for name, up in saved.items() if name.endswith(".lora_B.weight")}
-    low_rank = {name: (saved[f"{name}.lora_A.weight"], up) for name, up in ups.items()}
+    all_b = {name.removesuffix(".lora_B.weight"): b for name, b in saved.items() if name.endswith(".lora_B.weight")}
+    low_rank = {name: (saved[f"{name}.lora_A.weight"], b) for name, b in all_b.items()}
     whole = {name: weight for name, weight in saved.items() if ".lora_" not in name}
     if 2 * len(low_rank) + len(whole) != len(saved):
         raise UserError(f"{folder}: holds weights that are of no LoRA adapter; export a run that train.py made")
@@ -51,20 +51,20 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
 
     Raises UserError for a base in 4 bit, for an adapter weight without a place, and for numbers that fp16 cannot hold.
     """
-    names = _names(base)
+    sources = _list_weights(base)
     low_rank = {_place(f"{name}.weight"): pair for name, pair in adapter.low_rank.items()} if adapter else {}
     whole = {_place(name): weight for name, weight in adapter.whole.items()} if adapter else {}
-    left = {*low_rank, *whole}
+    unused = {*low_rank, *whole}
     empty = {
         name: torch.empty(shape, dtype=dtype if "F" in kind else torch.int64, device="meta")
-        for name, (_, shape, kind) in names.items()
+        for name, (_, shape, kind) in sources.items()
     }
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
     for file, in_shard in shards.filename_to_tensors.items():
         merged = {}
         for name in in_shard:
             place = _place(name)
-            with safe_open(names[name][0], "pt", backend="pread") as source:
+            with safe_open(sources[name][0], "pt", backend="pread") as source:
                 weight = source.get_tensor(name)
             if place in low_rank:
                 if not weight.is_floating_point():
@@ -72,18 +72,20 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
                         f"{base}: {name} is not in 16 bit ({weight.dtype}), and merging into 4 bit would change what "
                         "the model says; put the checkpoint there that is not quantized"
                     )
-                down, up = low_rank[place]
-                weight = weight.float() + adapter.scale * (up.float() @ down.float())
+                a, b = low_rank[place]
+                weight = weight.float() + adapter.scale * (b.float() @ a.float())
             elif place in whole:
                 weight = whole[place]
-            left.discard(place)
+            unused.discard(place)
             merged[name] = weight.to(dtype) if weight.is_floating_point() else weight
             if not torch.isfinite(merged[name]).all():
                 raise UserError(f"{name}: is too large for {dtype}; use --dtype bf16")
         save_file(merged, out / file, metadata={"format": "pt"})
-    if left:
+    if unused:
+        examples = ", ".join(sorted(unused)[:2])
         raise UserError(
-            f"{base}: {len(left)} weights of the adapter have no place in it ({', '.join(sorted(left)[:2])})"
+            f"{base}: {len(unused)} weights of the adapter have no place in it ({examples}); give the base that it was "
+            "trained on"
         )
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -117,11 +119,11 @@ def save_processor(processor, out: Path) -> None:
 
 def weights_bytes(base: Path, dtype: torch.dtype) -> int:
     """Of the floating-point weights in a folder, once they are of this dtype."""
-    return sum(torch.Size(shape).numel() for _, shape, _ in _names(base).values()) * dtype.itemsize
+    return sum(torch.Size(shape).numel() for _, shape, _ in _list_weights(base).values()) * dtype.itemsize
 
 
-def _names(base: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """{name of a weight: (its file, shape, kind)}; of the files that the index names, where there is one."""
+def _list_weights(base: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """{name of a weight: (its file, shape, dtype)}, of the files in the index where there is one."""
     index = base / SAFE_WEIGHTS_INDEX_NAME
     files = sorted(base.glob("*.safetensors"))
     if index.exists():
@@ -136,7 +138,7 @@ def _names(base: Path) -> dict[str, tuple[Path, list[int], str]]:
 
 
 def _place(name: str) -> str:
-    """Where a weight sits, alike for the names of files on the hub and for those of the model in memory."""
+    """Where a weight sits: the same for its name in a file on the hub and in the model in memory."""
     for part in PARTS:
         _, found, rest = name.partition(part)
         if found:

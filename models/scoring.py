@@ -6,12 +6,12 @@ The class names form a token trie. One prefill of image and question fills a KV 
 inner nodes, each of which attends to the prompt and its ancestors, gives the exact log-probability of every name.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from data.collator import Batch, PlantCollator
 from models.fused_layers import unwrap
 from models.memory import MicroBatcher
+from runtime.device import collect_memory
 from utils.logging_utils import UserError, is_watched, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
@@ -29,15 +30,15 @@ OUT_OF_MEMORY = (
 
 
 class TokenTrie(NamedTuple):
-    """Some of the names as a trie; slot 0 is the prompt's last token, slot i + 1 is inner node i."""
+    """A trie of class names; its edges start at slots: 0 is the prompt's last token, i + 1 is inner node i."""
 
     tokens: torch.Tensor  # (N,) of the inner nodes
     depths: torch.Tensor  # (N,) 1 for the first token of a name
     visible: torch.Tensor  # (N, N) bool: node j is node i or one of its ancestors
     edge_slots: torch.Tensor  # (E,) where an edge starts, ascending
     edge_tokens: torch.Tensor  # (E,) the token it leads to
-    pair_names: torch.Tensor  # (pairs,) each name once for each of its tokens,
-    pair_edges: torch.Tensor  # (pairs,) with the edge of that token
+    pair_names: torch.Tensor  # (P,) each name as often as it has tokens,
+    pair_edges: torch.Tensor  # (P,) with the edge of each token
 
 
 class Score(NamedTuple):
@@ -59,7 +60,8 @@ class Reply(NamedTuple):
 def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
     """Tries that hold each name (its token ids, EOS included) once, of at most `max_nodes` inner nodes each.
 
-    Neighbors in token order share a trie, so that few prefixes are in two. A name longer than that has its own.
+    Neighbors in token order share a trie, so that few prefixes are in two. A longer name has a trie to itself. Raises
+    UserError for two names of the same tokens.
     """
     if len(set(map(tuple, names))) < len(names):
         raise UserError("two class names are the same tokens; rename one")
@@ -100,8 +102,14 @@ def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     )
 
 
+@functools.lru_cache(maxsize=1)
+def _tries_of(collator: PlantCollator) -> list[TokenTrie]:
+    """Built once for all requests of a web demo: thousands of names take seconds."""
+    return build_tries(collator.name_ids)
+
+
 @torch.no_grad()
-def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher) -> torch.Tensor:
+def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher) -> torch.Tensor:
     """(B, C) log-probabilities in fp32, on the batch's device. Raises UserError for one that is not finite."""
     base = unwrap(model)
     names = 1 + max(int(trie.pair_names.max()) for trie in tries)
@@ -131,7 +139,7 @@ def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batcher: MicroBa
         except RuntimeError as error:
             micro_batcher.halve(error, OUT_OF_MEMORY)
         # Outside the except block: the traceback would keep the failed attempt's tensors.
-        clear_device_cache(garbage_collection=True)
+        collect_memory(device)
         logger.warning("out of memory while scoring; retrying with micro-batch %d", micro_batcher.size)
     scores = torch.cat(scores)
     if not torch.isfinite(scores).all():
@@ -141,6 +149,7 @@ def score_batch(model, batch, tries: Sequence[TokenTrie], micro_batcher: MicroBa
 
 
 def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tries, names: int) -> torch.Tensor:
+    """(B, C) log-probabilities for prompts (B, T) of `prompt_lengths` (B,) tokens and C = `names` class names."""
     images, padded = input_ids.shape
     cache = DynamicCache()
     # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
@@ -171,7 +180,7 @@ def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tr
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask as numbers to add: eager attention silently misreads a boolean one."""
+    """A boolean mask as numbers to add to attention scores: eager attention silently misreads the boolean one."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
@@ -210,13 +219,12 @@ def score_batches(
     model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype
 ) -> Iterator[tuple[list[Score], list[str]]]:
     """For each batch of rows, in their order: Scores in any order, and "id: reason" of each unreadable image."""
-    tries, micro_batcher = build_tries(collator.name_ids), MicroBatcher(batch_size)
+    tries, micro_batcher = _tries_of(collator), MicroBatcher(batch_size)
     for batch in _load(model, rows, batch_size, num_workers, collator):
         scores = []
         if batch.samples:
-            device = model.device
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, batch.to(device), tries, micro_batcher).tolist()
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                values = score_batch(model, batch.to(model.device), tries, micro_batcher).tolist()
             scores = [Score(sample.id, sample.label, logs) for sample, logs in zip(batch.samples, values)]
         yield scores, batch.unreadable
 
@@ -251,6 +259,6 @@ def _load(model, rows, batch_size: int, num_workers: int, collate: Callable) -> 
 
 
 def rank_true_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each image: whether its top class is the true one; how many classes rank above that; its log-probability."""
+    """(B, C) scores, (B,) labels -> (B,) whether the top class is the true one, how many rank above it, its score."""
     true = scores[np.arange(len(labels)), labels]
     return scores.argmax(axis=1) == labels, (scores > true[:, None]).sum(axis=1), true

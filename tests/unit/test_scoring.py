@@ -1,4 +1,4 @@
-"""Exact scores of class names, and generation."""
+"""Scores of the token trie against each class name scored alone, and generation."""
 
 import copy
 
@@ -57,7 +57,7 @@ NAMES = ["rose", "rose mallow", "rosemary", "ash", "a", "oxeye daisy", "mallow r
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family, load_in_4bit", [("mistral", False), ("llama3", False), ("mistral", True)])
-def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention, family, load_in_4bit):
+def test_trie_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention, family, load_in_4bit):
     collator, model = flowers(NAMES, family, load_in_4bit=load_in_4bit)
     model.set_attn_implementation(attention)
     rows = rows_of(tiny, SIZES)
@@ -70,7 +70,7 @@ def test_tree_scores_are_the_scores_of_each_name_alone(tiny, flowers, attention,
     assert (expected.max(dim=1).values - expected.min(dim=1).values > 1).all()
 
 
-def test_scores_do_not_depend_on_batch_or_number_of_trees(tiny, flowers):
+def test_scores_do_not_depend_on_micro_batch_or_number_of_tries(tiny, flowers):
     collator, model = flowers(NAMES)
     batch = collator(rows_of(tiny, SIZES))
     names = collator.name_ids
@@ -78,9 +78,9 @@ def test_scores_do_not_depend_on_batch_or_number_of_trees(tiny, flowers):
     for size, nodes in ((1, 512), (3, 512), (8, 1), (8, 7)):
         tries = build_tries(names, nodes)
         assert len(tries) > 1 or nodes == 512
-        pieces = score_batch(model, batch, tries, MicroBatcher(size))
-        torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
-        assert torch.equal(pieces.argsort(dim=1), whole.argsort(dim=1))
+        split = score_batch(model, batch, tries, MicroBatcher(size))
+        torch.testing.assert_close(split, whole, atol=1e-4, rtol=0)
+        assert torch.equal(split.argsort(dim=1), whole.argsort(dim=1))
 
 
 def test_the_loss_follows_from_the_scores(tiny, flowers):
@@ -91,12 +91,12 @@ def test_the_loss_follows_from_the_scores(tiny, flowers):
     tokens = sum(sample.length - sample.prompt_length for sample in batch.samples)
     labels = torch.tensor([sample.label for sample in batch.samples])
     loss = -scores[torch.arange(len(labels)), labels].sum() / tokens
-    (piece,) = batch.split(len(labels))
-    torch.testing.assert_close(loss, model(**piece).loss, atol=1e-5, rtol=0)
+    (micro_batch,) = batch.split(len(labels))
+    torch.testing.assert_close(loss, model(**micro_batch).loss, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not MISTRAL.exists(), reason=f"the Mistral tokenizer is not in {MISTRAL}")
-def test_the_102_names_make_one_tree_of_the_known_size():
+def test_the_102_names_make_one_trie_of_the_known_size():
     """Counted beforehand for this tokenizer: 495 tokens in 480 nodes, 378 of them inner."""
     processor = AutoProcessor.from_pretrained(MISTRAL, backend="pil")
     prompt = build_prompt(processor, TrainingConfig.question, [processor.tokenizer.eos_token_id])
@@ -105,7 +105,7 @@ def test_the_102_names_make_one_tree_of_the_known_size():
 
 
 def test_ten_thousand_names_fit_in_bounded_memory(tiny):
-    """Trees of at most 512 inner nodes, whose logits exist 1,024 rows at a time; all names are scored once."""
+    """Tries of at most 512 inner nodes, whose logits exist 1,024 rows at a time; each name is in one of them."""
     names = [[7 + index % 90, 7 + index // 90, 2] for index in range(10_000)]
     tries = build_tries(names)
     assert max(len(trie.tokens) for trie in tries) <= 512 and len(tries) > 10
@@ -175,7 +175,7 @@ def test_fused_layers_give_the_same_scores(tiny, flowers, monkeypatch):
     torch.testing.assert_close(score_batch(model, batch, tries, MicroBatcher(4)), stock, atol=1e-4, rtol=0)
 
 
-def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(tiny, flowers, capsys):
+def test_out_of_memory_halves_the_micro_batch_until_one_image_does_not_fit(tiny, flowers, capsys):
     setup_logging()
     collator, model = flowers(NAMES)
     batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids)
@@ -187,21 +187,23 @@ def test_out_of_memory_is_scored_in_smaller_pieces_until_one_photo_does_not_fit(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    micro_batch = MicroBatcher(4)
-    torch.testing.assert_close(score_batch(model, batch, tries, micro_batch), expected, atol=1e-4, rtol=0)
-    assert micro_batch.size == 1 and "retrying with micro-batch 1" in capsys.readouterr().out
+    micro_batcher = MicroBatcher(4)
+    torch.testing.assert_close(score_batch(model, batch, tries, micro_batcher), expected, atol=1e-4, rtol=0)
+    assert micro_batcher.size == 1 and "retrying with micro-batch 1" in capsys.readouterr().out
     room = 0
     with pytest.raises(UserError, match="out of memory scoring one image; use --load-in-4bit true"):
-        score_batch(model, batch, tries, micro_batch)
+        score_batch(model, batch, tries, micro_batcher)
 
 
-def test_photos_that_do_not_open_are_left_out_and_named(tiny, caplog):
-    drawn = tiny.rows(5)
-    drawn[2] = drawn[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
-    rows = Dataset.from_list(drawn, features=ROW)
+def test_unreadable_images_are_skipped_and_logged(tiny, capsys):
+    setup_logging()
+    listed = tiny.rows(5)
+    listed[2] = listed[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    rows = Dataset.from_list(listed, features=ROW)
     scores = list(score_rows(tiny.model(), tiny.collator, rows, 2, 0, torch.float32))
-    assert sorted(score.id for score in scores) == sorted(row["id"] for index, row in enumerate(drawn) if index != 2)
+    assert sorted(score.id for score in scores) == sorted(row["id"] for index, row in enumerate(listed) if index != 2)
     assert all(len(score.values) == len(tiny.names) for score in scores)
+    assert f"unreadable image skipped: {listed[2]['id']}: " in capsys.readouterr().out
 
 
 def rows_with_ids(tiny, count):
