@@ -16,14 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, logger, report_errors, set_environment, setup_logging
 
-LOCK_FILE = ".exporting"  # in a staging directory, locked while it is written
 MARGIN_BYTES = 50e6  # processor and model card
 PUBLIC_MODE = 0o644  # safetensors writes 0600
 
@@ -40,13 +39,6 @@ class ExportOptions:
             yield f"dtype={self.dtype} with adapter_only=true: an adapter is saved as it was trained; leave one out"
         if self.adapter_only and self.limit is not None:
             yield f"limit={self.limit} with adapter_only=true: an adapter's logits are compared; leave one out"
-
-
-class Validation(NamedTuple):
-    """Images on which an export is verified."""
-
-    rows: Any  # of val; of train, if the run was trained on val
-    correct: dict[str, bool] | None  # by image: whether its prediction was correct when the run was validated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,25 +107,21 @@ def staging_dir(out: Path) -> Iterator[Path]:
     """A directory that becomes `out`, or is removed if anything is raised. Raises UserError if one is in the way."""
     import filelock
 
-    draft = out.with_name(f"{out.name}.draft")
-    lock = draft / LOCK_FILE
+    from runtime.atomic import beside, replace_dir
+
+    draft, lock = beside(out)[0], out.with_name(f"{out.name}.lock")
     if draft.exists() and not lock.exists():
         raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
-    draft.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(lock, timeout=0):
             try:
-                for path in draft.iterdir():  # of an export that was killed
-                    if path != lock:
-                        path.unlink()
-                yield draft
-                lock.unlink()
-                if out.exists():
-                    out.rmdir()  # fails unless it is empty
-                draft.rename(out)
+                with replace_dir(out) as draft:
+                    yield draft
+                    if out.exists():
+                        out.rmdir()  # fails unless it is empty
             finally:
-                if draft.exists():
-                    shutil.rmtree(draft)
+                lock.unlink()
     except filelock.Timeout as error:
         raise UserError(f"{draft}: another export writes to it; wait for its end, or use another OUT") from error
 
@@ -147,20 +135,20 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     from runtime.device import choose_device
 
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
-    validation = load_validation(run, options.limit)
+    rows, correct = load_validation(run, options.limit)
     if options.adapter_only:
         plant = PlantModel.from_run(run, device)
     else:
         precision = "no" if options.dtype == "fp32" else options.dtype
         plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
-    images = first_readable(plant.collator, validation.rows, LOGIT_IMAGES)
+    images = first_readable(plant.collator, rows, LOGIT_IMAGES)
     save_classes(run, plant.prompt, draft)
     if options.adapter_only:
         found = export_adapter(run, plant, draft, images)
         verification = ""
     else:
         logger.info(f"model | merging {run.best_folder} into {run.config.model} | {options.dtype}")
-        found = export_merged(run, plant, draft, images, validation)
+        found = export_merged(run, plant, draft, images, rows, correct)
         verification = f"Merged in {options.dtype} and loaded afresh: {found}."
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
@@ -168,7 +156,7 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
 
 
-def export_merged(run: Run, plant, draft: Path, images, validation: Validation) -> str:
+def export_merged(run: Run, plant, draft: Path, images, rows, correct: dict[str, bool] | None) -> str:
     """Save the merged model; a sentence on how the loaded one compares with the run's weights."""
     import torch
     from transformers import AutoProcessor
@@ -184,6 +172,7 @@ def export_merged(run: Run, plant, draft: Path, images, validation: Validation) 
     )
     from models.builder import check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
+    from runtime.atomic import require_disk_space
     from runtime.device import collect_memory
     from utils.tokenizer_utils import tokenizer_probe
 
@@ -192,7 +181,8 @@ def export_merged(run: Run, plant, draft: Path, images, validation: Validation) 
     check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
     adapter = None if config.trainable == "everything" else read_adapter(run.best_folder)
     with base_weights(run, plant.processor) as base:
-        check_disk(draft, weights_bytes(base, plant.dtype))
+        needed = weights_bytes(base, plant.dtype) + MARGIN_BYTES
+        require_disk_space(draft, needed, "the merged weights need", "use an OUT on another disk")
         save_settings(base, plant.processor, plant.prompt, plant.dtype, draft)
         merge_into(base, adapter, draft, plant.dtype)
         # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
@@ -204,9 +194,7 @@ def export_merged(run: Run, plant, draft: Path, images, validation: Validation) 
     saved_processor = AutoProcessor.from_pretrained(draft)
     plant.collator = PlantCollator(saved_processor, plant.prompt, plant.class_names, config.image_size)
     rounding = relative_difference(logits_of(plant, images), expected)
-    metrics = None
-    if validation.correct is not None:
-        metrics = compare_with_validated(validation.correct, plant, validation.rows)
+    metrics = None if correct is None else compare_with_validated(correct, plant, rows)
     advice = "" if plant.dtype == torch.float32 else "; try --dtype fp32"
     found = check_merge(rounding, base_difference, plant.dtype, metrics, advice)
     return found if metrics else f"{found}; its accuracy is unknown, since the run was trained on val"
@@ -237,7 +225,8 @@ def export_adapter(run: Run, plant, draft: Path, images) -> str:
     return check_merge(relative_difference(logits_of(plant, images), expected), base_difference, plant.dtype)
 
 
-def load_validation(run: Run, limit: int | None) -> Validation:
+def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] | None]:
+    """(val rows, by image whether the validated prediction was correct); (train rows, None) if val was trained on."""
     from data.dataset import build_datasets, take
     from evaluation.evaluator import read_correct
     from evaluation.verify import check_same_data
@@ -245,8 +234,8 @@ def load_validation(run: Run, limit: int | None) -> Validation:
     data = build_datasets(run.config)
     check_same_data(data, run)
     if data.validation is None:
-        return Validation(take(data.train, 100), None)
-    return Validation(take(data.validation, limit), read_correct(run, "val")[1])
+        return take(data.train, 100), None
+    return take(data.validation, limit), read_correct(run, "val")[1]
 
 
 @contextlib.contextmanager
@@ -291,15 +280,6 @@ def save_classes(run: Run, prompt, draft: Path) -> None:
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def check_disk(draft: Path, needed: float) -> None:
-    free = shutil.disk_usage(draft).free
-    if free < needed + MARGIN_BYTES:
-        raise UserError(
-            f"{draft.parent}: its disk has {free / 1e9:.1f} GB free, the merged weights need {needed / 1e9:.1f} GB; "
-            "make room, or use an OUT on another disk"
-        )
 
 
 @contextlib.contextmanager

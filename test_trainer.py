@@ -6,6 +6,7 @@
 Cheapest checks first, one line each. Exit status 1 if any failed. Writes no run.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -101,8 +102,11 @@ def check_packages(found: PreFlight) -> str:
         raise UserError("no packages in this environment; run: pip install -r requirements.txt") from None
     lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
     required = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
-    installed = {requirement.name: installed_version(requirement.name) for requirement in required}
-    missing = [name for name, number in installed.items() if number is None]
+    installed = {}
+    for requirement in required:
+        with contextlib.suppress(PackageNotFoundError):
+            installed[requirement.name] = version(requirement.name)
+    missing = [requirement.name for requirement in required if requirement.name not in installed]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed; run: pip install -r requirements.txt")
     untested = [
@@ -112,13 +116,6 @@ def check_packages(found: PreFlight) -> str:
     ]
     text = ", ".join(f"{name} {number}" for name, number in installed.items())
     return f"{text} | not the tested versions: {', '.join(untested)}" if untested else text
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def check_driver(found: PreFlight) -> str:
@@ -156,31 +153,20 @@ def check_device(found: PreFlight) -> str:
 
 def check_disk_and_memory(found: PreFlight) -> str:
     import psutil
-
-    free, model = shutil.disk_usage(".").free, found.config.model
-    if free < RUN_BYTES:
-        raise UserError(f"{free / 1e9:.1f} GB of disk free here; a run needs at least 1 GB, make room")
-    if "/" in model and not Path(model).is_dir():
-        check_hub_cache(model)
-    memory = psutil.virtual_memory()
-    return (
-        f"{free / 1e9:.0f} GB of disk free here | {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of RAM "
-        "free"
-    )
-
-
-def check_hub_cache(model: str) -> None:
-    """Raise UserError unless the disk has room for a checkpoint that is still to be downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(cache).free
-    if try_to_load_from_cache(model, "model.safetensors.index.json") is None and free < HUB_BYTES:
-        raise UserError(
-            f"{cache}: {free / 1e9:.0f} GB free, {model} and the images take {HUB_BYTES / 1e9:.0f}; make room, or set "
-            "HF_HOME to another disk"
-        )
+    from runtime.atomic import require_disk_space
+
+    model, cache = found.config.model, Path(HF_HUB_CACHE).absolute()
+    require_disk_space(Path("."), RUN_BYTES, "a run needs at least", "run it on another disk")
+    is_on_hub = "/" in model and not Path(model).is_dir()
+    if is_on_hub and try_to_load_from_cache(model, "model.safetensors.index.json") is None:  # still to be downloaded
+        folder = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+        require_disk_space(folder, HUB_BYTES, f"{model} and the images need", "set HF_HOME to another disk")
+    memory, free = psutil.virtual_memory(), shutil.disk_usage(".").free
+    ram = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of RAM free"
+    return f"{free / 1e9:.0f} GB of disk free here | {ram}"
 
 
 # ---- the data
@@ -363,24 +349,12 @@ def check_time(found: PreFlight) -> str:
 
 # In order, each with the check that must have passed.
 CHECKS = [
-    (check_config, None),
-    (check_packages, None),
-    (check_driver, "packages"),
-    (check_device, "packages"),
+    (check_config, None), (check_packages, None), (check_driver, "packages"), (check_device, "packages"),
     (check_disk_and_memory, "packages"),
-    (check_data, "device"),
-    (check_class_names, "data"),
-    (check_processor, "data"),
-    (check_lengths, "processor"),
-    (check_sample, "processor"),
-    (check_image_tokens, "sample"),
-    (check_pixels, "sample"),
-    (check_padding, "sample"),
-    (check_model, "processor"),
-    (check_steps, "model"),
-    (check_leak, "steps"),
-    (check_time, "steps"),
-]
+    (check_data, "device"), (check_class_names, "data"), (check_processor, "data"), (check_lengths, "processor"),
+    (check_sample, "processor"), (check_image_tokens, "sample"), (check_pixels, "sample"), (check_padding, "sample"),
+    (check_model, "processor"), (check_steps, "model"), (check_leak, "steps"), (check_time, "steps"),
+]  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

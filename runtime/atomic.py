@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils.logging_utils import UserError
+
 
 def write_file(path: Path, text: str) -> None:
     """Write beside `path`, sync to disk, then replace it."""
@@ -36,6 +38,16 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     draft.rename(folder)
     if old.exists():
         shutil.rmtree(old)
+
+
+def require_disk_space(folder: Path, needed: float, purpose: str, next_move: str) -> None:
+    """Raise UserError unless the disk of `folder` has `needed` bytes for `purpose`, such as "the checkpoints need"."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB; free space, or "
+            f"{next_move}"
+        )
 
 
 def beside(path: Path) -> tuple[Path, Path]:

@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from runtime.atomic import beside, replace_dir, sync, write_file
+from runtime.atomic import beside, replace_dir, require_disk_space, sync, write_file
 from runtime.legacy import renamed
 from runtime.run_files import BEST, PREFIX, checkpoints_in, step_of, truncate_metrics
 from utils.logging_utils import UserError, logger
@@ -165,12 +165,7 @@ def check_disk(run_folder: Path, num_trainable: int, keep: int) -> None:
     existing = [*checkpoints_in(run_folder), run_folder / BEST]  # of a run that resumes
     written = sum(path.stat().st_size for folder in existing for path in folder.rglob("*") if path.is_file())
     needed = max(weights * (3 * (keep + 1) + 3) - written, weights * (3 + 1)) + MARGIN_BYTES
-    free = shutil.disk_usage(run_folder).free
-    if free < needed:
-        raise UserError(
-            f"{run_folder}: its disk has {free / 1e9:.1f} GB free, the checkpoints need {needed / 1e9:.1f} GB; free "
-            "space, or use another --output-dir"
-        )
+    require_disk_space(run_folder, needed, "the checkpoints need", "use another --output-dir")
 
 
 def _sha256(path: Path) -> str:

@@ -136,7 +136,7 @@ def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeyp
     status, lines = run(capsys)
     output = lines["disk and memory"]
     assert status == 1 and output.startswith("FAIL") and "set HF_HOME to another disk" in output
-    assert f"{tmp_path}: 5 GB free, llava-hf/llava-v1.6-mistral-7b-hf and the images take 20" in output
+    assert f"{tmp_path}: its disk has 5.0 GB free, llava-hf/llava-v1.6-mistral-7b-hf and the images need 20.0" in output
 
 
 def test_an_empty_environment_is_reported_with_the_command_to_install(capsys, monkeypatch):
