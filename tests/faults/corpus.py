@@ -1,4 +1,4 @@
-"""Images as they come, and as no one should have made them: each with what opening it must come to."""
+"""Images as they come, and as nobody should have made them: each with the expected result of reading it."""
 
 import io
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-OPENS = ""  # else words of the sentence that refuses it
-REFUSED = ": "  # in whatever words
+OPENS = ""  # else words of the error
+REFUSED = ": "  # an error of any words
 
 
 def _picture(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
@@ -70,7 +70,7 @@ def _zip() -> bytes:
 
 
 def contents() -> dict[str, tuple[bytes, str]]:
-    """File name -> (bytes, OPENS or words of the refusal)."""
+    """File name -> (bytes, OPENS or words of the error)."""
     jpeg, png = _saved(_picture(), "JPEG"), _saved(_picture(), "PNG")
     sixteen = Image.fromarray((np.arange(2400, dtype=np.uint16) * 27).reshape(40, 60))
     floats = Image.fromarray(np.array([[-3e38, float("nan"), float("inf"), 3e38]] * 4, dtype=np.float32))
@@ -85,13 +85,13 @@ def contents() -> dict[str, tuple[bytes, str]]:
         "plain.jpg": (jpeg, OPENS),
         "progressive.jpg": (_saved(_picture(), "JPEG", progressive=True), OPENS),
         "cmyk.jpg": (_saved(_picture("CMYK"), "JPEG"), OPENS),
-        "grey.jpg": (_saved(_picture("L"), "JPEG"), OPENS),
+        "gray.jpg": (_saved(_picture("L"), "JPEG"), OPENS),
         "UPPER.JPEG": (jpeg, OPENS),
         "16 bit.png": (_saved(sixteen, "PNG"), OPENS),
         "1 bit.png": (_saved(_picture("1"), "PNG"), OPENS),
         "palette.png": (_saved(_picture("P"), "PNG", transparency=3), OPENS),
         "alpha.png": (_saved(_picture("RGBA"), "PNG"), OPENS),
-        "grey alpha.png": (_saved(_picture("LA"), "PNG"), OPENS),
+        "gray alpha.png": (_saved(_picture("LA"), "PNG"), OPENS),
         "animated.gif": (_saved(_picture(), "GIF", **_frames()), OPENS),
         "animated.webp": (_saved(_picture(), "WEBP", **_frames()), OPENS),
         "animated.png": (_saved(_picture(), "PNG", **_frames()), OPENS),
@@ -131,7 +131,7 @@ def contents() -> dict[str, tuple[bytes, str]]:
         "junk before.jpg": (b"junk" + jpeg, "is not an image"),
         "page.jpg": (b"<!doctype html><html>404 not found</html>", "is not an image"),
         "text.png": (b"no image at all\n", "is not an image"),
-        "drawing.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not an image"),
+        "vector.jpg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not an image"),
         "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print", "is not an image"),
         "paper.jpg": (b"%PDF-1.7\n1 0 obj", "is not an image"),
         "archive.jpg": (_zip(), "is not an image"),
@@ -153,7 +153,7 @@ def contents() -> dict[str, tuple[bytes, str]]:
     }  # fmt: skip
 
 
-# Not files: made by an action, and what opening them must come to.
+# Not regular files: how each is made, and the expected result of reading it.
 def _link(target: str):
     return lambda path: path.symlink_to(target)
 
@@ -175,7 +175,7 @@ PLACES = {
 
 
 def write_corpus(folder: Path) -> dict[str, str]:
-    """All of it as files in a folder; name -> OPENS or words of the refusal. One name is not UTF-8 and not told."""
+    """All of it as files in a folder; name -> OPENS or words of the error. One name is not UTF-8 and not among them."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = {}
     for name, (data, words) in contents().items():

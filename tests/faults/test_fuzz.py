@@ -1,6 +1,6 @@
 """Whatever comes in, what comes out is an answer or one clear sentence. `make fuzz` runs each ten minutes.
 
-What was found is kept as tests beside the code that it was found in.
+What it found is kept as tests of the code that was at fault.
 """
 
 import json
@@ -94,15 +94,17 @@ def test_the_config_parser(capsys):
             config = parse_config(argv)
             assert not list(find_problems(config))
         except SystemExit as stop:
-            told = "".join(capsys.readouterr())
-            assert (stop.code == 2 and "error: " in told) or (stop.code == 0 and "--help" in told)
+            output = "".join(capsys.readouterr())
+            assert (stop.code == 2 and "error: " in output) or (stop.code == 0 and "--help" in output)
         capsys.readouterr()
 
     fuzz(check)
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
-anything = st.recursive(scalars, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=6), one))
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner)
+)
 
 
 def test_saved_configs(tmp_path):
@@ -133,7 +135,9 @@ def test_metrics_and_manifests(tmp_path):
     write_manifest(tmp_path)
     manifest = (tmp_path / MANIFEST).read_bytes()
     texts = st.one_of(
-        st.builds(changed, st.just(manifest), changes), st.binary(), anything.map(lambda one: json.dumps(one).encode())
+        st.builds(changed, st.just(manifest), changes),
+        st.binary(),
+        anything.map(lambda value: json.dumps(value).encode()),
     )
 
     @quiet

@@ -6,16 +6,16 @@ import pytest
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import send_to_device
-from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from data.collator import IGNORED, PlantCollator
+from utils.image_utils import open_image, png_image
 from utils.logging_utils import UserError
 
 
 class Tampered:
-    """The real processor, with one fault put into what it returns or is given."""
+    """The real processor, with a fault in what it returns or is given."""
 
     def __init__(self, processor, after=None, text=None):
         self.processor, self.after, self.text = processor, after, text
@@ -33,14 +33,10 @@ class Tampered:
 
 
 def rows_of(tiny, sizes):
-    """Drawn rows, resized to these (H, W), so that images differ in tokens when they keep their own size."""
-    import io
-
+    """Synthetic rows, resized to these (H, W), so that images differ in tokens when they keep their own size."""
     rows = []
     for row, (height, width) in zip(tiny.rows(len(sizes)), sizes):
-        file = io.BytesIO()
-        Image.open(io.BytesIO(row["image"]["bytes"])).resize((width, height)).save(file, "PNG")
-        rows.append(row | {"image": {"bytes": file.getvalue(), "path": None}})
+        rows.append(row | {"image": png_image(open_image(row["image"]).resize((width, height)))})
     return rows
 
 
@@ -66,13 +62,9 @@ def test_batch_holds_the_contract(tiny):
         assert (batch["input_ids"][index, sample.length :] == tiny.processor.tokenizer.pad_token_id).all()
 
 
-def same(one, other):
-    return (type(one), one.samples, one.unreadable, list(one)) == (
-        type(other),
-        other.samples,
-        other.unreadable,
-        list(other),
-    ) and all(torch.equal(one[name], other[name]) for name in one)
+def is_same(batch, other):
+    assert (batch.samples, batch.unreadable, list(batch)) == (other.samples, other.unreadable, list(other))
+    return type(batch) is type(other) and all(torch.equal(batch[name], other[name]) for name in batch)
 
 
 def test_a_batch_survives_workers_pinning_and_accelerate(tiny, monkeypatch):
@@ -85,7 +77,7 @@ def test_a_batch_survives_workers_pinning_and_accelerate(tiny, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # the real one needs a GPU
         pinned = pin_memory(batch)
         assert all(
-            same(batch, other) for other in (loaded, sharded, pinned, send_to_device(batch, "cpu"), batch.to("cpu"))
+            is_same(batch, other) for other in (loaded, sharded, pinned, send_to_device(batch, "cpu"), batch.to("cpu"))
         )
         assert pinned["labels"].data_ptr() != batch["labels"].data_ptr() or not batch.samples
         assert {tensor.device.type for tensor in send_to_device(batch, "meta").values()} == {"meta"}
@@ -138,10 +130,10 @@ def test_leaving_the_mask_out_changes_no_supervised_logit_and_no_gradient(tiny):
     assert abs(ours.loss.item() - stock.loss.item()) < 1e-6
     stock_gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(our_gradients) == len(stock_gradients) > 50
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(our_gradients, stock_gradients))
+    assert all(torch.allclose(ours, stock, atol=1e-6) for ours, stock in zip(our_gradients, stock_gradients))
 
 
-# ---- injected faults: each is refused and names the sample
+# ---- injected faults: each is an error that gives the sample
 
 
 def moved_token(encoded):
@@ -176,10 +168,10 @@ def truncated(encoded):
 
 def other_answer(encoded):
     ids = encoded["input_ids"]
-    ids[0, (ids[0] == 1).nonzero()[0] - 1] = 9  # 1 is the end token
+    ids[0, (ids[0] == 1).nonzero()[0] - 1] = 9  # 1 is EOS
 
 
-def no_end_token(encoded):
+def no_eos(encoded):
     ids = encoded["input_ids"]
     ids[0, (ids[0] == 1).nonzero()[0]] = 2
 
@@ -197,13 +189,13 @@ FAULTS = [
     (infinite_pixel, "a pixel is not a finite number"),
     (truncated, "truncated to"),
     (other_answer, "its answer is"),
-    (no_end_token, "its last token is not the end-of-turn token '</s>'"),
+    (no_eos, "its last token is not the end-of-turn token '</s>'"),
     (other_question, "its prompt's tokens are not those of the prompt"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "words"), FAULTS)
-def test_a_fault_is_refused_naming_the_sample(fault, words, tiny):
+def test_a_fault_is_an_error_that_gives_the_sample(fault, words, tiny):
     collator = PlantCollator(Tampered(tiny.processor, after=fault), tiny.prompt, tiny.names, None)
     with pytest.raises(UserError, match=re.escape(words)) as refused:
         collator(rows_of(tiny, SIZES))
@@ -211,18 +203,18 @@ def test_a_fault_is_refused_naming_the_sample(fault, words, tiny):
 
 
 @pytest.mark.parametrize(
-    ("change", "count"), [(lambda text: text.replace("<image>", "<image><image>"), 2), (lambda text: "no picture", 0)]
+    ("change", "count"), [(lambda text: text.replace("<image>", "<image><image>"), 2), (lambda text: "no image", 0)]
 )
-def test_a_photo_without_its_placeholder_or_with_two_is_refused(change, count, tiny):
+def test_an_image_without_its_placeholder_or_with_two_is_an_error(change, count, tiny):
     collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, 70)
     collator.answers = [answer._replace(text=change(answer.text)) for answer in collator.answers]
-    # The processor is given a sound text, so that it is not the library that refuses.
+    # The processor gets a valid text, so that the error does not come from the library.
     collator.processor = Tampered(tiny.processor, text=lambda text: tiny.prompt.text(tiny.names[0]))
     with pytest.raises(UserError, match=f"sample test-00000.*{count} image placeholders in its text, expected 1"):
         collator(tiny.rows(1))
 
 
-def test_a_name_the_tokenizer_cannot_carry_is_refused(tiny):
+def test_a_name_that_the_tokenizer_cannot_represent_is_an_error(tiny):
     with pytest.raises(
         UserError, match="class name 'a <image> lily': its training text has 2 image tokens, expected 1"
     ):
@@ -234,10 +226,10 @@ def test_a_name_the_tokenizer_cannot_carry_is_refused(tiny):
         PlantCollator(tiny.processor, tiny.prompt, [" rose "], 70)
 
 
-# ---- images that do not open
+# ---- unreadable images
 
 
-def test_a_bad_photo_is_left_out_and_named(tiny):
+def test_an_unreadable_image_is_skipped_and_listed(tiny):
     rows = tiny.rows(4)
     broken = rows[1] | {"image": {"bytes": b"", "path": "lily.jpg"}}
     batch = tiny.collator([rows[0], broken, rows[2]])
@@ -260,7 +252,7 @@ def test_batch_bytes_are_those_of_a_batch(tiny, size, sizes):
 
 @pytest.mark.parametrize(("image_size", "size"), [(70, (70, 70)), (None, (70, 70))])
 def test_the_largest_row_becomes_as_many_tokens_as_any(image_size, size, tiny):
-    names = [*tiny.names[:3], "a name much longer than all the others", *tiny.names[3:]]
+    names = [*tiny.names[:3], "a name much longer than all other names", *tiny.names[3:]]
     collator = PlantCollator(tiny.processor, tiny.prompt, names, image_size)
     rows = [*rows_of(tiny, SIZES), tiny.rows(1)[0] | {"image": {"bytes": b"broken", "path": None}}]
     row = collator.largest_row(rows)

@@ -78,7 +78,7 @@ def test_parquet_folder_with_its_own_names(parquet_folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"columns": ("photo", "label")}, "has the columns photo, label; expected are image and label, rename them"),
+        ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label"),
         ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
         ({"splits": ("train", "test")}, "no parquet file for validation"),
         ({"labels": range(1, 103)}, "labels of train go from 1 to 102, expected 0 to 101"),
@@ -98,7 +98,7 @@ def test_parquet_folder_that_differs_is_an_error_with_what_was_expected(change, 
 
 
 @pytest.mark.parametrize("stream", [(), ("--streaming", "true", "--max-steps", "5")])
-def test_a_missing_parquet_file_is_noticed_by_the_names_of_the_others(stream, parquet_folder, tmp_path, capsys):
+def test_a_missing_parquet_file_is_noticed_by_the_numbers_in_the_file_names(stream, parquet_folder, tmp_path, capsys):
     setup_logging()
     folder = parquet_folder(labels=[0, 1], names=["a", "b"])
     (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
@@ -324,7 +324,7 @@ def test_a_limited_split_is_the_same_every_time(image_folder):
     assert dataset.take(rows, None) is rows and dataset.take(rows, 99) is rows
 
 
-def test_a_sample_is_spread_over_the_split(small_splits):
+def test_sampled_rows_are_evenly_spaced(small_splits):
     data = build("--preset", "tiny")
     assert sample_rows(data.train, 5)["id"] == [f"train-{index:05d}" for index in (0, 10, 20, 30, 40)]
     assert sample_rows(data.train, 48)["id"] == sample_rows(data.train)["id"] == data.train["id"]

@@ -28,7 +28,7 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> dict:
     file = io.BytesIO()
     image.save(file, kind, **options)
-    return {"bytes": file.getvalue(), "path": f"photo.{kind.lower()}"}
+    return {"bytes": file.getvalue(), "path": f"lily.{kind.lower()}"}
 
 
 def gradient(mode: str = "RGB") -> Image.Image:
@@ -37,7 +37,7 @@ def gradient(mode: str = "RGB") -> Image.Image:
 
 
 @pytest.mark.parametrize(("side", "expected"), [(336, (336, 336)), (None, (30, 40))])
-def test_fit_is_the_whole_photo_as_a_square_or_its_own_size(side, expected):
+def test_fit_is_the_whole_image_as_a_square_or_its_own_size(side, expected):
     assert fit_image(gradient(), side).size == expected
     assert fitted_size((40, 30), side) == expected[::-1]
 
@@ -62,7 +62,7 @@ def test_sixteen_bits_are_rescaled_and_not_clipped():
     assert np.asarray(open_image(encoded(Image.fromarray(ramp))))[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_a_floating_point_photo_is_stretched():
+def test_a_floating_point_image_is_stretched():
     values = np.array([[-2.0, 0.0, 2.0]], dtype=np.float32)
     assert np.asarray(open_image(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
@@ -125,13 +125,13 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("contents", "words"), BROKEN, ids=range(len(BROKEN)))
-def test_a_broken_photo_names_the_file_and_the_reason(contents, words):
-    with pytest.raises(ImageError) as told:
+def test_a_corrupted_image_is_an_error_with_file_and_reason(contents, words):
+    with pytest.raises(ImageError) as raised:
         open_image({"bytes": contents, "path": "lily.jpg"})
-    assert str(told.value).startswith(words) and "\n" not in str(told.value)
+    assert str(raised.value).startswith(words) and "\n" not in str(raised.value)
 
 
-def test_a_photo_that_is_not_there(tmp_path):
+def test_a_missing_image(tmp_path):
     with pytest.raises(ImageError, match=r"gone.jpg: cannot be read \(No such file"):
         open_image(tmp_path / "gone.jpg")
     with pytest.raises(ImageError, match="cannot be read"):
@@ -145,7 +145,7 @@ def test_the_limit_holds_before_anything_is_decoded():
         read_image_size(encoded(gradient()), max_pixels=1000)
 
 
-# ---- images as they come, and as no one should have made them
+# ---- images as they come, and as nobody should have made them
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +155,19 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*contents(), *PLACES])
-def test_hostile_photos_open_or_are_refused_in_one_sentence(name, corpus):
+def test_hostile_images_are_read_or_are_an_error_in_one_sentence(name, corpus):
     folder, expected = corpus
     if expected[name] == OPENS:
         image = open_image(folder / name)
         assert image.mode == "RGB" and read_image_size(folder / name) == (image.height, image.width)
         assert np.asarray(fit_image(image, 84)).shape == (84, 84, 3)
     else:
-        with pytest.raises(ImageError) as told:
+        with pytest.raises(ImageError) as raised:
             open_image(folder / name)
-        assert expected[name] in str(told.value) and str(told.value).isprintable()
+        assert expected[name] in str(raised.value) and str(raised.value).isprintable()
 
 
-def test_a_photo_whose_numbers_are_beyond_all_bounds_is_still_stretched():
+def test_an_image_of_the_largest_numbers_is_still_stretched():
     values = np.array([[-3e38, 0.0, 3e38]], dtype=np.float32)
     assert np.asarray(open_image(encoded(Image.fromarray(values), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
@@ -187,9 +187,9 @@ print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if 
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report a process's peak")
 @pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "RGBA"), ("TIFF", "F")])
-def test_the_largest_photos_take_bounded_memory(kind, mode):
+def test_the_largest_images_take_bounded_memory(kind, mode):
     found = subprocess.run([sys.executable, "-c", LARGEST, kind, mode], cwd=ROOT, capture_output=True, text=True)
     assert float(found.stdout) < 1200, found  # MB of the whole process
 

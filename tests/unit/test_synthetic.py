@@ -1,6 +1,7 @@
 """Tests of synthetic."""
 
 import io
+import itertools
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from data.synthetic import SIDE, SPECIES, draw_split
 
 
-def mean_colours(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_colors(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = draw_split(split)[:count]
     colors = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean((0, 1)) / 255 for row in rows]
     return torch.tensor(np.array(colors), dtype=torch.float32), torch.tensor([row["label"] for row in rows])
@@ -17,13 +18,14 @@ def mean_colours(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_species_differ_in_two_features_or_in_shape_alone():
     species = list(SPECIES.values())
-    pairs = [(one, other) for index, one in enumerate(species) for other in species[:index]]
-    differing = [{name for name in one._fields if getattr(one, name) != getattr(other, name)} for one, other in pairs]
+    differing = []
+    for first, second in itertools.combinations(species, 2):
+        differing.append({name for name in first._fields if getattr(first, name) != getattr(second, name)})
     assert all(len(names) >= 2 or names == {"shape"} for names in differing)
     assert sum(names == {"shape"} for names in differing) == 2
 
 
-def test_drawings_are_the_same_every_time_and_differ_among_themselves(monkeypatch):
+def test_images_are_the_same_every_time_and_differ_from_each_other(monkeypatch):
     monkeypatch.setitem(__import__("data.synthetic").synthetic.SPLIT_SIZES, "train", 30)
     rows = draw_split("train")
     assert rows == draw_split("train")
@@ -31,13 +33,12 @@ def test_drawings_are_the_same_every_time_and_differ_among_themselves(monkeypatc
     assert Image.open(io.BytesIO(rows[0]["image"]["bytes"])).size == (SIDE, SIDE)
 
 
-def test_mean_colour_alone_names_fewer_than_half():
+def test_mean_color_alone_classifies_fewer_than_half():
     """Softmax regression on the three mean channels, fitted to convergence."""
-    colors, labels = mean_colours("train", 1000)
-    load_validation_rows, truth = mean_colours("test", 300)
+    colors, labels = mean_colors("train", 1000)
+    test_colors, truth = mean_colors("test", 300)
     mean, spread = colors.mean(0), colors.std(0)
-    one = torch.ones(1)
-    features = torch.cat([(colors - mean) / spread, one.expand(len(colors), 1)], dim=1)
+    features = torch.cat([(colors - mean) / spread, torch.ones(len(colors), 1)], dim=1)
     weights = torch.zeros(4, len(SPECIES), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200)
 
@@ -48,7 +49,7 @@ def test_mean_colour_alone_names_fewer_than_half():
         return loss
 
     optimizer.step(closure)
-    seen = torch.cat([(load_validation_rows - mean) / spread, one.expand(len(load_validation_rows), 1)], dim=1)
+    seen = torch.cat([(test_colors - mean) / spread, torch.ones(len(test_colors), 1)], dim=1)
     accuracy = ((seen @ weights).argmax(1) == truth).float().mean().item()
     print(f"top-1 from mean color: {accuracy:.3f}")
     assert 0.15 < accuracy < 0.5

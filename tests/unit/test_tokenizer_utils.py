@@ -19,7 +19,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_pieces_come_from_the_template(family, checkpoint):
+def test_the_prompt_comes_from_the_template(family, checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint(family))
     tokenizer = processor.tokenizer
     prompt = build_prompt(processor, QUESTION, [tokenizer.eos_token_id])
@@ -50,7 +50,7 @@ def test_a_template_that_cannot_be_used(template, words, checkpoint):
         build_prompt(processor_with(template, checkpoint), QUESTION, [1])
 
 
-def test_a_prompt_that_ends_in_a_space_gives_it_to_the_joiner(checkpoint):
+def test_a_space_at_the_end_of_the_prompt_moves_to_the_response_prefix(checkpoint):
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<image> Q: {% else %}{{ m.content[0].text }}{% endif %}"
         "{% endfor %}"
@@ -59,7 +59,7 @@ def test_a_prompt_that_ends_in_a_space_gives_it_to_the_joiner(checkpoint):
     assert (prompt.prompt, prompt.response_prefix) == ("<image> Q:", " ")
 
 
-def test_the_end_is_a_token_generation_stops_at(checkpoint):
+def test_eos_is_a_token_that_generation_stops_at(checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint("llama3"))
     other, end = 7, processor.tokenizer.eos_token_id
     assert build_prompt(processor, QUESTION, [other, end]).eos_id == end
@@ -74,5 +74,5 @@ def test_a_probe_survives_saving(checkpoint, tmp_path):
     assert tokenizer_probe(AutoProcessor.from_pretrained(tmp_path).tokenizer) == tokenizer_probe(processor.tokenizer)
 
 
-def test_text_is_the_pieces_in_order():
+def test_training_text_is_its_parts_in_order():
     assert Prompt("p", " ", "</s>", 2).text("oak") == "p oak</s>"
