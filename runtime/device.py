@@ -68,19 +68,13 @@ def refuse_several_ranks() -> None:
 
 def choose_precision(requested: str, device: torch.device) -> str:
     """bf16, fp16 or no. Raises UserError for fp16 without CUDA, where nothing would scale the loss."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if requested == "fp16" and capability is None:
+    if requested == "fp16" and device.type != "cuda":
         raise UserError("--mixed-precision fp16: needs a CUDA GPU, elsewhere nothing scales the loss; use no or auto")
-    return precision_for(requested, capability)
-
-
-def precision_for(requested: str, capability: tuple[int, int] | None) -> str:
-    """bf16, fp16 or no, for a GPU of this CUDA compute capability (None: no CUDA GPU)."""
     if requested != "auto":
         return requested
-    if capability is None:
+    if device.type != "cuda":
         return "no"
-    return "bf16" if capability >= BF16_CAPABILITY else "fp16"
+    return "bf16" if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY else "fp16"
 
 
 def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/shm") -> int:

@@ -142,11 +142,10 @@ def _read_environment() -> tuple[int, int]:
     """(rank, number of ranks). Raises UserError for variables that contradict each other."""
     world_size = get_world_size()
     if "WORLD_SIZE" not in os.environ:
-        tasks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK") if name in os.environ}
-        if _number("SLURM_STEP_NUM_TASKS", 1) > 1:
-            tasks["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_STEP_NUM_TASKS"]
-        if tasks:
-            found = " ".join(f"{name}={value}" for name, value in tasks.items())
+        names = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
+        names += ["SLURM_STEP_NUM_TASKS"] if _number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
+        if names:
+            found = " ".join(f"{name}={os.environ[name]}" for name in names)
             raise UserError(f"{found}: one of several ranks, but WORLD_SIZE is missing. {HOW_TO_START}")
     if world_size == 1:
         return 0, 1
@@ -169,17 +168,18 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
     store = torch.distributed.PrefixStore("plants", group_store)
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
     watchdog.heartbeat("")
-    with _first_all_reduce_limited(world_size):
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=group_store,
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=COLLECTIVE_S),
-        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    options = {"timeout": datetime.timedelta(seconds=COLLECTIVE_S), "world_size": world_size, "rank": rank}
+    timer = threading.Timer(RENDEZVOUS_S, _exit_in_first_all_reduce, [world_size])  # nothing else ends one that hangs
+    timer.daemon = True
+    timer.start()
+    try:
+        torch.distributed.init_process_group(backend, store=group_store, **options)
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+    finally:
+        timer.cancel()
     try:
         with watchdog:
             yield Distributed(rank, world_size, device, store)
@@ -228,24 +228,12 @@ def _rendezvous(rank: int, world_size: int):
         ) from error
 
 
-@contextlib.contextmanager
-def _first_all_reduce_limited(world_size: int) -> Iterator[None]:
-    """Exit unless done within RENDEZVOUS_S: nothing else stops a first message between GPUs that hangs."""
-
-    def end() -> None:
-        logger.error(
-            f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the "
-            "network between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
-        )
-        os._exit(1)
-
-    timer = threading.Timer(RENDEZVOUS_S, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _exit_in_first_all_reduce(world_size: int) -> None:
+    logger.error(
+        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
+        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
+    )
+    os._exit(1)
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:

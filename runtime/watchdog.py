@@ -46,13 +46,15 @@ class Watchdog:
         if error is None:  # no DONE heartbeat after an error, so that the other ranks abort
             self.heartbeat(DONE)
             until = time.monotonic() + STALLED_S
-            while self.rank == 0 and not self._others_are_done() and time.monotonic() < until:
-                time.sleep(0.05)  # rank 0 may host the store, and without it the other ranks would count as failed
+            while self.rank == 0 and self._is_needed() and time.monotonic() < until:
+                time.sleep(0.05)
 
-    def _others_are_done(self) -> bool:
+    def _is_needed(self) -> bool:
+        """Rank 0 may host the store, and other ranks that lose it before they are done count as failed."""
         with contextlib.suppress(RuntimeError):
-            return all(self.store.get(f"heartbeat {rank}") == DONE.encode() for rank in self.others)
-        return True
+            are_done = all(self.store.get(f"heartbeat {rank}") == DONE.encode() for rank in self.others)
+            return not are_done and self.read_failure() is None
+        return False
 
     def heartbeat(self, value: str) -> None:
         with contextlib.suppress(RuntimeError):

@@ -5,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.device import available_gpu_memory, choose_device, choose_precision, fit_workers, precision_for
+from runtime.device import available_gpu_memory, choose_device, choose_precision, fit_workers
 from utils.logging_utils import UserError
 
 
 @pytest.mark.parametrize(
     ("capability", "precision"), [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), (None, "no")]
 )
-def test_auto_precision_is_what_the_gpu_computes_natively(capability, precision):
-    assert precision_for("auto", capability) == precision
-
-
-def test_an_explicit_precision_is_kept():
-    assert [precision_for(asked, (7, 5)) for asked in ("bf16", "fp16", "no")] == ["bf16", "fp16", "no"]
+def test_auto_precision_is_what_the_gpu_computes_natively(capability, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda" if capability else "cpu")
+    assert choose_precision("auto", device) == precision
+    assert choose_precision("bf16", device) == "bf16"
+    assert choose_precision("no", device) == "no"
+    if capability:
+        assert choose_precision("fp16", device) == "fp16"
 
 
 def test_fp16_without_a_gpu_is_refused():
