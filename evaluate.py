@@ -59,71 +59,60 @@ def main(argv: list[str] | None = None) -> int:
     run, other, options = parse_evaluation(argv)
     set_environment()
     with report_errors(ConfigError):
-        setup_logging(run.folder if other is None else None, "evaluate.log")
-        if other is not None:
+        if other is None:
+            setup_logging(run.folder, "evaluate.log")
+            evaluate_run(run, options)
+        else:
+            setup_logging()
             compare_runs(run, other, options.split)
-            return 0
-        from data.dataset import build_datasets, take
-        from data.sources import load_ood_images
-        from evaluation.evaluator import Method, build_evaluator
-        from evaluation.model_card import write_model_card
-        from evaluation.verify import check_same_data
-        from models.builder import PlantModel
-        from models.memory import is_worth_compiling
-        from runtime.checkpoint import describe_best
-        from runtime.distributed import assert_same_across_ranks, init_distributed
-
-        # Every rank has all weights here, so one rank can evaluate a run that was sharded.
-        with init_distributed(dataclasses.replace(run.config, sharding="none")) as dist:
-            assert_same_across_ranks({"run": f"{run.folder}"} | dataclasses.asdict(options), dist)
-            with dist.main_process_first():
-                data = build_datasets(run.config)
-                if not run.is_base_model:
-                    check_same_data(data, run)
-                    describe_best(run.best_folder)  # raises for corrupted weights, before a model is loaded
-            assert_same_across_ranks({"images": data.fingerprint()}, dist)
-            validation = None if data.validation is None else take(data.validation, options.limit)
-            rows = validation if options.split == "val" else take(data.test, options.limit)
-            if rows is None:
-                raise UserError(f"{run.folder}: was trained on val, which measures nothing then; use --split test")
-            ood_rows = load_ood_images(Path(options.ood)) if options.ood else None
-            if run.is_base_model:
-                plant = build_base_model(run, data.class_names, dist)
-            else:
-                plant = PlantModel.from_run(run, dist.device)
-            if dist.device.type == "cuda" and is_worth_compiling(run.config.compile, len(rows) / dist.world_size):
-                plant.compile()
-            logger.info("run | %s | %s", run.folder, run.config.model)
-            logger.info(
-                f"data | {data.source} | {len(rows):,} images of {options.split} | {len(data.class_names)} classes"
-            )
-            if not dist.is_main_process:
-                logger.setLevel(logging.WARNING)  # of what concerns this rank alone, such as an OOM
-            method = Method(
-                options.per_token, options.prior_calibration, options.limit, options.target_selective_accuracy
-            )
-            evaluator = build_evaluator(run, plant, dist, method)
-            if options.protocol != "scoring":
-                evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)
-            if options.protocol != "generation":
-                evaluator.report(rows, options.split, validation, ood_rows)
-            if options.protocol != "generation" and dist.is_main_process and not run.is_base_model:
-                write_model_card(run, plant.prompt)
     return 0
 
 
-def build_base_model(run: Run, class_names: list[str], dist):
-    """The PlantModel of a base model, whose config and facts are saved as those of a run."""
-    from peft import PeftModel
-
+def evaluate_run(run: Run, options: EvaluationOptions) -> None:
+    """Score a split, generate replies to its images, or both; write the reports. Raises UserError."""
+    from data.dataset import build_datasets, take
+    from data.sources import load_ood_images
+    from evaluation.evaluator import Method, build_evaluator
+    from evaluation.model_card import write_model_card
+    from evaluation.verify import check_same_data
     from models.builder import PlantModel
+    from models.memory import is_worth_compiling
+    from runtime.checkpoint import describe_best
+    from runtime.distributed import assert_same_across_ranks, init_distributed
 
-    plant = PlantModel.from_config(run.config, class_names, dist.device)
-    if isinstance(plant.model, PeftModel):
-        plant.model.disable_adapter_layers()
-    if dist.is_main_process:
-        save_config(run.config, run.folder, plant.facts() | {"class_names": class_names, "base": True})
-    return plant
+    # Every rank has all weights here, so one rank can evaluate a run that was sharded.
+    with init_distributed(dataclasses.replace(run.config, sharding="none")) as dist:
+        assert_same_across_ranks({"run": f"{run.folder}"} | dataclasses.asdict(options), dist)
+        with dist.main_process_first():
+            data = build_datasets(run.config)
+            if not run.is_base_model:
+                check_same_data(data, run)
+                describe_best(run.best_folder)  # raises for corrupted weights, before a model is loaded
+        assert_same_across_ranks({"images": data.fingerprint()}, dist)
+        validation = None if data.validation is None else take(data.validation, options.limit)
+        rows = validation if options.split == "val" else take(data.test, options.limit)
+        if rows is None:
+            raise UserError(f"{run.folder}: was trained on val, which measures nothing then; use --split test")
+        ood_rows = load_ood_images(Path(options.ood)) if options.ood else None
+        if run.is_base_model:
+            run.recorded = {"base": True, "class_names": data.class_names}
+        plant = PlantModel.from_run(run, dist.device)
+        if run.is_base_model and dist.is_main_process:
+            save_config(run.config, run.folder, plant.facts() | run.recorded)
+        if dist.device.type == "cuda" and is_worth_compiling(run.config.compile, len(rows) / dist.world_size):
+            plant.compile()
+        logger.info(f"run | {run.folder} | {run.config.model}")
+        logger.info(f"data | {data.source} | {len(rows):,} images of {options.split} | {len(data.class_names)} classes")
+        if not dist.is_main_process:
+            logger.setLevel(logging.WARNING)  # of what concerns this rank alone, such as an OOM
+        method = Method(options.per_token, options.prior_calibration, options.limit, options.target_selective_accuracy)
+        evaluator = build_evaluator(run, plant, dist, method)
+        if options.protocol != "scoring":
+            evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)
+        if options.protocol != "generation":
+            evaluator.report(rows, options.split, validation, ood_rows)
+            if dist.is_main_process and not run.is_base_model:
+                write_model_card(run, plant.prompt)
 
 
 def compare_runs(first: Run, second: Run, split: str) -> None:

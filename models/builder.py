@@ -88,11 +88,16 @@ class PlantModel:
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device) -> "PlantModel":
-        """A run's model with the weights of its best/, on the base it was trained on. Raises UserError."""
+        """A run's model with the weights of its best/, on the base it was trained on; a base model without its adapter.
+
+        Raises UserError.
+        """
         plant = cls.from_config(run.config, run.recorded["class_names"], device)
         check_same_base(plant.facts(), run)
         if not run.is_base_model:
             plant.load_weights(run.best_folder)
+        elif isinstance(plant.model, PeftModel):
+            plant.model.disable_adapter_layers()
         return plant
 
     @property
