@@ -66,7 +66,7 @@ RULES = [
     Rule(r"(in|into|of) the host s memory", "activation offloading to CPU"),
     Rule(r"passing|kept layer", "transient, activation bytes", "name"),
     Rule(r"fixed|inputs", "static, checkpoint bytes", "name", only=r"memory\.py$"),
-    Rule(r"(un)?pack|(can )?unpack\w*", "dequantize", "name", only=r"^models/"),
+    Rule(r"(can )?unpack\w*", "dequantize", "name", only=r"^models/"),
     Rule(r"unpack(s|ed|ing)? (the |4|nf4|weights?|its|their)|the unpack\w*", "dequantize", only=r"^models/|^docs/"),
     Rule(r"matrix products?", "matmul"),
     Rule(r"product", "matmul", "name", only=r"^models/"),
