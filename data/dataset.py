@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from config.training_config import TrainingConfig
 from data.labels import KNOWN_DUPLICATES
-from data.sources import ROW, SPLITS, load_source
+from data.sources import ROW, SPLITS, count_images, load_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
@@ -50,7 +50,7 @@ class PlantData:
             if isinstance(rows, Stream):
                 pairs = [(file.name, file.stat().st_size) for file in rows.files]
             else:
-                pairs = zip(rows["id"], rows["label"]) if rows else ()
+                pairs = list(zip(rows["id"], rows["label"])) if rows else []
             digest.update(json.dumps(sorted(pairs)).encode())
         return digest.hexdigest()
 
@@ -98,7 +98,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     splits, class_names, description = load_source(
         config.dataset, config.dataset_revision, config.streaming, config.seed, config.allow_missing
     )
-    total = len(splits["train"]) if len(splits) < len(SPLITS) else 0
+    total = count_images(splits["train"]) if len(splits) < len(SPLITS) else 0
     for split, fraction in (("validation", config.val_fraction), ("test", config.test_fraction)):
         if split not in splits:
             splits["train"], splits[split] = split_off(
@@ -114,11 +114,6 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     return dataclasses.replace(data, train=train, validation=validation)
 
 
-def count_images(rows: Dataset | Stream) -> int:
-    """Images of a split; of a stream, those of one pass."""
-    return rows.num_images if isinstance(rows, Stream) else len(rows)
-
-
 def sample_rows(rows: Dataset | Stream, count: int = SAMPLED) -> Dataset:
     """At most `count` rows, evenly spaced; of a stream its first, of which each rank has its own."""
     if isinstance(rows, Stream):
@@ -129,8 +124,8 @@ def sample_rows(rows: Dataset | Stream, count: int = SAMPLED) -> Dataset:
 def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> tuple[Dataset, Dataset]:
     """(the rest, `count` seeded rows or one of each class), stratified by class."""
     counts = Counter(rows["label"])
-    rarest = min(counts, key=counts.get)
-    if counts[rarest] < 2:
+    rarest, size = min(counts.items(), key=lambda item: item[1])
+    if size < 2:
         raise UserError(
             f"class {classes[rarest]!r} has too few images to split into train, val and test; it needs 3 or more"
         )

@@ -42,6 +42,11 @@ class Source(NamedTuple):
     description: str
 
 
+def count_images(rows: Dataset | Stream) -> int:
+    """Images of a split; of a stream, those of one pass."""
+    return rows.num_images if isinstance(rows, Stream) else len(rows)
+
+
 def load_source(dataset: str, revision: str, streaming: bool, seed: int, allow_missing: bool) -> Source:
     """The source that `dataset` refers to: a name, or a folder whose contents tell its kind. Raises UserError."""
     folder = Path(dataset)
@@ -81,10 +86,11 @@ def load_hub(repository: str, revision: str) -> Source:
     _check_columns(splits, SPLITS, description)
     source = _as_official(splits, description)
     for split, expected in OFFICIAL_SIZES.items():
-        if len(source.splits[split]) != expected:
+        found = count_images(source.splits[split])
+        if found != expected:
             raise UserError(
-                f"{description}: split {split} has {len(source.splits[split])} images, expected {expected}; give the "
-                "official revision with --dataset-revision"
+                f"{description}: split {split} has {found} images, expected {expected}; give the official revision with "
+                "--dataset-revision"
             )
     return source
 
@@ -142,7 +148,7 @@ def stream_parquet_folder(folder: Path, seed: int, allow_missing: bool) -> Sourc
 
 def _find_parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
     """The files of each split: their name, or their folder's name, begins with the split's name."""
-    files = {split: [] for split in SPLITS}
+    files: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for file in sorted(folder.rglob("*.parquet")):
         for split in SPLITS:
             if any(part.startswith(SPLIT_FOLDERS[split]) for part in file.relative_to(folder).parts):
@@ -153,7 +159,9 @@ def _find_parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Pat
             f"{folder}: no parquet file for {' and '.join(missing)}; give files or folders names that begin with "
             "train, validation and test"
         )
-    series = Counter()  # files are written as train-00000-of-00004.parquet, so a missing one can be noticed
+    series: Counter[tuple[Path, int]] = (
+        Counter()
+    )  # files are written as train-00000-of-00004.parquet, so a missing one can be noticed
     for file in itertools.chain(*files.values()):
         if found := re.fullmatch(r"(.+)-\d+-of-(\d+)(-\w+)?", file.stem):
             series[file.parent / found[1], int(found[2])] += 1

@@ -164,7 +164,7 @@ class Evaluator:
             val_scores, _ = self.score(validation, "val")
         ood = draw_ood_images() | ({} if ood_rows is None else {"your images": ood_rows})
         ood_scores = {kind: self._score_ood(images) for kind, images in ood.items()} if is_calibrated else {}
-        if scores is None:
+        if scores is None or val_scores is None:
             return {}
         calibration = self.calibrate(val_scores) if is_calibrated else None
         report = {
@@ -180,7 +180,8 @@ class Evaluator:
             **measure_split(scores, calibration, self.plant.class_names),
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
-            "ood": {
+            "ood": calibration
+            and {
                 kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
                 for kind, found in ood_scores.items()
             },
@@ -300,7 +301,7 @@ def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
     path = run.folder / f"eval_{split}.scores.jsonl"
     facts, entries = read_entries(path)
     again = f"python evaluate.py {run.folder} --split {split}"
-    if not entries:
+    if facts is None or not entries:
         raise UserError(f"{path}: no scores yet; make them first: {again}")
     if facts["adapter"] is not None and facts["adapter"] != describe_best(run.best_folder):
         raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")

@@ -189,14 +189,14 @@ def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibrati
 
 def abstention_rate(scores: np.ndarray, calibration: Calibration) -> float:
     """Share of images whose confidence is below the threshold."""
-    confidences = confidence(scores, calibration.temperature)
-    return 1 - measure_selective(confidences, np.zeros(len(scores)), calibration.threshold)["coverage"]
+    threshold = np.inf if calibration.threshold is None else calibration.threshold
+    return float((confidence(scores, calibration.temperature) < threshold).mean())
 
 
 def measure_split(split: SplitScores, calibration: Calibration | None, names: Sequence[str]) -> dict:
     """All metrics of eval_<split>.json that come from scores; without a calibration, of the model's own confidence."""
     uncalibrated = expected_calibration_error(confidence(split.scores, 1.0), split.correct)
-    selective = {"ece": uncalibrated, "coverage": None, "selective_accuracy": None, "calibration": None}
+    selective: dict = {"ece": uncalibrated, "coverage": None, "selective_accuracy": None, "calibration": None}
     if calibration is not None:
         confidences = confidence(split.scores, calibration.temperature)
         selective = {

@@ -53,7 +53,7 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     )
     steps = [entry for entry in read_metrics(folder) if "loss" in entry]
     training = {
-        "best_step": read_best(run.best_folder)["step"],
+        "best_step": (read_best(run.best_folder) or {}).get("step"),
         "steps": len(steps),
         "batch_size": config.effective_batch_size,
         "minutes": sum(entry["seconds"] for entry in steps) / 60,

@@ -74,7 +74,9 @@ class Predictor:
         batches = len(rows) // self.plant.eval_batch_size
         workers = min(self.plant.num_workers, batches)  # starting them takes longer than a few images
         for scores, unreadable in self.plant.score(rows, num_workers=workers):
-            found = {int(score.id): self._decide(np.array(score.values)) for score in scores}
+            found: dict[int, Prediction | str] = {
+                int(score.id): self._decide(np.array(score.values)) for score in scores
+            }
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason

@@ -95,7 +95,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
         [image_of(index) for index in shown],
         [names[split.scores[index].argmax()] for index in shown],
         [names[split.labels[index]] for index in shown],
-        split.correct[shown],
+        split.correct[shown].tolist(),
         f"{stem}_images.png",
     )
     if report["split"] == "val":

@@ -113,7 +113,7 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
 def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> LlavaNextForConditionalGeneration:
     """A saved model as anyone loads it; what a GPU has no room for is offloaded to the host's memory."""
     room = available_gpu_memory(device)
-    placement = {"device_map": {"": device}}
+    placement: dict = {"device_map": {"": device}}
     if room is not None:
         placement = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
     with read_without_mmap():

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -53,7 +54,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandb
 class PlantModel:
     """A LLaVA-NeXT with everything that travels with it: processor, prompt, collator, precision and device."""
 
-    model: PreTrainedModel | PeftModel | None  # None before it is loaded and once it is released
+    model: Any  # PreTrainedModel or PeftModel; None before it is loaded and once it is released
     processor: LlavaNextProcessor
     prompt: Prompt
     collator: PlantCollator

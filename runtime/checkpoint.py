@@ -142,8 +142,10 @@ def recover_interrupted_replace(folder: Path) -> None:
 
 def read_best(folder: Path) -> dict | None:
     """Step and metrics of best/, or None where it is missing or corrupted."""
-    if verify_checkpoint(folder) is not None:
-        return None
+    return _read_best(folder) if verify_checkpoint(folder) is None else None
+
+
+def _read_best(folder: Path) -> dict:
     return json.loads((folder / METRICS_OF_BEST).read_text(encoding="utf-8"), object_hook=renamed)
 
 
@@ -152,7 +154,7 @@ def describe_best(folder: Path) -> str:
     problem = verify_checkpoint(folder)
     if problem is not None:
         raise UserError(f"{folder}: holds no complete weights ({problem}); complete the run by its own command")
-    return f"step {read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
+    return f"step {_read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 
 
 def check_disk(run_folder: Path, num_trainable: int, keep: int) -> None:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +33,10 @@ from torch.utils.data import BatchSampler
 from config.training_config import TrainingConfig
 from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
 from utils.logging_utils import UserError, first_line, logger, report_as_rank
+
+if typing.TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
+    from torch.distributed.fsdp import FSDPModule
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -97,7 +102,7 @@ class Distributed:
         """The items of all ranks, in the order of ranks, on every rank. All ranks call it."""
         if self.world_size == 1:
             return items
-        gathered = [None] * self.world_size
+        gathered: list[list] = [[]] * self.world_size
         torch.distributed.all_gather_object(gathered, items)
         return [item for items in gathered for item in items]
 
@@ -169,12 +174,14 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
     watchdog.heartbeat("")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"timeout": datetime.timedelta(seconds=COLLECTIVE_S), "world_size": world_size, "rank": rank}
+    timeout = datetime.timedelta(seconds=COLLECTIVE_S)
     timer = threading.Timer(RENDEZVOUS_S, _exit_in_first_all_reduce, [world_size])  # nothing else ends one that hangs
     timer.daemon = True
     timer.start()
     try:
-        torch.distributed.init_process_group(backend, store=group_store, **options)
+        torch.distributed.init_process_group(
+            backend, store=group_store, timeout=timeout, world_size=world_size, rank=rank
+        )
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -266,7 +273,7 @@ class ShardedBatchSampler(BatchSampler):
         self.world_size = world_size
 
     @property
-    def sampler(self):
+    def sampler(self):  # type: ignore[override]
         return self.batches.sampler
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -287,21 +294,22 @@ def shard_batches(loader, rank: int, world_size: int) -> None:
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
     """Each gradient becomes its mean over the ranks, zero for those without samples, in one all-reduce."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in trainable])
+    gradients = []
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size
-    for parameter, mean in zip(trainable, flat.split([parameter.numel() for parameter in trainable])):
-        parameter.grad.copy_(mean.view_as(parameter))
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 # ---- frozen weights (FSDP)
 
 
-def shard_frozen_parameters(base) -> list[nn.Module]:
+def shard_frozen_parameters(base) -> list["FSDPModule"]:
     """Shard the frozen weights of a LLaVA-NeXT across all ranks: layer by layer, embeddings, head, and the rest.
 
     Returns the FSDP modules, each of which is unsharded for its forward and its backward; the first forward after this
@@ -310,7 +318,9 @@ def shard_frozen_parameters(base) -> list[nn.Module]:
     from torch.distributed.fsdp import fully_shard
 
     for module in _quantized_modules(base):
-        module.quant_state = module.weight.quant_state  # a weight that was unsharded is a plain tensor without it
+        module.quant_state = vars(module.weight)[
+            "quant_state"
+        ]  # a weight that was unsharded is a plain tensor without it
         # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
@@ -323,7 +333,7 @@ def shard_frozen_parameters(base) -> list[nn.Module]:
     return [fully_shard(module, ignored_params=trainable) for module in (*modules, base)]
 
 
-def _quantized_modules(base) -> list[nn.Module]:
+def _quantized_modules(base) -> list["Linear4bit"]:
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in base.modules() if isinstance(module, Linear4bit)]
@@ -335,7 +345,7 @@ def checksum_quantized(base) -> list[int]:
 
 
 @contextlib.contextmanager
-def unsharded(fsdp_modules: Sequence[nn.Module]) -> Iterator[None]:
+def unsharded(fsdp_modules: Sequence["FSDPModule"]) -> Iterator[None]:
     """Inside, all weights are whole on each rank, which may then compute what other ranks do not."""
     unshard(fsdp_modules)
     try:
@@ -346,7 +356,7 @@ def unsharded(fsdp_modules: Sequence[nn.Module]) -> Iterator[None]:
             module.reshard()
 
 
-def unshard(fsdp_modules: Sequence[nn.Module]) -> None:
+def unshard(fsdp_modules: Sequence["FSDPModule"]) -> None:
     """Make all weights whole on each rank, for good. All ranks call it together."""
     for module in fsdp_modules:
         module.set_reshard_after_forward(False, recurse=False)

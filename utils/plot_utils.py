@@ -77,12 +77,12 @@ def plot_report(
     for image, truth, likeliest in mistakes:
         predictions = "\n".join(f"{_shorten(name)} {probability:.0%}" for name, probability in likeliest)
         tiles.append((image, f"is: {_shorten(truth)}\n{predictions}", "darkred"))
-    for index, (image, caption, color) in enumerate(tiles):
+    for index, (tile, caption, color) in enumerate(tiles):
         axes = figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS])
         axes.axis("off")
         axes.set_title(caption, fontsize=11, color=color)
-        if image is not None:
-            axes.imshow(image)
+        if tile is not None:
+            axes.imshow(tile)
     figure.savefig(path, dpi=70)
 
 
