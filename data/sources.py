@@ -89,8 +89,8 @@ def load_hub(repository: str, revision: str) -> Source:
         found = count_images(source.splits[split])
         if found != expected:
             raise UserError(
-                f"{description}: split {split} has {found} images, expected {expected}; give the official revision with "
-                "--dataset-revision"
+                f"{description}: split {split} has {found} images, expected {expected}; give the official revision "
+                "with --dataset-revision"
             )
     return source
 

@@ -24,6 +24,7 @@ import traceback
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -322,7 +323,7 @@ def shard_frozen_parameters(base) -> list["FSDPModule"]:
             "quant_state"
         ]  # a weight that was unsharded is a plain tensor without it
         # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
-        packed = module.weight.data.view(-1).view(torch.float32).view(-1, 1)
+        packed = weight.data.view(-1).view(torch.float32).view(-1, 1)
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
     tower = base.model.vision_tower
     # Their layers and not the towers: transformers knows by its class which module records hidden states.
