@@ -319,9 +319,8 @@ def shard_frozen_parameters(base) -> list["FSDPModule"]:
     from torch.distributed.fsdp import fully_shard
 
     for module in _quantized_modules(base):
-        module.quant_state = vars(module.weight)[
-            "quant_state"
-        ]  # a weight that was unsharded is a plain tensor without it
+        weight: Any = module.weight
+        module.quant_state = weight.quant_state  # a weight that was unsharded is a plain tensor without it
         # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = weight.data.view(-1).view(torch.float32).view(-1, 1)
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
