@@ -40,13 +40,17 @@ REFUSED = {
     name: reason
     for names, reason in (
         (
-            "dataset dataset_revision streaming train_on_val sample_fraction val_fraction test_fraction allow_missing "
-            "max_unreadable_fraction",
+            (
+                "dataset dataset_revision streaming train_on_val sample_fraction val_fraction test_fraction "
+                "allow_missing max_unreadable_fraction"
+            ),
             "has no effect, images are generated; use --image WIDTHxHEIGHT",
         ),
         (
-            "output_dir resume allow_changed num_train_epochs max_steps eval_steps early_stopping_patience "
-            "early_stopping_min_gain save_steps save_total_limit max_skipped_steps report_to",
+            (
+                "output_dir resume allow_changed num_train_epochs max_steps eval_steps early_stopping_patience "
+                "early_stopping_min_gain save_steps save_total_limit max_skipped_steps report_to"
+            ),
             "has no effect, a benchmark runs --steps optimizer steps and saves nothing",
         ),
     )

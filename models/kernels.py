@@ -137,7 +137,7 @@ if triton is not None:
     SCALES = tl.constexpr(256)  # scales that share a scale of their own
 
     @triton.jit
-    def _dequantize(
+    def _dequantize(  # noqa: PLR0913  a kernel takes tensors and numbers only
         packed, levels, absmax, absmax_levels, absmax_scale, offset, lora_b, out, rank, start, stride,
         columns: tl.constexpr, lora_columns: tl.constexpr, lora_power: tl.constexpr, BYTES: tl.constexpr,
     ):  # fmt: skip

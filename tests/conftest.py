@@ -27,29 +27,38 @@ TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "6", "--num-work
 # Chat templates as on the hub, with their special tokens and their language model's config.
 FAMILIES = {
     "mistral": (
-        "{% for m in messages %}{% if m.role == 'user' %}[INST] <image>\n{{ m.content[1].text }} [/INST]"
-        "{% else %} {{ m.content[0].text }}<\\s> {% endif %}{% endfor %}",  # ends an answer in plain text
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] <image>\n{{ m.content[1].text }} [/INST]"
+            "{% else %} {{ m.content[0].text }}<\\s> {% endif %}{% endfor %}"
+        ),  # ends an answer in plain text
         {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
         "MistralConfig",
     ),
     "vicuna": (
-        "{% for m in messages %}{{ m.role.upper() }}: {% if m.role == 'user' %}<image>\n{{ m.content[1].text }} "
-        "{% else %}{{ m.content[0].text }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        (
+            "{% for m in messages %}{{ m.role.upper() }}: {% if m.role == 'user' %}<image>\n{{ m.content[1].text }} "
+            "{% else %}{{ m.content[0].text }} {% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+        ),
         {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
         "LlamaConfig",
     ),
     "llama3": (
-        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
-        "{{ '\n\n' }}{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
-        "{% else %}{{ m.content[0].text }}{% endif %}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}",
+        (
+            "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+            "{{ '\n\n' }}{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
+            "{% else %}{{ m.content[0].text }}{% endif %}<|eot_id|>{% endfor %}"
+            "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+        ),
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
         "LlamaConfig",
     ),
     "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
-        "{% else %}{{ m.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}"
+            "{% else %}{{ m.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "Qwen2Config",
     ),

@@ -352,8 +352,10 @@ def test_what_is_not_read_is_listed_with_its_reason(image_folder, capsys):
     data = build("--dataset", str(root))
     assert len(data.train) + len(data.validation) + len(data.test) == 12
     assert capsys.readouterr().out.splitlines() == [
-        f"warning: {root}: 4 files or folders are not read: IMG_2.jpg, notes.txt (not in a class folder); "
-        "ash/deeper (a folder in a class folder); oak/IMG_1.HEIC (not .jpg .jpeg .png .webp .gif .bmp .tif .tiff)"
+        (
+            f"warning: {root}: 4 files or folders are not read: IMG_2.jpg, notes.txt (not in a class folder); "
+            "ash/deeper (a folder in a class folder); oak/IMG_1.HEIC (not .jpg .jpeg .png .webp .gif .bmp .tif .tiff)"
+        )
     ]
 
 

@@ -163,11 +163,13 @@ def test_a_signal_while_a_run_loads_is_one_line(tmp_path):
         "while True: print('line', flush=True); time.sleep(0.01)",
         "print('line', flush=True); time.sleep(0.5); print('line')",
         # A training is asked to stop: it saves first.
-        "request = StopRequest()\n"
-        "with request.listening():\n"
-        "    while request.signal is None: logger.info('line'); time.sleep(0.01)\n"
-        "    logger.info('saved')\n"
-        "    request.check()",
+        (
+            "request = StopRequest()\n"
+            "with request.listening():\n"
+            "    while request.signal is None: logger.info('line'); time.sleep(0.01)\n"
+            "    logger.info('saved')\n"
+            "    request.check()"
+        ),
     ],
     ids=["log", "print", "unflushed", "training"],
 )

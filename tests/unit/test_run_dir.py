@@ -57,7 +57,7 @@ def test_an_explicit_folder_of_another_config_is_refused():
         decide_run(parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"]))
 
 
-def test_a_finished_explicit_folder_says_so_or_goes_on_for_more_steps():
+def test_a_completed_explicit_folder_is_kept_or_resumed_for_more_steps():
     start(["--output-dir", "mine", "--max-steps", "5"])
     append_metrics("mine", {"step": 5, "completed": True})
     assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "5"])).state == "completed"
@@ -77,12 +77,12 @@ def test_folders_that_are_no_runs(in_tmp):
     assert decide_run(parse_config(["--output-dir", "failed"])).state == "new"
 
 
-def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
+def test_an_incomplete_last_line_of_metrics_is_skipped(in_tmp):
     append_metrics(in_tmp, {"step": 1})
     with open(in_tmp / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     assert read_metrics(in_tmp) == [{"step": 1}]
-    append_metrics(in_tmp, {"step": 2})  # does not hang on to what is left of the torn one
+    append_metrics(in_tmp, {"step": 2})  # is not appended to the incomplete line
     assert read_metrics(in_tmp) == [{"step": 1}, {"step": 2}]
     with open(in_tmp / "metrics.jsonl", "ab") as file:
         file.write(b"\0" * 9 + b"\xff\n5\n")  # a crash of the machine
@@ -92,7 +92,7 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "goes_on"),
+    ("before", "after", "resumes"),
     [
         (["--max-steps", "700"], ["--max-steps", "1"], False),
         (["--max-steps", "700"], ["--max-steps", "900"], True),
@@ -101,10 +101,10 @@ def test_a_torn_last_line_of_metrics_is_left_out(in_tmp):
         (["--num-train-epochs", "3"], ["--max-steps", "900"], False),
     ],
 )
-def test_a_shorter_run_does_not_take_over_a_longer_one(before, after, goes_on):
+def test_a_shorter_run_does_not_take_over_a_longer_one(before, after, resumes):
     start([*before, "--output-dir", "runs/default"])
     chosen = decide_run(parse_config(after))
-    assert chosen.config.output_dir == ("runs/default" if goes_on else "runs/default-2")
+    assert chosen.config.output_dir == ("runs/default" if resumes else "runs/default-2")
 
 
 def test_a_run_folder_that_is_a_file_is_passed_over():
@@ -134,8 +134,14 @@ def test_a_run_folder_that_is_a_file_is_passed_over():
 def test_data_or_model_that_changed_stop_a_resume(changed, words):
     facts = {
         "class_names": ["a", "b"],
-        "data_fingerprint": "x", "tokenizer_probe": [1], "model_commit": None, "precision": "bf16",
-             "ranks": 1, "model_files": None, "stream_workers": None}  # fmt: skip
+        "data_fingerprint": "x",
+        "tokenizer_probe": [1],
+        "model_commit": None,
+        "precision": "bf16",
+        "ranks": 1,
+        "model_files": None,
+        "stream_workers": None,
+    }
     Path("mine").mkdir()
     save_config(parse_config([]), "mine", facts)
     check_same_facts(facts, "mine")
@@ -163,38 +169,38 @@ def test_never_begins_a_new_run():
         decide_run(parse_config(["--preset", "tiny", "--resume", "never", "--output-dir", "runs/tiny"]))
 
 
-@pytest.mark.parametrize("named", ["mine", "mine/checkpoint-50"])
-def test_a_named_run_or_its_newest_checkpoint_goes_on_in_its_folder(named):
+@pytest.mark.parametrize("start_from", ["mine", "mine/checkpoint-50"])
+def test_a_given_run_or_its_newest_checkpoint_resumes_in_its_folder(start_from):
     start(["--output-dir", "mine"])
     for step in (9, 50):
         checkpoint_of("mine", step)
-    chosen = decide_run(parse_config(["--resume", named]))
+    chosen = decide_run(parse_config(["--resume", start_from]))
     assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("interrupted", "mine", None)
     with pytest.raises(ConfigError, match="another config .seed: 42 -> 7"):
-        decide_run(parse_config(["--resume", named, "--seed", "7"]))
+        decide_run(parse_config(["--resume", start_from, "--seed", "7"]))
     with pytest.raises(ConfigError, match=r"or --allow-changed .not for model, trainable, lora_r, optim."):
-        decide_run(parse_config(["--resume", named, "--lora-r", "8", "--allow-changed"]))
-    changed = decide_run(parse_config(["--resume", named, "--seed", "7", "--allow-changed"]))
+        decide_run(parse_config(["--resume", start_from, "--lora-r", "8", "--allow-changed"]))
+    changed = decide_run(parse_config(["--resume", start_from, "--seed", "7", "--allow-changed"]))
     assert changed.state == "interrupted" and changed.notes[0] == "changed, as --allow-changed says: seed: 42 -> 7"
 
 
-def test_a_checkpoint_begins_another_run_and_the_same_command_goes_on_there():
+def test_a_checkpoint_forks_a_run_and_the_same_command_resumes_the_fork():
     start(["--output-dir", "mine"])
-    named = checkpoint_of("mine", 50)
+    start_from = checkpoint_of("mine", 50)
     checkpoint_of("mine", 100)
-    flags = ["--resume", named, "--output-dir", "other"]
+    flags = ["--resume", start_from, "--output-dir", "other"]
     chosen = decide_run(parse_config(flags))
-    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("new", "other", Path(named))
+    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("new", "other", Path(start_from))
     Path("other").mkdir()
     save_config(chosen.config, "other", {})
-    Path(named).rmdir()  # the old run goes on and lets it go
+    Path(start_from).rmdir()  # rotated by the old run, which continues
     again = decide_run(parse_config(flags))
     assert (again.state, again.config.output_dir) == ("interrupted", "other")
     with pytest.raises(ConfigError, match="holds what did not start from mine/checkpoint-100; give a new folder"):
         decide_run(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
 
 
-def test_the_same_command_goes_on_though_the_run_is_past_the_named_checkpoint():
+def test_the_same_command_resumes_a_run_that_is_past_the_given_checkpoint():
     start(["--output-dir", "mine"])
     command = parse_config(["--resume", checkpoint_of("mine", 50)])
     save_config(decide_run(command).config, "mine", {})

@@ -41,8 +41,8 @@ def processor_with(template, checkpoint):
         ("{% for m in messages %}{% if m.role == 'user' %}<image> Q{% endif %}{% endfor %}", "does not continue its"),
         ("{% for m in messages %}{% if m.role == 'user' %}Q{% else %} {{ m.content[0].text }}{% endif %}{% endfor %}",
          "puts 0 image tokens"),
-        ("{% for m in messages %}{% if m.role == 'user' %}<image><image>{% else %} {{ m.content[0].text }}{% endif %}"
-         "{% endfor %}", "puts 2 image tokens"),
+        (("{% for m in messages %}{% if m.role == 'user' %}<image><image>{% else %} {{ m.content[0].text }}{% endif %}"
+         "{% endfor %}"), "puts 2 image tokens"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used(template, words, checkpoint):
