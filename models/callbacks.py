@@ -8,7 +8,6 @@ import gc
 import json
 import math
 import statistics
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -232,19 +231,7 @@ class MemoryCollector(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """The library's bar without its printed dictionaries; silent where stderr is not a terminal."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+    """transformers' progress bar without its printed dictionaries."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from models.builder import PlantModel, load_weights, unwrap
@@ -503,16 +504,17 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
             eval_dataset=data.validation,
             processing_class=plant.processor,
         )
-    except RuntimeError as error:
-        if "Callback requires" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        if "Callback requires" not in str(error) and "is not supported, only" not in str(error):
             raise
         raise UserError(f"--report-to {config.report_to}: {error}") from error
-    for callback in (PrinterCallback, ProgressCallback):  # they print raw dictionaries
-        trainer.remove_callback(callback)
-    keeper = CheckpointKeeper(run.run_id, config.save_total_limit)
-    for callback in (RunLog(trainer), MemoryCollector(), keeper, ProgressBar()):
-        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # of raw dictionaries
+    callbacks = [RunLog(trainer), MemoryCollector(), CheckpointKeeper(run.run_id, config.save_total_limit)]
+    if sys.stderr.isatty():
+        callbacks.append(ProgressBar())
     if config.early_stopping_patience is not None:
         patience, min_gain = config.early_stopping_patience, config.early_stopping_min_gain
-        trainer.add_callback(EarlyStopping(patience, min_gain, len(data.validation)))
+        callbacks.append(EarlyStopping(patience, min_gain, len(data.validation)))
+    for callback in callbacks:
+        trainer.add_callback(callback)
     return trainer

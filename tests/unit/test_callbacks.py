@@ -1,4 +1,4 @@
-"""Step log, early stopping and the best checkpoint."""
+"""What a run logs, saves and warns of as it goes."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Tests of throughput."""
+"""FLOPs of a training step and the measured matmul rate."""
 
 import pytest
 import torch

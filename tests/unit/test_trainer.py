@@ -1,4 +1,4 @@
-"""One optimizer step, evaluation and resume of the trainer."""
+"""PlantTrainer: micro-batches, what stops a step, signals and resume, out-of-memory, evaluation, best/."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpoi
 from models.memory import MicroBatcher
 from models.scoring import score_batch
 from models.trainer import build_trainer
-from models.training_arguments import SAME_NAMES, build_arguments
+from models.training_arguments import build_arguments
 from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import SIGNALS, Interrupted, StopRequest
 from runtime.run_dir import Run
@@ -132,7 +132,9 @@ def test_settings_reach_transformers_where_a_batch_is_the_whole_step(tmp_path):
         per_device_eval_batch_size=3, report_to="tensorboard,wandb",
     )  # fmt: skip
     arguments = build_arguments(config, "bf16", CPU, 0)
-    assert [getattr(arguments, name) for name in SAME_NAMES] == [getattr(config, name) for name in SAME_NAMES]
+    same = "warmup_steps weight_decay max_grad_norm lr_scheduler_type optim learning_rate seed save_steps logging_steps"
+    for name in [*same.split(), "eval_steps", "num_train_epochs", "per_device_eval_batch_size", "output_dir"]:
+        assert getattr(arguments, name) == getattr(config, name), name
     assert (arguments.bf16, arguments.fp16, arguments.report_to) == (True, False, ["tensorboard", "wandb"])
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (16, 1)
     assert arguments.logging_nan_inf_filter is False and arguments.remove_unused_columns is False
