@@ -529,9 +529,9 @@ def test_a_stream_resumes_where_it_stopped(here, parquet, small_splits, capsys):
 
 
 def fit_fewer_workers(rank: int) -> None:
-    from models import trainer
+    from models import training_arguments
 
-    trainer.fit_workers = lambda num_workers, needed: num_workers - rank
+    training_arguments.fit_workers = lambda num_workers, needed: num_workers - rank
 
 
 def test_every_rank_of_a_stream_has_as_many_loader_workers(here, parquet):
