@@ -180,10 +180,9 @@ class Evaluator:
             **measure_split(scores, calibration, self.plant.class_names),
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
-            "ood": calibration
-            and {
+            "ood": {
                 kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
-                for kind, found in ood_scores.items()
+                for kind, found in (ood_scores.items() if calibration else ())
             },
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)

@@ -163,9 +163,9 @@ def batch_of(tiny):
 )
 def test_two_steps_on_a_four_bit_base_move_only_trainable_parameters(trainable, parts, checkpoint, batch_of):
     model, processor, prompt, _ = built(checkpoint(), trainable=trainable)
-    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable_parameters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     moved, losses = steps(model, processor, batch_of(prompt))
-    assert moved == learning and losses[1] < losses[0]
+    assert moved == trainable_parameters and losses[1] < losses[0]
     assert {part for part in ("lora_A", "lora_B", "modules_to_save") if any(part in name for name in moved)} == parts
 
 
@@ -196,9 +196,9 @@ def test_recomputing_activations_changes_no_gradient(is_fused, checkpoint, batch
         assert len(get_fused_layers(layers)) == (len(layers) if is_fused else 0)
         recomputes = [not layer.forward.keep if is_fused else layer.gradient_checkpointing for layer in layers]
         assert recomputes == [recompute != "false"] * len(layers)
-    for others in gradients[1:]:
-        assert len(gradients[0]) == len(others) == 42
-        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(gradients[0], others))
+    for other_gradients in gradients[1:]:
+        assert len(gradients[0]) == len(other_gradients) == 42
+        assert all(torch.allclose(expected, found, atol=1e-6) for expected, found in zip(gradients[0], other_gradients))
 
 
 def test_dropout_and_whole_models_keep_the_stock_layers(checkpoint):
@@ -276,7 +276,7 @@ def test_everything_leaves_out_what_gets_no_gradient(tiny, batch_of):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_trains_two_steps_and_generation_stops_at_its_end_token(family, checkpoint, batch_of, tiny):
+def test_each_family_trains_two_steps_and_generation_stops_at_its_eos(family, checkpoint, batch_of, tiny):
     model, processor, prompt, config = built(checkpoint(family))
     check_model(model, processor, prompt, config.load_in_4bit, config.trainable, "no")
     moved, losses = steps(model, processor, batch_of(prompt))
@@ -298,7 +298,7 @@ def test_each_family_trains_two_steps_and_generation_stops_at_its_end_token(fami
     assert (length_when_it_says(prompt.eos_id), length_when_it_says(9)) == (1, 6)
 
 
-def test_trained_labels_end_in_the_end_token(checkpoint, batch_of):
+def test_trained_labels_end_in_eos(checkpoint, batch_of):
     for family in FAMILIES:
         config = TrainingConfig(model=checkpoint(family), image_size=70)
         processor, prompt = build_processor(config, NAMES)
@@ -336,7 +336,7 @@ def no_tokenizer(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("corrupt", "words"),
     [
         (without_weights, "holds no *.safetensors"),
         (other_kind, "is a llava checkpoint; use a llava_next one"),
@@ -345,9 +345,9 @@ def no_tokenizer(folder):
         (no_tokenizer, "its processor cannot be loaded"),
     ],
 )
-def test_a_folder_that_is_no_checkpoint(damage, words, checkpoint, tmp_path):
+def test_a_folder_that_is_no_checkpoint(corrupt, words, checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
-    damage(folder)
+    corrupt(folder)
     with pytest.raises(UserError) as refused:
         built(str(folder))
     assert words in str(refused.value) and str(folder) in str(refused.value) and "\n" not in str(refused.value)
