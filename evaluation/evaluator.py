@@ -182,7 +182,8 @@ class Evaluator:
             "duplicates": known_duplicates(rows["id"]),
             "ood": {
                 kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
-                for kind, found in (ood_scores.items() if calibration else ())
+                for kind, found in ood_scores.items()
+                if calibration is not None
             },
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
