@@ -23,10 +23,10 @@ test: $(VENV)/installed-dev
 
 test-all: test test-slow
 
-# What `make test` leaves out: slow tests, several ranks, faults.
+# What `make test` leaves out: slow tests, several ranks, faults. One process: they fork, kill and count time.
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
-	$(PYTEST) -m '' tests/distributed tests/faults
+	$(BIN)/python -m pytest -m '' tests/distributed tests/faults
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest tests/browser

@@ -1,6 +1,7 @@
 """The shape that DESIGN.md gives the code: sizes, parameters, and habits that make a line hard to read."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -190,3 +191,10 @@ def test_everything_in_the_tree_has_its_room():
     assert not [
         line for line in listed.stdout.splitlines() if line.split("/")[-1] in ("common.py", "helpers.py", "misc.py")
     ]
+
+
+def test_docs_testing_lists_tests_that_exist():
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`(test_\w+)`", page))
+    defined = {function.name for path in TESTS for function, _ in functions(parse(path))}
+    assert len(listed) > 40 and listed <= defined, sorted(listed - defined)

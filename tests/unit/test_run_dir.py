@@ -7,7 +7,9 @@ import pytest
 
 from config.cli import parse_config
 from config.training_config import ConfigError
+from runtime.distributed import Distributed
 from runtime.resume import check_same_facts, decide_run
+from runtime.run_dir import open_run
 from runtime.run_files import append_metrics, read_metrics, save_config, truncate_metrics
 
 
@@ -249,3 +251,14 @@ def test_a_saved_config_with_values_that_cannot_be(value):
     path.write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"training_config.json: cannot be .*\(learning_rate=.*; restore the file"):
         decide_run(parse_config(["--output-dir", "mine"]))
+
+
+@pytest.mark.parametrize(("started", "kept"), [(False, False), (True, True)])
+def test_a_start_that_fails_leaves_no_folder(started, kept):
+    """Before its first step; after it the run is there to be resumed."""
+    with pytest.raises(RuntimeError), open_run(parse_config(["--preset", "tiny"]), Distributed()) as run:
+        save_config(run.config, run.folder, {})
+        if started:
+            append_metrics(run.folder, {"step": 1})
+        raise RuntimeError("no images")
+    assert Path("runs/tiny").exists() == kept
