@@ -190,7 +190,7 @@ def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibrati
 def abstention_rate(scores: np.ndarray, calibration: Calibration) -> float:
     """Share of images whose confidence is below the threshold."""
     threshold = np.inf if calibration.threshold is None else calibration.threshold
-    return float((confidence(scores, calibration.temperature) < threshold).mean())
+    return 1 - float((confidence(scores, calibration.temperature) >= threshold).mean())
 
 
 def measure_split(split: SplitScores, calibration: Calibration | None, names: Sequence[str]) -> dict:
