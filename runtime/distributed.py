@@ -255,11 +255,14 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
         if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
             mine = mine | {name: expected[name]}
     differences = [f"{name}={value}, not {expected[name]}" for name, value in mine.items() if value != expected[name]]
+    differing = dist.gather_object([differences])
     if differences:
         raise UserError(
             f"settings differ from rank 0: {'; '.join(differences)}. Give all machines the same command, files and "
             "config/training_config.py."
         )
+    if any(differing):  # the watchdog ends this rank with the message of the other, before it writes anything
+        time.sleep(RENDEZVOUS_S)
 
 
 # ---- data and gradients

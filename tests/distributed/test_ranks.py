@@ -311,7 +311,7 @@ def test_machines_with_other_settings_are_an_error(here):
 )
 def test_paths_may_differ_between_machines(there, is_same):
     config = TrainingConfig(dataset="/here/plants")
-    dist = SimpleNamespace(broadcast_object=lambda mine: mine | {"dataset": there})
+    dist = SimpleNamespace(broadcast_object=lambda mine: mine | {"dataset": there}, gather_object=lambda items: items)
     with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/plants, not"):
         distributed.assert_same_across_ranks(dataclasses.asdict(config), dist)
 

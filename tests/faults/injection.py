@@ -418,7 +418,7 @@ def make_read_only(folder: Path, interrupted: Path, expected: dict) -> Outcome:
 def shrink_shared_memory(folder: Path, expected: dict) -> Outcome:
     status = run(folder, _mount_small_shared_memory)
     output = output_of(folder)
-    is_reported = "images are decoded by the training process instead" in output
+    is_reported = "images are decoded by the main process instead" in output
     return Outcome(status != 0 or not is_reported, 0, result_of(folder) == expected, output)
 
 
