@@ -11,7 +11,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,11 @@ VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 class Source(NamedTuple):
     """The splits that a source has (an image folder may have train alone), and what its labels are called."""
 
-    splits: dict[str, Dataset | Stream]
+    splits: dict[str, Dataset | Stream]  # rows may have a column "group": images of one plant, which one split gets
     class_names: list[str]
     description: str
+    notes: Sequence[str] = ()  # what was taken for a class, a split, a name
+    warnings: Sequence[str] = ()  # what was left out, and why
 
 
 def count_images(rows: Dataset | Stream) -> int:

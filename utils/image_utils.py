@@ -13,8 +13,21 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 
 from utils.logging_utils import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of image files, in upper or lower case
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+try:
+    import pillow_heif
+except ImportError:  # reads_heif() tells those who have such images
+    pass
+else:
+    pillow_heif.register_heif_opener()
+
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # of iPhones; read by pillow-heif
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", *HEIF_SUFFIXES)
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+# How files of these formats begin, as (offset, bytes).
+SIGNATURES = (
+    *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
+    *((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")),
+)
 MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
 MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS of 16-bit RGB, not compressed
 EXIF_ORIENTATION = 0x0112
@@ -27,6 +40,20 @@ class ImageError(UserError):
 
 def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
+
+
+def looks_like_image(path: Path) -> bool:
+    """Whether a regular file begins as one of the image formats does, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    return any(start[offset:].startswith(signature) for offset, signature in SIGNATURES)
+
+
+def reads_heif() -> bool:
+    return "HEIF" in Image.registered_extensions().values()
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -1,0 +1,173 @@
+"""What lies below a path, looked at once: images, tables, archives and other files by folder, and what is left out.
+
+Nothing is decided here; data/layout.py takes a survey and decides what is a class, a split or a table.
+"""
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.image_utils import HEIF_SUFFIXES, SUFFIXES, looks_like_image, printable, reads_heif
+from utils.logging_utils import UserError
+
+MAX_DEPTH = 32  # folders below the path
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+# Files that are no images: their content is not looked at.
+OTHER_SUFFIXES = (
+    *(".aae", ".avi", ".bib", ".cfg", ".db", ".doc", ".docx", ".gitkeep", ".h5", ".htm", ".html", ".ini", ".ipynb"),
+    *(".lock", ".log", ".m4v", ".mat", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
+    *(".safetensors", ".sh", ".svg", ".toml", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml"),
+)
+JUNK = {
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
+# A folder with one of these files holds no plants to learn from.
+NOT_DATA = {"training_config.json": "a training run", "pyvenv.cfg": "a Python environment"}
+
+
+class File(NamedTuple):
+    name: str
+    size: int  # bytes
+    modified_ns: int
+
+
+@dataclass
+class Folder:
+    """A folder with what it holds; hidden files and what systems leave behind are not in it."""
+
+    path: Path
+    images: list[File] = field(default_factory=list)
+    files: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # kind, e.g. "parquet" -> names
+    folders: list["Folder"] = field(default_factory=list)
+    num_images: int = 0  # in it and below
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def filled(self) -> list["Folder"]:
+        """The subfolders with images in them or below."""
+        return [folder for folder in self.folders if folder.num_images]
+
+    def walk(self) -> Iterator["Folder"]:
+        yield self
+        for folder in self.folders:
+            yield from folder.walk()
+
+    def find(self, kind: str) -> list[Path]:
+        """Paths of the files of a kind in it and below, sorted."""
+        return sorted(folder.path / name for folder in self.walk() for name in folder.files.get(kind, ()))
+
+
+@dataclass
+class LeftOut:
+    """What is not used: for each reason how many, and the first three by name."""
+
+    root: Path
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, reason: str, path: Path, count: int = 1) -> None:
+        self.counts[reason] += count
+        if len(self.examples[reason]) < 3:
+            self.examples[reason].append(self.relative(path))
+
+    def relative(self, path: Path) -> str:
+        return printable(os.path.relpath(path, self.root))
+
+    def lines(self) -> list[str]:
+        """A line for each reason, e.g. "not used: 3 .mov files (oak/a.mov, oak/b.mov, oak/c.mov)"."""
+        return [
+            f"not used: {count:,} {reason} ({', '.join(self.examples[reason])}{', ...' if count > 3 else ''})"
+            for reason, count in sorted(self.counts.items())
+        ]
+
+
+def survey(path: Path) -> tuple[Folder, LeftOut]:
+    """What lies in a folder and below, and what of it is left out. Raises UserError if it cannot be listed."""
+    left_out = LeftOut(path)
+    try:
+        status = os.stat(path)
+        os.scandir(path).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be listed ({error.strerror}); check the path and its permissions") from error
+    return _look(path, left_out, {(status.st_dev, status.st_ino)}, 0), left_out
+
+
+def _look(path: Path, left_out: LeftOut, seen: set[tuple[int, int]], depth: int) -> Folder:
+    """`seen`: device and inode of each folder met, so that links neither loop nor show a folder twice."""
+    folder = Folder(path)
+    try:
+        with os.scandir(path) as listing:
+            entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
+    except OSError as error:
+        left_out.add(f"folders that cannot be opened: {error.strerror}", path)
+        return folder
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.lower() in JUNK:
+            continue
+        entry_path = path / entry.name
+        try:
+            status = entry.stat()
+        except OSError as error:
+            reason = "links to nowhere" if entry.is_symlink() else f"files that cannot be read: {error.strerror}"
+            left_out.add(reason, entry_path)
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            if (status.st_dev, status.st_ino) in seen:
+                left_out.add("second links to a folder", entry_path)
+            elif depth == MAX_DEPTH:
+                left_out.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
+            elif reason := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
+                left_out.add(f"folders that are {reason}", entry_path)
+            else:
+                seen.add((status.st_dev, status.st_ino))
+                folder.folders.append(_look(entry_path, left_out, seen, depth + 1))
+        elif not stat.S_ISREG(status.st_mode):
+            left_out.add("devices or pipes", entry_path)
+        else:
+            _add_file(folder, entry_path, status, left_out)
+    folder.folders.sort(key=lambda below: below.name)
+    folder.images.sort()
+    folder.num_images = len(folder.images) + sum(below.num_images for below in folder.folders)
+    return folder
+
+
+def _add_file(folder: Folder, path: Path, status: os.stat_result, left_out: LeftOut) -> None:
+    suffix = path.suffix.lower()
+    kinds = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | dict.fromkeys(ARCHIVES, "archive")
+    kinds |= dict.fromkeys(TABLES, "table")
+    is_image = suffix in SUFFIXES or (
+        suffix not in (*kinds, *OTHER_SUFFIXES, *CAMERA_RAW) and status.st_size > 0 and looks_like_image(path)
+    )
+    if not is_image:
+        kind = kinds.get(suffix, "other")
+        folder.files[kind].append(path.name)
+        if kind == "other":
+            left_out.add(f"{suffix or 'nameless'} files", path)
+    elif not status.st_size:
+        left_out.add("empty image files (0 bytes)", path)
+    elif not is_utf8(str(path)):
+        left_out.add("images whose path is not UTF-8", path)
+    elif suffix in HEIF_SUFFIXES and not reads_heif():
+        folder.files["heif"].append(path.name)
+        left_out.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
+    else:
+        folder.images.append(File(path.name, status.st_size, status.st_mtime_ns))
+
+
+def is_utf8(name: str) -> bool:
+    """Arrow takes no other names; Python keeps the bytes of others as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
