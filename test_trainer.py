@@ -189,7 +189,8 @@ def check_data(found: PreFlight) -> str:
         raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
     found.data, found.rows = data, rows
     counts = f"{data.num_train:,} train, {len(data.validation or ()):,} val, {len(data.test):,} test images"
-    return " | ".join([f"{data.source}: {counts}", f"width x height {', '.join(sizes)}", *unreadable[:1]])
+    line = " | ".join([f"{data.source}: {counts}", f"width x height {', '.join(sizes)}", *unreadable[:1]])
+    return "\n      ".join([line, *data.notes, *(f"warning: {warning}" for warning in data.warnings)])
 
 
 def check_class_names(found: PreFlight) -> str:

@@ -100,6 +100,10 @@ class TrainingConfig:
         "oxford_flowers102 (hub), synthetic, or a folder: the official VGG release, parquet, or class folders",
     )
     dataset_revision: str = option("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
+    label_column: str | None = option(
+        None, "column of a table or parquet file that holds the labels; none: found by its name"
+    )
+    class_names: str | None = option(None, "json or csv file that gives class folders or labels their names")
     streaming: bool = option(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = option(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = option(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
@@ -295,12 +299,13 @@ def nearest_name(word: str, known: Iterable[str]) -> str:
 
 
 def resolve_paths(options):
-    """`options` with the folders of `model` and `dataset` as absolute paths: a run is used later from anywhere."""
-    folders = {name: getattr(options, name, None) for name in ("model", "dataset")}
+    """`options` with the paths in them as absolute paths: a run is used later from anywhere."""
+    given = {name: getattr(options, name, None) for name in ("model", "dataset", "class_names")}
+    paths = {name: os.path.expanduser(path) for name, path in given.items() if path}
     found = {
         name: os.path.abspath(path)
-        for name, path in folders.items()
-        if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.isdir(path)
+        for name, path in paths.items()
+        if path not in (*RANDOM_MODELS, *SOURCES) and os.path.exists(path)
     }
     return dataclasses.replace(options, **found) if found else options
 

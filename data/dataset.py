@@ -16,7 +16,8 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from config.training_config import TrainingConfig
 from data.labels import KNOWN_DUPLICATES
-from data.sources import ROW, SPLITS, count_images, load_source
+from data.rows import ROW, SPLITS, count_images
+from data.sources import Reading, load_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
@@ -35,6 +36,8 @@ class PlantData:
     test: Dataset
     class_names: list[str]
     source: str  # for the log
+    notes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def num_train(self) -> int:
@@ -95,16 +98,25 @@ class PlantData:
 
 def build_datasets(config: TrainingConfig) -> PlantData:
     """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""
-    splits, class_names, description = load_source(
-        config.dataset, config.dataset_revision, config.streaming, config.seed, config.allow_missing
+    reading = Reading(
+        config.dataset_revision,
+        config.streaming,
+        config.seed,
+        config.allow_missing,
+        config.label_column,
+        config.class_names,
     )
+    source = load_source(config.dataset, reading)
+    splits, class_names, description = source[:3]
     total = count_images(splits["train"]) if len(splits) < len(SPLITS) else 0
     for split, fraction in (("validation", config.val_fraction), ("test", config.test_fraction)):
         if split not in splits:
             splits["train"], splits[split] = split_off(
                 splits["train"], round(fraction * total), config.seed, class_names
             )
-    data = PlantData(**splits, class_names=class_names, source=description)
+    data = PlantData(
+        **splits, class_names=class_names, source=description, notes=list(source.notes), warnings=list(source.warnings)
+    )
     data.validate()
     train, validation = data.train, data.validation
     if config.sample_fraction < 1:

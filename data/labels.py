@@ -48,18 +48,88 @@ def official_counts(split: str) -> list[int]:
     return [total - 2 * OFFICIAL_PER_CLASS if split == "test" else OFFICIAL_PER_CLASS for total in IMAGES_PER_CLASS]
 
 
-def normalize(text: str) -> str:
-    """Lower case, one space between words, no punctuation at the ends: what exact match compares.
+# Words of folder, file and column values that name a split, in any case; fillers may stand beside them: seg_train.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"), "test"),
+}
+FILLERS = (
+    *("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "pics", "jpg", "files"),
+    *(
+        "folder",
+        "split",
+        "seg",
+        "mini",
+        "small",
+        "full",
+        "final",
+        "raw",
+        "only",
+        "augmented",
+        "aug",
+        "class",
+        "classes",
+    ),
+)
 
-    Accents are composed: folders named on a Mac have them as letters of their own.
+
+def split_of(name: str) -> str | None:
+    """train, validation or test if a name is a word for it: Training, train_images, seg_test, valset, test2; else None."""
+    found = set()
+    for word in re.findall(r"[a-z]+", name.lower()):
+        if word not in FILLERS:
+            stems = (word, *(word.removeprefix(filler).removesuffix(filler) for filler in FILLERS))
+            found.add(next((SPLIT_WORDS[stem] for stem in stems if stem in SPLIT_WORDS), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def name_key(name: str) -> str:
+    """What two names of one class have in common: case, punctuation, spacing, the encoding of accents and invisible
+    characters do not count. Symbols do, such as the sign of a hybrid.
     """
-    text = unicodedata.normalize("NFC", text)
-    return re.sub(r"\s+", " ", text).strip(" .,;:!?\"'").lower()
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    visible = [char for char in text if unicodedata.category(char) != "Cf"]
+    return " ".join("".join(" " if unicodedata.category(char)[0] in "PZC" else char for char in visible).split())
+
+
+def tidy_name(name: str) -> str:
+    """A folder or label name as a person would write it: "Apple___Black_rot" is "Apple: Black rot".
+
+    Accents are composed, as tokenizers know them: macOS writes them decomposed in folder names.
+    """
+    text = unicodedata.normalize("NFC", name)
+    text = "".join(char for char in text if unicodedata.category(char) != "Cf" or char in JOINERS)
+    parts = [" ".join(part.replace("_", " ").split()) for part in re.split(r"_{3,}", text)]
+    return ": ".join(part for part in parts if part)
+
+
+JOINERS = "\u200c\u200d"  # invisible, but some scripts are not written without them
+TAXONOMY = re.compile(r"\d+_(?:Plantae|Animalia|Fungi|Chromista|Protozoa|Bacteria)_(?:[^_]+_){4}(.+)")  # iNaturalist
+NUMBERED = re.compile(r"(?:\d+\s*[._)-]\s*|\d+ +|n\d{8}[-_ ])(?=.*[^\W\d_])(.+)")  # 001.Daisy, 12_rose, n02085620-rose
+CODE = re.compile(r"(\D{0,12}?)[ _-]?\d+")  # 52, class_7, n01440764
+
+
+def without_numbers(names: Sequence[str]) -> list[str] | None:
+    """The names without the number, or number and taxonomy, that each of them begins with; None if one has none."""
+    for pattern in (TAXONOMY, NUMBERED):
+        found = [pattern.fullmatch(name) for name in names]
+        if names and all(found):
+            plain = [match[1] for match in found if match]
+            if len({name_key(name) for name in plain}) == len({name_key(name) for name in names}):
+                return plain
+    return None
+
+
+def are_codes(names: Sequence[str]) -> bool:
+    """Whether half of the names are numbers, or all are one word with a number: a model would learn to answer 52."""
+    codes = [match[1].lower() for name in names if (match := CODE.fullmatch(name.strip()))]
+    return codes.count("") * 2 >= len(names) > 0 or (len(codes) == len(names) and len({*codes}) == 1)
 
 
 def parse_reply(reply: str, class_names: Sequence[str]) -> int | None:
-    """The class whose name the reply is, apart from case, spacing and punctuation at the ends; None if it is none."""
-    wanted = normalize(reply)
+    """The class whose name the reply is, by `name_key`; None if it is none."""
+    wanted = name_key(reply)
     if not wanted:
         return None
-    return next((index for index, name in enumerate(class_names) if normalize(name) == wanted), None)
+    return next((index for index, name in enumerate(class_names) if name_key(name) == wanted), None)

@@ -1,265 +1,171 @@
-"""Where images come from: each source as rows in Arrow, not decoded.
+"""Where images come from: the source that a path or name refers to.
 
-A row is {"image": {"bytes", "path"}, "label": int, "id": str}; images are decoded one at a time, in the collator. The
-sources: the hub data set, the official VGG release, a folder of parquet files, a folder of images, synthetic images.
-What a source does not read is an error or one warning, with the reason.
+A folder is looked at once (data/survey.py); its contents tell whether it is the official release of Oxford Flowers 102,
+parquet files, a saved data set, a table of labels, or class folders. What a source does not use is told, with the reason.
 """
 
-import glob
+import contextlib
 import hashlib
-import itertools
 import re
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow.compute
-import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import Dataset
 
-from data.labels import CLASS_NAMES, official_counts
-from data.streaming import Stream
+from data.folders import load_class_folders
+from data.labels import CLASS_NAMES
+from data.layout import Layout, describe_flat, give_one, read_layout, unpack_command
+from data.parquet import (
+    HUB_REPOSITORY,
+    OFFICIAL_SIZES,
+    find_parquet_files,
+    has_images,
+    load_hub,
+    load_hub_dataset,
+    load_parquet_files,
+    load_saved_dataset,
+    stream_parquet_folder,
+)
+from data.rows import ROW, ImageRow, Source, build_rows
+from data.survey import ARCHIVES, TABLES, Folder, LeftOut, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
-from utils.image_utils import SUFFIXES, images_below, is_image_name, printable
-from utils.logging_utils import UserError, first_line, logger
+from data.tables import find_label_tables, read_label_tables
+from utils.image_utils import images_below, is_image_name, printable
+from utils.logging_utils import UserError, logger
 
-HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
-OFFICIAL_SIZES = {"train": 1020, "validation": 1020, "test": 6149}
-SPLITS = tuple(OFFICIAL_SIZES)
-ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
+VGG_IMAGE = re.compile(r"image_\d{5}\.jpg")
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
-class Source(NamedTuple):
-    """The splits that a source has (an image folder may have train alone), and what its labels are called."""
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: the options of a run that decide it."""
 
-    splits: dict[str, Dataset | Stream]  # rows may have a column "group": images of one plant, which one split gets
-    class_names: list[str]
-    description: str
-    notes: Sequence[str] = ()  # what was taken for a class, a split, a name
-    warnings: Sequence[str] = ()  # what was left out, and why
-
-
-def count_images(rows: Dataset | Stream) -> int:
-    """Images of a split; of a stream, those of one pass."""
-    return rows.num_images if isinstance(rows, Stream) else len(rows)
+    revision: str  # of a hub data set
+    streaming: bool
+    seed: int
+    allow_missing: bool
+    label_column: str | None
+    class_names: str | None  # file that gives class folders or labels their names
 
 
-def load_source(dataset: str, revision: str, streaming: bool, seed: int, allow_missing: bool) -> Source:
-    """The source that `dataset` refers to: a name, or a folder whose contents tell its kind. Raises UserError."""
-    folder = Path(dataset)
+def load_source(dataset: str, reading: Reading) -> Source:
+    """The source that `dataset` refers to: a name, a hub id, a file, or a folder whose contents tell its kind.
+
+    Raises UserError for what cannot be used, with the next move.
+    """
+    path = Path(dataset).expanduser()
     if dataset == "synthetic":
         return load_synthetic()
     if dataset == "oxford_flowers102":
-        return load_hub(HUB_REPOSITORY, revision)
-    if not folder.is_dir():
-        raise UserError(f"--dataset {dataset}: no such folder; give a folder, oxford_flowers102 or synthetic")
-    if streaming:
-        return stream_parquet_folder(folder, seed, allow_missing)
-    if (folder / "jpg").is_dir() or (folder / "setid.mat").exists():
-        return load_official_release(folder, allow_missing)
-    if any(folder.rglob("*.parquet")):
-        return load_parquet_folder(folder, allow_missing)
-    return load_image_folder(folder)
+        return load_hub(HUB_REPOSITORY, reading.revision)
+    if path.is_dir():
+        return load_folder(path, reading)
+    if path.exists():
+        return load_file(path, reading)
+    return load_elsewhere(dataset, path, reading)
+
+
+def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
+    """A data set of the hub; UserError for what is no path."""
+    if re.match(r"\w+://|www\.", dataset):
+        raise UserError(f"--dataset {dataset}: is a web address; download it, unpack it, and give the folder")
+    if HUB_ID.fullmatch(dataset) and not path.parent.is_dir():
+        return load_hub_dataset(dataset, reading)
+    near = get_close_matches(path.name, _names_in(path.parent), n=1)
+    hint = f"; did you mean {printable(str(path.parent / near[0]))}?" if near else ""
+    raise UserError(
+        f"--dataset {dataset}: no such folder or file; give a folder, a table, owner/name of the hub, oxford_flowers102 "
+        f"or synthetic{hint}"
+    )
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def load_file(path: Path, reading: Reading) -> Source:
+    """A table of labels or one parquet file; UserError for any other file."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return load_parquet_files(path.parent, [path], reading)
+    if suffix in TABLES:
+        folder, left_out = survey(path.parent)
+        return load_table([path], folder, left_out, reading)
+    if suffix in ARCHIVES:
+        raise UserError(
+            f"--dataset {path}: is an archive; unpack it first: {unpack_command(path)}, and give the folder it makes"
+        )
+    kind = "an image" if is_image_name(path) else "a file"
+    raise UserError(f"--dataset {path}: is {kind}; give the folder that holds the class folders, or a table of labels")
+
+
+def load_folder(path: Path, reading: Reading) -> Source:
+    folder, left_out = survey(path)
+    if reading.streaming:
+        return stream_parquet_folder(folder, reading)
+    if folder.find("arrow"):
+        return load_saved_dataset(folder, reading)
+    if release := _find_release(folder):
+        note = [] if release.path == path else [f"{path} holds {release.name}, which is used"]
+        source = load_official_release(release.path, reading.allow_missing)
+        return source._replace(notes=[*note, *source.notes])
+    parquet = [file for file in folder.find("parquet") if has_images(file)]
+    try:
+        layout = read_layout(folder, left_out)
+    except UserError:
+        if not parquet:
+            raise
+        layout = Layout(folder)
+    has_classes = len(layout.names) > 1
+    if parquet and has_classes:
+        raise UserError(
+            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move one "
+            "of the two elsewhere, or " + give_one([layout.root.path, parquet[0].parent])
+        )
+    if parquet:
+        return load_parquet_files(path, parquet, reading)
+    if not has_classes:
+        if tables := find_label_tables(layout.root) or find_label_tables(_with_parent_tables(layout.root)):
+            return load_table(tables, layout.root, left_out, reading)
+        if not layout.names:
+            raise UserError(describe_flat(folder))
+    return load_class_folders(layout, left_out, reading.class_names)
+
+
+def load_table(tables: list[Path], folder: Folder, left_out: LeftOut, reading: Reading) -> Source:
+    """The images that tables of file names and labels list."""
+    found = read_label_tables(tables, folder, reading.label_column)
+    raise NotImplementedError
+
+
+def _with_parent_tables(folder: Folder) -> Folder:
+    """The folder beside the tables of the folder above it: images/ is often given alone, with labels.csv beside it."""
+    above = Folder(folder.path.parent, folders=[folder], num_images=folder.num_images)
+    with contextlib.suppress(OSError):  # a folder above that may not be listed has no tables for us
+        above.files["table"] = sorted(path.name for path in above.path.iterdir() if path.suffix.lower() in TABLES)
+    return above
+
+
+def _find_release(folder: Folder) -> Folder | None:
+    """The folder of the official release of Oxford Flowers 102: it, or one below."""
+    for inner in folder.walk():
+        jpg = next((below for below in inner.folders if below.name == "jpg"), None)
+        is_official = jpg is not None and jpg.images and all(VGG_IMAGE.fullmatch(file.name) for file in jpg.images)
+        if is_official or set(VGG_MD5) & set(inner.files.get("mat", ())):
+            return inner
+    return None
 
 
 def load_synthetic() -> Source:
     splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
     return Source(splits, list(SPECIES), "synthetic flowers of ten invented species")
-
-
-# ---- parquet
-
-
-def load_hub(repository: str, revision: str) -> Source:
-    """Oxford Flowers 102 from the hub: parquet, read as memory-mapped Arrow from the library's cache."""
-    try:
-        splits = load_dataset(repository, revision=revision)
-    except Exception as error:  # the library and the hub raise a dozen kinds
-        raise UserError(
-            f"data set {repository} at revision {revision} cannot be loaded ({first_line(error)}); check the network "
-            "and HF_TOKEN, or give --dataset FOLDER with the images"
-        ) from error
-    description = f"hub data set {repository} at {revision[:12]}"
-    _check_columns(splits, SPLITS, description)
-    source = _as_official(splits, description)
-    for split, expected in OFFICIAL_SIZES.items():
-        found = count_images(source.splits[split])
-        if found != expected:
-            raise UserError(
-                f"{description}: split {split} has {found} images, expected {expected}; give the official revision "
-                "with --dataset-revision"
-            )
-    return source
-
-
-def load_parquet_folder(folder: Path, allow_missing: bool) -> Source:
-    """A folder of parquet files, columns `image` and `label` (0-based), split by file name: train*, val*, test*."""
-    description = f"parquet folder {folder}"
-    splits = _read_parquet(folder, _find_parquet_files(folder, allow_missing))
-    _check_columns(splits, SPLITS, description)
-    names = _label_names(splits["train"])
-    if names and tuple(names) != CLASS_NAMES:
-        _check_labels(splits, len(names), description)
-        return Source(_with_ids(splits), [tidy_name(name) for name in names], description)
-    source = _as_official(splits, description)
-    if not names:
-        highest = pyarrow.compute.max(splits["train"].data.column("label")).as_py()
-        if highest < len(CLASS_NAMES) - 1:
-            raise UserError(
-                f"{folder}: labels of train go up to {highest} and have no names, and those of Oxford Flowers go up to "
-                f"{len(CLASS_NAMES) - 1}; write them as a ClassLabel"
-            )
-        logger.warning("%s: the labels have no names; they are taken as the 102 of Oxford Flowers", folder)
-    return source
-
-
-def stream_parquet_folder(folder: Path, seed: int, allow_missing: bool) -> Source:
-    """The same with its train images streamed; the labels must have names."""
-    if not any(folder.rglob("*.parquet")):
-        raise UserError(f"--streaming true: {folder} has no parquet files, and nothing else is streamed; use false")
-    files = _find_parquet_files(folder, allow_missing)
-    train_files = files.pop("train")
-    splits = _read_parquet(folder, files)
-    _check_columns(splits, files, f"parquet folder {folder}")
-    try:
-        train = Stream(train_files, seed)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}: the parquet files cannot be read ({first_line(error)})") from error
-    names = _label_names(train)
-    if not names:
-        raise UserError(
-            f"--streaming true: the labels in {folder} have no names; write them as a ClassLabel, or use false"
-        )
-    for split, rows in splits.items():
-        if _label_names(rows) != names:
-            raise UserError(
-                f"--streaming true: the label names of {split} in {folder} differ from those of train, or are in "
-                "another order; write all with the same ClassLabel"
-            )
-    description = f"stream of {len(train_files):,} parquet files in {folder}"
-    _check_labels(splits, len(names), description)
-    return Source({"train": train} | _with_ids(splits), [tidy_name(name) for name in names], description)
-
-
-def _find_parquet_files(folder: Path, allow_missing: bool) -> dict[str, list[Path]]:
-    """The files of each split: their name, or their folder's name, begins with the split's name."""
-    files: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for file in sorted(folder.rglob("*.parquet")):
-        for split in SPLITS:
-            if any(part.startswith(SPLIT_FOLDERS[split]) for part in file.relative_to(folder).parts):
-                files[split].append(file)
-    missing = [split for split in SPLITS if not files[split]]
-    if missing:
-        raise UserError(
-            f"{folder}: no parquet file for {' and '.join(missing)}; give files or folders names that begin with "
-            "train, validation and test"
-        )
-    series: Counter[tuple[Path, int]] = (
-        Counter()
-    )  # files are written as train-00000-of-00004.parquet, so a missing one can be noticed
-    for file in itertools.chain(*files.values()):
-        if found := re.fullmatch(r"(.+)-\d+-of-(\d+)(-\w+)?", file.stem):
-            series[file.parent / found[1], int(found[2])] += 1
-    for (name, expected), count in series.items():
-        if count < expected:
-            message = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
-            if not allow_missing:
-                raise UserError(f"{message}; add the missing files, or continue without them: --allow-missing true")
-            logger.warning("%s; continuing without the missing files", message)
-    for file in itertools.chain(*files.values()):
-        try:
-            pyarrow.parquet.read_metadata(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: is not a parquet file ({first_line(error)}); write it again") from error
-    return files
-
-
-def _read_parquet(folder: Path, files: dict[str, list[Path]]) -> DatasetDict:
-    patterns = {split: [glob.escape(str(file)) for file in paths] for split, paths in files.items()}
-    try:
-        return load_dataset("parquet", data_files=patterns)
-    except Exception as error:
-        raise UserError(f"{folder}: the parquet files cannot be read ({first_line(error)})") from error
-
-
-def _label_names(rows: Dataset | Stream) -> list[str] | None:
-    return getattr(rows.features["label"], "names", None)
-
-
-def _check_columns(splits: DatasetDict, expected: Iterable[str], description: str) -> None:
-    for split in expected:
-        if split not in splits:
-            raise UserError(
-                f"{description}: split {split} is missing, it has {', '.join(splits)}; expected are train, validation "
-                "and test"
-            )
-        if not {"image", "label"} <= set(splits[split].column_names):
-            raise UserError(
-                f"{description}: has the columns {', '.join(splits[split].column_names)}; expected are image and "
-                "label, rename them"
-            )
-
-
-def _check_labels(splits: DatasetDict, count: int, description: str) -> None:
-    """Raise UserError unless every label is one of 0 to count - 1; the hub writes -1 for an unknown one."""
-    for split, rows in splits.items():
-        labels = rows.data.column("label")
-        if not pyarrow.types.is_integer(labels.type) or labels.null_count:
-            raise UserError(
-                f"{description}: labels of {split} are {labels.type} with {labels.null_count:,} missing; expected is "
-                "an integer for each image"
-            )
-        lowest, highest = pyarrow.compute.min_max(labels).as_py().values()
-        if len(labels) and (lowest < 0 or highest >= count):
-            raise UserError(
-                f"{description}: labels of {split} go from {lowest} to {highest}, expected 0 to {count - 1}; write "
-                "them as a ClassLabel with its names, and leave images without a label out"
-            )
-
-
-def _as_official(splits: DatasetDict, description: str) -> Source:
-    """Rows whose labels are the 102 official classes, whatever the source calls them."""
-    _check_labels(splits, len(CLASS_NAMES), description)
-    check_official_counts(splits, description)
-    return Source(_with_ids(splits), list(CLASS_NAMES), description)
-
-
-def check_official_counts(splits: dict[str, Dataset], description: str) -> None:
-    """Raise UserError unless every split of full size has the official number of images of each class."""
-    for split, rows in splits.items():
-        counts = Counter(rows["label"]) if len(rows) == OFFICIAL_SIZES[split] else {}
-        for label, expected in enumerate(official_counts(split) if counts else ()):
-            if counts[label] != expected:
-                raise UserError(
-                    f"{description}: split {split} has {counts[label]} images of {CLASS_NAMES[label]!r}, the official "
-                    f"one has {expected}; are its labels 0-based and in official order?"
-                )
-
-
-def _with_ids(splits: DatasetDict) -> dict[str, Dataset]:
-    """Add the id column: the image's file name if it is unique in the source for every image, else split and number."""
-    rows = {
-        split: split_rows.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
-        for split, split_rows in splits.items()
-    }
-    stems = {}
-    for split in rows:  # by the chunks of the column: combining them would copy every image into memory
-        paths = pyarrow.compute.struct_field(rows[split].data.column("image"), "path").to_pylist()
-        stems[split] = [Path(path).stem if path else "" for path in paths]
-    everywhere = list(itertools.chain(*stems.values()))
-    if not all(everywhere) or len(set(everywhere)) < len(everywhere):
-        stems = {split: [f"{split}-{index:06d}" for index in range(len(rows[split]))] for split in rows}
-    return {split: rows[split].add_column("id", stems[split]) for split in rows}
-
-
-# ---- files
 
 
 def load_official_release(folder: Path, allow_missing: bool) -> Source:
@@ -275,16 +181,16 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
     labels = loadmat(folder / "imagelabels.mat")["labels"][0]  # 1-based classes of images 1 to 8189
     split_numbers = loadmat(folder / "setid.mat")
     present = {path.name for path in (folder / "jpg").glob("*.jpg")}
-    splits, missing = {}, []
+    splits, missing, warnings = {}, [], []
     for split, key in VGG_SPLIT_KEYS.items():
         images = []
         for number in sorted(int(number) for number in split_numbers[key][0]):
             file = folder / "jpg" / f"image_{number:05d}.jpg"
             if file.name in present:
-                images.append((file, int(labels[number - 1]) - 1, file.stem))
+                images.append(ImageRow(str(file), int(labels[number - 1]) - 1, file.stem))
             else:
                 missing.append(file.name)
-        splits[split] = _build_rows(images)
+        splits[split] = build_rows(images)
     if missing:
         message = (
             f"{folder / 'jpg'}: {len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing "
@@ -292,106 +198,17 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
         )
         if not allow_missing:
             raise UserError(f"{message}; unpack 102flowers.tgz again, or continue without them: --allow-missing true")
-        logger.warning("%s; continuing without them", message)
-    return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}")
-
-
-def load_image_folder(folder: Path) -> Source:
-    """Your own plants: <split>/<class name>/photo.jpg, or <class name>/photo.jpg, which is all returned as train."""
-    found = {
-        split: [folder / name for name in names if (folder / name).is_dir()] for split, names in SPLIT_FOLDERS.items()
-    }
-    roots = {split: paths[0] for split, paths in found.items() if paths} if found["train"] else {"train": folder}
-    children = {path for parent in {folder, *roots.values()} for path in _list_shown(parent)}
-    class_folders = {path for path in children - {*roots.values()} if path.is_dir() and path.parent in roots.values()}
-    classes = sorted({path.name for path in class_folders})
-    for name in classes:
-        if not _is_utf8(name):
-            raise UserError(f"{folder}: the name of class folder {name!r} is not UTF-8; rename it")
-    if not classes:
-        raise UserError(
-            f"{folder}: no images found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, parquet "
-            "files, or jpg/ with the two .mat files"
-        )
-    skipped = defaultdict(list, {"not in a class folder": sorted(children - {*roots.values()} - class_folders)})
-    splits = {}
-    for split, root in roots.items():
-        images = []
-        for label, name in enumerate(classes):
-            for path in _list_shown(root / name) if root / name in class_folders else ():
-                if reason := _why_skipped(path):
-                    skipped[reason].append(path)
-                else:
-                    images.append((path, label, printable(str(path.relative_to(folder)))))
-        splits[split] = _build_rows(images)
-    _log_skipped(folder, skipped)
-    trained = set(splits["train"]["label"])
-    for label, name in enumerate(classes):
-        if label not in trained:
-            raise UserError(
-                f"{folder}: class {name!r} has no image to train on; add some to its folder, or remove the folder"
-            )
-    return Source(splits, [tidy_name(name) for name in classes], f"image folder {folder}")
+        warnings.append(f"{message}; continuing without them")
+    return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}", warnings=warnings)
 
 
 def load_ood_images(folder: Path) -> Dataset:
     """The images in a folder, whatever they show; the label 0 means nothing."""
-    files = images_below(folder)
-    if not files:
+    found = survey(folder)[0] if folder.is_dir() else Folder(folder)
+    if not found.num_images:
         raise UserError(f"--ood {folder}: no images found there; give a folder of images without the classes")
-    return _build_rows([(file, 0, str(file.relative_to(folder))) for file in files])
-
-
-def _list_shown(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _why_skipped(path: Path) -> str | None:
-    """Why what lies in a class folder is not read."""
-    if path.is_dir():
-        return "a folder in a class folder"
-    if not is_image_name(path):
-        return f"not {' '.join(SUFFIXES)}"
-    return None if _is_utf8(str(path)) else "name not in UTF-8"
-
-
-def _log_skipped(folder: Path, skipped: dict[str, list[Path]]) -> None:
-    """An image in another format, or in the wrong place, is missed by nobody but its owner."""
-    parts = []
-    for reason, paths in skipped.items():
-        if paths:
-            names = ", ".join(printable(str(path.relative_to(folder))) for path in paths[:3])
-            more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
-            parts.append(f"{names}{more} ({reason})")
-    if parts:
-        count = sum(map(len, skipped.values()))
-        logger.warning("%s: %s files or folders are not read: %s", folder, f"{count:,}", "; ".join(parts))
-
-
-def _is_utf8(name: str) -> bool:
-    """Arrow takes no other names; Python keeps the bytes of others as lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _build_rows(images: list[tuple[Path, int, str]]) -> Dataset:
-    """Rows of (file, label, id), as Arrow in the library's cache, whose key is a hash of the list."""
-    if not images:
-        return Dataset.from_dict({name: [] for name in ROW}, features=ROW)
-    return Dataset.from_generator(_generate_rows, features=ROW, gen_kwargs={"images": images})
-
-
-def _generate_rows(images: list[tuple[Path, int, str]]) -> Iterator[dict]:
-    for file, label, image_id in images:
-        yield {"image": {"bytes": None, "path": str(file)}, "label": label, "id": image_id}
-
-
-def tidy_name(name: str) -> str:
-    """A folder or label name as a person would write it: spaces for underscores, single and none at the ends.
-
-    Accents are composed, as tokenizers know them: macOS writes them decomposed in folder names.
-    """
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+    return build_rows(
+        ImageRow(f"{below.path}/{file.name}", 0, str((below.path / file.name).relative_to(folder)))
+        for below in found.walk()
+        for file in below.images
+    )

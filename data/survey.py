@@ -69,25 +69,22 @@ class Folder:
 
 @dataclass
 class LeftOut:
-    """What is not used: for each reason how many, and the first three by name."""
+    """What is not used: for each reason how many files, and the first three places."""
 
     root: Path
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, reason: str, path: Path, count: int = 1) -> None:
         self.counts[reason] += count
-        if len(self.examples[reason]) < 3:
-            self.examples[reason].append(self.relative(path))
-
-    def relative(self, path: Path) -> str:
-        return printable(os.path.relpath(path, self.root))
+        if len(self.places[reason]) <= 3:
+            self.places[reason].append(printable(os.path.relpath(path, self.root)))
 
     def lines(self) -> list[str]:
-        """A line for each reason, e.g. "not used: 3 .mov files (oak/a.mov, oak/b.mov, oak/c.mov)"."""
+        """A line for each reason, e.g. "not used: .mov files: 4 (oak/a.mov, oak/b.mov, oak/c.mov, ...)"."""
         return [
-            f"not used: {count:,} {reason} ({', '.join(self.examples[reason])}{', ...' if count > 3 else ''})"
-            for reason, count in sorted(self.counts.items())
+            f"not used: {reason}: {self.counts[reason]:,} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+            for reason, places in sorted(self.places.items())
         ]
 
 
@@ -123,7 +120,7 @@ def _look(path: Path, left_out: LeftOut, seen: set[tuple[int, int]], depth: int)
             continue
         if stat.S_ISDIR(status.st_mode):
             if (status.st_dev, status.st_ino) in seen:
-                left_out.add("second links to a folder", entry_path)
+                left_out.add("links to a folder that is read already", entry_path)
             elif depth == MAX_DEPTH:
                 left_out.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
             elif reason := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
@@ -144,9 +141,9 @@ def _look(path: Path, left_out: LeftOut, seen: set[tuple[int, int]], depth: int)
 def _add_file(folder: Folder, path: Path, status: os.stat_result, left_out: LeftOut) -> None:
     suffix = path.suffix.lower()
     kinds = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | dict.fromkeys(ARCHIVES, "archive")
-    kinds |= dict.fromkeys(TABLES, "table")
+    kinds |= dict.fromkeys(TABLES, "table") | dict.fromkeys(CAMERA_RAW, "raw")
     is_image = suffix in SUFFIXES or (
-        suffix not in (*kinds, *OTHER_SUFFIXES, *CAMERA_RAW) and status.st_size > 0 and looks_like_image(path)
+        suffix not in (*kinds, *OTHER_SUFFIXES) and status.st_size > 0 and looks_like_image(path)
     )
     if not is_image:
         kind = kinds.get(suffix, "other")
@@ -155,8 +152,8 @@ def _add_file(folder: Folder, path: Path, status: os.stat_result, left_out: Left
             left_out.add(f"{suffix or 'nameless'} files", path)
     elif not status.st_size:
         left_out.add("empty image files (0 bytes)", path)
-    elif not is_utf8(str(path)):
-        left_out.add("images whose path is not UTF-8", path)
+    elif not is_utf8(path.name):
+        left_out.add("images whose name is not UTF-8", path)
     elif suffix in HEIF_SUFFIXES and not reads_heif():
         folder.files["heif"].append(path.name)
         left_out.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)

@@ -21,14 +21,32 @@ else:
     pillow_heif.register_heif_opener()
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # of iPhones; read by pillow-heif
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", *HEIF_SUFFIXES)
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    *HEIF_SUFFIXES,
+)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 # How files of these formats begin, as (offset, bytes).
 SIGNATURES = (
     *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
     *((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")),
 )
-MAX_PIXELS = 64_000_000  # the largest phone sensors in common use; decoded as RGB that is 256 MB in a worker
+MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
+MAX_JPEG_PIXELS = (
+    256_000_000  # the largest phone sensors have 200 million; a JPEG decodes at 1/2, 1/4 or 1/8 of its size
+)
+Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS  # PIL warns above it; the limits here are checked first
 MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS of 16-bit RGB, not compressed
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -174,11 +192,23 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error
+    _decode_smaller(image, max_pixels)
     if image.width * image.height > max_pixels:
         raise ImageError(
             f"{name}: {image.width} x {image.height} is above the limit of {max_pixels:,} pixels; make it smaller"
         )
     return name, image
+
+
+def _decode_smaller(image: Image.Image, max_pixels: int) -> None:
+    """Let a JPEG of more pixels be decoded at the largest of 1/2, 1/4, 1/8 of its size that is within `max_pixels`.
+
+    A progressive one is not: its decoder holds all of it in memory whatever the size asked for.
+    """
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO") and pixels <= MAX_JPEG_PIXELS and not image.info.get("progressive"):
+        scale = next((scale for scale in (1, 2, 4, 8) if pixels <= max_pixels * scale**2), 1)
+        image.draft(None, (image.width // scale, image.height // scale))
 
 
 def _read_file(path: Path, name: str) -> bytes:

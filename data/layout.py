@@ -1,0 +1,300 @@
+"""From what lies below a path (data/survey.py) to classes and splits, as people lay out images in folders.
+
+<class>/photo.jpg and <split>/<class>/photo.jpg, a level off, nested, with splits inside the classes. A folder that can
+be read in two ways is refused with the paths to give instead.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from data.labels import name_key, split_of
+from data.rows import SPLITS
+from data.survey import Folder, LeftOut
+from utils.image_utils import printable
+from utils.logging_utils import UserError
+
+# Subfolders of a class that are no classes: the parts of a plant, where and when it was seen, a level of no meaning.
+PARTS = {
+    *("bark", "branch", "bud", "buds", "flower", "flowers", "fruit", "fruits", "habit", "leaf", "leaves", "plant"),
+    *("root", "roots", "scan", "seed", "seeds", "stem", "whole", "other", "dcim", "photos", "pictures", "images"),
+    *("image", "img", "imgs", "jpg", "jpeg", "png", "indoor", "outdoor", "spring", "summer", "autumn", "winter"),
+}
+SPECIMEN = re.compile(  # plant_01, 2024-05-01, may 2024, 100APPLE
+    r"(?:plant|specimen|tree|individual|obs|observation|sample|visit|day|session|camera|cam|batch)[ _-]?[a-z]?\d+"
+    r"|(?:[a-z]+[ _-]?)?(?:19|20)\d\d(?:[ _.-]?\d\d){0,2}|\d{3}[a-z]{3,5}",
+    re.IGNORECASE,
+)
+# Folders that hold no class where others do.
+ASIDE = {
+    *("annotations", "assets", "doc", "docs", "example", "examples", "figures", "labels", "mask", "masks", "output"),
+    *("outputs", "preview", "previews", "results", "sample", "samples", "screenshots", "thumbnails", "thumbs"),
+}
+GENUS = re.compile(r"[A-Z][a-z]+")
+EPITHET = re.compile(r"[a-z-]+(?:us|a|um|is|i|ae|ens|ans|oides|[aei]le|[ae]re|stre|nse|x|or|ur|eas)")  # mostly
+
+
+class ClassFolder(NamedTuple):
+    name: str  # as written
+    folder: Folder
+    deep: bool = False  # the images of its subfolders are its own
+    specimens: bool = False  # each subfolder is one plant
+
+
+@dataclass
+class Layout:
+    """What the folders below a path were taken for."""
+
+    root: Folder
+    splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of class folders as written, sorted."""
+        return sorted({entry.name for entries in self.splits.values() for entry in entries})
+
+
+def read_layout(top: Folder, left_out: LeftOut) -> Layout:
+    """Classes and splits of the folders below `top`; no class if its images lie flat. Raises UserError."""
+    layout = Layout(top)
+    while (inner := _only_way_down(layout.root, left_out)) is not None:
+        layout.root = inner
+    root = layout.root
+    if root is not top:
+        below = root.path.relative_to(top.path).as_posix()
+        layout.notes.append(f"{printable(str(top.path))} holds one data set, {printable(below)}: it is used")
+    if _has_splits_inside(root.filled):
+        layout.notes.append(f"class folders: {len(root.filled)}, with the splits inside each")
+        for entry in root.filled:
+            for split, folder in find_splits(entry).items():
+                layout.splits.setdefault(split, []).append(ClassFolder(entry.name, folder))
+        return layout
+    splits = find_splits(root)
+    others = [folder for folder in root.filled if folder not in splits.values()]
+    if splits and "train" not in splits:
+        if not others:
+            listed = " and ".join(printable(folder.name) for folder in splits.values())
+            raise UserError(
+                f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of class folders"
+            )
+        if any(not folder.filled for folder in splits.values()):  # classes beside images without labels
+            for split in [split for split, folder in splits.items() if not folder.filled]:
+                left_out.add(
+                    "images in a folder without class folders", splits[split].path, splits.pop(split).num_images
+                )
+        if splits:
+            layout.notes.append("class folders beside the split folders are train")
+        splits["train"] = Folder(root.path, folders=others, num_images=sum(folder.num_images for folder in others))
+        others = []
+    for folder in others if splits else ():
+        left_out.add("images beside the split folders", folder.path, folder.num_images)
+    counts = [
+        _read_split(layout, split, folder, left_out)
+        for split, folder in sorted((splits or {"train": root}).items(), key=lambda item: SPLITS.index(item[0]))
+    ]
+    if layout.names:
+        layout.notes.append(f"class folders: {'; '.join(filter(None, counts))}")
+    return layout
+
+
+def _read_split(layout: Layout, split: str, folder: Folder, left_out: LeftOut) -> str:
+    """Add a split's class folders to the layout; returns their number and place for the log."""
+    while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
+        folder = folder.filled[0]
+    entries = find_classes(folder, left_out)
+    if not entries and split != "train":
+        left_out.add(
+            f"images of {printable(folder.name)} without class folders, so they cannot be scored",
+            folder.path,
+            folder.num_images,
+        )
+        return ""
+    if entries and folder.images:
+        left_out.add("images in no class folder", folder.path / folder.images[0].name, len(folder.images))
+    for empty in folder.folders:
+        if not empty.num_images:
+            left_out.add("folders without images", empty.path)
+    layout.splits[split] = entries
+    named = folder.path.relative_to(layout.root.path).as_posix()
+    nested = ", nested" if any(entry.folder not in folder.folders for entry in entries) else ""
+    return f"{len(entries)}{nested}" + (f" in {printable(named)}/ ({split})" if named != "." else "")
+
+
+def find_splits(folder: Folder) -> dict[str, Folder]:
+    """Its subfolders that are splits, by split. Raises UserError for two of one split."""
+    found: dict[str, list[Folder]] = defaultdict(list)
+    for below in folder.filled:
+        if split := split_of(below.name):
+            found[split].append(below)
+    for split, folders in found.items():
+        if len(folders) > 1 and "train" in found:
+            listed = " and ".join(repr(below.name) for below in folders)
+            raise UserError(f"{folder.path}: {listed} are both taken for {split}; rename one, or move it elsewhere")
+    return {split: folders[0] for split, folders in found.items()}
+
+
+def _only_way_down(folder: Folder, left_out: LeftOut) -> Folder | None:
+    """The subfolder that must be meant, as no other holds classes; None if it is this folder."""
+    children = [child for child in folder.filled if child.name.lower() not in ASIDE]
+    if folder.images or any(split_of(child.name) == "train" for child in children):
+        return None
+    leaves = [child for child in children if not child.filled and not split_of(child.name)]
+    if len(children) == 1:
+        inner = [child for child in children if child.filled]
+    elif _has_splits_inside(children) or len(leaves) > 1:
+        inner = []
+    else:
+        inner = list(_topmost_with_train(folder))
+    if len(inner) > 1:
+        raise UserError(f"{folder.path}: holds {len(inner)} data sets; {give_one(below.path for below in inner)}")
+    for child in folder.filled if inner else ():
+        if child.path != inner[0].path and child.path not in inner[0].path.parents:
+            left_out.add("images beside the data set", child.path, child.num_images)
+    return inner[0] if inner else None
+
+
+def _topmost_with_train(folder: Folder) -> Iterable[Folder]:
+    for child in folder.filled:
+        if any(split_of(below.name) == "train" for below in child.filled):
+            yield child
+        else:
+            yield from _topmost_with_train(child)
+
+
+def _has_splits_inside(children: Sequence[Folder]) -> bool:
+    """Whether these are classes with their images in train and test below, not data sets side by side."""
+    splits = [[below for below in child.filled if split_of(below.name)] for child in children]
+    return (
+        len(children) > 1
+        and all(
+            not child.images and found and len(found) == len(child.filled) and not any(below.filled for below in found)
+            for child, found in zip(children, splits)
+        )
+        and any(split_of(below.name) == "train" for found in splits for below in found)
+    )
+
+
+def give_one(paths: Iterable[Path]) -> str:
+    return "give one of them: " + ", ".join(f"--dataset {printable(str(path))!r}" for path in paths)
+
+
+def find_classes(top: Folder, left_out: LeftOut) -> list[ClassFolder]:
+    """The class folders below; a nested one whose name is a species' is "Genus species". Raises UserError."""
+    aside = [child for child in top.filled if child.name.lower() in ASIDE]
+    children = [child for child in top.filled if child not in aside] or aside
+    for child in aside if children is not aside else ():
+        left_out.add("images in folders that name no class", child.path, child.num_images)
+    groups = [child for child in children if not child.images and not _is_one_class(child)]
+    plain = [child for child in children if child not in groups]
+    if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
+        return []
+    if len(groups) > 1 and not plain:
+        _refuse_candidates(top, groups)
+    entries: list[ClassFolder] = []
+    nested: list[tuple[str, ClassFolder]] = []
+    for child in plain:
+        deep = bool(child.filled) and _is_one_class(child)
+        entries.append(ClassFolder(child.name, child, deep, deep and _are_specimens(child)))
+        for below in child.filled if not deep else ():
+            left_out.add("images in a folder inside a class folder", below.path, below.num_images)
+    keys = {name_key(child.name) for child in plain}
+    for group in groups:
+        if plain and any(split_of(below.name) == "train" for inner in group.walk() for below in inner.filled):
+            left_out.add("images of a data set among the class folders", group.path, group.num_images)
+            continue
+        inner = find_classes(group, left_out)
+        if plain and sum(name_key(entry.name) in keys for entry in inner) * 2 > len(inner):
+            left_out.add("images in a folder with the same classes again", group.path, group.num_images)
+            continue
+        if group.images:
+            left_out.add("images in no class folder", group.path, len(group.images))
+        nested += [(group.name, entry) for entry in inner]
+    return entries + _name_nested(nested, entries)
+
+
+def _name_nested(nested: Sequence[tuple[str, ClassFolder]], others: Sequence[ClassFolder]) -> list[ClassFolder]:
+    """Nested class folders, given with their parents' names: of species "Genus species", of others both if need be."""
+    keys = [name_key(entry.name) for entry in (*others, *(entry for _, entry in nested))]
+    if len(set(keys)) < len(keys) or (nested and all(_is_genus_of(parent, entry.name) for parent, entry in nested)):
+        return [entry._replace(name=f"{parent} {entry.name}") for parent, entry in nested]
+    return [entry for _, entry in nested]
+
+
+def _is_genus_of(parent: str, name: str) -> bool:
+    return bool(GENUS.fullmatch(parent) and EPITHET.fullmatch(name))
+
+
+def _is_one_class(folder: Folder) -> bool:
+    """Whether what lies below is of one class: parts of a plant, plants, years, or a level of no meaning."""
+    names = [below.name.lower() for below in folder.filled]
+    return not any(below.filled for below in folder.filled) and (
+        all(name in PARTS for name in names) or (_are_specimens(folder) and len(names) > 0)
+    )
+
+
+def _are_specimens(folder: Folder) -> bool:
+    return all(SPECIMEN.fullmatch(below.name) for below in folder.filled)
+
+
+def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
+    """Raise UserError if most classes appear in several of the groups, such as color/ and grayscale/."""
+    seen: dict[str, int] = defaultdict(int)
+    for group in groups:
+        for key in {name_key(below.name) for below in group.filled}:
+            seen[key] += 1
+    shared = {name for name, count in seen.items() if count > 1}
+    if len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups):
+        return  # two genera with an epithet in common, which the species' names tell apart
+    if len(shared) * 2 > len(seen):
+        raise UserError(
+            f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}, ...); "
+            f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into it"
+        )
+
+
+def describe_flat(folder: Folder) -> str:
+    """Why a folder without class folders cannot be used, and the next move."""
+    archives, tables = folder.find("archive"), folder.find("table")
+    boxes = [path for path in tables if "labels" in path.parts or path.name.startswith(("_annotations", "instances_"))]
+    boxes += [
+        path
+        for below in folder.walk()
+        for name in below.files["other"]
+        if name.endswith((".xml", "data.yaml"))
+        for path in [below.path / name]
+    ]
+    if folder.num_images and boxes:
+        return (
+            f"{folder.path}: looks like a detection data set (bounding boxes in {printable(str(boxes[0]))}), whose images "
+            "have no class of their own; cut the boxes out into <class name>/photo.jpg"
+        )
+    if folder.num_images:
+        flat = max(folder.walk(), key=lambda below: len(below.images))
+        return (
+            f"{flat.path}: {len(flat.images):,} images lie here, none in a class folder; move them to "
+            "<class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
+        )
+    if archives:
+        return (
+            f"{folder.path}: holds no images but {len(archives)} archives such as {printable(archives[0].name)}; "
+            f"unpack them first: {unpack_command(archives[0])}"
+        )
+    if heif := folder.find("heif"):
+        return f"{folder.path}: its {len(heif)} images are HEIC/HEIF; to read them: pip install pillow-heif"
+    return (
+        f"{folder.path}: no images found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, a table, "
+        "parquet files, or jpg/ with the two .mat files"
+    )
+
+
+def unpack_command(archive: Path) -> str:
+    name, stem = printable(archive.name), printable(archive.name.split(".")[0])
+    if archive.suffix.lower() == ".zip":
+        return f"unzip '{name}' -d '{stem}'"
+    if archive.suffix.lower() in (".7z", ".rar"):
+        return f"7z x '{name}' -o'{stem}'"
+    return f"mkdir '{stem}' && tar -xf '{name}' -C '{stem}'"

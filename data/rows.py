@@ -1,0 +1,51 @@
+"""Rows: the form in which all sources give their images, as Arrow, not decoded."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import pyarrow
+from datasets import Dataset, DatasetInfo, Features, Image, Value
+from datasets.table import InMemoryTable
+
+from data.streaming import Stream
+
+SPLITS = ("train", "validation", "test")
+ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
+GROUPED_ROW = Features({**ROW, "group": Value("string")})
+
+
+class ImageRow(NamedTuple):
+    """An image file; `group`: what tells images of one plant, which one split gets, or "" for none."""
+
+    path: str
+    label: int
+    id: str
+    group: str = ""
+
+
+class Source(NamedTuple):
+    """The splits that a source has (an image folder may have train alone), and what its labels are called."""
+
+    splits: dict[str, Dataset | Stream]  # rows may have the column "group" of GROUPED_ROW
+    class_names: list[str]
+    description: str
+    notes: Sequence[str] = ()  # what was taken for a class, a split, a name
+    warnings: Sequence[str] = ()  # what was left out, and why
+
+
+def count_images(rows: Dataset | Stream) -> int:
+    """Images of a split; of a stream, those of one pass."""
+    return rows.num_images if isinstance(rows, Stream) else len(rows)
+
+
+def build_rows(images: Iterable[ImageRow]) -> Dataset:
+    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB; loader workers share them."""
+    columns = list(zip(*images)) or [(), (), (), ()]
+    paths = pyarrow.array(columns[0], pyarrow.string())
+    image = pyarrow.StructArray.from_arrays([pyarrow.nulls(len(paths), pyarrow.binary()), paths], ["bytes", "path"])
+    data = {"image": image, "label": pyarrow.array(columns[1], pyarrow.int64())}
+    data |= {name: pyarrow.array(column, pyarrow.string()) for name, column in zip(("id", "group"), columns[2:])}
+    features = GROUPED_ROW if any(columns[3]) else ROW
+    return Dataset(
+        InMemoryTable(pyarrow.table({name: data[name] for name in features})), DatasetInfo(features=features)
+    )

@@ -1,0 +1,250 @@
+"""Folders as people have them: what is taken for a class, a split, a name, and what is left out."""
+
+import os
+import random
+
+import pytest
+from PIL import Image
+
+from data.sources import Reading, load_ood_images, load_source
+from data.survey import MAX_DEPTH, survey
+from utils.logging_utils import UserError
+
+CLASSES = ("daisy", "rose")
+
+
+def draw(path, format="PNG"):
+    """A small image, unlike all others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.frombytes("RGB", (4, 4), random.Random(str(path)).randbytes(48)).save(path, format)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Folders with so many images each, and what `read` makes of them."""
+
+    def make(*folders, images=3, at="", class_names=None, **counts):
+        for folder in [*folders, *counts]:
+            for number in range(counts.get(folder, images)):
+                draw(tmp_path / "my plants" / folder / f"{number}.png")
+        return lambda: load_source(str(tmp_path / "my plants" / at), Reading("", False, 0, False, None, class_names))
+
+    make.root = tmp_path / "my plants"
+    return make
+
+
+def in_each(*parents):
+    return [f"{parent}/{name}" for parent in parents for name in CLASSES]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "splits"),
+    [
+        (in_each("."), CLASSES, {"train": 6}),
+        (in_each("Training", "valid", "test_set"), CLASSES, {"train": 6, "validation": 6, "test": 6}),
+        (in_each("TRAIN", "Dev"), CLASSES, {"train": 6, "validation": 6}),
+        (in_each("seg_train/seg_train", "seg_test/seg_test"), CLASSES, {"train": 6, "test": 6}),
+        (in_each("a/b/c"), CLASSES, {"train": 6}),
+        (in_each("set/images/train", "set/images/eval"), CLASSES, {"train": 6, "test": 6}),
+        (["daisy/train", "daisy/test", "rose/train"], CLASSES, {"train": 6, "test": 3}),
+        ([*in_each("test"), *CLASSES], CLASSES, {"train": 6, "test": 6}),
+        (["Acer/campestre", "Acer/rubrum", "Salix/alba"], ("Acer campestre", "Acer rubrum", "Salix alba"), {"train": 9}),
+        (["Salix/alba", "Populus/alba"], ("Populus alba", "Salix alba"), {"train": 6}),
+        (["Rosaceae/Rosa/canina", "Fagaceae/Fagus/sylvatica"], ("Fagus sylvatica", "Rosa canina"), {"train": 6}),
+        (["Climbers/ivy", "Trees/oak", "moss"], ("ivy", "moss", "oak"), {"train": 9}),
+        (["Tomato/healthy", "Tomato/blight", "Potato/healthy", "Potato/scab"],
+         ("Potato healthy", "Potato scab", "Tomato blight", "Tomato healthy"), {"train": 12}),
+        ([f"{name}/{part}" for name in CLASSES for part in ("flower", "leaf")], CLASSES, {"train": 12}),
+        ([f"{name}/{part}" for name in CLASSES for part in ("2021", "2022-05-01")], CLASSES, {"train": 12}),
+        ([f"{name}/images" for name in CLASSES], CLASSES, {"train": 6}),
+        (["001.Black_rose", "002.Daisy"], ("Black rose", "Daisy"), {"train": 6}),
+        (["12_rose", "7_daisy"], ("rose", "daisy"), {"train": 6}),
+        (["06000_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
+          "05729_Plantae_Tracheophyta_Liliopsida_Asparagales_Orchidaceae_Ophrys_apifera"],
+         ("Ophrys apifera", "Bellis perennis"), {"train": 6}),
+        (["Apple___Black_rot", "Corn_(maize)___Common_rust_"], ("Apple: Black rot", "Corn (maize): Common rust"),
+         {"train": 6}),
+        (["cafe\u0301", "r\u200bose"], ("caf\u00e9", "rose"), {"train": 6}),
+    ],
+)  # fmt: skip
+def test_classes_and_splits(folders, names, splits, tree):
+    source = tree(*folders)()
+    assert tuple(source.class_names) == names
+    assert {split: len(rows) for split, rows in source.splits.items()} == splits
+    for rows in source.splits.values():
+        assert all(os.path.isfile(row["image"]["path"]) for row in rows) and len(set(rows["id"])) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (in_each("color", "grayscale", "segmented"),
+         r"3 folders hold folders of the same names.*--dataset '.*/my plants/color', --dataset '.*/grayscale', --data"),
+        (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --dataset '.*/lab"),
+        (in_each("train", "Training"), "'Training' and 'train' are both taken for train; rename one"),
+        (in_each("val", "test"), "has test and val, and no train folder to learn from; add one"),
+        (["train"], "3 images lie here, none in a class folder; move them to <class name>/photo.jpg, or give a table"),
+        (["images"], "my plants/images: 3 images lie here, none in a class folder"),
+    ],
+)  # fmt: skip
+def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folders, words, tree):
+    with pytest.raises(UserError, match=words):
+        tree(*folders)()
+
+
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        ([*in_each("train"), "orchid"], "images beside the split folders: 3 (orchid)"),
+        ([*in_each("train"), "test"], "images of test without class folders, so they cannot be scored: 3 (test)"),
+        ([*CLASSES, "rose/climbing"], "images in a folder inside a class folder: 3 (rose/climbing)"),
+        ([*CLASSES, *in_each("copy")], "images in a folder with the same classes again: 6 (copy)"),
+        ([*CLASSES, *in_each("old/train")], "images of a data set among the class folders: 6 (old)"),
+        ([*in_each("set/train"), "set2"], "images beside the data set: 3 (set2)"),
+        ([*in_each("set"), "docs"], "images beside the data set: 3 (docs)"),
+        ([*CLASSES, "thumbnails"], "images in folders that name no class: 3 (thumbnails)"),
+        ([*CLASSES, "."], "images in no class folder: 3 (0.png)"),
+    ],
+)
+def test_images_that_are_not_used_are_told(folders, told, tree):
+    source = tree(*folders)()
+    assert tuple(source.class_names) == CLASSES and f"not used: {told}" in source.warnings
+
+
+def test_notes_say_what_was_taken_for_what(tree):
+    source = tree(*in_each("set/train", "set/val"))()
+    assert source.notes == [
+        f"{tree.root} holds one data set, set: it is used", "class folders: 2 in train/ (train); 2 in val/ (validation)"
+    ]  # fmt: skip
+
+
+def test_names_that_are_one(tree):
+    source = tree("tea_rose", "tea rose", "Rose", "rose.", "oak", "train-val")()
+    assert source.class_names == ["Rose", "oak", "tea rose", "train-val"]
+    assert [line for line in source.warnings if "read as one class" in line] == [
+        "'Rose' and 'rose.' are read as one class, 'Rose'; rename one if they differ",
+        "'tea rose' and 'tea_rose' are read as one class, 'tea rose'; rename one if they differ",
+    ]
+    assert set(source.splits["train"]["label"]) == {0, 1, 2, 3} and len(source.splits["train"]) == 18
+
+
+def test_codes_for_names_are_warned_of(tree):
+    (warning,) = tree("1", "2", "17")().warnings
+    assert warning.startswith("classes are called 1, 17, 2, and the model would answer with that;")
+    assert "--class-names FILE" in warning
+
+
+def test_junk_and_runs_are_no_classes(tree, monkeypatch):
+    read = tree(
+        *CLASSES, "__MACOSX/daisy", "@eaDir", ".ipynb_checkpoints", "runs/tiny", "New folder", **{"New folder": 0}
+    )
+    (tree.root / "New folder").mkdir()
+    (tree.root / "runs/tiny/training_config.json").write_text("{}")
+    for name in ("._0.png", ".trashed-1.png", "Thumbs.db", "desktop.ini"):
+        (tree.root / "daisy" / name).write_bytes(b"x")
+    source = read()
+    assert tuple(source.class_names) == CLASSES and len(source.splits["train"]) == 6
+    assert source.warnings == [
+        "not used: folders that are a training run: 1 (runs/tiny)", "not used: folders without images: 2 (New folder, runs)"
+    ]  # fmt: skip
+    monkeypatch.chdir(tree.root)
+    here = load_source(".", Reading("", False, 0, False, None, None))
+    assert here.splits["train"]["id"] == source.splits["train"]["id"]
+
+
+def test_images_are_known_by_content_and_other_files_are_told_by_kind(tree):
+    read = tree(*CLASSES)
+    draw(tree.root / "rose" / "no suffix")
+    draw(tree.root / "rose" / "page.jpg_large", "JPEG")
+    for name in ("a.MOV", "b.mov", "c.txt", "d.nef", "e.zip", "empty.jpg"):
+        (tree.root / "daisy" / name).write_bytes(b"" if "empty" in name else b"II*\0")
+    source = read()
+    assert len(source.splits["train"]) == 8
+    assert source.warnings == [
+        "not used: .mov files: 2 (daisy/a.MOV, daisy/b.mov)",
+        "not used: .nef files: 1 (daisy/d.nef)",
+        "not used: .txt files: 1 (daisy/c.txt)",
+        "not used: .zip files: 1 (daisy/e.zip)",
+        "not used: empty image files (0 bytes): 1 (daisy/empty.jpg)",
+    ]
+
+
+def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
+    read = tree(*CLASSES)
+    draw(tmp_path / "disk" / "oak" / "0.png")
+    os.symlink(tmp_path / "disk" / "oak", tree.root / "oak")
+    os.symlink(tree.root, tree.root / "rose" / "loop")
+    os.symlink(tree.root / "rose", tree.root / "rosa")
+    os.symlink(tmp_path / "gone.png", tree.root / "rose" / "gone.png")
+    os.mkfifo(tree.root / "rose" / "pipe.png")
+    source = read()
+    assert source.class_names == ["daisy", "oak", "rose"] and len(source.splits["train"]) == 7
+    assert source.warnings == [
+        "not used: devices or pipes: 1 (rose/pipe.png)",
+        "not used: links to a folder that is read already: 2 (rose/loop, rosa)",
+        "not used: links to nowhere: 1 (rose/gone.png)",
+    ]
+
+
+def test_folders_far_down_are_left_out(tree):
+    tree(*CLASSES)
+    folder = tree.root / "daisy" / "/".join("d" * (MAX_DEPTH + 2))
+    draw(folder / "0.png")
+    found, left_out = survey(tree.root)
+    assert found.num_images == 6 and f"folders more than {MAX_DEPTH} levels down" in left_out.lines()[0]
+
+
+def test_a_class_whose_images_cannot_be_read_is_refused(tree):
+    read = tree(*CLASSES)
+    for name in ("tulip/a.nef", "lily/b.zip"):
+        (tree.root / name).parent.mkdir()
+        (tree.root / name).write_bytes(b"II*\0")
+    with pytest.raises(
+        UserError, match="what tulip holds are raw files of a camera.*; what lily holds are archives: unp"
+    ):
+        read()
+
+
+def test_folder_names_that_are_not_utf8(tree):
+    read = tree(*CLASSES)
+    os.rename(tree.root / "rose", os.fsencode(tree.root) + b"/ros\xe9")
+    with pytest.raises(UserError, match=r"names of class folders are not UTF-8: 'ros\\udce9'; rename them"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("https://example.org/flowers.zip", "is a web address; download it, unpack it, and give the folder"),
+        ("{root}.zip", "is an archive; unpack it first: unzip 'my plants.zip' -d 'my plants', and give the folder"),
+        ("{root}.tar.gz", "is an archive; unpack it first: mkdir 'my plants' && tar -xf 'my plants.tar.gz' -C"),
+        ("{root}/daisy/0.png", "is an image; give the folder that holds the class folders, or a table"),
+        ("{root}/notes.pdf", "is a file; give the folder that holds the class folders, or a table"),
+        ("{root}s", "no such folder or file; .*; did you mean .*/my plants.?"),
+    ],
+)  # fmt: skip
+def test_what_is_no_folder(dataset, words, tree):
+    tree(*CLASSES)
+    for path in (f"{tree.root}.zip", f"{tree.root}.tar.gz", tree.root / "notes.pdf"):
+        with open(path, "wb") as file:
+            file.write(b"PK")
+    with pytest.raises(UserError, match=words):
+        load_source(dataset.format(root=tree.root), Reading("", False, 0, False, None, None))
+
+
+def test_archives_alone_and_boxes(tree):
+    read = tree()
+    tree.root.mkdir()
+    (tree.root / "daisy.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="holds no images but 1 archives such as daisy.zip; unpack them first: unzip"):
+        read()
+    read = tree("train/images")
+    (tree.root / "train/labels").mkdir()
+    (tree.root / "train/labels/0.txt").write_text("0 .5 .5 1 1")
+    with pytest.raises(UserError, match=r"looks like a detection data set \(bounding boxes in .*0.txt\)"):
+        read()
+
+
+def test_ood_images_lie_anywhere(tree):
+    tree(*in_each("a"), "b")
+    assert len(load_ood_images(tree.root)) == 9
