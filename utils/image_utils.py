@@ -4,12 +4,14 @@ H, W: height and width in pixels of the upright image.
 """
 
 import io
+import math
+import random
 import stat
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  registers two formats that PIL loads late
+from PIL import Image, ImageCms, ImageEnhance, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  registers two formats that PIL loads late
 
 from utils.logging_utils import UserError
 
@@ -119,6 +121,35 @@ def fit_image(image: Image.Image, image_size: int | None) -> Image.Image:
     if image_size is None or image.size == (image_size, image_size):
         return image
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def augment_image(image: Image.Image, seed: int) -> Image.Image:
+    """Another view of the same plant: a crop of 60 to 100 % of its area, a flip, a little other light and color.
+
+    Mild on purpose: hue is kept, since the color of a flower tells species apart. The same `seed` gives the same view.
+    """
+    draw = random.Random(seed)
+    area, ratio = draw.uniform(0.6, 1), math.exp(draw.uniform(-0.2, 0.2))  # of the crop, relative to the whole image's
+    width = round(min(math.sqrt(area * ratio), 1) * image.width) or 1
+    height = round(min(math.sqrt(area / ratio), 1) * image.height) or 1
+    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
+    image = image.crop((left, top, left + width, top + height))
+    if draw.random() < 0.5:
+        image = ImageOps.mirror(image)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(draw.uniform(0.8, 1.2))
+    return image
+
+
+def open_thumbnail(source: dict | str | Path, side: int) -> Image.Image:
+    """The upright RGB image, at most `side` pixels wide and high; a large JPEG is decoded small. Raises ImageError."""
+    name, image = _open_header(source, MAX_PIXELS)
+    try:
+        image.draft(None, (side, side))
+        image.thumbnail((side, side))
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
+        raise ImageError(f"{name}: cannot be decoded ({error})") from error
 
 
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
