@@ -48,6 +48,51 @@ def official_counts(split: str) -> list[int]:
     return [total - 2 * OFFICIAL_PER_CLASS if split == "test" else OFFICIAL_PER_CLASS for total in IMAGES_PER_CLASS]
 
 
+# Words of folder, file and column values that name a split, in any case; fillers may stand beside them: seg_train.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"), "test"),
+}
+FILLERS = (
+    *("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "pics", "jpg", "files"),
+    *(
+        "folder",
+        "split",
+        "seg",
+        "mini",
+        "small",
+        "full",
+        "final",
+        "raw",
+        "only",
+        "augmented",
+        "aug",
+        "class",
+        "classes",
+    ),
+)
+
+
+def split_of(name: str) -> str | None:
+    """train, validation or test if a name is a word for it: Training, seg_train, valset, test2; else None."""
+    found = set()
+    for word in re.findall(r"[a-z]+", name.lower()):
+        if word not in FILLERS:
+            stems = (word, *(word.removeprefix(filler).removesuffix(filler) for filler in FILLERS))
+            found.add(next((SPLIT_WORDS[stem] for stem in stems if stem in SPLIT_WORDS), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def name_key(name: str) -> str:
+    """What two names of one class have in common: case, punctuation, spacing, the encoding of accents and invisible
+    characters do not count. Symbols do, such as the sign of a hybrid.
+    """
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    visible = [char for char in text if unicodedata.category(char) != "Cf"]
+    return " ".join("".join(" " if unicodedata.category(char)[0] in "PZC" else char for char in visible).split())
+
+
 def normalize(text: str) -> str:
     """Lower case, one space between words, no punctuation at the ends: what exact match compares.
 
