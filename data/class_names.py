@@ -75,8 +75,8 @@ def read_class_names(file: Path, codes: Sequence[str]) -> Names:
         listed = ", ".join(repr(code) for code in lacking[:5])
         raise UserError(
             f"--class-names {file}: has no name for {len(lacking):,} of {len(codes):,} class folders ({listed}"
-            f"{', ...' if len(lacking) > 5 else ''}); give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv file with "
-            "a column of folder names and a column of names"
+            f"{', ...' if len(lacking) > 5 else ''}); give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv "
+            "file with a column of folder names and a column of names"
         )
     return {code: best[code] for code in codes}
 
