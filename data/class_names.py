@@ -249,8 +249,8 @@ def _names_in_rows(
 def find_groups(files: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str, str], Path] | None:
     """What images show the same plant, by a table with a column such as obs_id: group by file; and that table.
 
-    `files` are names or relative paths. None if no table in `folders` gives a group to half of them. A name that two
-    files have gets none.
+    `files` are names or relative paths. None if no table in `folders` gives a group to half of them, or one to all. A
+    name that two files have gets none.
     """
     index = ImageIndex(files)
     for path in itertools.chain.from_iterable(_files(folder, 4 * MAX_JSON_BYTES) for folder in folders):
@@ -258,7 +258,7 @@ def find_groups(files: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str
             groups = _read_groups(path, index)
         except UserError:  # another file of the user's
             continue
-        if len(groups) * 2 >= len(index.paths) > 0:
+        if len(groups) * 2 >= len(index.paths) and len({*groups.values()}) > 1:
             return groups, path
     return None
 

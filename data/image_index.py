@@ -6,13 +6,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from data.labels import split_of
 from data.records import ADDRESS, Records
 from data.survey import Folder
-from utils.image_utils import SUFFIXES, is_image_name
+from utils.image_utils import SUFFIXES
 
 WAYS = ("path", "name", "stem", "observation")  # how a cell may give an image; strictest first
 FILE_COLUMNS = ("filename", "file", "filepath", "path", "image", "imagename", "imagepath", "imageid", "id", "gbifid")
@@ -54,10 +53,12 @@ class ImageIndex:
             return
         if "stem" in ways:
             yield "stem", found
+        if not name.lower().endswith(SUFFIXES) or not ("name" in ways or "path" in ways):
+            return
         wanted = [_plain(part) for part in cell.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         for way, parts in (("name", wanted[-1:]), ("path", wanted)):
-            same = [n for n in found if _plain(self.paths[n]).split("/")[-len(parts) :] == parts]
-            if same and way in ways and is_image_name(Path(name)):
+            same = [n for n in found if f"/{_plain(self.paths[n])}".endswith("/" + "/".join(parts))]
+            if same and way in ways:
                 yield way, same
 
     def narrow(self, numbers: list[int], cell: str, near: str, split: str) -> list[int]:
@@ -86,9 +87,11 @@ def _stem(name: str) -> str:
 
 
 def index_folder(folder: Folder) -> ImageIndex:
+    """The images of a folder and below, by their paths below it."""
     return ImageIndex(
-        f"{below.path.relative_to(folder.path).as_posix()}/{file.name}".removeprefix("./")
+        f"{prefix}{file.name}"
         for below in folder.walk()
+        for prefix in [f"{below.path.relative_to(folder.path).as_posix()}/".removeprefix("./")]
         for file in below.images
     )
 

@@ -29,7 +29,10 @@ def find(folder, codes, *others):
         {code: {"count": 3, "name": name} for code, name in NAMES.items()},
         {code: {"common_name": name} for code, name in NAMES.items()},
         {code: [f"n000{code}", name] for code, name in NAMES.items()},
-        {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": int(c), "name": n} for c, n in NAMES.items()]},
+        {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "categories": [{"id": int(c), "name": n} for c, n in NAMES.items()],
+        },
         [{"id": int(code), "supercategory": "Plantae", "name": name} for code, name in NAMES.items()],
         [[int(code), name] for code, name in NAMES.items()],
         NAMES | {"3": "another"},
@@ -107,7 +110,9 @@ def test_plantclef_reads_its_long_table(tmp_path):
     rows = ["image_name;organ;species_id;obs_id;author;gbif_species_id;species;genus;family;learn_tag"]
     for number in range(60):
         species = ("Bellis perennis", "Papaver rhoeas", "Sedum acre")[number % 3]
-        rows.append(f"{number:x}a.jpg;flower;{1355868 + number % 3};{number // 2};a;;{species} L.;{species.split()[0]};X;train")
+        rows.append(
+            f"{number:x}a.jpg;flower;{1355868 + number % 3};{number // 2};a;;{species} L.;{species.split()[0]};X;train"
+        )
     put(tmp_path / "PlantCLEF2024singleplanttrainingdata.csv", "\n".join(rows))
     assert find(tmp_path, ("1355868", "1355870")) == {"1355868": "Bellis perennis L.", "1355870": "Sedum acre L."}
     groups, _ = find_groups([f"train/1355868/{number:x}a.jpg" for number in range(60)], (tmp_path,))
@@ -191,6 +196,9 @@ def test_groups_by_a_column_of_observations(tmp_path, header):
 
 def test_no_groups_for_a_name_of_two_files_or_from_a_table_of_few(tmp_path):
     put(tmp_path / "a.csv", lines("file,obs_id", [(f"{number}.jpg", 7) for number in range(4)]))
-    assert find_groups([f"{name}/{number}.jpg" for name in ("rose", "daisy") for number in range(4)], (tmp_path,)) is None
+    assert (
+        find_groups([f"{name}/{number}.jpg" for name in ("rose", "daisy") for number in range(4)], (tmp_path,)) is None
+    )
     assert find_groups([f"rose/{number}.jpg" for number in range(10)], (tmp_path,)) is None
+    assert find_groups([f"rose/{number}.jpg" for number in range(4)], (tmp_path,)) is None  # one plant is no group
     assert find_groups([], (tmp_path,)) is None

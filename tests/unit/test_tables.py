@@ -76,8 +76,10 @@ def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
         ("a.json", '{"1": ["a.jpg"], "x": ["b.jpg"]}'),
         (
             "a.json",
-            '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}], "categories": [{"id": 2, '
-            '"name": "x"}], "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 8, "category_id": 2}]}',
+            (
+                '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}], "categories": [{"id": 2, '
+                '"name": "x"}], "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 8, "category_id": 2}]}'
+            ),
         ),
     ],
 )
@@ -92,7 +94,7 @@ def test_json_in_the_forms_that_people_write(tmp_path, name, text):
     ("name", "content", "reason"),
     [
         ("a.csv", b"", "is empty"),
-        ("a.csv", b"file,label\na.jpg,\"" + b"x" * 200_000, "is no table"),
+        ("a.csv", b'file,label\na.jpg,"' + b"x" * 200_000, "is no table"),
         ("a.csv", b"file,label\n" + b"a.jpg,x\n" * 30 + b'b.jpg,"' + b"x" * 200_000, "row 32 .*quote"),
         ("a.csv", b"x" * 300_000, "is no table"),
         ("a.csv", bytes(range(256)) * 40, "no column gives images"),
@@ -100,7 +102,7 @@ def test_json_in_the_forms_that_people_write(tmp_path, name, text):
         ("a.json", b"[" * 100_000, "is not JSON"),
         ("a.json", b"7", "no list of records"),
         ("a.json", b'{"images": true, "annotations": [], "categories": 3}', "no list of records"),
-        ("a.json", b"[{\"file\": " + b"9" * 10_000 + b"}]", "no column gives images"),
+        ("a.json", b'[{"file": ' + b"9" * 10_000 + b"}]", "no column gives images"),
         ("a.jsonl", b'{"file": "a.jpg"}\n{"file": \n', "line 2"),
         ("a.xlsx", b"PK\3\4", "save it as .csv"),
         ("missing.csv", None, "cannot be read"),
@@ -155,12 +157,17 @@ def test_an_export_of_inaturalist_labels_its_images_by_id(tmp_path):
     table = read(export(tmp_path), tmp_path)
     assert {row.class_name for row in table.rows} == {"Bellis perennis", "Sedum acre"} and len(table.rows) == 12
     assert table.notes == [
-        "labels from column scientific_name of observations-401234.csv; others: common_name, species_guess "
-        "(--label-column)",
+        (
+            "labels from column scientific_name of observations-401234.csv; others: common_name, species_guess "
+            "(--label-column)"
+        ),
         "images by column id, which holds file names without suffix",
     ]
     named = read(tmp_path / "observations-401234.csv", tmp_path, "Common Name")
-    assert named.label_column == "common_name" and {row.class_name for row in named.rows} == {"Common Daisy", "Stonecrop"}
+    assert named.label_column == "common_name" and {row.class_name for row in named.rows} == {
+        "Common Daisy",
+        "Stonecrop",
+    }
 
 
 def test_several_images_of_an_observation_are_one_group(tmp_path):
@@ -216,19 +223,33 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
     rows = [("../secret.jpg", "daisy"), (tmp_path / "secret.jpg", "rose"), ("0001.jpg", "daisy"), ("0002.jpg", "rose")]
     table = read(put(tmp_path / "mine" / "labels.csv", lines("path,label", rows)), tmp_path / "mine")
     assert {row.id for row in table.rows} == {"0001.jpg", "0002.jpg"}
-    assert any("2 rows of labels.csv give a file that is not there" in warning for warning in table.warnings)
+    assert any("2 rows of labels.csv whose file is not there" in warning for warning in table.warnings)
 
 
 def test_nothing_matches_says_the_columns_and_what_a_file_column_holds(tmp_path):
     images(tmp_path, 3, "other{}.jpg")
     table = put(tmp_path / "a.csv", lines("title,image_url,label", [("x", "https://x.org/other0.jpg", "rose")] * 4))
-    with pytest.raises(UserError, match="columns: title, image_url, label.*file names.*image_url holds addresses: down"):
+    with pytest.raises(
+        UserError, match="columns: title, image_url, label.*file names.*image_url holds addresses: down"
+    ):
         read(table, tmp_path)
 
 
 def test_a_table_beside_no_images_says_so(tmp_path):
     with pytest.raises(UserError, match="no images in"):
         read(put(tmp_path / "a.csv", labels(["a.jpg"])), tmp_path)
+
+
+def test_a_file_name_that_several_images_have_is_not_guessed(tmp_path):
+    names = images(tmp_path / "images", 4)
+    images(tmp_path / "thumbs", 4)
+    with pytest.raises(UserError, match="several images have the file names in column file_name, such as 0000.jpg"):
+        read(put(tmp_path / "a.csv", labels(names)), tmp_path)
+    assert len(read(put(tmp_path / "a.csv", labels(f"thumbs/{name}" for name in names)), tmp_path).rows) == 4
+    images(tmp_path / "images", 1, "more.jpg")
+    table = read(put(tmp_path / "a.csv", labels([*names, "more.jpg"])), tmp_path)
+    assert classes(table) == {"images/more.jpg": "rose"}
+    assert table.warnings[0].startswith("not used: 4 rows of a.csv whose file name several images have (0000.jpg, ")
 
 
 # ---- labels
@@ -241,7 +262,7 @@ def test_columns_of_0_and_1_are_classes(tmp_path):
     rows += [f"{names[6]}, 0, 0, 0", f"{names[7]}, 1, 1, 0"]
     table = read(put(tmp_path / "_classes.csv", "\n".join(["filename, daisy, rose, tulip", *rows])), tmp_path)
     assert [row.class_name for row in table.rows] == [*FLOWERS] * 2
-    assert table.warnings == ["2 rows of _classes.csv have no 1, or several (0006.jpg, 0007.jpg)"]
+    assert table.warnings == ["not used: 2 rows of _classes.csv without a 1, or with several (0006.jpg, 0007.jpg)"]
     assert table.notes == ["labels from the columns of 0 and 1 of _classes.csv"]
 
 
@@ -278,10 +299,10 @@ def test_rows_that_cannot_be_used_are_counted_with_examples(tmp_path):
     table = read(put(tmp_path / "a.csv", lines("file,label", rows)), tmp_path)
     assert [row.id for row in table.rows] == [names[number] for number in (0, 1, 3, 4, 5, 6, 7)]
     assert table.warnings == [
-        "5 rows of a.csv give a file that is not there (gone0.jpg, gone1.jpg, gone2.jpg, ...)",
-        "1 rows of a.csv have no label (0008.jpg)",
-        "1 images have several labels or splits, and are not used (0002.jpg: tulip, rose)",
-        "3 images have no row in the table, and are not used (0009.jpg, 0010.jpg, 0011.jpg)",
+        "not used: 5 rows of a.csv whose file is not there (gone0.jpg, gone1.jpg, gone2.jpg, ...)",
+        "not used: 1 row of a.csv without label (0008.jpg)",
+        "not used: 1 image with several labels or splits (0002.jpg: tulip, rose)",
+        "not used: 3 images without a row in the table (0009.jpg, 0010.jpg, 0011.jpg)",
     ]
 
 
@@ -299,6 +320,19 @@ def test_a_table_without_labels_lists_its_columns(tmp_path):
 
 
 # ---- splits and groups
+
+
+def test_columns_of_0_and_1_in_each_split_folder(tmp_path):
+    for split in ("train", "valid", "test"):
+        names = images(tmp_path / split, 6)
+        rows = [f"{name}, {n % 2}, {1 - n % 2}" for n, name in enumerate(names)]
+        put(tmp_path / split / "_classes.csv", "\n".join(["filename, daisy, rose", *rows]))
+    folder = survey(tmp_path)[0]
+    table = read_label_tables(find_label_tables(folder), folder, None)
+    assert {(row.id, row.class_name, row.split) for row in table.rows if "0001" in row.id} == {
+        (f"{folder}/0001.jpg", "daisy", split)
+        for folder, split in (("train", "train"), ("valid", "validation"), ("test", "test"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -328,7 +362,8 @@ def test_images_in_split_folders_have_their_split(tmp_path):
 
 def test_tables_of_splits_are_merged_and_one_without_labels_is_not_used(tmp_path):
     """As in a contest: ids are the same in train/ and test/."""
-    images(tmp_path / "train", 6, "{}.jpg"), images(tmp_path / "val", 3, "{}.jpg"), images(tmp_path / "test", 4, "{}.jpg")
+    for split, count in (("train", 6), ("val", 3), ("test", 4)):
+        images(tmp_path / split, count, "{}.jpg")
     for name, count in (("train_labels", 6), ("val", 3)):
         put(tmp_path / f"{name}.csv", lines("id,species", [(number, FLOWERS[number % 3]) for number in range(count)]))
     put(tmp_path / "test.csv", lines("id", [(number,) for number in range(4)]))
@@ -342,7 +377,8 @@ def test_tables_of_splits_are_merged_and_one_without_labels_is_not_used(tmp_path
     ]  # fmt: skip
     assert sum(row.split == "validation" for row in table.rows) == 3 and len(table.rows) == 9
     assert "splits from the tables" in table.notes
-    assert any(warning.startswith("test.csv is not used") for warning in table.warnings)
+    (warning,) = table.warnings  # the images of the contest's test are not missing
+    assert warning.startswith("not used: test.csv (") and "has no labels" in warning
 
 
 def test_metadata_of_hugging_face_inside_the_split_folders(tmp_path):
@@ -378,6 +414,7 @@ def test_tables_beside_images_and_in_folders_of_tables_are_found(tmp_path):
     names = images(tmp_path / "images", 6)
     put(tmp_path / "annotations" / "labels.csv", labels(names))
     put(tmp_path / "notes.txt", "a short text\nabout images\n")
+    images(tmp_path / "images", 3, "{}.jpg")
     put(tmp_path / "classes.csv", lines("id,name", enumerate(FLOWERS)))
     put(tmp_path / "broken.json", "{")
     assert find_label_tables(survey(tmp_path)[0]) == [tmp_path / "annotations" / "labels.csv"]
