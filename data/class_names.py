@@ -89,9 +89,9 @@ def _files(folder: Path, max_json: int) -> list[Path]:
     except OSError:
         return []
 
-    def order(path: Path) -> tuple[int, bool, int, str]:
-        kind = {".json": 0, ".txt": 1}.get(path.suffix.lower(), 2)
-        return kind, not HINTS.search(path.stem), sizes[path], path.name
+    def order(path: Path) -> tuple[int, int, str]:
+        kind = {".json": 0, ".txt": 2}.get(path.suffix.lower(), 4)
+        return kind + (not HINTS.search(path.stem)), sizes[path], path.name
 
     shown = [path for path in paths if not path.name.startswith(".") and not NO_NAMES.search(path.stem)]
     fitting = [path for path in shown if path.suffix.lower() != ".json" or sizes[path] <= max_json]
@@ -162,7 +162,7 @@ def _by_position(lines: Sequence[str], aliases: Names) -> Iterator[tuple[int, Na
     """Names of classes 0, 1, ... in their order, or of classes 1 to as many as there are."""
     codes = {*aliases.values()}
     for first in (0, 1):
-        names = {str(number): line for number, line in enumerate(lines, first)}
+        names = {str(number): cell_of(line) for number, line in enumerate(lines, first)}
         found = {aliases[number]: name for number, name in names.items() if number in aliases}
         if len(found) == len(codes) and (len(names) == len(found) or (first == 0 and "0" in aliases)):
             yield len(names), _without_numbers(found)
@@ -204,7 +204,7 @@ def _names_in_list(data: list, aliases: Names, is_hint: bool) -> Iterator[tuple[
 def _invert(data: Mapping[str, Any], aliases: Names) -> Iterator[tuple[int, Names]]:
     """{name: number}, if each number has one name."""
     pairs = [(cell_of(value), name) for name, value in data.items()]
-    pairs = [(aliases[code], name) for code, name in pairs if code in aliases]
+    pairs = [(aliases[code], cell_of(name)) for code, name in pairs if code in aliases]
     if pairs and len(dict(pairs)) == len(pairs):
         yield len(data), dict(pairs)
 

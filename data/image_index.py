@@ -118,21 +118,21 @@ def find_file_column(records: Records, index: ImageIndex) -> FileColumn | None:
 def _match_columns(
     records: Records, index: ImageIndex, columns: Sequence[int], ways: Sequence[str], limit: int | None
 ) -> FileColumn | None:
-    hits: dict[tuple[int, str], set[int]] = defaultdict(set)  # images, not rows: a label 1 is no 1.jpg in each row
+    images: dict[tuple[int, str], set[int]] = defaultdict(set)  # images, not rows: a label 1 is no 1.jpg in each row
     matched: dict[tuple[int, str], int] = defaultdict(int)
     num_rows = 0
     for row in itertools.islice(records.rows(), limit):
         num_rows += 1
         for column in columns:
             for way, numbers in index.find(row[column], ways):
-                hits[column, way].update(numbers)
+                images[column, way].update(numbers)
                 matched[column, way] += 1
-    if not hits:
+    if not images:
         return None
 
     def quality(key: tuple[int, str]) -> tuple[float, bool, int]:
         looseness = 1 + 0.1 * WAYS.index(key[1])
-        return len(hits[key]) / looseness, plain_column(records.columns[key[0]]) in FILE_COLUMNS, -key[0]
+        return len(images[key]) / looseness, plain_column(records.columns[key[0]]) in FILE_COLUMNS, -key[0]
 
-    best = max(hits, key=quality)
-    return FileColumn(best[0], best[1], matched[best] / num_rows, len(hits[best]) / len(index.paths))
+    best = max(images, key=quality)
+    return FileColumn(best[0], best[1], matched[best] / num_rows, len(images[best]) / len(index.paths))

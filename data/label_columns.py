@@ -89,7 +89,10 @@ def find_label_candidates(columns: Sequence[str], sample: Sequence[Sequence[str]
     """Columns that may be the label, by name, else by what they hold; ONE_HOT among them for columns of 0 and 1."""
     cells = {n: {row[n] for row in sample} - {""} for n in range(len(columns)) if n != file}
     ranks = len(RANKS & {plain_column(column) for column in columns}) > 1
-    known = [n for n in cells if cells[n] and _preference(columns[n], ranks) < NOT_KNOWN]
+    known = [n for n in cells if _preference(columns[n], ranks) < NOT_KNOWN]
+    if any(_preference(columns[n]) < 2 for n in known) and not any(cells[n] for n in known):
+        return known  # a column "label" that is empty says that there is none
+    known = [n for n in known if cells[n]]
     few = max(2, len(sample) // 2)  # a label repeats
     repeated = [n for n in known if len(cells[n]) <= few]
     if any(not _are_numbers(cells[n]) for n in repeated):

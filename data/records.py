@@ -219,7 +219,8 @@ def cell_of(value: Any) -> str:
     """A value of JSON as a cell; "" for what is no single value."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return "" if value is None or isinstance(value, (dict, list)) else str(value).strip()
+    text = "" if value is None or isinstance(value, (dict, list)) else str(value).strip()
+    return text if text.isascii() else text.encode(errors="replace").decode()  # JSON may escape half a character
 
 
 def records_of(data: Any) -> list[dict]:

@@ -131,7 +131,7 @@ def _no_file_column(records: Records, root: Path) -> UserError:
     move = (
         f"column {printable(address)[:40]} holds addresses: download the images, with names that another column holds"
         if address
-        else "give the table that names them, beside its images"
+        else "put the table of these images beside them"
     )
     return UserError(
         f"{records.path}: no column gives images in {root} (columns: {list_columns(records.columns)}); such a column "
@@ -140,7 +140,7 @@ def _no_file_column(records: Records, root: Path) -> UserError:
 
 
 def choose_label_of(content: Content) -> None:
-    """Set the label column of a content, and the others that may be meant. Raises UserError."""
+    """Set the label column of a content, and what else may be meant. Raises UserError."""
     cells = content.cells
     best = choose_label(content.table, content.columns, {n: cells[n] for n in content.candidates})
     content.label_number, content.others = best.number, best.others

@@ -52,17 +52,17 @@ def find_label_tables(folder: Folder) -> list[Path]:
     index = index_folder(folder)
     below = [child for child in folder.folders if split_of(child.name) or not child.num_images]
     paths = [path for place in [folder, *below] for path in _own_tables(place)]
-    labelled: list[Path] = []
-    unlabelled: list[Path] = []
+    with_labels: list[Path] = []
+    bare: list[Path] = []
     for path in paths[:MAX_TABLES] if index.paths else ():
         try:
             records = open_records(path)
             file = find_file_column(records, index)
             if file and max(file.share_of_rows, file.share_of_images) >= 0.5:
-                (labelled if _has_labels(records, file, folder.path) else unlabelled).append(path)
+                (with_labels if _has_labels(records, file, folder.path) else bare).append(path)
         except UserError:  # not given by the user: another file of his
             continue
-    return labelled + [path for path in unlabelled if split_of_table(path, folder.path)] if labelled else []
+    return with_labels + [path for path in bare if split_of_table(path, folder.path)] if with_labels else []
 
 
 def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:

@@ -12,6 +12,12 @@ from utils.logging_utils import UserError
 
 FLOWERS = ("daisy", "rose", "tulip")
 
+COCO = {
+    "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 8, "category_id": 2}],
+    "categories": [{"id": 2, "name": "x"}],
+}
+
 
 def put(path, content=b"\xff\xd8\xff image"):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,20 +80,26 @@ def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
         ("a.json", '{"file": ["a.jpg", "b.jpg"], "label": [1, "x"]}'),
         ("a.json", '{"file": {"0": "a.jpg", "1": "b.jpg"}, "label": {"0": 1, "1": "x"}}'),
         ("a.json", '{"1": ["a.jpg"], "x": ["b.jpg"]}'),
-        (
-            "a.json",
-            (
-                '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}], "categories": [{"id": 2, '
-                '"name": "x"}], "annotations": [{"image_id": 7, "category_id": 1}, {"image_id": 8, "category_id": 2}]}'
-            ),
-        ),
+        ("a.json", json.dumps(COCO)),
     ],
 )
 def test_json_in_the_forms_that_people_write(tmp_path, name, text):
-    images(tmp_path, 2, "{}")
     put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
     table = read(put(tmp_path / name, text), tmp_path)
     assert classes(table) == {"a.jpg": "1", "b.jpg": "x"}
+
+
+def test_boxes_are_no_labels(tmp_path):
+    put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
+    boxes = [annotation | {"bbox": [0, 0, 9, 9]} for annotation in COCO["annotations"]]
+    with pytest.raises(UserError, match="has no labels"):
+        read(put(tmp_path / "a.json", json.dumps(COCO | {"annotations": boxes})), tmp_path)
+
+
+def test_half_a_character_in_json_becomes_a_question_mark(tmp_path):
+    put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
+    table = read(put(tmp_path / "a.json", r'{"a.jpg": "daisy \ud83c", "b.jpg": "\ud83c\udf3c"}'), tmp_path)
+    assert classes(table) == {"a.jpg": "daisy ?", "b.jpg": "\N{BLOSSOM}"}
 
 
 @pytest.mark.parametrize(
@@ -144,11 +156,22 @@ def export(folder, name="{}.jpg", each=1):
     """An iNaturalist export and its images."""
     rows = []
     for number in range(12):
-        own = 148000017 + 17 * number
+        observation = 148000017 + 17 * number
         for image in range(each):
-            put(folder / "images" / name.format(own, image + 1))
+            put(folder / "images" / name.format(observation, image + 1))
         latin, common = (("Bellis perennis", "Common Daisy"), ("Sedum acre", "Stonecrop"))[number % 2]
-        rows.append((own, "2024-05-01", "research", f"https://x.org/{own}.jpg", common, latin, common, number % 2))
+        rows.append(
+            (
+                observation,
+                "2024-05-01",
+                "research",
+                f"https://x.org/{observation}.jpg",
+                common,
+                latin,
+                common,
+                number % 2,
+            )
+        )
     header = "id,observed_on,quality_grade,image_url,species_guess,scientific_name,common_name,taxon_id"
     return put(folder / "observations-401234.csv", lines(header, rows))
 
@@ -163,8 +186,8 @@ def test_an_export_of_inaturalist_labels_its_images_by_id(tmp_path):
         ),
         "images by column id, which holds file names without suffix",
     ]
-    named = read(tmp_path / "observations-401234.csv", tmp_path, "Common Name")
-    assert named.label_column == "common_name" and {row.class_name for row in named.rows} == {
+    table = read(tmp_path / "observations-401234.csv", tmp_path, "Common Name")
+    assert table.label_column == "common_name" and {row.class_name for row in table.rows} == {
         "Common Daisy",
         "Stonecrop",
     }
