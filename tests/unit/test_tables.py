@@ -459,3 +459,29 @@ def test_a_long_table_of_few_images_is_found_by_their_share(tmp_path):
     folder = survey(tmp_path)[0]
     assert find_label_tables(folder) == [tmp_path / "labels.csv"]
     assert len(read_label_table(tmp_path / "labels.csv", folder, None).rows) == 5
+
+
+def test_lists_of_path_and_number_for_each_split(tmp_path):
+    names = [f"images/{name}" for name in images(tmp_path / "images", 12)]
+    for split, part in (("train", names[:8]), ("val", names[8:])):
+        put(tmp_path / f"{split}.txt", "\n".join(f"{name} {number % 2}" for number, name in enumerate(part)))
+        put(tmp_path / f"{split}_files.txt", "\n".join(part))  # without labels
+    folder = survey(tmp_path)[0]
+    tables = find_label_tables(folder)
+    table = read_label_tables(tables, folder, None)
+    assert [(row.class_name, row.split) for row in table.rows] == [
+        *[("0", "train"), ("1", "train")] * 4, *[("0", "validation"), ("1", "validation")] * 2
+    ]  # fmt: skip
+    assert [path.name for path in tables[:2]] == ["train.txt", "val.txt"]
+
+
+def test_a_contest_of_ids_and_numbers_with_images_in_deep_folders(tmp_path):
+    for number in range(12):
+        put(tmp_path / "train_images" / f"{number % 3:03d}" / f"10000{number:02d}.jpg")
+    rows = [(f"10000{number:02d}.jpg", number % 3) for number in range(12)]
+    put(tmp_path / "train.csv", lines("image_id,label", rows))
+    put(tmp_path / "label_num_to_disease_map.json", '{"0": "Blight (CBB)", "1": "Streak", "2": "Healthy"}')
+    folder = survey(tmp_path)[0]
+    table = read_label_tables(find_label_tables(folder), folder, None)
+    assert len(table.rows) == 12 and {row.class_name for row in table.rows} == {"0", "1", "2"}
+    assert table.rows[1].id == "train_images/000/1000003.jpg" and not table.warnings
