@@ -1,0 +1,138 @@
+"""Images by what a table calls them: a path, a file name, a stem, or the observation that several of them show."""
+
+import functools
+import itertools
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from data.labels import split_of
+from data.records import ADDRESS, Records
+from data.survey import Folder
+from utils.image_utils import SUFFIXES
+
+WAYS = ("path", "name", "stem", "observation")  # how a cell may give an image; strictest first
+FILE_COLUMNS = ("filename", "file", "filepath", "path", "image", "imagename", "imagepath", "imageid", "id", "gbifid")
+SAMPLE_ROWS = 1000
+
+
+def plain_column(column: str) -> str:
+    """A column's name without case and punctuation: scientificName and "scientific_name" are the same."""
+    return re.sub(r"[\W_]", "", column).lower()
+
+
+class ImageIndex:
+    """Images by path, file name or stem, without case, and by the observation that 148000017_2.jpg belongs to."""
+
+    def __init__(self, paths: Iterable[str]):
+        """`paths` are relative, with slashes."""
+        self.paths = list(paths)
+        self._by_stem: dict[str, list[int]] = defaultdict(list)
+        for number, path in enumerate(self.paths):
+            self._by_stem[_stem(path.rpartition("/")[2])].append(number)
+
+    @functools.cached_property
+    def _by_observation(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        for stem, numbers in self._by_stem.items():
+            if match := re.fullmatch(r"(.+?)(?:[_-]| ?\()\d{1,3}\)?", stem):
+                found[match[1]] += numbers
+        return found
+
+    def find(self, cell: str, ways: Sequence[str] = WAYS) -> Iterator[tuple[str, list[int]]]:
+        """(way, numbers of the images) for each way in which a cell may mean images."""
+        if not cell or len(cell) > 1000:
+            return
+        name = cell.replace("\\", "/").rpartition("/")[2]
+        stem = _stem(name)
+        if "observation" in ways and (found := self._by_observation.get(stem)):
+            yield "observation", found
+        if not (found := self._by_stem.get(stem)) or ADDRESS.match(cell):
+            return
+        if "stem" in ways:
+            yield "stem", found
+        if not name.lower().endswith(SUFFIXES) or not ("name" in ways or "path" in ways):
+            return
+        wanted = [_plain(part) for part in cell.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        for way, parts in (("name", wanted[-1:]), ("path", wanted)):
+            same = [n for n in found if f"/{_plain(self.paths[n])}".endswith("/" + "/".join(parts))]
+            if same and way in ways:
+                yield way, same
+
+    def narrow(self, numbers: list[int], cell: str, near: str, split: str) -> list[int]:
+        """Of images with one name those that a table in the folder `near` ("train/") means, or those of its split."""
+        exact = _plain(near + cell.replace("\\", "/").removeprefix("./"))
+        for is_meant in (
+            lambda path: _plain(path) == exact or _plain(path.rpartition(".")[0]) == exact,
+            lambda path: split and any(split_of(part) == split for part in path.split("/")[:-1]),
+            lambda path: path.startswith(near),
+        ):
+            meant = [number for number in numbers if is_meant(self.paths[number])]
+            if len(meant) == 1:
+                return meant
+            numbers = meant or numbers
+        return numbers
+
+
+def _plain(name: str) -> str:
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+
+
+def _stem(name: str) -> str:
+    """Without the suffix of an image, and without the .0 that a number gets beside empty cells."""
+    stem, dot, suffix = _plain(name).rpartition(".")
+    return stem if dot and (f".{suffix}" in SUFFIXES or (suffix == "0" and stem.isdigit())) else _plain(name)
+
+
+def index_folder(folder: Folder) -> ImageIndex:
+    """The images of a folder and below, by their paths below it."""
+    return ImageIndex(
+        f"{prefix}{file.name}"
+        for below in folder.walk()
+        for prefix in [f"{below.path.relative_to(folder.path).as_posix()}/".removeprefix("./")]
+        for file in below.images
+    )
+
+
+class FileColumn(NamedTuple):
+    number: int
+    way: str  # one of WAYS
+    share_of_rows: float  # that have an image
+    share_of_images: float  # that have a row
+
+
+def find_file_column(records: Records, index: ImageIndex) -> FileColumn | None:
+    """The column whose cells give most images; by a sample, or by all rows where that gives few."""
+    columns = range(len(records.columns))
+    for ways in (WAYS[:3], WAYS):
+        found = _match_columns(records, index, columns, ways, SAMPLE_ROWS)
+        if found and found.share_of_rows >= 0.5:
+            return found
+    cells = list(zip(*itertools.islice(records.rows(), SAMPLE_ROWS)))
+    many = [n for n, column in enumerate(cells) if len({*column}) * 5 > len(column) and not ADDRESS.match(column[0])]
+    return _match_columns(records, index, many, WAYS, None)
+
+
+def _match_columns(
+    records: Records, index: ImageIndex, columns: Sequence[int], ways: Sequence[str], limit: int | None
+) -> FileColumn | None:
+    images: dict[tuple[int, str], set[int]] = defaultdict(set)  # images, not rows: a label 1 is no 1.jpg in each row
+    matched: dict[tuple[int, str], int] = defaultdict(int)
+    num_rows = 0
+    for row in itertools.islice(records.rows(), limit):
+        num_rows += 1
+        for column in columns:
+            for way, numbers in index.find(row[column], ways):
+                images[column, way].update(numbers)
+                matched[column, way] += 1
+    if not images:
+        return None
+
+    def quality(key: tuple[int, str]) -> tuple[float, bool, int]:
+        looseness = 1 + 0.1 * WAYS.index(key[1])
+        return len(images[key]) / looseness, plain_column(records.columns[key[0]]) in FILE_COLUMNS, -key[0]
+
+    best = max(images, key=quality)
+    return FileColumn(best[0], best[1], matched[best] / num_rows, len(images[best]) / len(index.paths))
