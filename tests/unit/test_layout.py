@@ -200,7 +200,7 @@ def test_a_class_whose_images_cannot_be_read_is_refused(tree):
         (tree.root / name).parent.mkdir()
         (tree.root / name).write_bytes(b"II*\0")
     with pytest.raises(
-        UserError, match="what tulip holds are raw files of a camera.*; what lily holds are archives: unp"
+        UserError, match="tulip with nothing but raw files of a camera.*; lily with nothing but archives: unp"
     ):
         read()
 

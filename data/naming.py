@@ -1,0 +1,71 @@
+"""What labels are called: folders and table entries as written become class names, and which are one class."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.class_names import find_class_names, read_class_names
+from data.labels import are_codes, name_key, tidy_name, without_numbers
+from utils.image_utils import printable
+from utils.logging_utils import UserError
+
+
+@dataclass
+class Naming:
+    """Class names, the class of each label as written, and where the names come from."""
+
+    names: list[str] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    table: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def name_classes(
+    written: Sequence[str], class_names: str | None, beside: Sequence[Path], counts: Mapping[str, int] | None = None
+) -> Naming:
+    """Classes in the order of `written`; of several spellings of one, the name is the one of most images (`counts`).
+
+    `class_names`: a file of names for them; `beside`: folders in which such a file is looked for, if the labels are
+    numbers or codes. Raises UserError for a file that lacks some, and for empty names.
+    """
+    naming = Naming()
+    called = _call(written, class_names, beside, naming)
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for label in written:
+        by_key[name_key(called[label]) or called[label]].append(label)
+    if empty := by_key.get(""):
+        raise UserError(f"labels without a name: {', '.join(map(repr, empty[:5]))}; rename them, or use --class-names FILE")
+    for number, labels in enumerate(by_key.values()):
+        best = max(labels, key=lambda label: counts[label]) if counts else labels[0]
+        naming.names.append(called[best])
+        naming.labels.update(dict.fromkeys(labels, number))
+        if len(labels) > 1:
+            listed = " and ".join(map(repr, labels[:5]))
+            naming.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
+    return naming
+
+
+def _call(
+    written: Sequence[str], class_names: str | None, beside: Sequence[Path], naming: Naming
+) -> Mapping[str, str]:
+    found: tuple[Mapping[str, str], Path] | None = None
+    if class_names is not None:
+        found = read_class_names(Path(class_names), written), Path(class_names)
+    elif (plain := without_numbers(written)) is not None:
+        naming.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
+        return {label: tidy_name(name) for label, name in zip(written, plain)}
+    elif are_codes(written):
+        found = find_class_names(written, beside)
+        if found is None:
+            listed = ", ".join(map(printable, written[:3])) + (", ..." if len(written) > 3 else "")
+            naming.warnings.append(
+                f"classes are called {listed}, and the model would answer with that; a json or csv file of code and "
+                "name gives them names: --class-names FILE"
+            )
+    if found is None:
+        return {label: tidy_name(label) for label in written}
+    names, naming.table = found
+    naming.notes.append(f"names from {naming.table}: {written[0]} is {tidy_name(names[written[0]])}")
+    return {label: tidy_name(names[label]) for label in written}
