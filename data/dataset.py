@@ -16,8 +16,8 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from config.training_config import TrainingConfig
 from data.labels import KNOWN_DUPLICATES
-from data.rows import ROW, SPLITS, count_images
-from data.sources import Reading, load_source
+from data.rows import ROW, SPLITS, Reading, count_images
+from data.sources import load_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
