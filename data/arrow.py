@@ -140,7 +140,8 @@ def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
 
 def _only_stored(rows: Dataset, image: str) -> Dataset:
     """The column `image` as images that are not decoded; one without bytes is empty, and no path of it is opened."""
-    table = rows.select_columns([image]).rename_column(image, "image").cast_column("image", Image(decode=False))
+    table = rows.select_columns([image]).cast_column(image, Image(decode=False))
+    table = table if image == "image" else table.rename_column(image, "image")
     if not _has_no_bytes(rows, image).any():
         return table
     return table.map(_empty_where_missing, batched=True, batch_size=100, features=table.features)

@@ -83,7 +83,7 @@ def _as_texts(column: pyarrow.ChunkedArray, feature, split: str, where: str) -> 
     """Labels as texts, null for none: the names of a ClassLabel, whole numbers, or texts as they are."""
     kind = kind_of(feature)
     if kind == "class":
-        _check_range(column, len(feature.names), split, where)
+        check_range(column, len(feature.names), split, where)
         return pyarrow.compute.take(_as_array(feature.names), column)
     if pyarrow.types.is_floating(column.type):
         try:
@@ -97,7 +97,7 @@ def _as_texts(column: pyarrow.ChunkedArray, feature, split: str, where: str) -> 
     return pyarrow.compute.if_else(pyarrow.compute.equal(texts, NO_LABEL), None, texts) if kind == "number" else texts
 
 
-def _check_range(labels: pyarrow.ChunkedArray, count: int, split: str, where: str) -> None:
+def check_range(labels: pyarrow.ChunkedArray, count: int, split: str, where: str) -> None:
     """Raise UserError unless every label of a ClassLabel is one of 0 to count - 1; the hub writes -1 for unknown."""
     if labels.null_count:
         raise UserError(
@@ -123,7 +123,8 @@ def _distinct(columns: Mapping[str, pyarrow.ChunkedArray], kind: str) -> pyarrow
     texts = values_of(values)
     is_numbers = kind == "number" and "true" not in texts and "false" not in texts
     order = [index for index, text in enumerate(texts) if tidy_name(text)]
-    return values.take(sorted(order, key=lambda index: int(texts[index]) if is_numbers else tidy_name(texts[index])))
+    order.sort(key=lambda index: int(texts[index]) if is_numbers else tidy_name(texts[index]))
+    return values.take(pyarrow.array(order, pyarrow.int64()))
 
 
 def _name_codes(

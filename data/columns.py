@@ -39,7 +39,8 @@ def kind_of(feature) -> str:
     if isinstance(feature, ClassLabel):
         return "class"
     if isinstance(feature, Mapping) and "bytes" in feature:
-        return "image" if getattr(feature["bytes"], "dtype", "").endswith("binary") else "other"
+        stores = getattr(feature["bytes"], "dtype", "")
+        return "image" if stores.endswith("binary") or (stores == "null" and "path" in feature) else "other"
     kinds = {"binary": "image", "large_binary": "image", "string": "text", "large_string": "text", "bool": "number"}
     dtype = feature.dtype if isinstance(feature, Value) else ""
     return kinds.get(dtype, "number" if re.match(r"u?int\d|float\d", dtype) else "other")

@@ -11,6 +11,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
 from data.arrow import read_tables
+from data.classes import check_range
 from data.columns import FIRST_ROWS, find_image_column, find_images, find_label_column, first_values, kind_of, values_of
 from data.labels import split_of
 from data.rows import SPLITS, Reading, Source
@@ -69,18 +70,7 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     if by_path:
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
-    names = {split: getattr(rows.features.get(label), "names", None) for split, rows in splits.items()}
-    names["train"] = getattr(_read_features(train_files[0]).get(label), "names", None)
-    if not names["train"]:
-        raise UserError(
-            f"--streaming true: the labels in {path} have no names; write them as a ClassLabel, or use false"
-        )
-    for split, own in names.items():
-        if own != names["train"]:
-            raise UserError(
-                f"--streaming true: the label names of {split} in {path} differ from those of train, or are in "
-                "another order; write all with the same ClassLabel"
-            )
+    _check_streamed_labels(path, train_files, splits, label)
     try:
         train = Stream(train_files, reading.seed, (image, label))
     except UserError:
@@ -89,6 +79,27 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         raise UserError(f"{path}: the parquet files cannot be read ({first_line(error)})") from error
     source = read_tables(splits, reading, where, {split: [path] for split in splits})
     return source._replace(splits={"train": train} | source.splits, warnings=[*warnings, *source.warnings])
+
+
+def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[str, Dataset], label: str) -> None:
+    """Raise UserError unless all splits have the same ClassLabel, and the streamed `files` labels in its range."""
+    features = {str(file): _read_features(file).get(label) for file in files}
+    features |= {split: rows.features.get(label) for split, rows in splits.items()}
+    names = {name: getattr(feature, "names", None) for name, feature in features.items()}
+    expected = names[str(files[0])]
+    if not expected:
+        raise UserError(
+            f"--streaming true: the labels in {path} have no names; write them as a ClassLabel, or use false"
+        )
+    for name, own in names.items():
+        if own != expected:
+            raise UserError(
+                f"--streaming true: the label names of {name} in {path} differ from those of train, or are in another "
+                "order; write all with the same ClassLabel"
+            )
+    for file in files:
+        column = pyarrow.parquet.read_table(file, columns=[label]).column(label)
+        check_range(column, len(expected), "train", str(file))
 
 
 def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
@@ -248,4 +259,5 @@ def _read_files(where: str, files: Sequence[Path]) -> Dataset:
     try:
         return load_dataset("parquet", data_files={"train": patterns}, split="train")
     except Exception as error:
-        raise UserError(f"{where}: the parquet files cannot be read ({first_line(error)})") from error
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{where}: the parquet files cannot be read ({reason}); write them again, all alike") from error

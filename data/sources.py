@@ -113,6 +113,8 @@ def load_folder(path: Path, reading: Reading) -> Source:
     if not has_classes:
         if tables := find_label_tables(layout.root) or find_label_tables(_with_parent_tables(layout.root)):
             return load_table(tables, layout.root, left_out, reading)
+        if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
+            return load_parquet_files(path, others, reading)  # raises with the columns that there are
         if not layout.names:
             raise UserError(describe_flat(folder))
     return load_class_folders(layout, left_out, reading.class_names)
