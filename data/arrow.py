@@ -35,7 +35,7 @@ def read_tables(
     roots: Mapping[str, Sequence[Path]],
     beside: Sequence[Path] = (),
 ) -> Source:
-    """The source that tables are, one for each split; its columns are told from the first of them.
+    """The source that tables are, one for each split; its columns are found in the first of them.
 
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
     a file may give names to numbers. Raises UserError in one sentence.
@@ -46,7 +46,7 @@ def read_tables(
     names_column = None
     if kind_of(first.features[label]) == "number" and reading.class_names is None:
         names_column = find_names_column(first, label, image)
-    label = names_column or label
+    label = label if names_column is None else names_column
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
     warnings: list[str] = []
     parts = _drop_unlabeled(parts, image, label, where, warnings)
@@ -58,7 +58,7 @@ def read_tables(
     for split, rows in parts.items():
         labels = classes.labels[split]
         if (labels < 0).any():
-            warnings.append(f"{(labels < 0).sum():,} images of {split} have no label and are left out")
+            warnings.append(f"{(labels < 0).sum():,} images of {split} have no label and are not used")
         if by_path or _are_files(rows, image, written[split]):
             found = zip(files.find_all(written[split], roots[split]), labels.tolist(), ids[split])
             splits[split] = build_rows(ImageRow(path, *row) for path, *row in found if path is not None and row[0] >= 0)
@@ -68,7 +68,7 @@ def read_tables(
             name: table if chosen.all() else table.select(np.flatnonzero(chosen))
             for name, chosen in _split_by_column(rows, split, is_alone=len(parts) == 1, labels=labels).items()
         }
-    warnings += files.tell(where, reading.allow_missing)
+    warnings += files.check(where, reading.allow_missing)
     if classes.names == list(CLASS_NAMES):
         check_official_counts(splits, where)
     return Source(splits, classes.names, where, [*notes, *classes.notes], [*classes.warnings, *warnings])
@@ -87,7 +87,7 @@ def _drop_unlabeled(
             )
         column = rows.data.column(label) if label in rows.features else None
         if kept and (column is None or _is_unknown(column)):
-            warnings.append(f"{split} has no labels, so it cannot be scored: its {len(rows):,} images are left out")
+            warnings.append(f"{split} has no labels, so it cannot be scored: its {len(rows):,} images are not used")
         else:
             kept[split] = rows
     return kept
@@ -105,7 +105,8 @@ def _read_paths(rows: Dataset, image: str, by_path: bool, where: str) -> list[st
     column = rows.data.column(image)  # in its chunks: combined, images would be copied into memory
     if by_path:
         return values_of(column)
-    if not pyarrow.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+    index = column.type.get_field_index("path") if pyarrow.types.is_struct(column.type) else -1
+    if index < 0 or "string" not in str(column.type.field(index).type):
         return [None] * len(rows)
     try:
         return pyarrow.compute.struct_field(column, "path").to_pylist()
@@ -155,13 +156,13 @@ def _empty_where_missing(batch: dict) -> dict:
 def _split_by_column(rows: Dataset, split: str, is_alone: bool, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Which rows with a label go to each split, by a column of split words if the table is the only one."""
     chosen = {split: labels >= 0}
-    for name in rows.column_names if is_alone else ():
-        if plain_key(name) in SPLIT_NAMES and kind_of(rows.features[name]) == "text":
-            words = values_of(rows.data.column(name))
+    for column in rows.column_names if is_alone else ():
+        if plain_key(column) in SPLIT_NAMES and kind_of(rows.features[column]) == "text":
+            words = values_of(rows.data.column(column))
             splits = {word: split_of(word or "") for word in set(words)}
             if None not in splits.values() and "train" in splits.values():
                 found = np.array([splits[word] for word in words])
-                return {own: (found == own) & (labels >= 0) for own in SPLITS if own in splits.values()}
+                return {name: (found == name) & (labels >= 0) for name in SPLITS if name in splits.values()}
     return chosen
 
 
@@ -192,8 +193,8 @@ class _Files:
         (self.missing if inside else self.outside).append(path)
         return None
 
-    def tell(self, where: str, allow_missing: bool) -> list[str]:
-        """Warnings of the files that are left out. Raises UserError if any is missing, or all lie elsewhere."""
+    def check(self, where: str, allow_missing: bool) -> list[str]:
+        """Warnings of the files that are not used. Raises UserError if any is missing, or all lie elsewhere."""
         warnings = []
         if self.outside:
             count = len(self.outside)
@@ -202,7 +203,7 @@ class _Files:
             )
             if not self.found:
                 raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
-            warnings.append(f"{message}; they are left out")
+            warnings.append(f"{message}; they are not used")
         if self.missing:
             examples = ", ".join(printable(path[:200]) for path in self.missing[:3])
             more = ", ..." if len(self.missing) > 3 else ""

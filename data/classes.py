@@ -35,7 +35,7 @@ class Classes:
 def read_classes(
     parts: Mapping[str, Dataset], label: str, class_names: str | None, beside: Sequence[Path], where: str
 ) -> Classes:
-    """The classes of the column `label`. `class_names`: a file that names them; `beside`: folders with such files.
+    """The classes of the column `label`. `class_names`: a file of names for them; `beside`: folders with such files.
 
     Raises UserError for labels that cannot be classes, and for numbers that nothing names.
     """

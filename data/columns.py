@@ -1,4 +1,4 @@
-"""Which columns of a table hold the images and their labels, told by type, name and content.
+"""Which columns of a table hold the images and their labels, by type, name and content.
 
 A table is Arrow with the features that `datasets` gives it: of parquet files, a saved data set, or the hub.
 """
@@ -113,7 +113,7 @@ def _look_like_paths(values: Sequence[str]) -> bool:
 
 
 def find_label_column(rows: Dataset, image: str, label_column: str | None, where: str) -> str:
-    """The column of labels: the one that is asked for, or that is named so, or alone repeats its values.
+    """The column of labels: the one that is asked for, or that is known so, or alone repeats its values.
 
     Raises UserError with what to ask for.
     """
@@ -134,14 +134,13 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
         return label_column
     candidates = [name for name, kind in usable.items() if kind in ("class", "text", "number")]
     candidates = [name for name in candidates if plain_key(name) not in SPLIT_NAMES]
-    named = sorted(
+    known = sorted(
         (name for name in candidates if plain_key(name) in LABEL_NAMES),
         key=lambda name: LABEL_NAMES.index(plain_key(name)),
     )
-    repeating = [name for name in candidates if usable[name] == "class" or _repeats(rows.data.column(name))]
-    if named:
-        return next((name for name in named if name in repeating), named[0])
-    telling = [name for name in repeating if usable[name] in ("class", "text")]
+    if known:
+        return next((name for name in known if _repeats(rows, name)), known[0])
+    telling = [name for name in candidates if usable[name] != "number" and _repeats(rows, name)]
     if len(telling) == 1:
         return telling[0]
     lists = [name for name in usable if plain_key(name) in LABEL_NAMES]
@@ -152,14 +151,15 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
         )
     listed = ", ".join(map(printable, telling or candidates)) or "there is none but the images"
     raise UserError(
-        f"{where}: the images are in the column {printable(image)}, and which column has their labels cannot be told "
+        f"{where}: the images are in the column {printable(image)}, and which column has their labels is not clear "
         f"({listed}); name it: --label-column"
     )
 
 
-def _repeats(column: pyarrow.ChunkedArray) -> bool:
+def _repeats(rows: Dataset, name: str) -> bool:
     """Whether a column has few distinct values, as labels do and names of files do not."""
-    return 2 <= pyarrow.compute.count_distinct(column).as_py() <= len(column) / 2
+    distinct = pyarrow.compute.count_distinct(rows.data.column(name)).as_py()
+    return kind_of(rows.features[name]) == "class" or 2 <= distinct <= len(rows) / 2
 
 
 def describe(feature) -> str:

@@ -38,6 +38,7 @@ class PlantData:
     source: str  # for the log
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    revision: str | None = None  # commit of a hub data set
 
     @property
     def num_train(self) -> int:
@@ -115,7 +116,12 @@ def build_datasets(config: TrainingConfig) -> PlantData:
                 splits["train"], round(fraction * total), config.seed, class_names
             )
     data = PlantData(
-        **splits, class_names=class_names, source=description, notes=list(source.notes), warnings=list(source.warnings)
+        **splits,
+        class_names=class_names,
+        source=description,
+        notes=list(source.notes),
+        warnings=list(source.warnings),
+        revision=source.revision,
     )
     data.validate()
     train, validation = data.train, data.validation

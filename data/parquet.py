@@ -24,29 +24,33 @@ SERIES = re.compile(r"(.+?)-(\d+)-of-(\d+)(-\w+)?")  # the files of a split: tra
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk writes, of several splits and of one
 
 
-def has_images(file: Path) -> bool:
-    """Whether a parquet file has a column of images, or of paths of images beside one of labels.
+def has_images(file: Path, by_path: bool = True) -> bool:
+    """Whether a parquet file has a column of images, or, with `by_path`, of paths of images beside one of labels.
 
-    Told by its schema, and by the first values of texts and of bytes. Raises UserError for a file that is not parquet.
+    Decided by its schema and the first values of texts and bytes. Raises UserError for a file that is not parquet.
     """
     features = _read_features(file)
-    found, by_path = find_images(features, _first_values(file))
+    found, are_paths = find_images(features, _first_values(file))
+    if not found or not are_paths:
+        return bool(found)
     kinds = [kind_of(feature) for name, feature in features.items() if name not in found]
-    return bool(found) and (not by_path or any(kind in ("class", "text", "number") for kind in kinds))
+    return by_path and any(kind in ("class", "text", "number") for kind in kinds)
 
 
 def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> Source:
     """Parquet files in the folder `path` or below; the names of files and folders tell splits.
 
-    Files without images beside others are left out with a word. Raises UserError in one sentence.
+    Files without images beside others are not used, with a warning. Raises UserError in one sentence.
     """
     where = f"parquet file {files[0]}" if len(files) == 1 else f"parquet folder {path}"
-    with_images = [file for file in files if has_images(file)] or files[:1]  # of which the columns are then told
-    warnings = _tell("have no images and are not used", path, [file for file in files if file not in with_images])
+    with_images = [file for file in files if has_images(file)] or files[:1]  # whose columns the error then lists
+    warnings = _warn_unused(
+        "have no images and are not used", path, [file for file in files if file not in with_images]
+    )
     by_split, unused = assign_splits(with_images, path, reading.allow_missing)
     warnings += unused
-    splits = {split: _read_files(where, own) for split, own in by_split.items()}
-    roots = {split: list(dict.fromkeys([*(file.parent for file in own), path])) for split, own in by_split.items()}
+    splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
+    roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
     source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
     return source._replace(warnings=[*warnings, *source.warnings])
 
@@ -64,7 +68,7 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         )
     train_files = by_split.pop("train")
     where = f"stream of {len(train_files):,} parquet files in {path}"
-    splits = {split: _read_files(where, own) for split, own in by_split.items()}
+    splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     first = splits["validation"]
     image, by_path = find_image_column(first.features, first_values(first), where)
     if by_path:
@@ -91,8 +95,8 @@ def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[st
         raise UserError(
             f"--streaming true: the labels in {path} have no names; write them as a ClassLabel, or use false"
         )
-    for name, own in names.items():
-        if own != expected:
+    for name, class_names in names.items():
+        if class_names != expected:
             raise UserError(
                 f"--streaming true: the label names of {name} in {path} differ from those of train, or are in another "
                 "order; write all with the same ClassLabel"
@@ -164,7 +168,7 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     if "train" not in found and unnamed:
         found["train"] = unnamed
     elif unnamed:
-        warnings += _tell("have no split in their names and are not used", path, unnamed)
+        warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
     if "train" not in found:
         raise UserError(
             f"{path}: no parquet file for train, only for {' and '.join(map(str, found))}; give files or folders names "
@@ -178,9 +182,9 @@ def _split_of_file(file: Path, path: Path) -> str | None:
     parts = [_series_name(file.stem), *(part for part in reversed(file.relative_to(path).parts[:-1]))]
     for part in parts:
         words = [split_of(part), *(split_of(word) for word in re.split(r"[^A-Za-z0-9]+", part))]
-        named = {split for split in words if split}
-        if words[0] or len(named) == 1:
-            return words[0] or named.pop()
+        known = {split for split in words if split}
+        if words[0] or len(known) == 1:
+            return words[0] or known.pop()
     return None
 
 
@@ -217,7 +221,7 @@ def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
         raise UserError(f"{path}: holds {len(folders)} data sets; give one of them: {listed}")
 
 
-def _tell(what: str, path: Path, files: Sequence[Path]) -> list[str]:
+def _warn_unused(what: str, path: Path, files: Sequence[Path]) -> list[str]:
     if not files:
         return []
     names = ", ".join(printable(str(file.relative_to(path))) for file in files[:3])
@@ -255,7 +259,9 @@ def _first_values(file: Path):
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:
-    patterns = [glob.escape(str(file)) for file in files]
+    patterns = [glob.escape(str(file)) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not patterns:
+        raise UserError(f"{where}: {printable(files[0].name)} has no rows; write it again with images")
     try:
         return load_dataset("parquet", data_files={"train": patterns}, split="train")
     except Exception as error:

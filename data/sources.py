@@ -103,6 +103,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
             raise
         layout = Layout(folder)
     has_classes = len(layout.names) > 1
+    parquet = [file for file in parquet if not has_classes or has_images(file, by_path=False)]
     if parquet and has_classes:
         raise UserError(
             f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move one "

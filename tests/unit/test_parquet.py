@@ -166,9 +166,9 @@ def test_parquet_files_of_a_split_with_different_columns(tmp_path):
 IMAGE = {"image": Image(decode=False)}
 
 
-@pytest.mark.parametrize("image", ["image", "img", "picture", "Photo", "jpg", "pixel_values", "whatever"])
+@pytest.mark.parametrize("image", ["image", "img", "Picture", "jpg", "pixel_values", "whatever"])
 @pytest.mark.parametrize("label", ["label", "labels", "class", "species", "scientificName", "category", "Blume"])
-def test_columns_are_told_by_name_and_content(image, label, tmp_path):
+def test_columns_are_found_by_name_and_content(image, label, tmp_path):
     if image != "image" and label != "label":
         pytest.skip("one of the two at a time")
     columns = {"key": list(range(6)), image: pictures(6), "text": [f"row {n}" for n in range(6)], label: NAMES * 2}
@@ -202,7 +202,7 @@ def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
     ("labels", "words"),
     [
         ({"a": NAMES * 2, "b": NAMES * 2}, r"images are in the column image, and which .* \(a, b\); name it: --label"),
-        ({}, r"cannot be told \(there is none but the images\); name it"),
+        ({}, r"is not clear \(there is none but the images\); name it"),
         ({"label": [["ash"]] * 6}, "the column label holds lists or records; expected is one name or number for each"),
         ({"label": [{"name": "ash"}] * 6}, "the column label holds lists or records"),
         (
@@ -217,7 +217,7 @@ def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
         ({"label": [2**62, -(2**62)] * 3}, "numbers without names"),
     ],
 )
-def test_labels_that_cannot_be_told_or_used_are_an_error(labels, words, tmp_path):
+def test_labels_that_are_not_clear_or_usable_are_an_error(labels, words, tmp_path):
     file = write(tmp_path / "x.parquet", {"image": pictures(6)} | labels)
     with pytest.raises(UserError, match=words):
         load(file)
@@ -256,12 +256,19 @@ def test_files_without_images_are_an_error_with_their_columns(columns, words, tm
         build("--dataset", str(tmp_path / "x.parquet"))
 
 
-def test_files_without_images_beside_others_are_told_and_not_used(tmp_path):
+def test_files_without_images_beside_others_are_not_used_with_a_warning(tmp_path):
     write(tmp_path / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
     write(tmp_path / "train_embeddings.parquet", {"embedding": [1.0], "label": ["ash"]})
     source = load(tmp_path)
     assert len(source.splits["train"]) == 6
     assert source.warnings == ["1 parquet files have no images and are not used: train_embeddings.parquet"]
+
+
+def test_a_file_without_rows(tmp_path):
+    table = pyarrow.table({"image": pictures(3), "label": NAMES}).slice(0, 0)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet has no rows; write it again with images"):
+        build("--dataset", str(tmp_path / "x.parquet"))
 
 
 def test_two_columns_of_one_name_and_a_schema_that_lies(tmp_path):
@@ -286,13 +293,13 @@ def test_texts_are_the_classes_and_spellings_of_one_name_are_merged(tmp_path):
     assert source.splits["train"]["id"] == ["0", "1", "2", "3"]
     assert source.warnings == [
         "'Rosa canina' and 'rosa canina' are read as one class, 'Rosa canina'; rename one if they differ",
-        "2 images of train have no label and are left out",
+        "2 images of train have no label and are not used",
     ]
 
 
 def test_numbers_take_their_names_from_the_column_that_has_one_for_each(tmp_path):
     columns = {"image": pictures(12), "label": [0, 1, 2] * 4, "file": [f"{n}" for n in range(12)]}
-    columns |= {"licence": ["a", "a", "b"] * 4, "species": ["elm", "oak", "ash"] * 4}
+    columns |= {"source": ["a", "a", "b"] * 4, "species": ["elm", "oak", "ash"] * 4}
     source = load(write(tmp_path / "x.parquet", columns))
     assert source.class_names == NAMES and source.splits["train"]["label"][:3] == [1, 2, 0]
 
@@ -312,7 +319,7 @@ def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
     assert asked == [("names.json", ["0", "1", "2"])] and "1 images of train have no label" in source.warnings[0]
 
 
-def test_codes_are_named_by_a_table_beside_or_told(tmp_path, monkeypatch):
+def test_codes_are_named_by_a_table_beside_or_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: None)
     features = IMAGE | {"label": ClassLabel(names=["1", "2", "17"])}
     file = write(tmp_path / "x.parquet", {"image": pictures(6), "label": [0, 1, 2] * 2}, features)
@@ -342,14 +349,14 @@ def test_splits_whose_labels_differ_in_kind_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [None, [-1, -1], [None, None]])
-def test_a_test_split_without_labels_is_told_and_not_used(labels, tmp_path):
+def test_a_test_split_without_labels_is_not_used_with_a_warning(labels, tmp_path):
     features = IMAGE | {"label": ClassLabel(names=NAMES)}
     write(tmp_path / "train.parquet", {"image": pictures(3), "label": [0, 1, 2]}, features)
     columns = {"image": pictures(2)} | ({"label": labels} if labels else {})
     write(tmp_path / "test.parquet", columns, features if labels else IMAGE)
     source = load(tmp_path)
     assert [*source.splits] == ["train"]
-    assert source.warnings == ["test has no labels, so it cannot be scored: its 2 images are left out"]
+    assert source.warnings == ["test has no labels, so it cannot be scored: its 2 images are not used"]
 
 
 def test_text_that_is_not_utf8(tmp_path):
@@ -385,7 +392,7 @@ def test_names_of_files_and_folders_tell_splits(files, expected, tmp_path):
     assert {split: len(rows) // 3 for split, rows in source.splits.items()} == expected and not source.warnings
 
 
-def test_files_beside_train_that_name_no_split_are_told(tmp_path):
+def test_files_beside_train_that_name_no_split_are_warned_of(tmp_path):
     for name in ("train", "more"):
         write(tmp_path / f"{name}.parquet", {"image": pictures(3), "label": NAMES})
     assert load(tmp_path).warnings == ["1 parquet files have no split in their names and are not used: more.parquet"]
@@ -401,7 +408,7 @@ def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(tmp_path)
     )
 
 
-def test_train_alone_is_cut_by_the_usual_fractions(tmp_path):
+def test_train_alone_is_split_by_the_usual_fractions(tmp_path):
     write(tmp_path / "train.parquet", {"image": pictures(30), "label": NAMES * 10})
     data = build("--dataset", str(tmp_path))
     assert (len(data.train), len(data.validation), len(data.test)) == (24, 3, 3)
@@ -448,7 +455,7 @@ def test_paths_are_read_below_the_folder_and_nowhere_else(as_struct, secret, tmp
     rows = source.splits["train"]
     assert [row["image"]["path"] for row in rows] == [f"{folder}/{path}" for path in good]
     assert rows["label"] == [0, 1, 2] * 2 and open_image(rows[1]["image"]).size == (31, 20)
-    assert source.warnings == [f"5 images are named by paths outside the data set, such as {secret}; they are left out"]
+    assert source.warnings == [f"5 images are named by paths outside the data set, such as {secret}; they are not used"]
     write(folder / "data.parquet", {"image": bad, "label": ["ash"] * len(bad)})
     with pytest.raises(UserError, match="5 images are named by paths outside the data set, .*which are never opened"):
         load(folder)
@@ -493,6 +500,16 @@ def test_rows_with_neither_bytes_nor_path_are_unreadable_images(tmp_path):
     for source in (load(file), load(write(tmp_path / "y.parquet", {"image": [None] * 3, "label": NAMES}, features))):
         with pytest.raises(ImageError, match="is empty"):
             open_image(source.splits["train"][2]["image"])
+
+
+def test_class_folders_count_beside_a_table_of_their_files_and_not_beside_images(image_folder):
+    root = image_folder({"ash": 12, "elm": 12})
+    table = {"file_name": [f"ash/{n}.png" for n in range(6)], "score": [0.5] * 6, "text": list("abcdef")}
+    write(root / "metadata.parquet", table)
+    assert build("--dataset", str(root)).class_names == ["ash", "elm"]
+    write(root / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
+    with pytest.raises(UserError, match=r"has 2 class folders and parquet files with images \(train.parquet\)"):
+        build("--dataset", str(root))
 
 
 # ---- save_to_disk
