@@ -84,7 +84,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     with init_distributed(dataclasses.replace(run.config, sharding="none")) as dist:
         assert_same_across_ranks({"run": f"{run.folder}"} | dataclasses.asdict(options), dist)
         with dist.main_process_first():
-            data = build_datasets(run.config)
+            data = build_datasets(run.data_config)
             if not run.is_base_model:
                 check_same_data(data, run)
                 describe_best(run.best_folder)  # raises for corrupted weights, before a model is loaded

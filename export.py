@@ -231,7 +231,7 @@ def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] |
     from evaluation.evaluator import read_correct
     from evaluation.verify import check_same_data
 
-    data = build_datasets(run.config)
+    data = build_datasets(run.data_config)
     check_same_data(data, run)
     if data.validation is None:
         return take(data.train, 100), None

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             config = run.config
             with dist.main_process_first():
-                data = build_datasets(config)
+                data = build_datasets(run.data_config)
             plant = PlantModel.from_config(config, data.class_names, dist.device)
             trainer = build_trainer(run, plant, data)
             run.record(plant, data, trainer)

@@ -99,7 +99,10 @@ class TrainingConfig:
         "oxford_flowers102",
         "oxford_flowers102 (hub), synthetic, or a folder: the official VGG release, parquet, or class folders",
     )
-    dataset_revision: str = option("7e43fe37eeb9278138ab0bd2d0abb10d0f703d09", "commit of the hub data set")
+    dataset_revision: str = option(
+        "7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",
+        "branch, tag or commit of a hub data set; as it is, of any but Oxford Flowers 102 the current commit",
+    )
     label_column: str | None = option(
         None, "column of a table or parquet file that holds the labels; none: found by its name"
     )

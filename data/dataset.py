@@ -16,8 +16,8 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from config.training_config import TrainingConfig
 from data.labels import KNOWN_DUPLICATES
-from data.rows import ROW, SPLITS, count_images
-from data.sources import Reading, load_source
+from data.rows import ROW, SPLITS, Reading, count_images
+from data.sources import load_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
@@ -38,6 +38,7 @@ class PlantData:
     source: str  # for the log
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    revision: str | None = None  # commit of a hub data set
 
     @property
     def num_train(self) -> int:
@@ -115,7 +116,12 @@ def build_datasets(config: TrainingConfig) -> PlantData:
                 splits["train"], round(fraction * total), config.seed, class_names
             )
     data = PlantData(
-        **splits, class_names=class_names, source=description, notes=list(source.notes), warnings=list(source.warnings)
+        **splits,
+        class_names=class_names,
+        source=description,
+        notes=list(source.notes),
+        warnings=list(source.warnings),
+        revision=source.revision,
     )
     data.validate()
     train, validation = data.train, data.validation

@@ -1,6 +1,7 @@
 """Rows: the form in which all sources give their images, as Arrow, not decoded."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow
@@ -12,6 +13,18 @@ from data.streaming import Stream
 SPLITS = ("train", "validation", "test")
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
 GROUPED_ROW = Features({**ROW, "group": Value("string")})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: the options of a run that decide it."""
+
+    revision: str  # of a hub data set
+    streaming: bool
+    seed: int
+    allow_missing: bool
+    label_column: str | None
+    class_names: str | None  # file that gives class folders or labels their names
 
 
 class ImageRow(NamedTuple):
@@ -31,6 +44,7 @@ class Source(NamedTuple):
     description: str
     notes: Sequence[str] = ()  # what was taken for a class, a split, a name
     warnings: Sequence[str] = ()  # what was left out, and why
+    revision: str | None = None  # commit of a hub data set
 
 
 def count_images(rows: Dataset | Stream) -> int:

@@ -7,27 +7,18 @@ parquet files, a saved data set, a table of labels, or class folders. What a sou
 import contextlib
 import hashlib
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from datasets import Dataset
 
+from data.classes import OFFICIAL_SIZES
 from data.folders import load_class_folders
+from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, give_one, read_layout, unpack_command
-from data.parquet import (
-    HUB_REPOSITORY,
-    OFFICIAL_SIZES,
-    find_parquet_files,
-    has_images,
-    load_hub,
-    load_hub_dataset,
-    load_parquet_files,
-    load_saved_dataset,
-    stream_parquet_folder,
-)
-from data.rows import ROW, ImageRow, Source, build_rows
+from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
+from data.rows import ROW, ImageRow, Reading, Source, build_rows
 from data.survey import ARCHIVES, TABLES, Folder, LeftOut, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables, read_label_tables
@@ -38,18 +29,6 @@ VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 VGG_IMAGE = re.compile(r"image_\d{5}\.jpg")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read: the options of a run that decide it."""
-
-    revision: str  # of a hub data set
-    streaming: bool
-    seed: int
-    allow_missing: bool
-    label_column: str | None
-    class_names: str | None  # file that gives class folders or labels their names
 
 
 def load_source(dataset: str, reading: Reading) -> Source:
@@ -124,6 +103,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
             raise
         layout = Layout(folder)
     has_classes = len(layout.names) > 1
+    parquet = [file for file in parquet if not has_classes or has_images(file, by_path=False)]
     if parquet and has_classes:
         raise UserError(
             f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move one "
@@ -134,6 +114,8 @@ def load_folder(path: Path, reading: Reading) -> Source:
     if not has_classes:
         if tables := find_label_tables(layout.root) or find_label_tables(_with_parent_tables(layout.root)):
             return load_table(tables, layout.root, left_out, reading)
+        if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
+            return load_parquet_files(path, others, reading)  # raises with the columns that there are
         if not layout.names:
             raise UserError(describe_flat(folder))
     return load_class_folders(layout, left_out, reading.class_names)

@@ -24,10 +24,11 @@ class Stream(IterableDataset):
     rows come; with the same numbers of ranks and workers, they are the same rows in the same order.
     """
 
-    def __init__(self, files: Sequence[Path], seed: int):
+    def __init__(self, files: Sequence[Path], seed: int, columns: tuple[str, str] = ("image", "label")):
         rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
         self.files = [file for file in files if rows[file]] or list(files)  # a reader of empty ones would find nothing
         self.seed = seed
+        self.columns = columns  # of images and labels
         self.num_images = sum(rows.values())
         self.set_rank(0, 1, 1)
         self.features = self._open().features
@@ -95,9 +96,16 @@ class Stream(IterableDataset):
     def _open(self):
         files = [glob.escape(str(file)) for file in self.rank_files]
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-        return rows.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
+        rows = rows.select_columns([*self.columns]).cast_column(self.columns[0], Image(decode=False))
+        renamed = {old: new for old, new in zip(self.columns, ("image", "label")) if old != new}
+        return rows.rename_columns(renamed) if renamed else rows
 
 
 def _with_id(row: dict) -> dict:
-    """The id is the image's path if the file has one, else a hash of its bytes."""
-    return row | {"id": row["image"]["path"] or hashlib.sha256(row["image"]["bytes"] or b"").hexdigest()[:16]}
+    """The id is the image's path if the file has one, else a hash of its bytes.
+
+    An image without bytes is empty: the path of a file from elsewhere may be that of any file, so it is never opened.
+    """
+    path, contents = (row["image"] or {}).get("path"), (row["image"] or {}).get("bytes") or b""
+    image_id = path or hashlib.sha256(contents).hexdigest()[:16]
+    return row | {"image": {"bytes": contents, "path": path}, "id": image_id}

@@ -55,6 +55,14 @@ class Run:
         return self.folder / BEST
 
     @property
+    def data_config(self) -> TrainingConfig:
+        """The config to build the data sets with: a data set of the hub at the very commit the run began with."""
+        *asked, commit = self.recorded.get("data_commit") or (None, None, None)
+        if commit is None or asked != [self.config.dataset, self.config.dataset_revision]:
+            return self.config
+        return dataclasses.replace(self.config, dataset_revision=commit)
+
+    @property
     def run_id(self) -> str:
         return self.recorded.get("run_id", "")
 
@@ -87,6 +95,7 @@ class Run:
         facts = plant.facts() | {
             "class_names": data.class_names,
             "data_fingerprint": data.fingerprint(),
+            "data_commit": [self.config.dataset, self.config.dataset_revision, data.revision],
             "ranks": self.dist.world_size if self.dist else 1,
             "stream_workers": trainer.args.dataloader_num_workers if self.config.streaming else None,
         }

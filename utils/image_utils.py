@@ -66,9 +66,13 @@ def looks_like_image(path: Path) -> bool:
     """Whether a regular file begins as one of the image formats does, whatever its name."""
     try:
         with path.open("rb") as file:
-            start = file.read(16)
+            return is_image_start(file.read(16))
     except OSError:
         return False
+
+
+def is_image_start(start: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of an image format."""
     return any(start[offset:].startswith(signature) for offset, signature in SIGNATURES)
 
 

@@ -1,20 +1,19 @@
 """Tests of dataset."""
 
 import hashlib
-import shutil
 from collections import Counter
 
 import numpy as np
-import pyarrow
 import pytest
 import scipy.io
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Dataset
 
 from config.cli import parse_config
 from data import dataset, sources
+from data.classes import check_official_counts
 from data.dataset import build_datasets, sample_rows
 from data.labels import CLASS_NAMES, official_counts
-from data.sources import check_official_counts, load_ood_images
+from data.sources import load_ood_images
 from tests.conftest import FLOWERS
 from utils.image_utils import open_image
 from utils.logging_utils import UserError, setup_logging
@@ -36,128 +35,6 @@ def test_synthetic_rows(small_splits):
     assert set(data.train.column_names) == {"image", "label", "id"}
     assert isinstance(data.train[0]["image"]["bytes"], bytes)
     assert Counter(data.validation["label"]) == dict.fromkeys(range(10), 2)
-
-
-# ---- parquet, as on the hub
-
-
-@pytest.fixture
-def parquet_folder(tmp_path):
-    """Files with the schema of the hub data set: image, 0-based label; `names` adds label names."""
-
-    def make(labels=range(102), names=None, columns=("image", "label"), splits=("train", "validation", "test")):
-        kind = "string" if isinstance(labels[0], str) else "int64"
-        pixel = {"bytes": b"not decoded here", "path": None}
-        features = Features({
-            columns[0]: Image(decode=False), columns[1]: ClassLabel(names=names) if names else Value(kind)
-        })  # fmt: skip
-        for split in splits:
-            rows = [
-                {columns[0]: pixel | {"path": f"{split}_{index}.jpg"}, columns[1]: label}
-                for index, label in enumerate(labels)
-            ]
-            Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-        return str(tmp_path)
-
-    return make
-
-
-def test_parquet_folder_without_names_is_the_official_classes(parquet_folder):
-    data = build("--dataset", parquet_folder())
-    assert data.class_names == list(CLASS_NAMES)
-    assert (len(data.train), len(data.validation), len(data.test)) == (102, 102, 102)
-    assert data.train[5]["id"] == "train_5" and data.train[5]["label"] == 5
-    assert is_memory_mapped(data.train)
-
-
-def test_parquet_folder_with_its_own_names(parquet_folder):
-    data = build("--dataset", parquet_folder(labels=[0, 1, 1], names=["oak_tree", "ash"]))
-    assert data.class_names == ["oak tree", "ash"]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label"),
-        ({"columns": ("img", "label"), "names": ["a", "b"], "labels": [0, 1]}, "has the columns img, label; expected"),
-        ({"splits": ("train", "test")}, "no parquet file for validation"),
-        ({"labels": range(1, 103)}, "labels of train go from 1 to 102, expected 0 to 101"),
-        ({"labels": [1, 1], "names": ["a", "b"]}, "only one class"),
-        (
-            {"labels": [0, -1, 1], "names": ["a", "b"]},
-            "labels of train go from -1 to 1, expected 0 to 1.*leave images without",
-        ),
-        ({"labels": ["oak", "ash"]}, "labels of train are string with 0 missing; expected is an integer for each"),
-        ({"labels": [0, None, 1]}, "labels of train are int64 with 1 missing"),
-        ({"labels": [0, 1, 3]}, "labels of train go up to 3 and have no names.*write them as a ClassLabel"),
-    ],
-)
-def test_parquet_folder_that_differs_is_an_error_with_what_was_expected(change, words, parquet_folder):
-    with pytest.raises(UserError, match=words):
-        build("--dataset", parquet_folder(**change))
-
-
-@pytest.mark.parametrize("stream", [(), ("--streaming", "true", "--max-steps", "5")])
-def test_a_missing_parquet_file_is_noticed_by_the_numbers_in_the_file_names(stream, parquet_folder, tmp_path, capsys):
-    setup_logging()
-    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
-    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
-    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the missing files, or"):
-        build("--dataset", folder, *stream)
-    assert build("--dataset", folder, "--allow-missing", "true", *stream).class_names == ["a", "b"]
-    assert "train-*-of-00004: 1 of 4 files are there; continuing without the missing files" in capsys.readouterr().out
-
-
-def test_parquet_images_with_the_same_name_in_two_splits_get_different_ids(parquet_folder, tmp_path):
-    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
-    for split in ("validation", "test"):
-        shutil.copy(tmp_path / "train-00000-of-00001.parquet", tmp_path / f"{split}-00000-of-00001.parquet")
-    data = build("--dataset", folder)
-    assert data.train["id"] == ["train-000000", "train-000001"] and data.test["id"] == ["test-000000", "test-000001"]
-
-
-def test_parquet_images_are_not_copied_into_memory(parquet_folder, tmp_path):
-    image = {"bytes": bytes(2**20), "path": "x.jpg"}
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
-    for split in ("train", "validation", "test"):
-        rows = [{"image": image, "label": index % 2} for index in range(40)]
-        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    build("--dataset", str(tmp_path))  # the first reading fills the cache
-    before = pyarrow.total_allocated_bytes()
-    data = build("--dataset", str(tmp_path))
-    assert len(data.train) == 40 and pyarrow.total_allocated_bytes() - before < 10 * 2**20
-
-
-def test_a_file_that_is_not_parquet(tmp_path):
-    for split in ("train", "val", "test"):
-        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(UserError, match=r"train.parquet: is not a parquet file \(.*\); write it again"):
-        build("--dataset", str(tmp_path))
-
-
-def test_parquet_files_with_different_columns(tmp_path):
-    for name, column in (("train-0", "label"), ("train-1", "name"), ("val-0", "label"), ("test-0", "label")):
-        Dataset.from_dict({"image": ["a"], column: [1]}).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="the parquet files cannot be read"):
-        build("--dataset", str(tmp_path))
-
-
-def test_unreachable_hub_is_an_error_with_repository_and_next_move():
-    with pytest.raises(
-        UserError, match=r"Donghyun99/Oxford-Flower-102 at revision abc .*check the network and HF_TOKEN, or"
-    ):
-        build("--dataset-revision", "abc")
-
-
-def test_hub_splits_of_another_size_are_an_error(parquet_folder, monkeypatch):
-    folder = parquet_folder()
-    real = sources.load_dataset
-    monkeypatch.setattr(
-        sources, "load_dataset",
-        lambda name, revision: real("parquet", data_files={s: f"{folder}/{s}-*.parquet" for s in sources.SPLITS}),
-    )  # fmt: skip
-    with pytest.raises(UserError, match="split train has 102 images, expected 1020"):
-        build()
 
 
 # ---- the official release

@@ -9,7 +9,7 @@ from config.cli import parse_config
 from config.training_config import ConfigError
 from runtime.distributed import Distributed
 from runtime.resume import check_same_facts, decide_run
-from runtime.run_dir import open_run
+from runtime.run_dir import Run, open_run
 from runtime.run_files import append_metrics, read_metrics, save_config, truncate_metrics
 
 
@@ -262,3 +262,13 @@ def test_a_start_that_fails_leaves_no_folder(started, kept):
             append_metrics(run.folder, {"step": 1})
         raise RuntimeError("no images")
     assert Path("runs/tiny").exists() == kept
+
+
+def test_a_hub_data_set_is_read_again_at_the_commit_the_run_began_with():
+    config = parse_config(["--dataset", "someone/plants"])
+    run = Run(config, {"data_commit": ["someone/plants", config.dataset_revision, "abc"]})
+    assert run.data_config.dataset_revision == "abc" and run.config == config
+    for flags in (["--dataset", "someone/plants", "--dataset-revision", "main"], ["--dataset", "another/set"]):
+        other = parse_config(flags)
+        assert Run(other, run.recorded).data_config == other
+    assert Run(config, {}).data_config == config

@@ -158,7 +158,6 @@ def test_the_other_splits_are_read_as_usual_and_a_changed_file_is_noticed(tmp_pa
 
 BAD = [
     ({"names": None}, "have no names; write them as a ClassLabel, or use false"),
-    ({"columns": ("picture", "label")}, "has the columns picture, label; expected are image and label, rename them"),
     ({"rows": 0}, "split train has no images; add some"),
 ]
 
@@ -168,6 +167,29 @@ def test_bad_files(how, words, tmp_path):
     write_parquet(tmp_path / "images", **({"files": 2, "rows": 4} | how))
     with pytest.raises(UserError, match=words):
         streamed(tmp_path / "images")
+
+
+def test_columns_of_other_names_are_streamed(tmp_path):
+    write_parquet(tmp_path / "images", 2, 4, columns=("picture", "species"))
+    data = streamed(tmp_path / "images")
+    assert data.class_names == NAMES and {*data.train.head(1)[0]} == {"image", "label", "id"}
+
+
+def test_an_unknown_label_in_a_streamed_file_is_an_error(tmp_path):
+    files = write_parquet(tmp_path / "images", 2, 4)
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=NAMES)})
+    Dataset.from_list([{"image": {"bytes": b"x", "path": None}, "label": -1}], features=features).to_parquet(files[1])
+    with pytest.raises(UserError, match="train-01.parquet: labels of train go from -1 to -1, expected 0 to 2"):
+        streamed(tmp_path / "images")
+
+
+def test_a_path_in_a_streamed_row_is_never_opened(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=NAMES)})
+    rows = [{"image": {"bytes": None, "path": str(secret)}, "label": 0}, {"image": None, "label": 1}]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    assert [row["image"]["bytes"] for row in Stream([tmp_path / "train.parquet"], seed=1).head(2)] == [b"", b""]
 
 
 def test_other_folders_are_not_streamed(image_folder):

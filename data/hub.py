@@ -1,0 +1,97 @@
+"""Data sets of images from the hub, at one commit."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+from datasets import DatasetDict, load_dataset
+from huggingface_hub import HfApi, constants, errors
+
+from config.training_config import TrainingConfig
+from data.arrow import read_tables
+from data.classes import OFFICIAL_SIZES
+from data.parquet import name_splits
+from data.rows import Reading, Source, count_images
+from utils.logging_utils import UserError, first_line
+
+HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
+OFFICIAL_REVISION = TrainingConfig.dataset_revision  # of HUB_REPOSITORY, the default of --dataset-revision
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def load_hub(repository: str, revision: str) -> Source:
+    """Oxford Flowers 102 from the hub, whole."""
+    reading = Reading(revision, streaming=False, seed=0, allow_missing=False, label_column=None, class_names=None)
+    source = _load(repository, revision, reading)
+    for split, expected in OFFICIAL_SIZES.items():
+        found = count_images(source.splits[split]) if split in source.splits else 0
+        if found != expected:
+            raise UserError(
+                f"{source.description}: split {split} has {found} images, expected {expected}; give the official "
+                "revision with --dataset-revision"
+            )
+    return source
+
+
+def load_hub_dataset(repository: str, reading: Reading) -> Source:
+    """Any data set of images, `owner/name`, at the revision that was asked for or at its current commit.
+
+    Raises UserError in one sentence.
+    """
+    revision = reading.revision
+    if not COMMIT.fullmatch(revision) or revision == OFFICIAL_REVISION:
+        asked = None if revision == OFFICIAL_REVISION else revision
+        try:
+            revision = HfApi().dataset_info(repository, revision=asked).sha or ""
+        except Exception as error:
+            raise _explain(error, repository, asked) from error
+    return _load(repository, revision, reading)
+
+
+def _load(repository: str, revision: str, reading: Reading) -> Source:
+    try:
+        loaded = load_dataset(repository, revision=revision)
+    except Exception as error:  # the library and the hub raise a dozen kinds
+        raise _explain(error, repository, revision) from error
+    where = f"hub data set {repository} at {revision[:12]}"
+    splits, warnings = name_splits(loaded if isinstance(loaded, DatasetDict) else {"train": loaded}, where)
+    # Where the library puts files of a data set; their tables name them by path.
+    caches = [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
+    source = read_tables(splits, reading, where, dict.fromkeys(splits, caches))
+    return source._replace(warnings=[*warnings, *source.warnings], revision=revision)
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> UserError:
+    """What the user can do about an error of the hub or of `datasets`."""
+    page = f"https://huggingface.co/datasets/{repository}"
+    causes = list(_causes(error))
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    status = next((status for status in statuses if status), 0)
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return UserError(f"data set {repository} is gated; accept its terms at {page} and set HF_TOKEN")
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
+        return UserError(f"--dataset-revision {revision}: data set {repository} has no such revision; see {page}")
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes) or status in (401, 403, 404):
+        return UserError(
+            f"--dataset {repository}: no such folder here, and no such data set on the hub, or it is private; check "
+            "the name, or set HF_TOKEN"
+        )
+    if status == 429 or status >= 500:
+        return UserError(f"data set {repository}: the hub answers {status}; try again later")
+    if re.search(r"config name", str(error), re.IGNORECASE):
+        return UserError(
+            f"data set {repository} has several configurations; download one and give its folder: hf download "
+            f"{repository} --repo-type dataset --local-dir FOLDER ({first_line(error)})"
+        )
+    at = f" at revision {revision}" if revision else ""
+    return UserError(
+        f"data set {repository}{at} cannot be loaded ({first_line(error)}); check the network and HF_TOKEN, or give "
+        "--dataset FOLDER with the images"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,269 @@
+"""Parquet files and data sets that `datasets` saved, read as memory-mapped Arrow or as a stream."""
+
+import glob
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
+
+from data.arrow import read_tables
+from data.classes import check_range
+from data.columns import FIRST_ROWS, find_image_column, find_images, find_label_column, first_values, kind_of, values_of
+from data.labels import split_of
+from data.rows import SPLITS, Reading, Source
+from data.streaming import Stream
+from data.survey import Folder
+from utils.image_utils import printable
+from utils.logging_utils import UserError, first_line
+
+SERIES = re.compile(r"(.+?)-(\d+)-of-(\d+)(-\w+)?")  # the files of a split: train-00000-of-00004.parquet
+SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk writes, of several splits and of one
+
+
+def has_images(file: Path, by_path: bool = True) -> bool:
+    """Whether a parquet file has a column of images, or, with `by_path`, of paths of images beside one of labels.
+
+    Decided by its schema and the first values of texts and bytes. Raises UserError for a file that is not parquet.
+    """
+    features = _read_features(file)
+    found, are_paths = find_images(features, _first_values(file))
+    if not found or not are_paths:
+        return bool(found)
+    kinds = [kind_of(feature) for name, feature in features.items() if name not in found]
+    return by_path and any(kind in ("class", "text", "number") for kind in kinds)
+
+
+def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> Source:
+    """Parquet files in the folder `path` or below; the names of files and folders tell splits.
+
+    Files without images beside others are not used, with a warning. Raises UserError in one sentence.
+    """
+    where = f"parquet file {files[0]}" if len(files) == 1 else f"parquet folder {path}"
+    with_images = [file for file in files if has_images(file)] or files[:1]  # whose columns the error then lists
+    warnings = _warn_unused(
+        "have no images and are not used", path, [file for file in files if file not in with_images]
+    )
+    by_split, unused = assign_splits(with_images, path, reading.allow_missing)
+    warnings += unused
+    splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
+    roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
+    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
+    return source._replace(warnings=[*warnings, *source.warnings])
+
+
+def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
+    """The parquet files of a folder with the train images streamed; the labels must be ClassLabels."""
+    path, files = folder.path, folder.find("parquet")
+    if not files:
+        raise UserError(f"--streaming true: {path} has no parquet files, and nothing else is streamed; use false")
+    by_split, warnings = assign_splits(files, path, reading.allow_missing)
+    if missing := [split for split in SPLITS if split not in by_split]:
+        raise UserError(
+            f"--streaming true: {path} has no parquet file for {' and '.join(missing)}, and none is cut from a stream; "
+            "give files or folders such names, or use false"
+        )
+    train_files = by_split.pop("train")
+    where = f"stream of {len(train_files):,} parquet files in {path}"
+    splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
+    first = splits["validation"]
+    image, by_path = find_image_column(first.features, first_values(first), where)
+    if by_path:
+        raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
+    label = find_label_column(first, image, reading.label_column, where)
+    _check_streamed_labels(path, train_files, splits, label)
+    try:
+        train = Stream(train_files, reading.seed, (image, label))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: the parquet files cannot be read ({first_line(error)})") from error
+    source = read_tables(splits, reading, where, {split: [path] for split in splits})
+    return source._replace(splits={"train": train} | source.splits, warnings=[*warnings, *source.warnings])
+
+
+def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[str, Dataset], label: str) -> None:
+    """Raise UserError unless all splits have the same ClassLabel, and the streamed `files` labels in its range."""
+    features = {str(file): _read_features(file).get(label) for file in files}
+    features |= {split: rows.features.get(label) for split, rows in splits.items()}
+    names = {name: getattr(feature, "names", None) for name, feature in features.items()}
+    expected = names[str(files[0])]
+    if not expected:
+        raise UserError(
+            f"--streaming true: the labels in {path} have no names; write them as a ClassLabel, or use false"
+        )
+    for name, class_names in names.items():
+        if class_names != expected:
+            raise UserError(
+                f"--streaming true: the label names of {name} in {path} differ from those of train, or are in another "
+                "order; write all with the same ClassLabel"
+            )
+    for file in files:
+        column = pyarrow.parquet.read_table(file, columns=[label]).column(label)
+        check_range(column, len(expected), "train", str(file))
+
+
+def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
+    """A folder that save_to_disk of `datasets` wrote, or one that holds it alone. Raises UserError in one sentence."""
+    found = [below.path for name in SAVED for below in folder.walk() if name in _names_in(below)]
+    path = found[0] if found else folder.path
+    where = f"saved data set {path}"
+    if not found:
+        arrow = folder.find("arrow")[0]
+        raise UserError(
+            f"{path}: {printable(arrow.name)} is an Arrow file without its description; expected is a folder "
+            "written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
+        )
+    try:
+        saved = load_from_disk(str(path))
+    except Exception as error:
+        raise UserError(
+            f"{where}: cannot be read ({first_line(error)}); save it again, or write parquet with to_parquet"
+        ) from error
+    splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
+    splits = {split: rows.with_format(None) for split, rows in splits.items()}
+    roots = {split: [path] for split in splits}
+    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
+    return source._replace(warnings=[*warnings, *source.warnings])
+
+
+def _names_in(folder: Folder) -> list[str]:
+    return [name for names in folder.files.values() for name in names]
+
+
+# ---- splits
+
+
+def name_splits(tables: Mapping[str, Dataset], where: str) -> tuple[dict[str, Dataset], list[str]]:
+    """(the tables as train, validation and test, warnings of those that are not used); one alone is train."""
+    if len(tables) == 1 and split_of(next(iter(tables))) in (None, "train"):
+        return {"train": next(iter(tables.values()))}, []
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in tables:
+        found[split_of(name) or ""].append(name)
+    unused = found.pop("", [])
+    listed = ", ".join(map(printable, tables))
+    for split, names in found.items():
+        if len(names) > 1:
+            raise UserError(f"{where}: {' and '.join(names)} are both taken for {split}; rename one, it has {listed}")
+    if "train" not in found:
+        raise UserError(f"{where}: no split is called train, it has {listed}; rename the one to learn from")
+    warnings = [f"splits that are not used: {', '.join(map(printable, unused))}"] if unused else []
+    return {split: tables[found[split][0]] for split in SPLITS if split in found}, warnings
+
+
+def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tuple[dict[str, list[Path]], list[str]]:
+    """(files of each split, warnings): by the word in a file's name, else in a folder's; without any, all is train.
+
+    Raises UserError without a file for train, and for a series of files that is not complete.
+    """
+    warnings = _check_series(files, allow_missing)
+    found: dict[str | None, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        found[_split_of_file(file, path) if len(files) > 1 else "train"].append(file)
+    unnamed = found.pop(None, [])
+    if "train" not in found and unnamed:
+        found["train"] = unnamed
+    elif unnamed:
+        warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
+    if "train" not in found:
+        raise UserError(
+            f"{path}: no parquet file for train, only for {' and '.join(map(str, found))}; give files or folders names "
+            "that begin with train, validation and test"
+        )
+    _check_one_data_set(found["train"], path)
+    return {split: found[split] for split in SPLITS if split in found}, warnings
+
+
+def _split_of_file(file: Path, path: Path) -> str | None:
+    parts = [_series_name(file.stem), *(part for part in reversed(file.relative_to(path).parts[:-1]))]
+    for part in parts:
+        words = [split_of(part), *(split_of(word) for word in re.split(r"[^A-Za-z0-9]+", part))]
+        known = {split for split in words if split}
+        if words[0] or len(known) == 1:
+            return words[0] or known.pop()
+    return None
+
+
+def _series_name(stem: str) -> str:
+    found = SERIES.fullmatch(stem)
+    return found[1] if found else stem
+
+
+def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
+    """Warnings of numbered files that are missing. Raises UserError for these unless they are allowed."""
+    series: Counter[tuple[Path, int]] = Counter()
+    for file in files:
+        if found := SERIES.fullmatch(file.stem):
+            series[file.parent / found[1], int(found[3])] += 1
+    warnings = []
+    for (name, expected), count in series.items():
+        if count < expected:
+            message = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
+            if not allow_missing:
+                raise UserError(f"{message}; add the missing files, or continue without them: --allow-missing true")
+            warnings.append(f"{message}; continuing without the missing files")
+    return warnings
+
+
+def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
+    """Raise UserError for train files of one name in several folders: configurations of a data set, not its parts."""
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if _split_of_file(file, file.parent):
+            by_name[file.name].append(file.parent)
+    folders = max(by_name.values(), key=len, default=[])
+    if len(folders) > 1:
+        listed = ", ".join(f"--dataset {printable(str(folder))!r}" for folder in folders)
+        raise UserError(f"{path}: holds {len(folders)} data sets; give one of them: {listed}")
+
+
+def _warn_unused(what: str, path: Path, files: Sequence[Path]) -> list[str]:
+    if not files:
+        return []
+    names = ", ".join(printable(str(file.relative_to(path))) for file in files[:3])
+    return [f"{len(files):,} parquet files {what}: {names}{', ...' if len(files) > 3 else ''}"]
+
+
+# ---- files
+
+
+def _read_features(file: Path) -> Features:
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: is not a parquet file ({first_line(error)}); write it again") from error
+    if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise UserError(f"{file}: two columns are called {printable(repeated[0])}; rename one")
+    try:
+        return Features.from_arrow_schema(schema)
+    except Exception as error:  # what the file says about its columns is not what they are
+        raise UserError(f"{file}: its columns cannot be read ({first_line(error)}); write it again") from error
+
+
+def _first_values(file: Path):
+    """The reader of a column's first values that find_image_column takes."""
+
+    def read(name: str) -> list:
+        try:
+            batch = next(pyarrow.parquet.ParquetFile(file).iter_batches(FIRST_ROWS, columns=[name]), None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)})") from error
+        column = batch.column(name) if batch is not None and name in batch.schema.names else pyarrow.array([])
+        return [value for value in values_of(column) if value is not None]
+
+    return read
+
+
+def _read_files(where: str, files: Sequence[Path]) -> Dataset:
+    patterns = [glob.escape(str(file)) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not patterns:
+        raise UserError(f"{where}: {printable(files[0].name)} has no rows; write it again with images")
+    try:
+        return load_dataset("parquet", data_files={"train": patterns}, split="train")
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{where}: the parquet files cannot be read ({reason}); write them again, all alike") from error

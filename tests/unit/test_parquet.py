@@ -1,0 +1,676 @@
+"""Tables of images as Arrow: parquet files, saved data sets and data sets of the hub."""
+
+import json
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import httpx
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from huggingface_hub import errors
+
+from config.cli import parse_config
+from data import classes, hub
+from data.dataset import build_datasets
+from data.hub import OFFICIAL_REVISION
+from data.labels import CLASS_NAMES
+from data.parquet import has_images, load_parquet_files, load_saved_dataset
+from data.rows import SPLITS, Reading
+from data.survey import survey
+from utils.image_utils import ImageError, open_image, png_image
+from utils.logging_utils import UserError
+
+NAMES = ["ash", "elm", "oak"]
+OPTIONS = Reading("main", streaming=False, seed=0, allow_missing=False, label_column=None, class_names=None)
+
+
+def build(*argv):
+    return build_datasets(parse_config(list(argv)))
+
+
+def load(path, **options):
+    """The source of the parquet files in a folder, or of one file."""
+    reading = Reading(**(vars(OPTIONS) | options))
+    if path.is_file():
+        return load_parquet_files(path.parent, [path], reading)
+    return load_parquet_files(path, survey(path)[0].find("parquet"), reading)
+
+
+def png(number: int) -> bytes:
+    import PIL.Image
+
+    return png_image(PIL.Image.new("RGB", (30 + number, 20), (number * 9 % 256, 90, 30)))["bytes"]
+
+
+def pictures(count: int, start: int = 0) -> list[dict]:
+    return [{"bytes": png(number), "path": f"{number}.png"} for number in range(start, start + count)]
+
+
+def write(file, columns: dict, features=None):
+    """A parquet file of these columns; Image and ClassLabel by `features`, else as Arrow infers them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if features:
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(file)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+# ---- as on the hub
+
+
+@pytest.fixture
+def parquet_folder(tmp_path):
+    """Files with the schema of the hub data set: image, 0-based label; `names` adds label names."""
+
+    def make(labels=range(102), names=None, columns=("image", "label"), splits=("train", "validation", "test")):
+        kind = "string" if isinstance(labels[0], str) else "int64"
+        pixel = {"bytes": b"not decoded here", "path": None}
+        features = Features({
+            columns[0]: Image(decode=False), columns[1]: ClassLabel(names=names) if names else Value(kind)
+        })  # fmt: skip
+        for split in splits:
+            rows = [
+                {columns[0]: pixel | {"path": f"{split}_{index}.jpg"}, columns[1]: label}
+                for index, label in enumerate(labels)
+            ]
+            Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        return str(tmp_path)
+
+    return make
+
+
+def test_parquet_folder_without_names_is_the_official_classes(parquet_folder):
+    data = build("--dataset", parquet_folder())
+    assert data.class_names == list(CLASS_NAMES)
+    assert (len(data.train), len(data.validation), len(data.test)) == (102, 102, 102)
+    assert data.train[5]["id"] == "train_5" and data.train[5]["label"] == 5
+    assert data.train.cache_files  # memory-mapped
+
+
+def test_parquet_folder_with_its_own_names(parquet_folder):
+    data = build("--dataset", parquet_folder(labels=[0, 1, 1], names=["oak_tree", "ash"]))
+    assert data.class_names == ["oak tree", "ash"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"splits": ("validation", "test")}, "no parquet file for train, only for test and validation; give files or"),
+        ({"labels": range(1, 103)}, r"the labels are numbers without names \(1 to 102\).*: --class-names FILE"),
+        ({"labels": [0, 1, 3]}, r"the labels are numbers without names \(0 to 3\)"),
+        ({"labels": [1, 1], "names": ["a", "b"]}, "only one class"),
+        (
+            {"labels": [0, -1, 1], "names": ["a", "b"]},
+            "labels of train go from -1 to 1, expected 0 to 1.*leave images without",
+        ),
+        ({"labels": [0, None, 1], "names": ["a", "b"]}, "labels of train are int64 with 1 missing"),
+    ],
+)
+def test_parquet_folder_that_differs_is_an_error_with_what_was_expected(change, words, parquet_folder):
+    with pytest.raises(UserError, match=words):
+        build("--dataset", parquet_folder(**change))
+
+
+@pytest.mark.parametrize("stream", [(), ("--streaming", "true", "--max-steps", "5")])
+def test_a_missing_parquet_file_is_noticed_by_the_numbers_in_the_file_names(stream, parquet_folder, tmp_path):
+    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00002-of-00004.parquet")
+    with pytest.raises(UserError, match=r"train-\*-of-00004: 1 of 4 files are there; add the missing files, or"):
+        build("--dataset", folder, *stream)
+    data = build("--dataset", folder, "--allow-missing", "true", *stream)
+    assert data.class_names == ["a", "b"]
+    assert "train-*-of-00004: 1 of 4 files are there; continuing without the missing files" in data.warnings[0]
+
+
+def test_parquet_images_with_the_same_name_in_two_splits_get_different_ids(parquet_folder, tmp_path):
+    folder = parquet_folder(labels=[0, 1], names=["a", "b"])
+    for split in ("validation", "test"):
+        shutil.copy(tmp_path / "train-00000-of-00001.parquet", tmp_path / f"{split}-00000-of-00001.parquet")
+    data = build("--dataset", folder)
+    assert data.train["id"] == ["train-000000", "train-000001"] and data.test["id"] == ["test-000000", "test-000001"]
+
+
+def test_parquet_images_are_not_copied_into_memory(parquet_folder, tmp_path):
+    image = {"bytes": bytes(2**20), "path": "x.jpg"}
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation", "test"):
+        rows = [{"image": image, "label": index % 2} for index in range(40)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    build("--dataset", str(tmp_path))  # the first reading fills the cache
+    before = pyarrow.total_allocated_bytes()
+    data = build("--dataset", str(tmp_path))
+    assert len(data.train) == 40 and pyarrow.total_allocated_bytes() - before < 10 * 2**20
+
+
+def test_a_file_that_is_not_parquet(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(UserError, match=r"test.parquet: is not a parquet file \(.*\); write it again"):
+        build("--dataset", str(tmp_path))
+
+
+def test_parquet_files_of_a_split_with_different_columns(tmp_path):
+    for name, column in (("train-0", "label"), ("train-1", "name")):
+        write(tmp_path / f"{name}.parquet", {"image": pictures(2), column: ["ash", "elm"]})
+    with pytest.raises(UserError, match=r"the parquet files cannot be read \(CastError: .*; write them again"):
+        load(tmp_path)
+
+
+# ---- columns
+
+
+IMAGE = {"image": Image(decode=False)}
+
+
+@pytest.mark.parametrize("image", ["image", "img", "Picture", "jpg", "pixel_values", "whatever"])
+@pytest.mark.parametrize("label", ["label", "labels", "class", "species", "scientificName", "category", "Blume"])
+def test_columns_are_found_by_name_and_content(image, label, tmp_path):
+    if image != "image" and label != "label":
+        pytest.skip("one of the two at a time")
+    columns = {"key": list(range(6)), image: pictures(6), "text": [f"row {n}" for n in range(6)], label: NAMES * 2}
+    source = load(write(tmp_path / "x.parquet", columns))
+    assert source.class_names == NAMES and source.splits["train"]["label"] == [0, 1, 2] * 2
+    assert open_image(source.splits["train"][3]["image"]).size == (33, 20)
+    assert (f"images from column {image}, labels from {label}" in source.notes) == (
+        (image, label) != ("image", "label")
+    )
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary()])
+def test_bytes_without_a_path_are_images(kind, tmp_path):
+    contents = pyarrow.array([png(n) for n in range(6)], kind)
+    file = write(tmp_path / "x.parquet", {"content": contents, "sha": [b"0123"] * 6, "species": NAMES * 2})
+    source = load(file)
+    assert open_image(source.splits["train"][1]["image"]).size == (31, 20)
+    assert source.splits["train"]["id"][1] == "train-000001"
+    assert has_images(file) and not has_images(write(tmp_path / "y.parquet", {"vector": [b"0123"], "label": ["ash"]}))
+
+
+def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
+    columns = {"mask": pictures(6, 9), "image": pictures(6), "label": NAMES * 2}
+    assert load(write(tmp_path / "x.parquet", columns)).splits["train"]["id"] == [f"{n}" for n in range(6)]
+    columns["scan"] = columns.pop("image")
+    with pytest.raises(UserError, match=r"several columns hold images \(mask, scan\); rename the one to use to image"):
+        load(write(tmp_path / "y.parquet", columns))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"a": NAMES * 2, "b": NAMES * 2}, r"images are in the column image, and which .* \(a, b\); name it: --label"),
+        ({}, r"is not clear \(there is none but the images\); name it"),
+        ({"label": [["ash"]] * 6}, "the column label holds lists or records; expected is one name or number for each"),
+        ({"label": [{"name": "ash"}] * 6}, "the column label holds lists or records"),
+        (
+            {"label": [None] * 6},
+            "the column label holds null values; expected is one name or number for each image: name a",
+        ),
+        ({"label": ["", " "] * 3}, "the column label holds no labels; name another: --label-column"),
+        ({"label": [0.5, 1, 2] * 2}, "labels of train are no whole numbers .*; name another column: --label-column"),
+        ({"label": ["x" * 201, "y"] * 3}, "holds texts of up to 201 characters, which are no class names"),
+        ({"label": [0, 1, 2] * 2}, r"numbers without names \(0 to 2\); give a json or csv file of number and name"),
+        ({"label": [True, False] * 3}, r"numbers without names \(false to true\)"),
+        ({"label": [2**62, -(2**62)] * 3}, "numbers without names"),
+    ],
+)
+def test_labels_that_are_not_clear_or_usable_are_an_error(labels, words, tmp_path):
+    file = write(tmp_path / "x.parquet", {"image": pictures(6)} | labels)
+    with pytest.raises(UserError, match=words):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("specis", r"parquet file .*x.parquet has no such column; did you mean species\?; it has image, species, note"),
+        ("image", "--label-column image: holds images; expected is one name or number for each image"),
+        ("tags", "--label-column tags: holds lists or records"),
+    ],
+)
+def test_a_label_column_that_cannot_be_used(column, words, tmp_path):
+    columns = {"image": pictures(6), "species": NAMES * 2, "note": list("abcabc"), "tags": [["a"]] * 6}
+    file = write(tmp_path / "x.parquet", columns)
+    assert load(file, label_column="note").class_names == ["a", "b", "c"]
+    with pytest.raises(UserError, match=words):
+        load(file, label_column=column)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"text": ["a"], "label": ["b"]}, "no column of images among text, label; expected is one of image files"),
+        ({"image": ["https://x.org/a.jpg"], "label": ["b"]}, "no images, but web addresses in the column image; "),
+        ({"image": [[1, 2]], "label": ["b"]}, "no column of images among image, label"),
+    ],
+)
+def test_files_without_images_are_an_error_with_their_columns(columns, words, tmp_path):
+    write(tmp_path / "x.parquet", columns)
+    assert not has_images(tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=words):
+        build("--dataset", str(tmp_path))
+    with pytest.raises(UserError, match=words):
+        build("--dataset", str(tmp_path / "x.parquet"))
+
+
+def test_files_without_images_beside_others_are_not_used_with_a_warning(tmp_path):
+    write(tmp_path / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
+    write(tmp_path / "train_embeddings.parquet", {"embedding": [1.0], "label": ["ash"]})
+    source = load(tmp_path)
+    assert len(source.splits["train"]) == 6
+    assert source.warnings == ["1 parquet files have no images and are not used: train_embeddings.parquet"]
+
+
+def test_a_file_without_rows(tmp_path):
+    table = pyarrow.table({"image": pictures(3), "label": NAMES}).slice(0, 0)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet has no rows; write it again with images"):
+        build("--dataset", str(tmp_path / "x.parquet"))
+
+
+def test_two_columns_of_one_name_and_a_schema_that_lies(tmp_path):
+    table = pyarrow.table([pyarrow.array([b"x"])] * 2, names=["image", "image"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet: two columns are called image; rename one"):
+        build("--dataset", str(tmp_path / "x.parquet"))
+    lie = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Nothing"}}}})}
+    table = pyarrow.table({"image": pictures(3), "label": NAMES}).replace_schema_metadata(lie)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet: its columns cannot be read \(.*\); write it again"):
+        build("--dataset", str(tmp_path / "x.parquet"))
+
+
+# ---- labels
+
+
+def test_texts_are_the_classes_and_spellings_of_one_name_are_merged(tmp_path):
+    labels = ["Rosa canina", "rosa_canina", "Rosa canina", "Acer", None, " "]
+    source = load(write(tmp_path / "x.parquet", {"image": pictures(6), "label": labels}))
+    assert source.class_names == ["Acer", "Rosa canina"] and source.splits["train"]["label"] == [1, 1, 1, 0]
+    assert source.splits["train"]["id"] == ["0", "1", "2", "3"]
+    assert source.warnings == [
+        "'Rosa canina' and 'rosa canina' are read as one class, 'Rosa canina'; rename one if they differ",
+        "2 images of train have no label and are not used",
+    ]
+
+
+def test_numbers_take_their_names_from_the_column_that_has_one_for_each(tmp_path):
+    columns = {"image": pictures(12), "label": [0, 1, 2] * 4, "file": [f"{n}" for n in range(12)]}
+    columns |= {"source": ["a", "a", "b"] * 4, "species": ["elm", "oak", "ash"] * 4}
+    source = load(write(tmp_path / "x.parquet", columns))
+    assert source.class_names == NAMES and source.splits["train"]["label"][:3] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, -1], [0.0, 1.0, 2.0, float("nan")], [0, 1, 2, None]])
+def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
+    asked = []
+
+    def read(file, codes):
+        asked.append((file.name, list(codes)))
+        return {"0": "sessile_oak", "1": "ash", "2": "elm"}
+
+    monkeypatch.setattr(classes, "read_class_names", read)
+    file = write(tmp_path / "x.parquet", {"image": pictures(4), "label": labels})
+    source = load(file, class_names=str(tmp_path / "names.json"))
+    assert source.class_names == ["sessile oak", "ash", "elm"] and source.splits["train"]["label"] == [0, 1, 2]
+    assert asked == [("names.json", ["0", "1", "2"])] and "1 images of train have no label" in source.warnings[0]
+
+
+def test_codes_are_named_by_a_table_beside_or_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: None)
+    features = IMAGE | {"label": ClassLabel(names=["1", "2", "17"])}
+    file = write(tmp_path / "x.parquet", {"image": pictures(6), "label": [0, 1, 2] * 2}, features)
+    source = load(file)
+    assert source.class_names == ["1", "2", "17"]
+    assert "classes are called 1, 2, 17, and the model would answer with that; a json or csv file" in source.warnings[0]
+    found = ({"1": "ash", "2": "elm", "17": "oak"}, tmp_path / "cat_to_name.json")
+    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: found)
+    source = load(file)
+    assert source.class_names == NAMES and source.notes[-1].endswith("cat_to_name.json: 1 is ash")
+
+
+def test_class_labels_in_another_order_mean_the_same_classes(tmp_path):
+    for split, names in (("train", NAMES), ("test", NAMES[::-1])):
+        features = IMAGE | {"label": ClassLabel(names=names)}
+        write(tmp_path / f"{split}.parquet", {"image": pictures(3), "label": [0, 1, 2]}, features)
+    source = load(tmp_path)
+    assert source.class_names == NAMES
+    assert (source.splits["train"]["label"], source.splits["test"]["label"]) == ([0, 1, 2], [2, 1, 0])
+
+
+def test_splits_whose_labels_differ_in_kind_are_an_error(tmp_path):
+    write(tmp_path / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
+    write(tmp_path / "test.parquet", {"image": pictures(6), "label": [0, 1, 2] * 2})
+    with pytest.raises(UserError, match=r"column label differs between the splits \(train: string values, test: int64"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [None, [-1, -1], [None, None]])
+def test_a_test_split_without_labels_is_not_used_with_a_warning(labels, tmp_path):
+    features = IMAGE | {"label": ClassLabel(names=NAMES)}
+    write(tmp_path / "train.parquet", {"image": pictures(3), "label": [0, 1, 2]}, features)
+    columns = {"image": pictures(2)} | ({"label": labels} if labels else {})
+    write(tmp_path / "test.parquet", columns, features if labels else IMAGE)
+    source = load(tmp_path)
+    assert [*source.splits] == ["train"]
+    assert source.warnings == ["test has no labels, so it cannot be scored: its 2 images are not used"]
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    labels = pyarrow.array([b"ash", b"elm\xff", b"ash", b"elm\xff"]).view(pyarrow.string())
+    source = load(write(tmp_path / "x.parquet", {"image": pictures(4), "label": labels}))
+    assert source.class_names == ["ash", "elm\N{REPLACEMENT CHARACTER}"]
+    paths = pyarrow.array([b"a\xff", b"b"]).view(pyarrow.string())
+    images = pyarrow.StructArray.from_arrays([pyarrow.array([png(0), png(1)]), paths], ["bytes", "path"])
+    with pytest.raises(UserError, match="file names in the column image are not UTF-8; write them again"):
+        load(write(tmp_path / "y.parquet", {"image": images, "label": ["ash", "elm"]}))
+
+
+# ---- splits
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["data/train-00000-of-00001"], {"train": 1}),
+        (["part-0", "part-1"], {"train": 2}),
+        (["TRAIN", "Testing"], {"train": 1, "test": 1}),
+        (["training_set", "dev"], {"train": 1, "validation": 1}),
+        (["flowers-train-0", "flowers-train-1", "flowers_valid", "flowers.test"], dict(zip(SPLITS, (2, 1, 1)))),
+        (["train/0000", "train/0001", "validation/0000", "test/0000"], dict(zip(SPLITS, (2, 1, 1)))),
+        (["plants", "test"], {"train": 1, "test": 1}),
+        (["train-00000-of-00002-0a1b2c", "train-00001-of-00002-3d4e5f"], {"train": 2}),
+    ],
+)
+def test_names_of_files_and_folders_tell_splits(files, expected, tmp_path):
+    for number, name in enumerate(files):
+        write(tmp_path / f"{name}.parquet", {"image": pictures(3, 3 * number), "label": NAMES})
+    source = load(tmp_path)
+    assert {split: len(rows) // 3 for split, rows in source.splits.items()} == expected and not source.warnings
+
+
+def test_files_beside_train_that_name_no_split_are_warned_of(tmp_path):
+    for name in ("train", "more"):
+        write(tmp_path / f"{name}.parquet", {"image": pictures(3), "label": NAMES})
+    assert load(tmp_path).warnings == ["1 parquet files have no split in their names and are not used: more.parquet"]
+
+
+def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(tmp_path):
+    columns = {"image": pictures(9), "label": NAMES * 3}
+    assert [*load(write(tmp_path / "test.parquet", columns)).splits] == ["train"]
+    columns["split"] = ["train"] * 4 + ["val", "test", "val", "train", "test"]
+    splits = load(write(tmp_path / "all.parquet", columns)).splits
+    assert {split: rows["id"] for split, rows in splits.items()} == dict(
+        zip(SPLITS, (["0", "1", "2", "3", "7"], ["4", "6"], ["5", "8"]))
+    )
+
+
+def test_train_alone_is_split_by_the_usual_fractions(tmp_path):
+    write(tmp_path / "train.parquet", {"image": pictures(30), "label": NAMES * 10})
+    data = build("--dataset", str(tmp_path))
+    assert (len(data.train), len(data.validation), len(data.test)) == (24, 3, 3)
+    assert Counter(data.test["label"]) == {0: 1, 1: 1, 2: 1}
+
+
+def test_configurations_side_by_side_are_refused_with_what_to_give(tmp_path):
+    for name in ("full", "small"):
+        write(tmp_path / name / "train-00000-of-00001.parquet", {"image": pictures(3), "label": NAMES})
+    with pytest.raises(UserError, match="holds 2 data sets; give one of them: --dataset '.*/full', --dataset '.*/sm"):
+        load(tmp_path)
+
+
+# ---- files that a table names
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """An image outside the data set."""
+    file = tmp_path / "secret" / "secret.png"
+    file.parent.mkdir()
+    file.write_bytes(png(7))
+    return file
+
+
+def files_in(folder, count: int = 6) -> list[str]:
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        (folder / "images" / f"{number}.png").write_bytes(png(number))
+    return [f"images/{number}.png" for number in range(count)]
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_paths_are_read_below_the_folder_and_nowhere_else(as_struct, secret, tmp_path):
+    folder = tmp_path / "set"
+    good = files_in(folder)
+    (folder / "images" / "link.png").symlink_to(secret)
+    bad = [str(secret), "../secret/secret.png", "images/../../secret/secret.png", "images/link.png", "/etc/passwd.png"]
+    paths = [*good, *bad]
+    images = [{"bytes": None, "path": path} for path in paths] if as_struct else paths
+    file = write(folder / "data.parquet", {"image": images, "label": [*NAMES * 2, *["ash"] * len(bad)]})
+    assert has_images(file)
+    source = load(folder)
+    rows = source.splits["train"]
+    assert [row["image"]["path"] for row in rows] == [f"{folder}/{path}" for path in good]
+    assert rows["label"] == [0, 1, 2] * 2 and open_image(rows[1]["image"]).size == (31, 20)
+    assert source.warnings == [f"5 images are named by paths outside the data set, such as {secret}; they are not used"]
+    write(folder / "data.parquet", {"image": bad, "label": ["ash"] * len(bad)})
+    with pytest.raises(UserError, match="5 images are named by paths outside the data set, .*which are never opened"):
+        load(folder)
+
+
+def test_a_path_of_another_row_without_bytes_is_never_opened(secret, tmp_path):
+    images = [*pictures(4), {"bytes": None, "path": str(secret)}, None]
+    source = load(write(tmp_path / "x.parquet", {"image": images, "label": NAMES * 2}))
+    rows = source.splits["train"]
+    assert len(rows) == 6 and open_image(rows[3]["image"]).size == (33, 20)
+    for index in (4, 5):
+        with pytest.raises(ImageError, match=r"is empty \(0 bytes\)"):
+            open_image(rows[index]["image"])
+
+
+def test_missing_files_are_counted_and_listed(tmp_path):
+    paths = [*files_in(tmp_path), "images/99.png", "a\0b.png", "x" * 5000 + ".png"]
+    file = write(tmp_path / "train.parquet", {"file_name": paths, "species": NAMES * 3})
+    with pytest.raises(UserError, match=r"3 of 9 images are missing \(images/99.png, .*; add them, or .*: --allow"):
+        load(file)
+    source = load(file, allow_missing=True)
+    assert len(source.splits["train"]) == 6 and "3 of 9 images are missing" in source.warnings[0]
+
+
+def test_each_split_has_its_files_beside_it(tmp_path):
+    for split in ("train", "test"):
+        paths = files_in(tmp_path / split)
+        write(tmp_path / split / "metadata.parquet", {"file_name": paths, "label": NAMES * 2})
+    source = load(tmp_path)
+    assert source.splits["test"][0]["image"]["path"] == str(tmp_path / "test/images/0.png")
+    assert source.splits["train"]["id"][0] == "train-000000"
+
+
+def test_a_table_of_files_without_labels_is_no_data_set(tmp_path):
+    assert not has_images(write(tmp_path / "x.parquet", {"file": ["a.png"], "embedding": [[1.0]]}))
+
+
+def test_rows_with_neither_bytes_nor_path_are_unreadable_images(tmp_path):
+    file = write(tmp_path / "x.parquet", {"image": [{"bytes": None, "path": None}] * 3, "label": NAMES})
+    (tmp_path / "y").mkdir()
+    features = IMAGE | {"label": Value("string")}
+    for source in (load(file), load(write(tmp_path / "y.parquet", {"image": [None] * 3, "label": NAMES}, features))):
+        with pytest.raises(ImageError, match="is empty"):
+            open_image(source.splits["train"][2]["image"])
+
+
+def test_class_folders_count_beside_a_table_of_their_files_and_not_beside_images(image_folder):
+    root = image_folder({"ash": 12, "elm": 12})
+    table = {"file_name": [f"ash/{n}.png" for n in range(6)], "score": [0.5] * 6, "text": list("abcdef")}
+    write(root / "metadata.parquet", table)
+    assert build("--dataset", str(root)).class_names == ["ash", "elm"]
+    write(root / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
+    with pytest.raises(UserError, match=r"has 2 class folders and parquet files with images \(train.parquet\)"):
+        build("--dataset", str(root))
+
+
+# ---- save_to_disk
+
+
+def save(folder, splits=("train", "test"), decode=True):
+    features = Features({"image": Image(decode=decode), "label": Value("string")})
+    tables = {
+        split: Dataset.from_dict({"image": pictures(6, 6 * n), "label": NAMES * 2}, features=features)
+        for n, split in enumerate(splits)
+    }
+    (DatasetDict(tables) if len(splits) > 1 else tables[splits[0]]).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("anything",), ("train", "validation", "test")])
+def test_a_saved_data_set(splits, tmp_path):
+    save(tmp_path / "saved", splits)
+    for path in (tmp_path / "saved", tmp_path):
+        source = load_saved_dataset(survey(path)[0], OPTIONS)
+        assert source.class_names == NAMES and len(source.splits) == len(splits)
+        assert source.description == f"saved data set {tmp_path / 'saved'}" and source.splits["train"].cache_files
+        assert open_image(source.splits["train"][2]["image"]).size == (32, 20)
+    if len(splits) == 3:
+        assert build("--dataset", str(tmp_path / "saved")).class_names == NAMES
+
+
+def test_saved_data_sets_that_cannot_be_used(tmp_path):
+    save(tmp_path / "saved", ("a", "b"))
+    with pytest.raises(UserError, match="no split is called train, it has a, b; rename the one to learn from"):
+        load_saved_dataset(survey(tmp_path)[0], OPTIONS)
+    (tmp_path / "saved" / "a" / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"saved data set .*saved: cannot be read \(.*\); save it again, or"):
+        load_saved_dataset(survey(tmp_path)[0], OPTIONS)
+    for file in (tmp_path / "saved").rglob("*.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="data-00000-of-00001.arrow is an Arrow file without its description; exp"):
+        load_saved_dataset(survey(tmp_path)[0], OPTIONS)
+
+
+def test_splits_of_a_data_set_may_have_other_names(tmp_path):
+    save(tmp_path / "one", ("training", "dev", "extra"))
+    source = load_saved_dataset(survey(tmp_path / "one")[0], OPTIONS)
+    assert {*source.splits} == {"train", "validation"} and source.warnings == ["splits that are not used: extra"]
+    save(tmp_path / "two", ("train", "val", "validation"))
+    with pytest.raises(UserError, match="val and validation are both taken for validation; rename one"):
+        load_saved_dataset(survey(tmp_path / "two")[0], OPTIONS)
+
+
+# ---- the hub
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    """fake_hub(splits or error, error of dataset_info) answers for the hub; `asked` are the revisions asked for."""
+    asked = []
+
+    def make(loaded, problem=None):
+        def info(self, repository, revision=None):
+            asked.append(("info", repository, revision))
+            if problem:
+                raise problem
+            return SimpleNamespace(sha=COMMIT)
+
+        def load_dataset(repository, revision):
+            asked.append(("load", repository, revision))
+            if isinstance(loaded, Exception):
+                raise loaded
+            return loaded
+
+        monkeypatch.setattr(hub.HfApi, "dataset_info", info)
+        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        return asked
+
+    return make
+
+
+def table(columns=None):
+    return Dataset.from_dict(columns or {"image": pictures(30), "species": NAMES * 10})
+
+
+def test_any_image_data_set_of_the_hub_at_the_commit_it_has_now(fake_hub):
+    asked = fake_hub(DatasetDict({"train": table()}))
+    source = hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"revision": OFFICIAL_REVISION}))
+    assert asked == [("info", "someone/plants", None), ("load", "someone/plants", COMMIT)]
+    assert source.class_names == NAMES and source.revision == COMMIT
+    assert source.description == "hub data set someone/plants at 0123456789ab"
+    data = build("--dataset", "someone/plants")
+    assert (len(data.train), len(data.test)) == (24, 3)
+
+
+@pytest.mark.parametrize(("revision", "calls"), [("main", 2), (COMMIT, 1)])
+def test_a_commit_is_not_asked_for_again(revision, calls, fake_hub):
+    asked = fake_hub(DatasetDict({"train": table()}))
+    assert hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"revision": revision})).revision == COMMIT
+    assert len(asked) == calls and asked[-1] == ("load", "someone/plants", COMMIT)
+
+
+def answer(kind, status: int):
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return kind("the hub says no", response=response)
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (answer(errors.RepositoryNotFoundError, 404), "no such folder here, and no such data set on the hub, or it"),
+        (answer(errors.GatedRepoError, 403), "someone/plants is gated; accept its terms at https://.* and set HF"),
+        (answer(errors.RevisionNotFoundError, 404), "--dataset-revision main: data set someone/plants has no such"),
+        (answer(errors.HfHubHTTPError, 401), "or it is private; check the name, or set HF_TOKEN"),
+        (answer(errors.HfHubHTTPError, 503), "data set someone/plants: the hub answers 503; try again later"),
+        (answer(errors.HfHubHTTPError, 429), "the hub answers 429; try again later"),
+        (errors.OfflineModeIsEnabled("offline"), r"cannot be loaded \(OfflineModeIsEnabled: offline\); check the net"),
+        (httpx.ConnectError("no route"), r"cannot be loaded \(ConnectError: no route\); check the network and HF"),
+    ],
+)
+def test_problems_of_the_hub_are_one_sentence(problem, words, fake_hub):
+    fake_hub(DatasetDict({"train": table()}), problem)
+    with pytest.raises(UserError, match=words):
+        hub.load_hub_dataset("someone/plants", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "words"),
+    [
+        (DatasetDict({"train": table({"text": ["a"], "label": [0]})}), "no column of images among text, label"),
+        (DatasetDict({"fold a": table(), "fold b": table()}), "no split is called train, it has fold a, fold b"),
+        (ValueError("Config name is missing.\nPick one"), "has several configurations; download one and give"),
+        (RuntimeError("Dataset scripts are no longer supported"), "cannot be loaded .*scripts are no longer supported"),
+    ],
+)
+def test_data_sets_of_the_hub_that_cannot_be_used(loaded, words, fake_hub):
+    fake_hub(loaded)
+    with pytest.raises(UserError, match=words):
+        hub.load_hub_dataset("someone/plants", OPTIONS)
+
+
+def test_a_path_in_a_table_of_the_hub_is_read_in_the_caches_alone(secret, fake_hub):
+    images = [{"bytes": None, "path": str(secret)}] * 6
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("string")})
+    rows = Dataset.from_dict({"image": images, "label": NAMES * 2}, features=features)
+    fake_hub(DatasetDict({"train": rows}))
+    with pytest.raises(UserError, match="6 images are named by paths outside the data set"):
+        hub.load_hub_dataset("someone/plants", OPTIONS)
+
+
+def test_unreachable_hub_is_an_error_with_repository_and_next_move():
+    with pytest.raises(
+        UserError, match=r"Donghyun99/Oxford-Flower-102 at revision abc .*check the network and HF_TOKEN, or"
+    ):
+        build("--dataset-revision", "abc")
+
+
+def test_hub_splits_of_another_size_are_an_error(parquet_folder, monkeypatch):
+    folder = parquet_folder()
+    real = hub.load_dataset
+    monkeypatch.setattr(
+        hub, "load_dataset",
+        lambda name, revision: real("parquet", data_files={s: f"{folder}/{s}-*.parquet" for s in SPLITS}),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="split train has 102 images, expected 1020"):
+        build()
