@@ -42,7 +42,12 @@ def load_tables(tables: list[Path], folder: Folder, left_out: LeftOut, reading: 
 
 
 def _build_source(
-    rows: list[LabelRow], folder: Folder, notes: list[str], left_out: LeftOut, reading: Reading, used: Iterable[Path] = ()
+    rows: list[LabelRow],
+    folder: Folder,
+    notes: list[str],
+    left_out: LeftOut,
+    reading: Reading,
+    used: Iterable[Path] = (),
 ) -> Source:
     root = folder.path
     if not is_utf8(str(root)):

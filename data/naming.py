@@ -36,7 +36,9 @@ def name_classes(
     for label in written:
         by_key[name_key(called[label]) or called[label]].append(label)
     if empty := by_key.get(""):
-        raise UserError(f"labels without a name: {', '.join(map(repr, empty[:5]))}; rename them, or use --class-names FILE")
+        raise UserError(
+            f"labels without a name: {', '.join(map(repr, empty[:5]))}; rename them, or use --class-names FILE"
+        )
     for number, labels in enumerate(by_key.values()):
         best = max(labels, key=lambda label: counts[label]) if counts else labels[0]
         naming.names.append(called[best])
@@ -47,9 +49,7 @@ def name_classes(
     return naming
 
 
-def _call(
-    written: Sequence[str], class_names: str | None, beside: Sequence[Path], naming: Naming
-) -> Mapping[str, str]:
+def _call(written: Sequence[str], class_names: str | None, beside: Sequence[Path], naming: Naming) -> Mapping[str, str]:
     found: tuple[Mapping[str, str], Path] | None = None
     if class_names is not None:
         found = read_class_names(Path(class_names), written), Path(class_names)

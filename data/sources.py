@@ -5,6 +5,7 @@ parquet files, a saved data set, a table of labels, or class folders. What a sou
 """
 
 import contextlib
+import copy
 import hashlib
 import re
 from difflib import get_close_matches
@@ -13,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from data.classes import OFFICIAL_SIZES
-from data.folders import load_class_folders
+from data.folders import load_class_folders, load_tables
 from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, give_one, read_layout, unpack_command
@@ -21,7 +22,7 @@ from data.parquet import has_images, load_parquet_files, load_saved_dataset, str
 from data.rows import ROW, ImageRow, Reading, Source, build_rows
 from data.survey import ARCHIVES, TABLES, Folder, LeftOut, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
-from data.tables import find_label_tables, read_label_tables
+from data.tables import find_label_tables
 from utils.image_utils import images_below, is_image_name, printable
 from utils.logging_utils import UserError, logger
 
@@ -76,7 +77,9 @@ def load_file(path: Path, reading: Reading) -> Source:
         return load_parquet_files(path.parent, [path], reading)
     if suffix in TABLES:
         folder, left_out = survey(path.parent)
-        return load_table([path], folder, left_out, reading)
+        if not folder.num_images:  # annotations/labels.csv beside images/
+            folder, left_out = survey(path.absolute().parent.parent)
+        return load_tables([path], folder, left_out, reading)
     if suffix in ARCHIVES:
         raise UserError(
             f"--dataset {path}: is an archive; unpack it first: {unpack_command(path)}, and give the folder it makes"
@@ -96,8 +99,9 @@ def load_folder(path: Path, reading: Reading) -> Source:
         source = load_official_release(release.path, reading.allow_missing)
         return source._replace(notes=[*note, *source.notes])
     parquet = [file for file in folder.find("parquet") if has_images(file)]
+    not_in_classes = copy.deepcopy(left_out)
     try:
-        layout = read_layout(folder, left_out)
+        layout = read_layout(folder, not_in_classes)
     except UserError:
         if not parquet:
             raise
@@ -112,19 +116,14 @@ def load_folder(path: Path, reading: Reading) -> Source:
     if parquet:
         return load_parquet_files(path, parquet, reading)
     if not has_classes:
-        if tables := find_label_tables(layout.root) or find_label_tables(_with_parent_tables(layout.root)):
-            return load_table(tables, layout.root, left_out, reading)
+        for place in (layout.root, _with_parent_tables(layout.root)):
+            if tables := find_label_tables(place):
+                return load_tables(tables, place, left_out, reading)
         if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
             return load_parquet_files(path, others, reading)  # raises with the columns that there are
         if not layout.names:
             raise UserError(describe_flat(folder))
-    return load_class_folders(layout, left_out, reading.class_names)
-
-
-def load_table(tables: list[Path], folder: Folder, left_out: LeftOut, reading: Reading) -> Source:
-    """The images that tables of file names and labels list."""
-    found = read_label_tables(tables, folder, reading.label_column)
-    raise NotImplementedError
+    return load_class_folders(layout, not_in_classes, reading)
 
 
 def _with_parent_tables(folder: Folder) -> Folder:
