@@ -14,6 +14,7 @@ from datasets import Dataset, Image
 from data.classes import CLASS_NAMES, check_official_counts, read_classes
 from data.columns import (
     SPLIT_NAMES,
+    find_group_column,
     find_image_column,
     find_label_column,
     find_names_column,
@@ -43,12 +44,13 @@ def read_tables(
     first = next(iter(parts.values()))
     image, by_path = find_image_column(first.features, first_values(first), where)
     label = find_label_column(first, image, reading.label_column, where)
-    names_column = None
     if kind_of(first.features[label]) == "number" and reading.class_names is None:
-        names_column = find_names_column(first, label, image)
-    label = label if names_column is None else names_column
+        label = find_names_column(first, label, image)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
     warnings: list[str] = []
+    group = find_group_column(first)
+    if group is not None:
+        notes.append(f"images of one plant have the same value in the column {group}")
     parts = _drop_unlabeled(parts, image, label, where, warnings)
     classes = read_classes(parts, label, reading.class_names, beside, where)
     written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
@@ -59,15 +61,18 @@ def read_tables(
         labels = classes.labels[split]
         if (labels < 0).any():
             warnings.append(f"{(labels < 0).sum():,} images of {split} have no label and are not used")
+        parted = _split_by_column(rows, split, is_alone=len(parts) == 1, labels=labels)
+        groups = _read_groups(rows, group)
         if by_path or _are_files(rows, image, written[split]):
-            found = zip(files.find_all(written[split], roots[split]), labels.tolist(), ids[split])
-            splits[split] = build_rows(ImageRow(path, *row) for path, *row in found if path is not None and row[0] >= 0)
+            paths = files.find_all(written[split], roots[split])
+            for name, chosen in parted.items():
+                found = zip(paths, labels.tolist(), ids[split], groups, chosen)
+                splits[name] = build_rows(ImageRow(path, *row) for path, *row, use in found if use and path is not None)
             continue
         table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids[split])
-        splits |= {
-            name: table if chosen.all() else table.select(np.flatnonzero(chosen))
-            for name, chosen in _split_by_column(rows, split, is_alone=len(parts) == 1, labels=labels).items()
-        }
+        table = table if group is None else table.add_column("group", groups)
+        for name, chosen in parted.items():
+            splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
     warnings += files.check(where, reading.allow_missing)
     if classes.names == list(CLASS_NAMES):
         check_official_counts(splits, where)
@@ -125,6 +130,13 @@ def _make_ids(written: Mapping[str, Sequence[str | None]]) -> dict[str, list[str
 
 def _stem(path: str | None) -> str:
     return printable(Path(path).stem) if path and len(path) < 4096 else ""
+
+
+def _read_groups(rows: Dataset, group: str | None) -> list[str]:
+    if group not in rows.features:
+        return [""] * len(rows)
+    values = rows.data.column(group)
+    return ["" if value is None else str(value) for value in values_of(values)]
 
 
 def _are_files(rows: Dataset, image: str, written: Sequence[str | None]) -> bool:

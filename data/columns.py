@@ -30,6 +30,7 @@ LABEL_NAMES = (
     *("taxon", "taxonname", "name", "finelabel", "target", "cls", "y", "classid", "labelid", "categoryid", "speciesid"),
 )
 SPLIT_NAMES = ("split", "partition", "subset", "fold", "set")
+GROUP_NAMES = ("observationid", "obsid", "individualid", "specimenid")  # not plantid, which may be that of a species
 
 
 def kind_of(feature) -> str:
@@ -168,8 +169,18 @@ def describe(feature) -> str:
     return f"{feature.dtype} values" if isinstance(feature, Value) else "lists or records"
 
 
-def find_names_column(rows: Dataset, codes: str, image: str) -> str | None:
-    """A column of texts that has one for each value of the column `codes`: what the numbers are called."""
+def find_group_column(rows: Dataset) -> str | None:
+    """The column that tells which images show one plant, if some do."""
+    for name, feature in rows.features.items():
+        if plain_key(name) in GROUP_NAMES and kind_of(feature) in ("text", "number"):
+            column = rows.data.column(name)
+            if 2 <= pyarrow.compute.count_distinct(column).as_py() < len(column) - column.null_count:
+                return name
+    return None
+
+
+def find_names_column(rows: Dataset, codes: str, image: str) -> str:
+    """A column of texts that has one for each value of the column `codes`, as numbers are called; else `codes`."""
     numbers = pyarrow.compute.count_distinct(rows.data.column(codes)).as_py()
     found = []
     for name, feature in rows.features.items():
@@ -180,4 +191,4 @@ def find_names_column(rows: Dataset, codes: str, image: str) -> str | None:
         pairs = pyarrow.table({"code": rows.data.column(codes), "name": rows.data.column(name)})
         if pairs.drop_null().group_by(["code", "name"]).aggregate([]).num_rows == numbers:
             found.append(name)
-    return min(found, key=lambda name: plain_key(name) not in LABEL_NAMES, default=None)
+    return min(found, key=lambda name: plain_key(name) not in LABEL_NAMES, default=codes)

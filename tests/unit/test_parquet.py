@@ -369,6 +369,17 @@ def test_text_that_is_not_utf8(tmp_path):
         load(write(tmp_path / "y.parquet", {"image": images, "label": ["ash", "elm"]}))
 
 
+@pytest.mark.parametrize("by_path", [False, True])
+def test_images_of_one_plant_have_its_group(by_path, tmp_path):
+    images = files_in(tmp_path) if by_path else pictures(6)
+    columns = {"image": images, "label": NAMES * 2, "obs_id": [7, 7, 8, 9, None, 10]}
+    source = load(write(tmp_path / "x.parquet", columns))
+    assert source.splits["train"]["group"] == ["7", "7", "8", "9", "", "10"]
+    assert source.notes == ["images of one plant have the same value in the column obs_id"]
+    columns["obs_id"] = [1, 2, 3, 4, 5, 6]
+    assert "group" not in load(write(tmp_path / "x.parquet", columns)).splits["train"].column_names
+
+
 # ---- splits
 
 
@@ -398,8 +409,9 @@ def test_files_beside_train_that_name_no_split_are_warned_of(tmp_path):
     assert load(tmp_path).warnings == ["1 parquet files have no split in their names and are not used: more.parquet"]
 
 
-def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(tmp_path):
-    columns = {"image": pictures(9), "label": NAMES * 3}
+@pytest.mark.parametrize("by_path", [False, True])
+def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(by_path, tmp_path):
+    columns = {"image": files_in(tmp_path, 9) if by_path else pictures(9), "label": NAMES * 3}
     assert [*load(write(tmp_path / "test.parquet", columns)).splits] == ["train"]
     columns["split"] = ["train"] * 4 + ["val", "test", "val", "train", "test"]
     splits = load(write(tmp_path / "all.parquet", columns)).splits
