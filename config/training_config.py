@@ -152,7 +152,53 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def find_conflicts(self) -> Iterator[str]:
-        return _find_conflicts(self)
+        """A sentence per combination of values that cannot work."""
+        everything, steps = self.trainable == "everything", self.eval_steps
+        if everything and self.load_in_4bit:
+            yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use load_in_4bit=false"
+        if self.model in CPU_MODELS and self.load_in_4bit:
+            yield f"model={self.model} with load_in_4bit=true: its weights are not loaded; use --preset {self.model}"
+        if everything and self.sharding == "fsdp":
+            yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
+        for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
+            if getattr(self, name) == value and (self.lora_dropout > 0 or everything):
+                yield (
+                    f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not "
+                    f"use fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
+                )
+        if self.projector_learning_rate is not None and "projector" not in self.trainable:
+            yield (
+                f"projector_learning_rate={self.projector_learning_rate}: trainable={self.trainable} freezes the "
+                "projector; use --trainable adapter+projector or --projector-learning-rate none"
+            )
+        if self.train_on_val and steps is not None:
+            yield (
+                f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use "
+                "--eval-steps none or --train-on-val false"
+            )
+        if self.early_stopping_patience is not None and steps is None:
+            yield (
+                f"early_stopping_patience={self.early_stopping_patience} with eval_steps=none: nothing is measured "
+                "during training; use --early-stopping-patience none, or set --eval-steps (not with train_on_val=true)"
+            )
+        if self.max_steps == 0:
+            yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
+        if not self.question or self.question != self.question.strip() or "  " in self.question:
+            yield (
+                f"question={self.question!r}: empty, or with leading, trailing or double spaces, which tokenizers "
+                "treat differently; use single spaces between words"
+            )
+        if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
+            yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+        if self.streaming and self.max_steps <= 0:
+            yield f"streaming=true with max_steps={self.max_steps}: a stream has no length; set --max-steps"
+        if self.streaming and self.dataset in SOURCES:
+            yield f"streaming=true with dataset={self.dataset}: only a folder of parquet files is streamed; use false"
+        if self.streaming and (self.sample_fraction < 1 or self.train_on_val):
+            yield (
+                f"streaming=true with sample_fraction={self.sample_fraction} and train_on_val="
+                f"{format_value(self.train_on_val)}: both need all images at once; use 1 and false, or streaming=false"
+            )
 
 
 PRESETS: dict[str, dict] = {
@@ -192,59 +238,7 @@ PRESETS: dict[str, dict] = {
 def find_problems(options) -> Iterator[str]:
     """A sentence per value of a dataclass of options that cannot work: name and value, reason, next move."""
     yield from find_range_problems(options)
-    if hasattr(options, "find_conflicts"):
-        yield from options.find_conflicts()
-
-
-def _find_conflicts(config: TrainingConfig) -> Iterator[str]:
-    """A sentence per combination of values that cannot work."""
-    everything, streaming, train_on_val = config.trainable == "everything", config.streaming, config.train_on_val
-    if everything and config.load_in_4bit:
-        yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use --load-in-4bit false"
-    if config.model in CPU_MODELS and config.load_in_4bit:
-        yield f"model={config.model} with load_in_4bit=true: its weights are not loaded; use --preset {config.model}"
-    if everything and config.sharding == "fsdp":
-        yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
-    for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
-        if getattr(config, name) == value and (config.lora_dropout > 0 or everything):
-            yield (
-                f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not use "
-                f"fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
-            )
-    rate, patience = config.projector_learning_rate, config.early_stopping_patience
-    if rate is not None and "projector" not in config.trainable:
-        yield (
-            f"projector_learning_rate={rate}: trainable={config.trainable} freezes the projector; use --trainable "
-            "adapter+projector or --projector-learning-rate none"
-        )
-    if train_on_val and config.eval_steps is not None:
-        yield (
-            f"eval_steps={config.eval_steps} with train_on_val=true: images that are trained on measure nothing; use "
-            "--eval-steps none or --train-on-val false"
-        )
-    if patience is not None and config.eval_steps is None:
-        yield (
-            f"early_stopping_patience={patience} with eval_steps=none: nothing is measured during training; use "
-            "--early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
-        )
-    if config.max_steps == 0:
-        yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
-    if not config.question or config.question != config.question.strip() or "  " in config.question:
-        yield (
-            f"question={config.question!r}: empty, or with leading, trailing or double spaces, which tokenizers treat "
-            "differently; use single spaces between words"
-        )
-    if not all(name.replace("_", "").isalnum() for name in config.report_to.split(",")):
-        yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
-    if streaming and config.max_steps <= 0:
-        yield f"streaming=true with max_steps={config.max_steps}: a stream has no length; set --max-steps"
-    if streaming and config.dataset in SOURCES:
-        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false"
-    if streaming and (config.sample_fraction < 1 or train_on_val):
-        yield (
-            f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
-            f"{format_value(train_on_val)}: both need all images at once; use 1 and false, or --streaming false"
-        )
+    yield from getattr(options, "find_conflicts", tuple)()
 
 
 def find_range_problems(options) -> Iterator[str]:
@@ -258,8 +252,7 @@ def find_range_problems(options) -> Iterator[str]:
                 yield f"{name}=none: a value is needed; {default}"
         elif isinstance(value, bool) != (bool in kinds) or not isinstance(value, accepted):
             yield f"{name}={value!r}: {describe_type(field)} is needed; {default}"
-        elif limits["choices"] and value not in limits["choices"]:
-            choices = limits["choices"]
+        elif (choices := limits["choices"]) and value not in choices:
             yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(str(value), choices)}"
         elif isinstance(value, (int, float)) and not (
             math.isfinite(value)
