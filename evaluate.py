@@ -15,7 +15,6 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
@@ -47,24 +46,16 @@ class EvaluationOptions:
     ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
 
-class Evaluation(NamedTuple):
-    """A command line of evaluate.py."""
-
-    run: Run  # or a base model's, with the directory that its scores are written to
-    other: Run | None  # compared with the scores of `run`
-    options: EvaluationOptions
-
-
 def main(argv: list[str] | None = None) -> int:
     run, other, options = parse_evaluation(argv)
     set_environment()
     with report_errors(ConfigError):
-        if other is None:
-            setup_logging(run.folder, "evaluate.log")
-            evaluate_run(run, options)
-        else:
+        if other is not None:
             setup_logging()
             compare_runs(run, other, options.split)
+        else:
+            setup_logging(run.folder, "evaluate.log")
+            evaluate_run(run, options)
     return 0
 
 
@@ -126,9 +117,7 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
             logger.warning("the runs differ in %s: %r and %r", name, facts[name], other_facts[name])
     both = sorted(set(correct) & set(other_correct))
     if not both:
-        raise UserError(
-            f"{first.folder} and {second.folder}: no image of {split} was scored by both; score the same data set"
-        )
+        raise UserError(f"{first.folder}, {second.folder}: no image of {split} was scored by both; use one data set")
     found = mcnemar([correct[sample] for sample in both], [other_correct[sample] for sample in both])
     logger.info(
         f"result | {split} | {found['n']:,} images | {first.folder} {found['first']:.3f} | {second.folder} "
@@ -140,11 +129,10 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
 # ---- the command line
 
 
-def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
-    """No run (a base model), one, or two, with flags over the run's saved config."""
+def parse_evaluation(argv: list[str] | None = None) -> tuple[Run, Run | None, EvaluationOptions]:
+    """(a run, or a base model's with the directory for its scores; another to compare it with; options)."""
     line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
-    loaded = [line.load_run(folder, Run.load) for folder in line.words]
-    runs = [run for run in loaded if run is not None]
+    runs = [line.load_run(folder, Run.load) for folder in line.words]
     if len(line.words) > 2:
         line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
     elif not line.words and not {"model", "preset"} & set(line.given):
@@ -152,20 +140,21 @@ def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
             f"RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: {list_runs()}"
         )
     if line.words:
-        options = [field.name for field in dataclasses.fields(EvaluationOptions)]
-        allowed = {"split"} if len(line.words) == 2 else {*options, *OVERRIDABLE}
-        reason = "has no effect when runs are compared" if len(line.words) == 2 else "is fixed by the run"
+        allowed, reason = {*vars(EvaluationOptions()), *OVERRIDABLE}, "is fixed by the run"
+        if len(line.words) == 2:
+            allowed, reason = {"split"}, "has no effect when runs are compared"
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(allowed))
-        names = [*options, *(field.name for field in dataclasses.fields(TrainingConfig))]
-        line.refuse({name: f"{reason}; options here: {flags}" for name in names if name not in allowed})
-    run = runs[0] if runs else Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
+        line.refuse({name: f"{reason}; options here: {flags}" for name in line.given if name not in allowed})
+    run = next(filter(None, runs), None) or Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
     options, config = line.apply(EvaluationOptions()), line.apply(run.config)
-    run = dataclasses.replace(run, config=config)
     if not line.words:
-        run.config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
-        line.problems += () if line.problems else find_other_base(run)
+        folder = config.output_dir or f"runs/base-{Path(config.model).name}"
+        config = dataclasses.replace(config, output_dir=folder)
+    run = dataclasses.replace(run, config=config)
+    if not line.words and not line.problems:
+        line.problems += find_other_base(run)
     line.exit_on_problems()
-    return Evaluation(run, runs[1] if len(runs) == 2 else None, options)
+    return run, runs[1] if len(runs) == 2 else None, options
 
 
 def find_other_base(run: Run) -> list[str]:
