@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(f"saved | {out} | {size / 1e6:,.1f} MB | see its README.md")
     if repository:
         retry = f"{out} is complete; upload it with: hf upload {repository} {out}"
-        with report_errors(when_interrupted=retry), report_hub_errors(repository, retry):
-            from huggingface_hub import HfApi
-
+        with report_errors(when_interrupted=retry), open_hub(repository, retry) as hub:
             message = "Exported by LLaVA Plants"
-            commit = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message=message)
+            commit = hub.upload_folder(repo_id=repository, folder_path=out, commit_message=message)
             logger.info(f"saved | {commit.commit_url}")
     return 0
 
@@ -89,10 +87,8 @@ def check_can_export(run: Run, options: ExportOptions, out: Path) -> None:
     if run.config.model == "full" and not is_whole:
         raise UserError(f"{folder}: its randomly initialized base model existed on a GPU only; nothing can be exported")
     if options.push_to_hub:
-        with report_hub_errors(options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there"):
-            from huggingface_hub import HfApi
-
-            HfApi().create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
+        with open_hub(options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there") as hub:
+            hub.create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
 
 
 @contextlib.contextmanager
@@ -229,7 +225,6 @@ def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] |
 def find_base(run: Run, processor, scratch: Path) -> Path:
     """The folder that is merged into: the base model's safetensors, or best/ of a full fine-tune."""
     import torch
-    from huggingface_hub import snapshot_download
 
     from models.builder import build_base
 
@@ -241,9 +236,9 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
         return scratch
     if Path(config.model).is_dir():
         return Path(config.model)
-    with report_hub_errors(config.model, "check the network, and that HF_TOKEN may read it"):
+    with open_hub(config.model, "check the network, and that HF_TOKEN may read it") as hub:
         patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns))
+        return Path(hub.snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns))
 
 
 def save_classes(run: Run, prompt, draft: Path) -> None:
@@ -260,12 +255,13 @@ def save_classes(run: Run, prompt, draft: Path) -> None:
 
 
 @contextlib.contextmanager
-def report_hub_errors(name: str, next_move: str) -> Iterator[None]:
-    """A refusal of the hub, or a failure of the network, as a UserError."""
+def open_hub(name: str, next_move: str) -> Iterator[Any]:
+    """The hub's HfApi; what it refuses, or a failure of the network, becomes a UserError."""
     import httpx
+    from huggingface_hub import HfApi
 
     try:
-        yield
+        yield HfApi()
     except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
         raise UserError(f"{name}: the hub refuses ({first_line(error)}); {next_move}") from error
 
