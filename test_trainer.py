@@ -302,9 +302,7 @@ def check_steps(found: PreFlight) -> str:
     may_be_random = config.model in RANDOM_MODELS or Path(config.model).is_dir()
     pretrained = "0.5 to 2.0 is expected of a pretrained checkpoint"
     if not (PRETRAINED_LOSS[0] < losses[0] < PRETRAINED_LOSS[1] or (is_random and may_be_random)):
-        raise UserError(
-            f"starts at {losses[0]:.2f}; {pretrained}, about {chance:.1f} of random weights; is it the right one?"
-        )
+        raise UserError(f"starts at {losses[0]:.2f}; {pretrained}, about {chance:.1f} of random weights; check --model")
     expected = f"near ln(vocabulary) = {chance:.1f}, as expected of random weights" if is_random else pretrained
     return f"loss {', '.join(f'{loss:.2f}' for loss in losses)} ({expected})"
 

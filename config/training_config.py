@@ -140,7 +140,8 @@ class TrainingConfig:
 
     def find_conflicts(self) -> Iterator[str]:
         """A sentence per combination of values that cannot work."""
-        everything, steps = self.trainable == "everything", self.eval_steps
+        kind, steps, rate = self.trainable, self.eval_steps, self.projector_learning_rate
+        everything = kind == "everything"
         if everything and self.load_in_4bit:
             yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use load_in_4bit=false"
         if self.model in CPU_MODELS and self.load_in_4bit:
@@ -153,16 +154,10 @@ class TrainingConfig:
                     f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not "
                     f"use fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
                 )
-        if self.projector_learning_rate is not None and "projector" not in self.trainable:
-            yield (
-                f"projector_learning_rate={self.projector_learning_rate}: trainable={self.trainable} freezes the "
-                "projector; use --trainable adapter+projector or --projector-learning-rate none"
-            )
+        if rate is not None and "projector" not in kind:
+            yield f"projector_learning_rate={rate}: trainable={kind} freezes the projector; use adapter+projector"
         if self.train_on_val and steps is not None:
-            yield (
-                f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use "
-                "--eval-steps none or --train-on-val false"
-            )
+            yield f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use none"
         if self.early_stopping_patience is not None and steps is None:
             yield (
                 f"early_stopping_patience={self.early_stopping_patience} with eval_steps=none: nothing is measured "
