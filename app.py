@@ -22,6 +22,7 @@ from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
+from runtime.checkpoint import describe_best
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -92,7 +93,6 @@ def build_page(predictor, run: Run):
 
     from evaluation.model_card import WARNING, read_reports
     from evaluation.report import EXAMPLES_FOLDER
-    from runtime.checkpoint import describe_best
 
     # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.

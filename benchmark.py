@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from config.cli import CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
+from data.labels import CLASS_NAMES
 from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
@@ -85,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
-        from data.labels import CLASS_NAMES
         from models.builder import PlantModel
         from models.throughput import FlopCounter, measure_matmul_rate
         from runtime.device import GIB, choose_device, peak_memory

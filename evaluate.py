@@ -18,6 +18,7 @@ from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
+from runtime.checkpoint import describe_best
 from runtime.resume import changed_fields
 from runtime.run_dir import Run
 from runtime.run_files import save_config
@@ -68,7 +69,6 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from evaluation.verify import check_same_data
     from models.builder import PlantModel
     from models.memory import is_worth_compiling
-    from runtime.checkpoint import describe_best
     from runtime.distributed import assert_same_across_ranks, init_distributed
 
     # Every rank has all weights here, so one rank can evaluate a run that was sharded.

@@ -23,6 +23,10 @@ from typing import Any
 
 from config.cli import parse_config
 from config.training_config import RANDOM_MODELS, TrainingConfig, format_value
+from data.labels import parse_reply
+from runtime.atomic import require_disk_space
+from runtime.run_dir import Run
+from runtime.run_files import read_metrics
 from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -153,8 +157,6 @@ def check_disk_and_memory(found: PreFlight) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from runtime.atomic import require_disk_space
-
     model, cache = found.config.model, Path(HF_HUB_CACHE).absolute()
     require_disk_space(Path("."), RUN_BYTES, "a run needs at least", "run it on another disk")
     is_on_hub = "/" in model and not Path(model).is_dir()
@@ -178,8 +180,6 @@ def check_data(found: PreFlight) -> str:
 
 
 def check_class_names(found: PreFlight) -> str:
-    from data.labels import parse_reply
-
     names = found.data.class_names
     for index, name in enumerate(names):
         if parse_reply(name, names) != index:
@@ -283,8 +283,6 @@ def check_model(found: PreFlight) -> str:
 
 def check_steps(found: PreFlight) -> str:
     from models.trainer import build_trainer
-    from runtime.run_dir import Run
-    from runtime.run_files import read_metrics
 
     data = dataclasses.replace(found.data, train=found.rows, validation=None)
     with tempfile.TemporaryDirectory() as folder:
