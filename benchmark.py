@@ -10,7 +10,6 @@ nothing is saved. The table has images/s as the median step (slowest - fastest),
 matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
 """
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import NamedTuple
@@ -100,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         plant = PlantModel.from_config(config, CLASS_NAMES, device)
         host = peak_memory(torch.device("cpu")) / GIB
         count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        data = make_data(image, CLASS_NAMES, count)
+        data = make_data(image, count)
         (sample,) = plant.collator([data.train[0]]).samples
         print(
             f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
@@ -121,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
+def make_data(image: tuple[int, int], count: int):
     """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs."""
     import numpy as np
     from datasets import Dataset
@@ -136,11 +134,11 @@ def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
         coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
         files.append(file.getvalue())
     rows = [
-        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(class_names), "id": f"generated-{i}"}
+        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(CLASS_NAMES), "id": f"generated-{i}"}
         for i in range(count)
     ]
     train = Dataset.from_list(rows, features=ROW)
-    return PlantData(train, None, train, list(class_names), "generated images")
+    return PlantData(train, None, train, list(CLASS_NAMES), "generated images")
 
 
 def describe_machine(device) -> str:
@@ -199,22 +197,24 @@ def train_stock(run: Run, plant, data) -> list[Result]:
 
 def score_ours(plant, rows) -> Result:
     """The log-likelihoods of all class names, images decoded as in an evaluation."""
+    from runtime.device import reset_peak_memory
+
     size, rates = plant.eval_batch_size, []
-    with measure_memory(plant.device) as memory:
-        began = time.perf_counter()
-        for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
-            now = time.perf_counter()
-            if batch >= 2:  # workers have started
-                rates.append(len(scores) / (now - began))
-            began = now
-    return Result(f"scoring {len(plant.class_names)} names", rates, *memory, f"batch {size}")
+    reset_peak_memory(plant.device)
+    began = time.perf_counter()
+    for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
+        now = time.perf_counter()
+        if batch >= 2:  # workers have started
+            rates.append(len(scores) / (now - began))
+        began = now
+    return Result(f"scoring {len(plant.class_names)} names", rates, *read_memory(plant.device), f"batch {size}")
 
 
 def time_training(trainer, system: str, batch_size: int) -> tuple[Result, list[float]]:
     """(its result without a note; seconds at its start and, of each step, when images, gradients and it are there)."""
     from transformers import TrainerCallback
 
-    from runtime.device import synchronize
+    from runtime.device import reset_peak_memory, synchronize
 
     marks, device = [], trainer.args.device
 
@@ -226,24 +226,20 @@ def time_training(trainer, system: str, batch_size: int) -> tuple[Result, list[f
         on_train_begin = on_step_begin = on_pre_optimizer_step = on_step_end = mark
 
     trainer.add_callback(Clock)
-    with measure_memory(device) as memory:
-        trainer.train()
+    reset_peak_memory(device)
+    trainer.train()
     rates = [batch_size / (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :: 3])]
-    return Result(system, rates, *memory, ""), marks
+    return Result(system, rates, *read_memory(device), ""), marks
 
 
-@contextlib.contextmanager
-def measure_memory(device):
-    """[peak allocated, peak reserved] bytes of what runs inside; the resident size of the process without CUDA."""
+def read_memory(device) -> tuple[float, float]:
+    """(allocated, reserved) bytes, the most since reset_peak_memory; the process's resident size without CUDA."""
     import torch
 
-    from runtime.device import peak_memory, reset_peak_memory
+    from runtime.device import peak_memory
 
-    found = []
-    reset_peak_memory(device)
-    yield found
     peak = peak_memory(device)
-    found += [peak, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak]
+    return peak, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak
 
 
 def load_rate(trainer) -> float:

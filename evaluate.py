@@ -51,11 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     run, other, options = parse_evaluation(argv)
     set_environment()
     with report_errors(ConfigError):
-        if other is not None:
-            setup_logging()
+        setup_logging(None if other else run.folder, "evaluate.log")
+        if other:
             compare_runs(run, other, options.split)
         else:
-            setup_logging(run.folder, "evaluate.log")
             evaluate_run(run, options)
     return 0
 

@@ -40,9 +40,9 @@ class CommandLine:
     """
 
     def __init__(self, argv: list[str] | None, description: str, options=None, words: str = "", refused=None):
-        self.refused: dict[str, str] = refused or {}
+        refused = refused or {}
         fields = [*(dataclasses.fields(options) if options else ()), *dataclasses.fields(TrainingConfig)]
-        self._parser = _build_parser(description, fields, words, self.refused)
+        self._parser = _build_parser(description, fields, words, refused)
         argv = sys.argv[1:] if argv is None else argv
         argv = _complete_boolean_flags(argv, fields) if words else argv
         arguments, unknown = self._parser.parse_known_intermixed_args(argv)
@@ -50,31 +50,30 @@ class CommandLine:
         self.words: list[str] = given.pop("words", [])
         self.given: dict[str, str] = {name: value for name, value in given.items() if value is not MISSING}
         self.problems = [f"{_flag(name)}: a value is needed" for name, value in given.items() if value is MISSING]
-        self.refuse(self.refused)
-        offered = [_flag(field.name) for field in fields if field.name not in self.refused]
+        self.refuse(refused)
+        offered = [_flag(field.name) for field in fields if field.name not in refused]
         names = {word: word.partition("=")[0].replace("_", "-") for word in unknown if word.startswith("-")}
         self.problems += [f"{word}: unknown flag{nearest_name(name, offered)}" for word, name in names.items()]
         if unknown and not names:
             self.problems.append(f"{' '.join(unknown)}: unexpected argument; options are given as --name value")
 
     def refuse(self, reasons: dict[str, str]) -> None:
-        """Report the flags among these fields that were given."""
+        """Report the flags among these fields that were given, and ignore them from then on."""
         given = [name for name in reasons if name in self.given]
-        self.problems += [f"{_flag(name)} {self.given[name]}: {reasons[name]}" for name in given]
+        self.problems += [f"{_flag(name)} {self.given.pop(name)}: {reasons[name]}" for name in given]
 
     def apply(self, base):
         """`base` (an instance of a dataclass of options), overridden by --preset and then by the flags; checked."""
-        given = {name: text for name, text in self.given.items() if name not in self.refused}
-        preset = given.get("preset", "default") if isinstance(base, TrainingConfig) else "default"
+        preset = self.given.get("preset", "default") if isinstance(base, TrainingConfig) else "default"
         if preset not in PRESETS:
             self.problems.append(f"--preset {preset}: not one of {', '.join(PRESETS)}{nearest_name(preset, PRESETS)}")
         values = dict(PRESETS.get(preset, {}))
         for field in dataclasses.fields(base):
-            if field.name in given:
+            if field.name in self.given:
                 try:
-                    values[field.name] = _convert(given[field.name], field)
+                    values[field.name] = _convert(self.given[field.name], field)
                 except ValueError:
-                    self.problems.append(f"{field.name}={given[field.name]}: {describe_type(field)} is needed")
+                    self.problems.append(f"{field.name}={self.given[field.name]}: {describe_type(field)} is needed")
         options = resolve_paths(dataclasses.replace(base, **values))
         self.problems += find_problems(options)
         return options
@@ -114,7 +113,8 @@ def parse_run_command(
     fixed = {name: "is fixed by the run" for name in names if name not in overridable}
     usage = f"RUN {words}".rstrip()
     line = CommandLine(argv, description, options, usage, fixed)
-    run, rest = None, line.words[1:]
+    run: typing.Any = None
+    rest = line.words[1:]
     extra = [] if words.endswith("...") else rest[1:] if words else rest
     if not line.words:
         line.problems.append(f"RUN is missing; usage: {usage}. Runs here: {list_runs()}")

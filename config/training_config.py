@@ -271,13 +271,12 @@ def nearest_name(word: str, known: Iterable[str]) -> str:
 
 def resolve_paths(options):
     """`options` with the folders of `model` and `dataset` as absolute paths: a run is used later from anywhere."""
-    folders = {name: getattr(options, name, None) for name in ("model", "dataset")}
-    found = {
-        name: os.path.abspath(path)
-        for name, path in folders.items()
-        if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.isdir(path)
-    }
-    return dataclasses.replace(options, **found) if found else options
+    found = {}
+    for name in ("model", "dataset"):
+        path = getattr(options, name, None)
+        if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.isdir(path):
+            found[name] = os.path.abspath(path)
+    return dataclasses.replace(options, **found)
 
 
 def config_from_dict(saved: dict) -> TrainingConfig:
