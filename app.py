@@ -24,7 +24,7 @@ from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.checkpoint import describe_best
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
 MAX_UPLOAD = "20mb"
@@ -158,8 +158,6 @@ def serve(page, options: PageOptions) -> None:
 
 def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
     """HTML for an upload, (path, its own name), or for None, after the photo was removed."""
-    from utils.image_utils import printable
-
     if upload is None:
         return texts.start()
     path, name = upload

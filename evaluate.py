@@ -146,12 +146,10 @@ def parse_evaluation(argv: list[str] | None = None) -> tuple[Run, Run | None, Ev
         line.refuse({name: f"{reason}; options here: {flags}" for name in line.given if name not in allowed})
     run = next(filter(None, runs), None) or Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
     options, config = line.apply(EvaluationOptions()), line.apply(run.config)
-    if not line.words:
-        folder = config.output_dir or f"runs/base-{Path(config.model).name}"
-        config = dataclasses.replace(config, output_dir=folder)
     run = dataclasses.replace(run, config=config)
-    if not line.words and not line.problems:
-        line.problems += find_other_base(run)
+    if not line.words:
+        run.config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
+        line.problems += [] if line.problems else find_other_base(run)
     line.exit_on_problems()
     return run, runs[1] if len(runs) == 2 else None, options
 

@@ -235,12 +235,9 @@ def check_sample(found: PreFlight) -> str:
     processor = found.collator.processor
     batch = found.batch = found.collator(first_readable(found.collator, found.rows, 1))
     (sample,), ids = batch.samples, batch["input_ids"][0]
-    prompt, answer = processor.tokenizer.batch_decode(
-        ids.split([sample.prompt_length, len(ids) - sample.prompt_length])
-    )
-    expanded = processor.image_token * sample.image_tokens
-    prompt = prompt.replace(expanded, f"{processor.image_token} x {sample.image_tokens:,} ")
-    return f"{prompt!r} -> supervised: {answer!r}"
+    expanded, short = processor.image_token * sample.image_tokens, f"{processor.image_token} x {sample.image_tokens:,} "
+    prompt = processor.tokenizer.decode(ids[: sample.prompt_length]).replace(expanded, short)
+    return f"{prompt!r} -> supervised: {processor.tokenizer.decode(ids[sample.prompt_length :])!r}"
 
 
 def check_image_tokens(found: PreFlight) -> str:

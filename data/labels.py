@@ -59,7 +59,5 @@ def normalize(text: str) -> str:
 
 def parse_reply(reply: str, class_names: Sequence[str]) -> int | None:
     """The class whose name the reply is, apart from case, spacing and punctuation at the ends; None if it is none."""
-    wanted = normalize(reply)
-    if not wanted:
-        return None
-    return next((index for index, name in enumerate(class_names) if normalize(name) == wanted), None)
+    wanted, names = normalize(reply), [normalize(name) for name in class_names]
+    return names.index(wanted) if wanted and wanted in names else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  registers two formats that PIL loads late
 
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of image files, in upper or lower case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -119,11 +119,6 @@ def png_image(image: Image.Image, compress_level: int = -1) -> dict:
 def gray_image(size: tuple[int, int]) -> dict:
     """Plain gray of this (H, W), as the image of a row."""
     return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
-
-
-def printable(name: str) -> str:
-    """A file name that stays on one line of the log."""
-    return name if name.isprintable() else repr(name)
 
 
 def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image.Image]:

@@ -34,6 +34,11 @@ class UserError(Exception):
     """Something the user can fix, in one message: the value, the reason, the next move."""
 
 
+def printable(name: str) -> str:
+    """A file name that stays on one line of the log."""
+    return name if name.isprintable() else repr(name)
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library inside a sentence of ours: its type and the first line of its message."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()  # torch's are in colors
