@@ -9,20 +9,18 @@ Drop or paste a photo, or take one. Photos are classified one by one, kept for a
 """
 
 import contextlib
-import dataclasses
 import os
 import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
-from runtime.checkpoint import describe_best
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
 
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             import gradio  # noqa: F401  tell at once if it is missing
         except ImportError as error:
             raise UserError(f"the page needs gradio ({error}): pip install -r requirements-app.txt") from error
-        options = dataclasses.replace(options, port=find_port(options.host, options.port))
+        options = replace(options, port=find_port(options.host, options.port))
         from evaluation.predictor import load_predictor
 
         serve(build_page(load_predictor(run), run), options)
@@ -93,6 +91,7 @@ def build_page(predictor, run: Run):
 
     from evaluation.model_card import WARNING, read_reports
     from evaluation.report import EXAMPLES_FOLDER
+    from runtime.checkpoint import describe_best
 
     # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.

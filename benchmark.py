@@ -10,7 +10,6 @@ nothing is saved. The table has images/s as the median step (slowest - fastest),
 matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
 """
 
-import dataclasses
 import io
 import itertools
 import math
@@ -22,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
 from config.cli import CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
-from data.labels import CLASS_NAMES
 from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
@@ -84,21 +83,20 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
+        from data.labels import CLASS_NAMES
         from models.builder import PlantModel
         from models.throughput import FlopCounter, measure_matmul_rate
         from runtime.device import GIB, choose_device, peak_memory
 
         steps = WARM_UP + options.steps
-        config = dataclasses.replace(
-            config, output_dir=folder, max_steps=steps, eval_steps=None, save_steps=10 * steps, report_to="none"
-        )
+        config = replace(config, output_dir=folder, max_steps=steps, eval_steps=None, report_to="none")
         device = choose_device(config.model, config.gpu_memory_fraction)
         print(describe_machine(device), flush=True)
         began = time.perf_counter()
         plant = PlantModel.from_config(config, CLASS_NAMES, device)
         host = peak_memory(torch.device("cpu")) / GIB
         count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        data = make_data(image, count)
+        data = make_data(image, CLASS_NAMES, count)
         (sample,) = plant.collator([data.train[0]]).samples
         print(
             f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_data(image: tuple[int, int], count: int):
+def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
     """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs."""
     import numpy as np
     from datasets import Dataset
@@ -134,11 +132,11 @@ def make_data(image: tuple[int, int], count: int):
         coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
         files.append(file.getvalue())
     rows = [
-        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(CLASS_NAMES), "id": f"generated-{i}"}
+        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(class_names), "id": f"generated-{i}"}
         for i in range(count)
     ]
     train = Dataset.from_list(rows, features=ROW)
-    return PlantData(train, None, train, list(CLASS_NAMES), "generated images")
+    return PlantData(train, None, train, list(class_names), "generated images")
 
 
 def describe_machine(device) -> str:

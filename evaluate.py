@@ -10,15 +10,13 @@ Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a b
 Temperature and "not sure" threshold are fitted on val alone. The same command resumes an interrupted evaluation.
 """
 
-import dataclasses
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
-from runtime.checkpoint import describe_best
 from runtime.resume import changed_fields
 from runtime.run_dir import Run
 from runtime.run_files import save_config
@@ -68,11 +66,12 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from evaluation.verify import check_same_data
     from models.builder import PlantModel
     from models.memory import is_worth_compiling
+    from runtime.checkpoint import describe_best
     from runtime.distributed import assert_same_across_ranks, init_distributed
 
     # Every rank has all weights here, so one rank can evaluate a run that was sharded.
-    with init_distributed(dataclasses.replace(run.config, sharding="none")) as dist:
-        assert_same_across_ranks({"run": f"{run.folder}"} | dataclasses.asdict(options), dist)
+    with init_distributed(replace(run.config, sharding="none")) as dist:
+        assert_same_across_ranks({"run": f"{run.folder}"} | asdict(options), dist)
         with dist.main_process_first():
             data = build_datasets(run.config)
             if not run.is_base_model:
@@ -146,9 +145,9 @@ def parse_evaluation(argv: list[str] | None = None) -> tuple[Run, Run | None, Ev
         line.refuse({name: f"{reason}; options here: {flags}" for name in line.given if name not in allowed})
     run = next(filter(None, runs), None) or Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
     options, config = line.apply(EvaluationOptions()), line.apply(run.config)
-    run = dataclasses.replace(run, config=config)
+    run = replace(run, config=config)
     if not line.words:
-        run.config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
+        run.config = replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
         line.problems += [] if line.problems else find_other_base(run)
     line.exit_on_problems()
     return run, runs[1] if len(runs) == 2 else None, options

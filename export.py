@@ -20,8 +20,6 @@ from typing import Any
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
 from config.training_config import RANDOM_MODELS, ConfigError, option
-from runtime.atomic import beside, replace_dir, require_disk_space
-from runtime.checkpoint import MODEL_CARD, describe_best
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, logger, report_errors, set_environment, setup_logging
 
@@ -68,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_can_export(run: Run, options: ExportOptions, out: Path) -> None:
     """What can be checked before any weight is read. Raises UserError."""
+    from runtime.checkpoint import describe_best
     from runtime.device import refuse_several_ranks
 
     refuse_several_ranks()  # before they contend for the staging directory
@@ -97,6 +96,8 @@ def staging_dir(out: Path) -> Iterator[Path]:
     """A directory that becomes `out`, or is removed if anything is raised. Raises UserError if one is in the way."""
     import filelock
 
+    from runtime.atomic import beside, replace_dir
+
     draft, lock = beside(out)[0], out.with_name(f"{out.name}.lock")
     if draft.exists() and not lock.exists():
         raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
@@ -116,6 +117,7 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     from evaluation import verify
     from evaluation.model_card import build_model_card
     from models.builder import PlantModel
+    from runtime.checkpoint import MODEL_CARD
     from runtime.device import choose_device
 
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
@@ -158,6 +160,7 @@ def save_merged(run: Run, plant, draft: Path, images) -> tuple[Any, float | None
     from evaluation.verify import load_whole, logits_with
     from models.builder import check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
+    from runtime.atomic import require_disk_space
     from runtime.device import collect_memory
     from utils.tokenizer_utils import tokenizer_probe
 
@@ -241,6 +244,7 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
 def save_classes(run: Run, prompt, draft: Path) -> None:
     """class_names.json: all that is needed to predict as this project does."""
     from evaluation.evaluator import read_calibration
+    from runtime.checkpoint import describe_best
 
     facts = {"class_names": run.recorded["class_names"], "question": run.config.question, **prompt._asdict()}
     facts["image_size"] = run.config.image_size

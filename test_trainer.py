@@ -7,7 +7,6 @@ Cheapest checks first, one line each. Exit status 1 if any failed. Writes no run
 """
 
 import ctypes
-import dataclasses
 import itertools
 import logging
 import math
@@ -16,15 +15,13 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from config.cli import parse_config
 from config.training_config import RANDOM_MODELS, TrainingConfig, format_value
-from data.labels import parse_reply
-from runtime.atomic import require_disk_space
 from runtime.run_dir import Run
 from runtime.run_files import read_metrics
 from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
@@ -157,6 +154,8 @@ def check_disk_and_memory(found: PreFlight) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from runtime.atomic import require_disk_space
+
     model, cache = found.config.model, Path(HF_HUB_CACHE).absolute()
     require_disk_space(Path("."), RUN_BYTES, "a run needs at least", "run it on another disk")
     is_on_hub = "/" in model and not Path(model).is_dir()
@@ -180,6 +179,8 @@ def check_data(found: PreFlight) -> str:
 
 
 def check_class_names(found: PreFlight) -> str:
+    from data.labels import parse_reply
+
     names = found.data.class_names
     for index, name in enumerate(names):
         if parse_reply(name, names) != index:
@@ -281,11 +282,9 @@ def check_model(found: PreFlight) -> str:
 def check_steps(found: PreFlight) -> str:
     from models.trainer import build_trainer
 
-    data = dataclasses.replace(found.data, train=found.rows, validation=None)
+    data = replace(found.data, train=found.rows, validation=None)
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(
-            found.config, output_dir=folder, max_steps=STEPS, save_steps=10 * STEPS, eval_steps=None, report_to="none"
-        )
+        config = replace(found.config, output_dir=folder, max_steps=STEPS, eval_steps=None, report_to="none")
         trainer = build_trainer(Run(config), found.plant, data)
         trainer.args.save_strategy = "no"
         trainer.plan_memory()

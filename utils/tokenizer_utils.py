@@ -49,8 +49,8 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     if not stop_ids:
         raise UserError("the checkpoint has no eos_token_id, so no answer could end; set it in generation_config.json")
     fallback = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
-    own = (stop for stop in stop_ids if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop)))
-    eos_id = next(own, fallback)
+    template_eos = (stop for stop in stop_ids if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop)))
+    eos_id = next(template_eos, fallback)
     return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(eos_id), eos_id)
 
 
