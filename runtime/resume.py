@@ -1,7 +1,7 @@
 """Whether a run is new, resumes or is complete: what must be the same as when it started."""
 
 import dataclasses
-import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ SAME_ON_RESUME = {
 class Decision(NamedTuple):
     """Where a run goes, and what the user should hear of it."""
 
-    config: TrainingConfig  # with output_dir filled in
+    folder: Path
     state: str  # new, interrupted or completed
     notes: list[str]
     fork_from: Path | None = None  # another run's checkpoint, where this run begins
@@ -39,28 +39,37 @@ def decide_run(config: TrainingConfig) -> Decision:
     Without output_dir: runs/<preset>, and if that is complete or another config's, runs/<preset>-2, -3, ... An explicit
     folder is never replaced by another one: ConfigError says what differs. Resumable options may differ.
     """
+    folder, notes = Path(config.output_dir or f"runs/{config.preset}"), []
+    if config.output_dir is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder}: is a file; give a folder")
     if config.resume not in ("auto", "never"):
         return _decide_named_start(config, Path(config.resume))
     if config.output_dir is not None:
-        return _decide_explicit(config, Path(config.output_dir))
-    notes: list[str] = []
-    for number in itertools.count(1):
-        folder = Path("runs") / (config.preset if number == 1 else f"{config.preset}-{number}")
-        candidate = dataclasses.replace(config, output_dir=str(folder))
-        if is_fresh(folder):
-            return Decision(candidate, "new", [*notes, f"using {folder}"] if notes else [])
-        reason = "is kept (--resume never)" if config.resume == "never" else _why_not_resumable(candidate, folder)
-        if reason is None:
-            return Decision(candidate, "interrupted", [*notes, _resume_note(config, folder)])
-        notes.append(f"{folder} {reason}")
-    raise AssertionError("unreachable")
+        return _decide_explicit(config, folder)
+    while not is_fresh(folder) and (obstacle := _find_obstacle(config, folder)):
+        notes.append(f"{folder} {obstacle}")
+        folder = Path(f"runs/{config.preset}-{len(notes) + 1}")
+    if is_fresh(folder):
+        return Decision(folder, "new", [*notes, f"using {folder}"] if notes else [])
+    return Decision(folder, "interrupted", [*notes, _resume_note(config, folder)])
+
+
+def _find_obstacle(config: TrainingConfig, folder: Path) -> str | None:
+    if config.resume == "never":
+        return "is kept (--resume never)"
+    try:
+        saved, _ = load_config(folder)
+    except ConfigError:
+        return "holds something else"
+    if is_completed(folder):
+        return "is complete"
+    changed = changed_fields(config, saved)
+    return f"has another config ({'; '.join(changed)})" if changed else None
 
 
 def _decide_explicit(config: TrainingConfig, folder: Path) -> Decision:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder}: is a file; give a folder")
     if is_fresh(folder):
-        return Decision(config, "new", [])
+        return Decision(folder, "new", [])
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(
             f"--output-dir {folder}: holds files but is not a run ({CONFIG_FILE} is missing); give a new folder"
@@ -71,9 +80,9 @@ def _decide_explicit(config: TrainingConfig, folder: Path) -> Decision:
     notes = _check_options(config, saved, folder)
     same_end = (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs)
     if same_end and is_completed(folder):
-        move = "give a new folder, or a larger --max-steps to continue"
-        return Decision(config, "completed", [f"{folder} is complete; {move}"])
-    return Decision(config, "interrupted", [*notes, _resume_note(config, folder)])
+        note = f"{folder} is complete; give a new folder, or a larger --max-steps to continue"
+        return Decision(folder, "completed", [note])
+    return Decision(folder, "interrupted", [*notes, _resume_note(config, folder)])
 
 
 def _decide_named_start(config: TrainingConfig, start: Path) -> Decision:
@@ -92,22 +101,18 @@ def _decide_named_start(config: TrainingConfig, start: Path) -> Decision:
     is_run = (start / CONFIG_FILE).exists()
     run = start if is_run else start.parent
     folder = Path(config.output_dir or run)
-    config = dataclasses.replace(config, output_dir=str(folder))
     if (folder / CONFIG_FILE).exists() and load_config(folder)[0].resume == config.resume:
         return _decide_explicit(config, folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output-dir {folder}: is a file; give a folder")
     checkpoints = checkpoints_in(run) if (run / CONFIG_FILE).exists() else []
     if not is_run and start not in checkpoints:
         known = f"{run} has {', '.join(path.name for path in checkpoints)}"
         move = known if checkpoints else "use auto, never, or a path like runs/default/checkpoint-50"
         raise ConfigError(f"--resume {start}: is no run and no checkpoint of one; {move}")
     if folder.resolve() == run.resolve():
-        last = max((step_of(path) for path in checkpoints), default=0)
-        if not is_run and last > step_of(start):
+        if not is_run and start != checkpoints[0]:
             raise ConfigError(
-                f"--resume {start}: the run continued to step {last} from there; leave --resume out to resume it, or "
-                "give a new --output-dir to start again from that checkpoint"
+                f"--resume {start}: the run continued to step {step_of(checkpoints[0])} from there; leave --resume out "
+                "to resume it, or give a new --output-dir to start again from that checkpoint"
             )
         return _decide_explicit(config, folder)
     if is_run:
@@ -118,14 +123,13 @@ def _decide_named_start(config: TrainingConfig, start: Path) -> Decision:
     if not is_fresh(folder):
         raise ConfigError(f"--output-dir {folder}: holds what did not start from {start}; give a new folder")
     notes = _check_options(config, load_config(run)[0], run)
-    return Decision(config, "new", [*notes, f"starting {folder} from {start}"], start)
+    return Decision(folder, "new", [*notes, f"starting {folder} from {start}"], start)
 
 
 def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) -> list[str]:
     """A note of changed options where --allow-changed allows them; else ConfigError."""
     changed = "; ".join(changed_fields(config, saved))
-    is_fixed = any(getattr(config, name) != getattr(saved, name) for name in OF_THE_WEIGHTS)
-    if is_fixed or (changed and not config.allow_changed):
+    if _changes(config, saved, OF_THE_WEIGHTS) or (changed and not config.allow_changed):
         preset = f"; it was started with --preset {saved.preset}" if saved.preset != config.preset else ""
         raise ConfigError(
             f"--output-dir {folder}: holds a run with another config ({changed}); give a new folder, the old options "
@@ -135,19 +139,8 @@ def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) 
 
 
 def _resume_note(config: TrainingConfig, folder: Path) -> str:
-    changed = _differences(config, load_config(folder)[0], resumable=True)
-    return f"resuming {folder}" + (f"; changed options that keep the result: {'; '.join(changed)}" if changed else "")
-
-
-def _why_not_resumable(config: TrainingConfig, folder: Path) -> str | None:
-    try:
-        saved, _ = load_config(folder)
-    except ConfigError:
-        return "holds something else"
-    if is_completed(folder):
-        return "is complete"
-    changed = changed_fields(config, saved)
-    return f"has another config ({'; '.join(changed)})" if changed else None
+    changed = "; ".join(_changes(config, load_config(folder)[0], _option_names(resumable=True)))
+    return f"resuming {folder}" + (f"; changed options that keep the result: {changed}" if changed else "")
 
 
 def is_fresh(folder: Path) -> bool:
@@ -158,29 +151,25 @@ def is_fresh(folder: Path) -> bool:
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     """`name: old -> new` of every option that changes what a run computes."""
-    changed = _differences(new, old, resumable=False)
+    changed = _changes(new, old, _option_names(resumable=False))
     # Fewer steps, or epochs where steps do not decide, would end over a longer run that is still to be done.
     same_kind = (new.max_steps > 0) == (old.max_steps > 0)
     name = "max_steps" if new.max_steps > 0 else "num_train_epochs"
     if not same_kind or getattr(new, name) < getattr(old, name):
-        changed += [
-            f"{name}: {getattr(old, name)} -> {getattr(new, name)}"
-            for name in ("max_steps", "num_train_epochs")
-            if getattr(new, name) != getattr(old, name)
-        ]
+        changed += _changes(new, old, ("max_steps", "num_train_epochs"))
     if new.effective_batch_size != old.effective_batch_size:
         changed.append(f"global batch size: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed
 
 
-def _differences(new: TrainingConfig, old: TrainingConfig, resumable: bool) -> list[str]:
-    return [
-        f"{field.name}: {getattr(old, field.name)} -> {getattr(new, field.name)}"
-        for field in dataclasses.fields(TrainingConfig)
-        if field.metadata["resumable"] == resumable
-        and field.name not in NOT_COMPARED
-        and getattr(new, field.name) != getattr(old, field.name)
-    ]
+def _option_names(resumable: bool) -> list[str]:
+    options = [field for field in dataclasses.fields(TrainingConfig) if field.name not in NOT_COMPARED]
+    return [field.name for field in options if field.metadata["resumable"] == resumable]
+
+
+def _changes(new: TrainingConfig, old: TrainingConfig, names: Iterable[str]) -> list[str]:
+    values = [(name, getattr(old, name), getattr(new, name)) for name in names]
+    return [f"{name}: {before} -> {after}" for name, before, after in values if before != after]
 
 
 def check_same_facts(facts: dict, folder: Path, allow_changed: bool = False) -> list[str]:

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.training_config import CONFIG_FILE, TrainingConfig
+from runtime.checkpoint import (
+    check_disk,
+    fork_checkpoint,
+    last_checkpoint,
+    recover_interrupted_replace,
+    require_valid_checkpoint,
+)
 from runtime.resume import check_same_facts, decide_run
 from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, lock_folder, save_config
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
 
 if TYPE_CHECKING:
-    from runtime.distributed import Distributed
+    from runtime.distributed import Distributed  # imports torch
 
 
 @dataclass
@@ -30,9 +37,8 @@ class Run:
     recorded: dict = field(default_factory=dict)
     dist: "Distributed | None" = None
     completed: bool = False
-    resume_from: Path | None = None  # checkpoint; known once `record` was called
-    fork_from: Path | None = None  # another run's checkpoint, where this one begins
     is_new: bool = True
+    resume_from: Path | None = None  # checkpoint; known once `record` was called
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -81,26 +87,24 @@ class Run:
             self.resume_from = found and Path(found)
 
     def _record(self, plant, data, trainer) -> None:
-        from runtime.checkpoint import check_disk, fork_checkpoint, last_checkpoint, recover_interrupted_replace
-
-        check_disk(self.folder, plant.model.num_parameters(only_trainable=True), self.config.save_total_limit)
+        config, origin = self.config, self.recorded.get("origin")  # another run's checkpoint, where this one begins
+        check_disk(self.folder, plant.model.num_parameters(only_trainable=True), config.save_total_limit)
         facts = plant.facts() | {
             "class_names": data.class_names,
             "data_fingerprint": data.fingerprint(),
             "ranks": self.dist.world_size if self.dist else 1,
-            "stream_workers": trainer.args.dataloader_num_workers if self.config.streaming else None,
+            "stream_workers": trainer.args.dataloader_num_workers if config.streaming else None,
         }
-        began = self.fork_from.parent if self.is_new and self.fork_from else self.folder
-        if not self.is_new or self.fork_from:
-            for note in check_same_facts(facts, began, self.config.allow_changed):
+        if not self.is_new or origin:
+            began = Path(config.resume).parent if self.is_new else self.folder
+            for note in check_same_facts(facts, began, config.allow_changed):
                 logger.warning(note)
-        origin = str(self.fork_from.resolve()) if self.fork_from else None
         self.recorded = facts | {"run_id": self.run_id, "origin": origin}
-        save_config(self.config, self.folder, self.recorded)
+        save_config(config, self.folder, self.recorded)
         recover_interrupted_replace(self.best_folder)
         self.resume_from = last_checkpoint(self.folder, self.run_id)
-        if self.resume_from is None and self.fork_from is not None:
-            self.resume_from = fork_checkpoint(self.fork_from, self.folder, self.run_id)
+        if self.resume_from is None and origin:
+            self.resume_from = fork_checkpoint(Path(origin), self.folder, self.run_id)
         if self.resume_from is None and not self.is_new:
             logger.info("plan | no checkpoint to resume from: starting at step 1")
 
@@ -112,7 +116,7 @@ class Run:
         config, steps, count = self.config, trainer.planned_steps(), data.num_train
         size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
         val = "no val (it is in train)" if data.validation is None else f"{len(data.validation):,} val"
-        ranks = 1 if self.dist is None else self.dist.world_size
+        ranks = self.recorded["ranks"]
         where = str(plant.device) if ranks == 1 else f"{ranks} x {plant.device.type}"
         untested = ", untested on MPS" if plant.device.type == "mps" else ""
         epochs = steps * config.effective_batch_size / count
@@ -149,34 +153,23 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         decided = None
         if dist.is_main_process:
-            decision = decide_run(config)
-            folder = Path(decision.config.output_dir or "")
-            recorded: dict = {}
-            if decision.state != "completed":
-                if decision.fork_from is not None:
-                    from runtime.checkpoint import require_valid_checkpoint
-
-                    require_valid_checkpoint(decision.fork_from)
+            folder, state, notes, fork_from = decide_run(config)
+            if fork_from is not None:
+                require_valid_checkpoint(fork_from)
+            if state != "completed":
                 stack.enter_context(lock_folder(folder))
                 setup_logging(folder)
-            recorded = load_config(folder)[1] if decision.state == "interrupted" else {"run_id": uuid.uuid4().hex}
-            for note in decision.notes:
+            recorded = {"run_id": uuid.uuid4().hex, "origin": fork_from and str(fork_from.resolve())}
+            for note in notes:
                 logger.info("run | %s", note)
-            fork_from = decision.fork_from or recorded.get("origin")
-            decided = [str(folder), decision.state, str(fork_from) if fork_from else None, recorded]
-        folder, state, fork_from, recorded = dist.broadcast_object(decided)
-        if state != "completed" and not _appears(Path(folder) / LOCK_FILE):
+            decided = [str(folder), state, load_config(folder)[1] if state == "interrupted" else recorded]
+        output_dir, state, recorded = dist.broadcast_object(decided)
+        config = dataclasses.replace(config, output_dir=output_dir)
+        run = Run(config, recorded, dist, completed=state == "completed", is_new=state == "new")
+        if not run.completed and not _appears(run.folder / LOCK_FILE):
             raise UserError(
-                f"{folder}: rank {dist.rank} does not see it; several machines need the run folder on a shared disk"
+                f"{run.folder}: rank {dist.rank} does not see it; several machines need the run folder on a shared disk"
             )
-        run = Run(
-            dataclasses.replace(config, output_dir=folder),
-            recorded,
-            dist,
-            completed=state == "completed",
-            fork_from=fork_from and Path(fork_from),
-            is_new=state == "new",
-        )
         try:
             yield run
         except BaseException:

@@ -35,7 +35,7 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
     """
     path = Path(folder) / CONFIG_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+        saved = read_json(path)
         config, recorded = config_from_dict(dict(saved["config"])), dict(saved["recorded"])
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
@@ -69,18 +69,8 @@ def is_completed(folder: str | Path) -> bool:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl, without lines that a kill or a crash tore."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [entry for entry in map(_read_line, lines) if entry is not None]
-
-
-def _read_line(line: str) -> dict | None:
-    try:
-        entry = json.loads(line, object_hook=renamed)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    """The lines of metrics.jsonl."""
+    return [line for line in read_lines(Path(folder) / METRICS_FILE) if isinstance(line.get("step"), int)]
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:
@@ -126,12 +116,25 @@ def lock_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
-    """(header, entries) of a cache, without lines that a kill tore; (None, []) where there is none."""
+# ---- readers
+
+
+def read_json(path: Path) -> dict:
+    """An object that a run wrote, under today's keys."""
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file with one on each line, without lines that a kill or a crash tore; [] without the file."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     objects = []
     for line in lines:
         with contextlib.suppress(ValueError):
             objects.append(json.loads(line, object_hook=renamed))
-    objects = [entry for entry in objects if isinstance(entry, dict)]
-    return (objects[0], [entry for entry in objects[1:] if "image" in entry]) if objects else (None, [])
+    return [entry for entry in objects if isinstance(entry, dict)]
+
+
+def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
+    """(header, entries) of a cache; (None, []) where there is none."""
+    header, *entries = read_lines(path) or [None]
+    return header, [entry for entry in entries if entry and "image" in entry]
