@@ -2,13 +2,12 @@
 
 A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and says by environment variables which is
 which. Each rank takes every n-th sample of the same batches, so the order of samples and a step's exact token mean are
-those of a single rank, whatever is left over at the end. Gradients are all-reduced once, after the last micro-batch,
-and not by DDP's hooks in its backward pass: a rank that runs out of memory there could not retry it, for the other
-ranks would wait in the middle of the reduction.
+those of a single rank. Gradients are all-reduced once, after the last micro-batch, and not by DDP's hooks in its
+backward pass: a rank that runs out of memory there could not retry it while the others wait in the reduction.
 
-Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank: an adapter is small, so
-gradients, optimizer and checkpoints are the same with and without sharding, and either resumes from the other's.
-accelerate's FSDP would shard those too, and then all ranks have to take part in all forwards and saves.
+Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank, so gradients, optimizer
+and checkpoints are the same with and without sharding, and either resumes from the other's. accelerate's FSDP would
+shard those too, and then all ranks have to take part in all forwards and saves.
 """
 
 import contextlib
@@ -21,8 +20,7 @@ import sys
 import threading
 import time
 import traceback
-import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +33,10 @@ from config.training_config import TrainingConfig
 from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
 from utils.logging_utils import UserError, first_line, logger, report_as_rank
 
-if typing.TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
-    from torch.distributed.fsdp import FSDPModule
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 RENDEZVOUS_S = 60  # seconds in which all ranks must have found each other
-COLLECTIVE_S = (
-    3600  # seconds that a rank may wait in a collective: for a data set to be read, a checkpoint to be written
-)
+COLLECTIVE_S = 3600  # seconds that a rank may wait for others: one reads a data set, or writes a checkpoint
 LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")  # says gloo, or NCCL
 HOW_TO_START = "Start with torchrun, or under Slurm as the README shows."
 
@@ -75,18 +67,15 @@ class Distributed:
     """The ranks that work on one model, as one of them sees it. Rank 0, the main process, writes the run directory."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, store=None):
-        self.rank = rank
-        self.world_size = world_size
+        self.rank, self.world_size, self.is_main_process = rank, world_size, rank == 0
         self.device = device or torch.device("cpu")
-        self.is_main_process = rank == 0
-        self._store = store
-        self._broadcasts = 0
+        self._store, self._broadcasts = store, 0
 
     def broadcast_object(self, value):
-        """The main process's value, as JSON takes it; those of other ranks are ignored. All ranks call it.
+        """The main process's value, as JSON takes it, on every rank. All ranks call it.
 
-        It goes through the store: a wait inside a collective would end after its timeout, however long a data set takes
-        to read, and one inside the store would keep the watchdog from it.
+        Through the store, looking again and again: a collective would end after its timeout, however long a data set
+        takes to read, and a wait inside the store would keep the watchdog from it.
         """
         if self.world_size == 1:
             return value
@@ -175,14 +164,12 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
     watchdog.heartbeat("")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=COLLECTIVE_S)
+    options = {"timeout": datetime.timedelta(seconds=COLLECTIVE_S), "world_size": world_size, "rank": rank}
     timer = threading.Timer(RENDEZVOUS_S, _exit_in_first_all_reduce, [world_size])  # nothing else ends one that hangs
     timer.daemon = True
     timer.start()
     try:
-        torch.distributed.init_process_group(
-            backend, store=group_store, timeout=timeout, world_size=world_size, rank=rank
-        )
+        torch.distributed.init_process_group(backend, store=group_store, **options)
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -272,17 +259,11 @@ class ShardedBatchSampler(BatchSampler):
     """Every n-th sample of each batch; of a batch with fewer samples than ranks some ranks get none."""
 
     def __init__(self, batches: BatchSampler, rank: int, world_size: int):
-        self.batches = batches
-        self.rank = rank
-        self.world_size = world_size
-
-    @property
-    def sampler(self):  # type: ignore[override]
-        return self.batches.sampler
+        self.batches, self.sampler = batches, batches.sampler
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            yield batch[self.rank :: self.world_size]
+        return (batch[self.rank :: self.world_size] for batch in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -298,31 +279,28 @@ def shard_batches(loader, rank: int, world_size: int) -> None:
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
     """Each gradient becomes its mean over the ranks, zero for those without samples, in one all-reduce."""
-    gradients = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(parameter.grad)
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trainable]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    means = flat.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient, mean in zip(trainable, gradients, means):
+        parameter.grad = gradient.copy_(mean.view_as(gradient))
 
 
 # ---- frozen weights (FSDP)
 
 
-def shard_frozen_parameters(base) -> list["FSDPModule"]:
+def shard_frozen_parameters(base) -> list[Any]:
     """Shard the frozen weights of a LLaVA-NeXT across all ranks: layer by layer, embeddings, head, and the rest.
 
-    Returns the FSDP modules, each of which is unsharded for its forward and its backward; the first forward after this
-    must be of the whole model.
+    Returns the FSDPModules, each unsharded for its forward and backward; the first forward must be the whole model's.
     """
     from torch.distributed.fsdp import fully_shard
 
     for module in _quantized_modules(base):
-        weight: Any = module.weight
+        weight = module.weight
         module.quant_state = weight.quant_state  # a weight that was unsharded is a plain tensor without it
         # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = weight.data.view(-1).view(torch.float32).view(-1, 1)
@@ -336,7 +314,7 @@ def shard_frozen_parameters(base) -> list["FSDPModule"]:
     return [fully_shard(module, ignored_params=trainable) for module in (*modules, base)]
 
 
-def _quantized_modules(base) -> list["Linear4bit"]:
+def _quantized_modules(base) -> list[Any]:
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in base.modules() if isinstance(module, Linear4bit)]
@@ -348,7 +326,7 @@ def checksum_quantized(base) -> list[int]:
 
 
 @contextlib.contextmanager
-def unsharded(fsdp_modules: Sequence["FSDPModule"]) -> Iterator[None]:
+def unsharded(fsdp_modules: list[Any]) -> Iterator[None]:
     """Inside, all weights are whole on each rank, which may then compute what other ranks do not."""
     unshard(fsdp_modules)
     try:
@@ -359,7 +337,7 @@ def unsharded(fsdp_modules: Sequence["FSDPModule"]) -> Iterator[None]:
             module.reshard()
 
 
-def unshard(fsdp_modules: Sequence["FSDPModule"]) -> None:
+def unshard(fsdp_modules: list[Any]) -> None:
     """Make all weights whole on each rank, for good. All ranks call it together."""
     for module in fsdp_modules:
         module.set_reshard_after_forward(False, recurse=False)

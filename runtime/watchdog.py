@@ -5,7 +5,6 @@ says which rank failed or why.
 """
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -73,25 +72,18 @@ class Watchdog:
 
     def log_failure(self, message: str) -> None:
         """To the log file; to the screen too, unless the failed rank wrote it on the same one."""
-        if not self.shares_screen or message == STORE_GONE or message.endswith(INTERRUPTED):
-            logger.error(message)
-            return
-        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, message, (), None)
-        for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.handle(record)
+        is_on_screen = self.shares_screen and message != STORE_GONE and not message.endswith(INTERRUPTED)
+        logger.error(message, extra={"file_only": is_on_screen})
 
     def _watch(self) -> None:
-        seen: dict[int, tuple[str, int]] = {}
+        seen = dict.fromkeys(self.others, ("", 0))
         while not self._stop.wait(POLL_S):
             self._beats += 1
             self.heartbeat(f"{self._beats}")
             message = self.read_failure()
-            if message is None:
-                message = self._find_stalled_rank(seen)
-                if message is not None:
-                    logger.error(message)
-                    self.fail(message)
+            if message is None and (message := self._find_stalled_rank(seen)) is not None:
+                self.shares_screen = False  # this rank is the first to say so
+                self.fail(message)
             if message is not None and not self._stop.is_set():
                 self.log_failure(message)
                 os._exit(1)  # the main thread may be waiting in a collective, which nothing interrupts
@@ -99,18 +91,15 @@ class Watchdog:
     def _find_stalled_rank(self, seen: dict[int, tuple[str, int]]) -> str | None:
         """A sentence about a rank without a heartbeat for STALLED_S. `seen`: last heartbeat of each, times seen.
 
-        Rank 0 watches all others, and they watch rank 0. Looks are counted and not seconds, which also pass while a job
-        is suspended.
+        Looks are counted and not seconds, which also pass while a job is suspended.
         """
-        for rank in self.others:
+        for rank, (last, times) in seen.items():
             with contextlib.suppress(RuntimeError):
                 beat = self.store.get(f"heartbeat {rank}").decode()
-                last, times = seen.get(rank, (beat, 0))
                 seen[rank] = beat, times + 1 if beat == last else 0
                 if beat != DONE and seen[rank][1] * POLL_S > STALLED_S:
-                    return (
-                        f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network. {RESUME}"
-                    )
+                    reason = f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network."
+                    return f"{reason} {RESUME}"
         return None
 
     def _watch_watchdog(self) -> None:
