@@ -45,10 +45,8 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
         return device
     if model in CPU_MODELS:
         return torch.device("mps" if torch.backends.mps.is_available() and get_world_size() == 1 else "cpu")
-    if (
-        Path(model).is_dir()
-        and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
-    ):
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if Path(model).is_dir() and weights < CPU_LIMIT_BYTES:
         return torch.device("cpu")
     raise UserError(
         f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try "
@@ -140,9 +138,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, cuBLAS, Triton or the driver (asked for page-locked memory) says so."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    message = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or (isinstance(error, RuntimeError) and ("out of memory" in message.lower() or "ALLOC_FAILED" in message))
-    )
+    message = str(error).lower()
+    says_so = isinstance(error, RuntimeError) and ("out of memory" in message or "alloc_failed" in message)
+    return says_so or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -30,8 +30,8 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
-from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
-from utils.logging_utils import UserError, first_line, logger, report_as_rank
+from runtime.watchdog import INTERRUPTED, RESUME, Watchdog, exit_at_once, heartbeat_key
+from utils.logging_utils import UserError, first_line, report_as_rank
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -159,17 +159,19 @@ def _read_environment() -> tuple[int, int]:
 @contextlib.contextmanager
 def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator[Distributed]:
     """The process group under its watchdog; what is raised inside is passed on to all ranks, which then exit."""
-    group_store = _rendezvous(rank, world_size)
-    store = torch.distributed.PrefixStore("plants", group_store)
+    store = _rendezvous(rank, world_size)
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
-    watchdog.heartbeat("")
     backend = "nccl" if device.type == "cuda" else "gloo"
-    options = {"timeout": datetime.timedelta(seconds=COLLECTIVE_S), "world_size": world_size, "rank": rank}
-    timer = threading.Timer(RENDEZVOUS_S, _exit_in_first_all_reduce, [world_size])  # nothing else ends one that hangs
+    timeout = datetime.timedelta(seconds=COLLECTIVE_S)
+    message = (
+        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
+        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
+    )
+    timer = threading.Timer(RENDEZVOUS_S, exit_at_once, [message])  # nothing else ends one that hangs
     timer.daemon = True
     timer.start()
     try:
-        torch.distributed.init_process_group(backend, store=group_store, **options)
+        torch.distributed.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -208,9 +210,9 @@ def _rendezvous(rank: int, world_size: int):
     wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
-        keys = [f"joined {number}" for number in range(world_size)]
-        store.set(keys[rank], "")
-        store.wait(keys, wait)
+        heartbeats = [heartbeat_key(number) for number in range(world_size)]
+        store.set(heartbeats[rank], "")
+        store.wait(heartbeats, wait)
         return store
     except (RuntimeError, ValueError, OSError) as error:  # those of torch are kinds of RuntimeError
         reason = first_line(error)
@@ -221,14 +223,6 @@ def _rendezvous(rank: int, world_size: int):
             f"{outcome or f'failed for rank {rank} of {world_size}: {reason}'} "
             "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
         ) from error
-
-
-def _exit_in_first_all_reduce(world_size: int) -> None:
-    logger.error(
-        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
-        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
-    )
-    os._exit(1)
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:

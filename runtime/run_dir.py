@@ -14,13 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config.training_config import CONFIG_FILE, TrainingConfig
-from runtime.checkpoint import (
-    check_disk,
-    fork_checkpoint,
-    last_checkpoint,
-    recover_interrupted_replace,
-    require_valid_checkpoint,
-)
+from runtime import checkpoint
 from runtime.resume import check_same_facts, decide_run
 from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, lock_folder, save_config
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
@@ -80,15 +74,14 @@ class Run:
         Sets `resume_from`. Raises ConfigError for other data, base or precision than the run began with, UserError for
         a full disk.
         """
-        if self.is_main_process:
-            self._record(plant, data, trainer)
+        found = self._record(plant, data, trainer) if self.is_main_process else None
         if self.dist is not None:
-            found = self.dist.broadcast_object(self.resume_from and str(self.resume_from))
-            self.resume_from = found and Path(found)
+            found = self.dist.broadcast_object(found and str(found))
+        self.resume_from = found and Path(found)
 
-    def _record(self, plant, data, trainer) -> None:
+    def _record(self, plant, data, trainer) -> Path | None:
         config, origin = self.config, self.recorded.get("origin")  # another run's checkpoint, where this one begins
-        check_disk(self.folder, plant.model.num_parameters(only_trainable=True), config.save_total_limit)
+        checkpoint.check_disk(self.folder, plant.model.num_parameters(only_trainable=True), config.save_total_limit)
         facts = plant.facts() | {
             "class_names": data.class_names,
             "data_fingerprint": data.fingerprint(),
@@ -101,12 +94,13 @@ class Run:
                 logger.warning(note)
         self.recorded = facts | {"run_id": self.run_id, "origin": origin}
         save_config(config, self.folder, self.recorded)
-        recover_interrupted_replace(self.best_folder)
-        self.resume_from = last_checkpoint(self.folder, self.run_id)
-        if self.resume_from is None and origin:
-            self.resume_from = fork_checkpoint(Path(origin), self.folder, self.run_id)
-        if self.resume_from is None and not self.is_new:
+        checkpoint.recover_interrupted_replace(self.best_folder)
+        found = checkpoint.last_checkpoint(self.folder, self.run_id)
+        if found is None and origin:
+            return checkpoint.fork_checkpoint(Path(origin), self.folder, self.run_id)
+        if found is None and not self.is_new:
             logger.info("plan | no checkpoint to resume from: starting at step 1")
+        return found
 
     def log_header(self, plant, data, trainer) -> None:
         """What the run is, before it starts; then ranks other than 0 log warnings only, such as an OOM on that rank."""
@@ -155,7 +149,7 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
         if dist.is_main_process:
             folder, state, notes, fork_from = decide_run(config)
             if fork_from is not None:
-                require_valid_checkpoint(fork_from)
+                checkpoint.require_valid_checkpoint(fork_from)
             if state != "completed":
                 stack.enter_context(lock_folder(folder))
                 setup_logging(folder)

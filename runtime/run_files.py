@@ -136,5 +136,5 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
     """(header, entries) of a cache; (None, []) where there is none."""
-    header, *entries = read_lines(path) or [None]
-    return header, [entry for entry in entries if entry and "image" in entry]
+    lines = read_lines(path)
+    return (lines[0] if lines else None), [entry for entry in lines[1:] if "image" in entry]

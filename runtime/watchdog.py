@@ -20,6 +20,16 @@ INTERRUPTED = f"interrupted. {RESUME}"
 STORE_GONE = f"the store that connects the ranks is gone, with the launcher or machine that hosted it. {RESUME}"
 
 
+def heartbeat_key(rank: int) -> str:
+    return f"heartbeat {rank}"
+
+
+def exit_at_once(message: str) -> None:
+    """Whatever other threads are waiting for."""
+    logger.error(message)
+    os._exit(1)
+
+
 class Watchdog:
     """Inside, two threads watch: one the other ranks, the other the first thread, which may hang on a lost store."""
 
@@ -51,13 +61,13 @@ class Watchdog:
     def _is_needed(self) -> bool:
         """Rank 0 may host the store, and other ranks that lose it before they are done count as failed."""
         with contextlib.suppress(RuntimeError):
-            are_done = all(self.store.get(f"heartbeat {rank}") == DONE.encode() for rank in self.others)
+            are_done = all(self.store.get(heartbeat_key(rank)) == DONE.encode() for rank in self.others)
             return not are_done and self.read_failure() is None
         return False
 
     def heartbeat(self, value: str) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"heartbeat {self.rank}", value)
+            self.store.set(heartbeat_key(self.rank), value)
 
     def fail(self, message: str) -> None:
         """Tell all ranks, which then exit with this message."""
@@ -95,7 +105,7 @@ class Watchdog:
         """
         for rank, (last, times) in seen.items():
             with contextlib.suppress(RuntimeError):
-                beat = self.store.get(f"heartbeat {rank}").decode()
+                beat = self.store.get(heartbeat_key(rank)).decode()
                 seen[rank] = beat, times + 1 if beat == last else 0
                 if beat != DONE and seen[rank][1] * POLL_S > STALLED_S:
                     reason = f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network."
@@ -111,8 +121,7 @@ class Watchdog:
                 self._exit_without_store()
 
     def _exit_without_store(self) -> None:
-        logger.error(
+        exit_at_once(
             f"the store that connects the ranks did not answer for {STALLED_S} s. Check the first machine and the "
             f"network. {RESUME}"
         )
-        os._exit(1)
