@@ -21,8 +21,7 @@ BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts
 def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = False) -> torch.device:
     """CUDA, limited to its share of the GPU; else the CPU for small models, or Apple's MPS for one of CPU_MODELS.
 
-    Raises UserError for a model that needs a GPU where torch sees none, for more ranks than GPUs, and for several ranks
-    unless the caller can use them.
+    Raises UserError where the model needs a GPU or a rank has none, and for several ranks unless the caller takes them.
     """
     if not several_ranks:
         refuse_several_ranks()
@@ -49,8 +48,7 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
     if Path(model).is_dir() and weights < CPU_LIMIT_BYTES:
         return torch.device("cpu")
     raise UserError(
-        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try "
-        "--preset tiny, which runs on the CPU"
+        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try --preset tiny"
     )
 
 
@@ -58,10 +56,7 @@ def refuse_several_ranks() -> None:
     """Raise UserError in one of several ranks."""
     world_size = get_world_size()
     if world_size > 1:
-        raise UserError(
-            f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun; only train.py "
-            "and evaluate.py run on several ranks."
-        )
+        raise UserError(f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun.")
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

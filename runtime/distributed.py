@@ -122,10 +122,8 @@ def init_distributed(config: TrainingConfig) -> Iterator[Distributed]:
         for name in VARIABLES:  # of torchrun with one rank: transformers would make a process group of it
             os.environ.pop(name, None)
         if config.sharding == "fsdp":
-            raise UserError(
-                "--sharding fsdp: needs several ranks to shard the weights across, and this is one. Start several with "
-                "torchrun, or use --sharding none."
-            )
+            problem = "--sharding fsdp: needs several ranks to shard the weights across"
+            raise UserError(f"{problem}. Start them with torchrun, or use --sharding none.")
         yield Distributed(device=device)
         return
     with _process_group(rank, world_size, device) as dist:

@@ -71,9 +71,7 @@ def _decide_explicit(config: TrainingConfig, folder: Path) -> Decision:
     if is_fresh(folder):
         return Decision(folder, "new", [])
     if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(
-            f"--output-dir {folder}: holds files but is not a run ({CONFIG_FILE} is missing); give a new folder"
-        )
+        raise ConfigError(f"--output-dir {folder}: holds files but is not a run (no {CONFIG_FILE}); give a new folder")
     if config.resume == "never":
         raise ConfigError(f"--output-dir {folder}: holds a run, and --resume never starts a new one; give a new folder")
     saved, _ = load_config(folder)
@@ -117,8 +115,7 @@ def _decide_named_start(config: TrainingConfig, start: Path) -> Decision:
         return _decide_explicit(config, folder)
     if is_run:
         raise ConfigError(
-            f"--resume {start} with --output-dir {folder}: a run resumes in its own folder; give one of its "
-            "checkpoints, or leave --output-dir out"
+            f"--resume {start}: a run resumes in its own folder; give one of its checkpoints, or no --output-dir"
         )
     if not is_fresh(folder):
         raise ConfigError(f"--output-dir {folder}: holds what did not start from {start}; give a new folder")
@@ -173,21 +170,16 @@ def _changes(new: TrainingConfig, old: TrainingConfig, names: Iterable[str]) -> 
 
 
 def check_same_facts(facts: dict, folder: Path, allow_changed: bool = False) -> list[str]:
-    """A note of the facts that differ from those the run in `folder` recorded, where that is allowed.
-
-    Raises ConfigError otherwise.
-    """
+    """A note of facts that the run in `folder` recorded differently, where that is allowed; else ConfigError."""
     _, recorded = load_config(folder)
-    changed = [
+    changed = " and ".join(
         f"{words} ({recorded.get(name)} -> {facts[name]})" if shows_values else words
         for name, (words, shows_values) in SAME_ON_RESUME.items()
         if facts[name] != recorded.get(name)
-    ]
-    if changed and allow_changed:
-        return [f"changed since the run started, as --allow-changed says: {' and '.join(changed)}"]
-    if changed:
+    )
+    if changed and not allow_changed:
         raise ConfigError(
-            f"{folder}: cannot resume, {' and '.join(changed)} changed since the run started; restore what it started "
-            "with, resume anyway with --allow-changed, or start a new run with another --output-dir"
+            f"{folder}: cannot resume, {changed} changed since the run started; restore what it started with, resume "
+            "anyway with --allow-changed, or start a new run with another --output-dir"
         )
-    return []
+    return [f"changed since the run started, as --allow-changed says: {changed}"] if changed else []

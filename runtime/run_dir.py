@@ -36,14 +36,10 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
-        """A run that train.py or evaluate.py made, its base model at the very commit it was trained on.
-
-        Raises ConfigError.
-        """
+        """A run that a script made, its base model at the very commit it was trained on. Raises ConfigError."""
         config, recorded = load_config(folder)
-        config = dataclasses.replace(config, output_dir=str(folder))
-        if recorded.get("model_commit") and not recorded.get("base"):
-            config = dataclasses.replace(config, model_revision=recorded["model_commit"])
+        revision = (not recorded.get("base") and recorded.get("model_commit")) or config.model_revision
+        config = dataclasses.replace(config, output_dir=str(folder), model_revision=revision)
         return cls(config, recorded, completed=is_completed(folder), is_new=False)
 
     @property
@@ -70,9 +66,8 @@ class Run:
     def record(self, plant, data, trainer) -> None:
         """Check that disk, data and model allow the run to start or resume; write its config and facts.
 
-        `plant` is a PlantModel (models/builder.py), `data` a PlantData, `trainer` a PlantTrainer.
-        Sets `resume_from`. Raises ConfigError for other data, base or precision than the run began with, UserError for
-        a full disk.
+        `plant` is a PlantModel, `data` a PlantData, `trainer` a PlantTrainer. Sets `resume_from`. Raises ConfigError
+        for other data, base or precision than the run began with, UserError for a full disk.
         """
         found = self._record(plant, data, trainer) if self.is_main_process else None
         if self.dist is not None:
@@ -162,7 +157,7 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
         run = Run(config, recorded, dist, completed=state == "completed", is_new=state == "new")
         if not run.completed and not _appears(run.folder / LOCK_FILE):
             raise UserError(
-                f"{run.folder}: rank {dist.rank} does not see it; several machines need the run folder on a shared disk"
+                f"{run.folder}: rank {dist.rank} does not see it; machines need the folder on a shared disk"
             )
         try:
             yield run

@@ -29,10 +29,7 @@ def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> N
 
 
 def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
-    """The config and the recorded facts of a run folder.
-
-    Raises ConfigError where the file is missing, torn, or of another version of this program.
-    """
+    """The config and recorded facts of a run; ConfigError where they are missing, torn, or of another version."""
     path = Path(folder) / CONFIG_FILE
     try:
         saved = read_json(path)
@@ -84,22 +81,15 @@ def append_metrics(folder: str | Path, entry: dict) -> None:
 
 def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
     """metrics.jsonl of `folder` becomes that of `source` up to a step, with or without the evaluation at that step."""
-    kept = [
-        line
-        for line in read_metrics(source)
-        if line["step"] <= step
-        and not line.get("completed")
-        and (keep_eval or line["step"] < step or "eval_loss" not in line)
-    ]
+    kept = [line for line in read_metrics(source) if line["step"] <= step and not line.get("completed")]
+    if not keep_eval:
+        kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
     write_file(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
-
-    Raises UserError with the process that holds it.
-    """
+    """One training at a time writes to a run folder, until its process ends; UserError names the one that does."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +101,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         holder = path.read_text(encoding="utf-8") or "that has just started"
         raise UserError(
-            f"{folder}: another training, process {holder}, writes to it; wait for it to end, or use another "
-            "--output-dir"
+            f"{folder}: another training, process {holder}, writes to it; wait for it, or use another --output-dir"
         ) from error
 
 

@@ -101,7 +101,7 @@ def setup_logging(
 
 
 def report_as_rank(rank: int) -> None:
-    """Of several ranks, rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
+    """Rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
     if rank != 0:
         setup_logging(prefix=f"rank {rank}: ")
         logger.setLevel(logging.ERROR)
