@@ -17,8 +17,7 @@ from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
-from runtime.resume import changed_fields
-from runtime.run_dir import Run
+from runtime.run_dir import Run, changed_fields
 from runtime.run_files import save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 

@@ -44,10 +44,8 @@ def require_disk_space(folder: Path, needed: float, purpose: str, next_move: str
     """Raise UserError unless the disk of `folder` has `needed` bytes for `purpose`, such as "the checkpoints need"."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"{folder}: its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB; free space, or "
-            f"{next_move}"
-        )
+        problem = f"its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB"
+        raise UserError(f"{folder}: {problem}; free space, or {next_move}")
 
 
 def beside(path: Path) -> tuple[Path, Path]:

@@ -32,10 +32,8 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
     if torch.cuda.is_available():
         num_gpus, index = torch.cuda.device_count(), get_local_rank()
         if index >= num_gpus:
-            raise UserError(
-                f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. Start one rank per GPU "
-                f"(torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
-            )
+            move = f"Start one rank per GPU (torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
+            raise UserError(f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. {move}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
