@@ -131,11 +131,9 @@ def fork_checkpoint(checkpoint: Path, run_folder: Path, run_id: str) -> Path:
 
 def recover_interrupted_replace(folder: Path) -> None:
     """Finish a replacement that was killed between its two renames: take the complete draft, or the old directory."""
-    if not folder.exists():
-        for candidate in beside(folder):
-            if verify_checkpoint(candidate) is None:
-                candidate.rename(folder)
-                return
+    for candidate in beside(folder):
+        if not folder.exists() and verify_checkpoint(candidate) is None:
+            candidate.rename(folder)
 
 
 def read_best(folder: Path) -> dict | None:

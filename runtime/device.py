@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from config.training_config import CPU_MODELS
-from runtime.distributed import get_local_rank, get_world_size
+from runtime.distributed import get_world_size, launch_number
 from utils.logging_utils import UserError, logger
 
 GIB = 2**30
@@ -30,7 +30,7 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
             f"--model {model}: no such folder; use one with config.json and *.safetensors, or a Hugging Face Hub id"
         )
     if torch.cuda.is_available():
-        num_gpus, index = torch.cuda.device_count(), get_local_rank()
+        num_gpus, index = torch.cuda.device_count(), launch_number("LOCAL_RANK", 0)
         if index >= num_gpus:
             move = f"Start one rank per GPU (torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
             raise UserError(f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. {move}")

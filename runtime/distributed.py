@@ -43,20 +43,16 @@ HOW_TO_START = "Start with torchrun, or under Slurm as the README shows."
 
 def get_world_size() -> int:
     """Number of ranks, by the launcher's variables; 1 without a launcher."""
-    return _number("WORLD_SIZE", 1)
-
-
-def get_local_rank() -> int:
-    """Index of this rank, and so of its GPU, on its machine."""
-    return _number("LOCAL_RANK", 0)
+    return launch_number("WORLD_SIZE", 1)
 
 
 def get_local_world_size() -> int:
     """Number of ranks on this machine."""
-    return _number("LOCAL_WORLD_SIZE", 1)
+    return launch_number("LOCAL_WORLD_SIZE", 1)
 
 
-def _number(name: str, default: int) -> int:
+def launch_number(name: str, default: int) -> int:
+    """A variable that the launcher sets, such as LOCAL_RANK: this rank's index, and its GPU's, on its machine."""
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"{name}={text}: is not a number. Start with torchrun, or unset it.")
@@ -108,15 +104,11 @@ class Distributed:
 
 @contextlib.contextmanager
 def init_distributed(config: TrainingConfig) -> Iterator[Distributed]:
-    """Choose the device and join the other ranks, which must have the same config; an error inside ends all ranks.
-
-    Raises UserError.
-    """
+    """The device and the other ranks, which must have the same config; an error inside ends all. Raises UserError."""
     from runtime.device import choose_device  # which asks this module for the rank
 
     rank, world_size = _read_environment()
-    if world_size > 1:
-        report_as_rank(rank)
+    report_as_rank(rank)
     device = choose_device(config.model, config.gpu_memory_fraction, several_ranks=True)
     if world_size == 1:
         for name in VARIABLES:  # of torchrun with one rank: transformers would make a process group of it
@@ -136,7 +128,7 @@ def _read_environment() -> tuple[int, int]:
     world_size = get_world_size()
     if "WORLD_SIZE" not in os.environ:
         names = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
-        names += ["SLURM_STEP_NUM_TASKS"] if _number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
+        names += ["SLURM_STEP_NUM_TASKS"] if launch_number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
         if names:
             found = " ".join(f"{name}={os.environ[name]}" for name in names)
             raise UserError(f"{found}: one of several ranks, but WORLD_SIZE is missing. {HOW_TO_START}")
@@ -147,16 +139,14 @@ def _read_environment() -> tuple[int, int]:
         raise UserError(f"WORLD_SIZE={world_size}: {', '.join(missing)} missing from the environment. {HOW_TO_START}")
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
-            raise UserError(
-                f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside. Use accelerate "
-                "launch --multi_gpu, or torchrun, and --sharding fsdp to shard the weights."
-            )
-    return _number("RANK", 0), world_size
+            problem = f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside"
+            raise UserError(f"{problem}. Use torchrun, or accelerate launch --multi_gpu, and --sharding fsdp.")
+    return launch_number("RANK", 0), world_size
 
 
 @contextlib.contextmanager
 def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator[Distributed]:
-    """The process group under its watchdog; what is raised inside is passed on to all ranks, which then exit."""
+    """The process group under its watchdog; what is raised inside ends all ranks."""
     store = _rendezvous(rank, world_size)
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -180,8 +170,8 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
             yield Distributed(rank, world_size, device, store)
         torch.distributed.destroy_process_group()
         if rank != 0:
-            # Nothing is left to do, and sharded weights hold threads of gloo with which Python's own end aborts now and
-            # then: the launcher would take that for a failure and end the main process too.
+            # Sharded weights hold threads of gloo with which Python's own end aborts now and then: a launcher would
+            # take that for a failure and end the main process too.
             sys.stdout.flush()
             os._exit(0)
     except KeyboardInterrupt as stop:
@@ -194,10 +184,8 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
             watchdog.log_failure(failure)
             sys.exit(1)
         if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_RANK):
-            raise UserError(
-                "lost the connection to another rank: killed, most often by the system for lack of memory, or its "
-                f"machine went down. {RESUME}"
-            ) from error
+            cause = "killed, most often by the system for lack of memory, or its machine went down"
+            raise UserError(f"lost the connection to another rank: {cause}. {RESUME}") from error
         trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
         watchdog.fail(f"rank {rank}: {type(error).__name__}: {error}{trace}")
         raise
@@ -213,21 +201,16 @@ def _rendezvous(rank: int, world_size: int):
         store.wait(heartbeats, wait)
         return store
     except (RuntimeError, ValueError, OSError) as error:  # those of torch are kinds of RuntimeError
-        reason = first_line(error)
-        joined = re.search(r"(\d+)/\d+ clients joined", reason)
-        outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined." if joined else ""
-        raise UserError(
-            f"rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"{outcome or f'failed for rank {rank} of {world_size}: {reason}'} "
-            "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
-        ) from error
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        outcome = f"failed for rank {rank} of {world_size}: {first_line(error)}"
+        if joined := re.search(r"(\d+)/\d+ clients joined", outcome):
+            outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined."
+        move = "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
+        raise UserError(f"rendezvous at {place} {outcome} {move}") from error
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
-    """Raise UserError where this rank's settings or weights differ from those of rank 0, with their names.
-
-    Paths may differ between machines; then the last part of each is compared.
-    """
+    """Raise UserError with the settings or weights that differ from rank 0's; of paths the last parts are compared."""
     expected = dist.broadcast_object(mine)
     for name in {"model", "dataset", "run"} & mine.keys():
         paths = Path(mine[name]), Path(expected[name])
@@ -236,10 +219,8 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
     differences = [f"{name}={value}, not {expected[name]}" for name, value in mine.items() if value != expected[name]]
     differing = dist.gather_object([differences])
     if differences:
-        raise UserError(
-            f"settings differ from rank 0: {'; '.join(differences)}. Give all machines the same command, files and "
-            "config/training_config.py."
-        )
+        move = "Give all machines the same command, files and config/training_config.py."
+        raise UserError(f"settings differ from rank 0: {'; '.join(differences)}. {move}")
     if any(differing):  # the watchdog ends this rank with the message of the other, before it writes anything
         time.sleep(RENDEZVOUS_S)
 

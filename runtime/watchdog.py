@@ -121,7 +121,5 @@ class Watchdog:
                 self._exit_without_store()
 
     def _exit_without_store(self) -> None:
-        exit_at_once(
-            f"the store that connects the ranks did not answer for {STALLED_S} s. Check the first machine and the "
-            f"network. {RESUME}"
-        )
+        problem = f"the store that connects the ranks did not answer for {STALLED_S} s"
+        exit_at_once(f"{problem}. Check the first machine and the network. {RESUME}")
