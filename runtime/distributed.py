@@ -3,7 +3,7 @@
 A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and says by environment variables which is
 which. Each rank takes every n-th sample of the same batches, so the order of samples and a step's exact token mean are
 those of a single rank. Gradients are all-reduced once, after the last micro-batch, and not by DDP's hooks in its
-backward pass: a rank that runs out of memory there could not retry it while the others wait in the reduction.
+backward pass: a rank that runs out of memory there could not retry it while other ranks wait in the reduction.
 
 Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank, so gradients, optimizer
 and checkpoints are the same with and without sharding, and either resumes from the other's. accelerate's FSDP would

@@ -89,7 +89,7 @@ def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eva
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One training at a time writes to a run folder, until its process ends; UserError names the one that does."""
+    """One training at a time writes to a run folder, until its process ends. Raises UserError with that process."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
