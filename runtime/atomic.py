@@ -25,8 +25,7 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     for leftover in (draft, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
@@ -36,8 +35,7 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(old)
     draft.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_disk_space(folder: Path, needed: float, purpose: str, next_move: str) -> None:

@@ -26,9 +26,8 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
     if not several_ranks:
         refuse_several_ranks()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError(
-            f"--model {model}: no such folder; use one with config.json and *.safetensors, or a Hugging Face Hub id"
-        )
+        move = "use one with config.json and *.safetensors, or a Hugging Face Hub id"
+        raise UserError(f"--model {model}: no such folder; {move}")
     if torch.cuda.is_available():
         num_gpus, index = torch.cuda.device_count(), launch_number("LOCAL_RANK", 0)
         if index >= num_gpus:
@@ -45,9 +44,8 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
     weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     if Path(model).is_dir() and weights < CPU_LIMIT_BYTES:
         return torch.device("cpu")
-    raise UserError(
-        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try --preset tiny"
-    )
+    move = "check nvidia-smi and the driver, or try --preset tiny, which runs on the CPU"
+    raise UserError(f"--model {model}: needs a CUDA GPU and torch sees none; {move}")
 
 
 def refuse_several_ranks() -> None:

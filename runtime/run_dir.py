@@ -127,10 +127,8 @@ class Run:
         untested = ", untested on MPS" if plant.device.type == "mps" else ""
         epochs = steps * config.effective_batch_size / count
         logger.info("run | %s | preset %s | seed %d", self.folder, config.preset, config.seed)
-        logger.info(
-            f"data | {data.source} | {count:,} train, {val}, {len(data.test):,} test images of "
-            f"{len(data.class_names)} classes | {size}"
-        )
+        images = f"{count:,} train, {val}, {len(data.test):,} test images of {len(data.class_names)} classes"
+        logger.info(f"data | {data.source} | {images} | {size}")
         described = plant.describe(config.trainable, config.load_in_4bit)
         logger.info(f"model | {config.model} | {described} | {where}{untested}")
         logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
@@ -233,7 +231,8 @@ def _decide_explicit(config: TrainingConfig) -> Run:
     if is_fresh(run.folder):
         return run
     if not (run.folder / CONFIG_FILE).exists():
-        raise ConfigError(f"--output-dir {run.folder}: holds files but is not a run (no {CONFIG_FILE}); give a new one")
+        problem = f"holds files but is not a run ({CONFIG_FILE} is missing)"
+        raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
     if config.resume == "never":
         reason = "holds a run, and --resume never starts a new one"
         raise ConfigError(f"--output-dir {run.folder}: {reason}; give a new folder")
@@ -286,9 +285,8 @@ def _decide_named_start(config: TrainingConfig, start: Path) -> Run:
             )
         return _decide_explicit(config)
     if is_run:
-        raise ConfigError(
-            f"--resume {start}: a run resumes in its own folder; give one of its checkpoints, or no --output-dir"
-        )
+        move = "give one of its checkpoints, or leave --output-dir out"
+        raise ConfigError(f"--resume {start}: a run resumes in its own folder; {move}")
     if not is_fresh(folder):
         raise ConfigError(f"--output-dir {folder}: holds what did not start from {start}; give a new folder")
     notes = _check_options(config, run_files.load_config(run)[0], run)

@@ -35,13 +35,11 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
         saved = read_json(path)
         config, recorded = config_from_dict(dict(saved["config"])), dict(saved["recorded"])
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
-        ) from None
+        move = "Start one with: python train.py --preset tiny"
+        raise ConfigError(f"{folder}: not a run, {CONFIG_FILE} is missing. {move}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a run's config ({error}); restore the file, or use another --output-dir"
-        ) from error
+        move = "restore the file, or use another --output-dir"
+        raise ConfigError(f"{path}: cannot be read as a run's config ({error}); {move}") from error
     if "images" in recorded:
         recorded["data_fingerprint"] = recorded.pop("images")
     return config, recorded
@@ -100,9 +98,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         holder = path.read_text(encoding="utf-8") or "that has just started"
-        raise UserError(
-            f"{folder}: another training, process {holder}, writes to it; wait for it, or use another --output-dir"
-        ) from error
+        move = "wait for it to end, or use another --output-dir"
+        raise UserError(f"{folder}: another training, process {holder}, writes to it; {move}") from error
 
 
 # ---- readers
