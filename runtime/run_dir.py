@@ -20,6 +20,7 @@ from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
 if TYPE_CHECKING:
     from runtime.distributed import Distributed  # imports torch
 
+SHARED_DISK_S = 10  # seconds after which all machines see a file that one of them wrote
 OF_THE_WEIGHTS = ["model", "trainable", "lora_r", "optim"]  # options that fix the shapes of a checkpoint's tensors
 NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # options that say where and how a run resumes
 # Recorded facts that must be the same on resume, in words, and whether their values are short enough to show.
@@ -170,22 +171,18 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
             decided = [str(run.folder), run.recorded, run.state]
         output_dir, recorded, state = dist.broadcast_object(decided)
         run = Run(dataclasses.replace(config, output_dir=output_dir), recorded, dist, state)
-        if not run.completed and not _appears(run.folder / run_files.LOCK_FILE):
-            raise UserError(f"{run.folder}: rank {dist.rank} does not see it; put it on a disk that all machines share")
+        until = time.monotonic() + SHARED_DISK_S
+        while not run.completed and not (run.folder / run_files.LOCK_FILE).exists():
+            if time.monotonic() > until:
+                where = f"{run.folder}: rank {dist.rank} does not see it"
+                raise UserError(f"{where}; several machines need the run folder on a shared disk")
+            time.sleep(0.1)
         try:
             yield run
         except BaseException:
             if run.is_main_process:
                 run.discard_if_never_started()
             raise
-
-
-def _appears(path: Path, seconds: float = 10) -> bool:
-    """Whether a file is there; other machines may see it a little later."""
-    until = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    return path.exists()
 
 
 # ---- new, interrupted or completed

@@ -67,10 +67,7 @@ def set_environment() -> None:
 
 
 def _log_unraisable(error) -> None:
-    """sys.unraisablehook: one line on the screen, the traceback only in the log file.
-
-    torch raises that a loader's worker was killed wherever the run is just then; the loader itself raises it again.
-    """
+    """sys.unraisablehook, such as for a killed worker, which its loader raises again: a traceback in the log alone."""
     message = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
     trace = (error.exc_type, error.exc_value, error.exc_traceback)
     logger.warning(message, exc_info=trace, extra={"message_only": True})
