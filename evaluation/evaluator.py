@@ -17,15 +17,7 @@ from torch.utils.data import Subset
 from data.dataset import check_unreadable_fraction, known_duplicates
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
-from evaluation.metrics import (
-    Calibration,
-    SplitScores,
-    abstention_rate,
-    adjust_scores,
-    calibrate,
-    measure_replies,
-    measure_split,
-)
+from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
 from runtime.atomic import write_file
@@ -109,13 +101,14 @@ class Evaluator:
 
     def compute_scores(self, rows) -> Iterator[dict]:
         """{"id", "label", "scores"} of each readable image, distributed across ranks; every rank gets all of them."""
-        for score in self._distribute(self.plant.score, rows):
-            yield {"id": score.id, "label": score.label, "scores": [round(value, DIGITS) for value in score.values]}
+        for sample, values in self._distribute(self.plant.score, rows):
+            yield {"id": sample.id, "label": sample.label, "scores": [round(value, DIGITS) for value in values]}
 
     def compute_replies(self, rows, max_new_tokens: int) -> Iterator[dict]:
         """{"id", "label", "text"} of each readable image, as compute_scores."""
         generate = functools.partial(self.plant.generate, max_new_tokens=max_new_tokens)
-        yield from (reply._asdict() for reply in self._distribute(generate, rows))
+        for sample, text in self._distribute(generate, rows):
+            yield {"id": sample.id, "label": sample.label, "text": text}
 
     def _distribute(self, predict: Callable, rows) -> Iterator:
         ranks = self.dist.world_size
@@ -159,9 +152,8 @@ class Evaluator:
         if rows is None:
             return {}
         scores, speed = self.score(rows, split)
-        is_calibrated, val_scores = split == "val" or validation is not None, scores
-        if split != "val" and is_calibrated:
-            val_scores, _ = self.score(validation, "val")
+        is_calibrated = split == "val" or validation is not None
+        val_scores = scores if split == "val" or validation is None else self.score(validation, "val")[0]
         ood = draw_ood_images() | ({} if ood_rows is None else {"your images": ood_rows})
         ood_scores = {kind: self._score_ood(images) for kind, images in ood.items()} if is_calibrated else {}
         if scores is None or val_scores is None:
@@ -181,7 +173,7 @@ class Evaluator:
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
             "ood": {
-                kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
+                kind: {"n": len(found), "abstention_rate": calibration.abstention_rate(found)}
                 for kind, found in ood_scores.items()
                 if calibration is not None
             },
@@ -247,13 +239,12 @@ def score_with_cache(
     if dist.is_main_process:
         fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
         found, cached = read_entries(path)
-        if found != header:
-            cached = []
         # Entries of images that are not asked for stay, those of images that were replaced go.
-        cached = [entry for entry in cached if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
+        kept = cached if found == header else []
+        kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
         # Written anew, since a torn last line would swallow the next one.
-        write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *cached]))
-        entries = {entry["id"]: entry for entry in cached}
+        write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *kept]))
+        entries = {entry["id"]: entry for entry in kept}
     pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
     pending = dist.gather_object(pending if dist.is_main_process else [])  # too many for the store of broadcast_object
     computed = compute(rows.select(pending)) if pending else ()
@@ -262,13 +253,13 @@ def score_with_cache(
         return [], None
     if len(pending) < len(rows):
         logger.info("eval | %s images were scored before (%s)", f"{len(rows) - len(pending):,}", path)
-    began, count = time.perf_counter(), 0
+    began, before = time.perf_counter(), len(entries)
     with open(path, "a", encoding="utf-8") as file:
         for entry in computed:
             entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
             file.write(json.dumps(entries[entry["id"]]) + "\n")
             file.flush()
-            count += 1
+    count = len(entries) - before
     speed = count / (time.perf_counter() - began) if count else None
     unreadable = [sample for sample in rows["id"] if sample not in entries]
     check_unreadable_fraction(unreadable, len(rows), max_unreadable_fraction)

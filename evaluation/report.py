@@ -126,11 +126,10 @@ def result_lines(report: dict) -> Iterator[str]:
     if report["calibration"] is None:
         yield f"not calibrated: {report['not_calibrated']}"
         return
-    accuracy = report["selective_accuracy"]
     fitted_on = "these same images" if report["split"] == "val" else "val"
     yield (
         f"calibration error {report['ece']:.3f}, {report['ece_uncalibrated']:.3f} before temperature scaling | "
-        f"coverage {report['coverage']:.0%} | selective accuracy {'-' if accuracy is None else f'{accuracy:.3f}'} | "
+        f"coverage {report['coverage']:.0%} | selective accuracy {format_number(report['selective_accuracy'])} | "
         f"fitted on {fitted_on}"
     )
     rates = {kind: found["abstention_rate"] for kind, found in report["ood"].items()}

@@ -378,8 +378,10 @@ def _can_fuse(layer: nn.Module) -> bool:
     return is_plain_lora and is_frozen and not layer.self_attn.attention_dropout
 
 
-def fuse_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
-    """Put a FusedLayer in place of each layer's forward; the modules, their names and their weights stay."""
+def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
+    """Put a FusedLayer in place of each layer's forward, if all can be fused; modules, names and weights stay."""
+    if not can_fuse(layers):
+        return []
     kernels = Kernels()
     fused = [FusedLayer(layer, kernels) for layer in layers]
     for layer in fused:

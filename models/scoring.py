@@ -7,20 +7,18 @@ inner nodes, each of which attends to the prompt and its ancestors, gives the ex
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from data.collator import Batch, PlantCollator
 from models.fused_layers import unwrap
 from models.memory import MicroBatcher
 from runtime.device import collect_memory
-from utils.logging_utils import UserError, is_watched, logger
+from utils.logging_utils import UserError, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
@@ -39,22 +37,6 @@ class TokenTrie(NamedTuple):
     edge_tokens: torch.Tensor  # (E,) the token it leads to
     pair_names: torch.Tensor  # (P,) each name as often as it has tokens,
     pair_edges: torch.Tensor  # (P,) with the edge of each token
-
-
-class Score(NamedTuple):
-    """The log-probability of each class name for one image, in nats."""
-
-    id: str
-    label: int
-    values: list[float]
-
-
-class Reply(NamedTuple):
-    """What the model generated for one image."""
-
-    id: str
-    label: int
-    text: str
 
 
 def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
@@ -79,31 +61,27 @@ def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> l
 
 def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     inner = sorted({name[:length] for name in names.values() for length in range(1, len(name))})
-    slots = {(): 0} | {prefix: slot for slot, prefix in enumerate(inner, start=1)}
-    edges = sorted({(slots[name[:length]], name[length]) for name in names.values() for length in range(len(name))})
-    places = {edge: place for place, edge in enumerate(edges)}
+    slots = {prefix: slot for slot, prefix in enumerate([(), *inner])}
     visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
     for prefix in inner:
         for length in range(1, len(prefix) + 1):
             visible[slots[prefix] - 1, slots[prefix[:length]] - 1] = True
-    pairs = [
-        (index, places[slots[name[:length]], name[length]])
-        for index, name in names.items()
-        for length in range(len(name))
-    ]
+    steps = [(index, (slots[name[:at]], name[at])) for index, name in names.items() for at in range(len(name))]
+    edges = sorted({edge for _, edge in steps})
+    places = {edge: place for place, edge in enumerate(edges)}
     return TokenTrie(
         tokens=torch.tensor([prefix[-1] for prefix in inner], dtype=torch.int64),
         depths=torch.tensor([len(prefix) for prefix in inner], dtype=torch.int64),
         visible=visible,
         edge_slots=torch.tensor([slot for slot, _ in edges]),
         edge_tokens=torch.tensor([token for _, token in edges]),
-        pair_names=torch.tensor([name for name, _ in pairs]),
-        pair_edges=torch.tensor([edge for _, edge in pairs]),
+        pair_names=torch.tensor([index for index, _ in steps]),
+        pair_edges=torch.tensor([places[edge] for _, edge in steps]),
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _tries_of(collator: PlantCollator) -> list[TokenTrie]:
+def tries_of(collator: PlantCollator) -> list[TokenTrie]:
     """Built once for all requests of a web demo: thousands of names take seconds."""
     return build_tries(collator.name_ids)
 
@@ -119,22 +97,11 @@ def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: 
     scores, start = [], 0
     while start < len(batch.samples):
         rows = slice(start, start + micro_batcher.size)
-        samples, inputs = batch.samples[rows], batch.trim(rows)
-        longest = max(sample.prompt_length for sample in samples)
-        _check_window(base, longest + tokens)
+        lengths = [sample.prompt_length for sample in batch.samples[rows]]
+        _check_window(base, max(lengths) + tokens)
         try:
-            scores.append(
-                _score_images(
-                    base,
-                    inputs["input_ids"][:, :longest],
-                    inputs["pixel_values"],
-                    inputs["image_sizes"],
-                    torch.tensor([sample.prompt_length for sample in samples]).to(device),
-                    tries,
-                    names,
-                )
-            )
-            start += len(samples)
+            scores.append(_score_images(base, batch.trim(rows), lengths, tries, names))
+            start += len(lengths)
             continue
         except RuntimeError as error:
             micro_batcher.halve(error, OUT_OF_MEMORY)
@@ -148,13 +115,19 @@ def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: 
     return scores
 
 
-def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tries, names: int) -> torch.Tensor:
-    """(B, C) log-probabilities for prompts (B, T) of `prompt_lengths` (B,) tokens and C = `names` class names."""
+def _score_images(base, inputs: dict, lengths: list[int], tries: list[TokenTrie], names: int) -> torch.Tensor:
+    """(B, C) log-probabilities of C = `names` class names after prompts of `lengths` tokens, all of one micro-batch."""
+    input_ids = inputs["input_ids"][:, : max(lengths)]  # (B, T)
     images, padded = input_ids.shape
+    prompt_lengths = torch.tensor(lengths).to(input_ids.device)  # (B,)
     cache = DynamicCache()
     # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
     hidden = base.model(
-        input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, past_key_values=cache, use_cache=True
+        input_ids=input_ids,
+        pixel_values=inputs["pixel_values"],
+        image_sizes=inputs["image_sizes"],
+        past_key_values=cache,
+        use_cache=True,
     ).last_hidden_state  # (B, T, width)
     last = hidden[torch.arange(images, device=hidden.device), prompt_lengths - 1]  # (B, width)
     in_prompt = torch.arange(padded, device=hidden.device) < prompt_lengths[:, None]  # (B, T)
@@ -207,55 +180,13 @@ def _check_window(base, length: int) -> None:
         )
 
 
-def score_rows(model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype) -> Iterator[Score]:
-    """A Score for each row with a readable image; unreadable ones are logged."""
-    for scores, unreadable in score_batches(model, collator, rows, batch_size, num_workers, dtype):
-        for message in unreadable:
-            logger.warning("unreadable image skipped: %s", message)
-        yield from scores
-
-
-def score_batches(
-    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype
-) -> Iterator[tuple[list[Score], list[str]]]:
-    """For each batch of rows, in their order: Scores in any order, and "id: reason" of each unreadable image."""
-    tries, micro_batcher = _tries_of(collator), MicroBatcher(batch_size)
-    for batch in _load(model, rows, batch_size, num_workers, collator):
-        scores = []
-        if batch.samples:
-            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, batch.to(model.device), tries, micro_batcher).tolist()
-            scores = [Score(sample.id, sample.label, logs) for sample, logs in zip(batch.samples, values)]
-        yield scores, batch.unreadable
-
-
-@torch.inference_mode()
-def generate_batches(
-    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype, max_new_tokens: int
-) -> Iterator[tuple[list[Reply], list[str]]]:
-    """For each batch of rows: greedy replies without special tokens, and "id: reason" of each unreadable image."""
-    tokenizer = collator.processor.tokenizer
-    for batch in _load(model, rows, batch_size, num_workers, collator.prompts):
-        replies = []
-        if batch.samples:
-            inputs = batch.to(model.device)
-            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                ids = model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            replies = [Reply(sample.id, sample.label, text) for sample, text in zip(batch.samples, texts, strict=True)]
-        yield replies, batch.unreadable
-
-
-def _load(model, rows, batch_size: int, num_workers: int, collate: Callable) -> Iterator[Batch]:
-    model.eval()
-    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers)
-    yield from tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
+@torch.no_grad()
+def generate_batch(model, batch: Batch, tokenizer, max_new_tokens: int) -> list[str]:
+    """Greedy replies to prompts padded on the left, without special tokens."""
+    ids = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def rank_true_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
