@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
     return Evaluator(plant, run.folder, facts, dist, method, config.max_unreadable_fraction)
 
 
+@dataclass
 class Evaluator:
     """Scores splits with one model and writes its metrics to the run directory.
 
@@ -77,24 +78,16 @@ class Evaluator:
     again only under the same ones. All ranks make the same calls; rank 0 writes, and other ranks get nothing back.
     """
 
-    def __init__(
-        self,
-        plant: PlantModel,
-        folder: str | Path,
-        facts: dict,
-        dist: Distributed | None = None,
-        method: Method = Method(),
-        max_unreadable_fraction: float = 1.0,
-    ):
-        self.plant = plant
-        self.folder = Path(folder)
-        self.facts = facts
-        self.dist = dist or Distributed()
-        self.method = method
-        self.max_unreadable_fraction = max_unreadable_fraction
-        self.lengths = [len(ids) for ids in plant.collator.name_ids] if method.per_token else None
-        self.prior = None
-        if method.prior_calibration:
+    plant: PlantModel
+    folder: Path
+    facts: dict
+    dist: Distributed = field(default_factory=Distributed)
+    method: Method = Method()
+    max_unreadable_fraction: float = 1.0
+    prior: list[float] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.method.prior_calibration:
             neutral = {"image": gray_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
             (entry,) = self.compute_scores([neutral])
             self.prior = entry["scores"]
@@ -124,15 +117,53 @@ class Evaluator:
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
-        entries, speed = self._score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
+        entries, speed = self.score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
         return self._adjust(entries) if self.dist.is_main_process else None, speed
 
-    def _score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
-        path = self.folder / name
-        return score_with_cache(rows, compute, path, header, self.max_unreadable_fraction, self.dist)
+    def score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
+        """(entry of each readable image, images/s): entries that file `name` has under the same header are used again.
+
+        `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, and a
+        label is always that of the row. Raises UserError if no image is readable, ImageError if too few are.
+        """
+        path, is_main_process = self.folder / name, self.dist.is_main_process
+        entries, fingerprints = {}, {}
+        if is_main_process:
+            fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
+            found, cached = read_entries(path)
+            # Entries of images that are not asked for stay, those of images that were replaced go.
+            kept = cached if found == header else []
+            kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
+            # Written anew, since a torn last line would swallow the next one.
+            write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *kept]))
+            entries = {entry["id"]: entry for entry in kept}
+        pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
+        # Too many for the store of broadcast_object.
+        pending = self.dist.gather_object(pending if is_main_process else [])
+        computed = compute(rows.select(pending)) if pending else ()
+        if not is_main_process:
+            collections.deque(computed, maxlen=0)
+            return [], None
+        if len(pending) < len(rows):
+            logger.info("eval | %s images were scored before (%s)", f"{len(rows) - len(pending):,}", path)
+        began, before = time.perf_counter(), len(entries)
+        with open(path, "a", encoding="utf-8") as file:
+            for entry in computed:
+                entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
+                file.write(json.dumps(entries[entry["id"]]) + "\n")
+                file.flush()
+        count = len(entries) - before
+        speed = count / (time.perf_counter() - began) if count else None
+        unreadable = [sample for sample in rows["id"] if sample not in entries]
+        check_unreadable_fraction(unreadable, len(rows), self.max_unreadable_fraction)
+        if len(unreadable) == len(rows):
+            raise UserError(f"{path}: no image could be opened; the lines above say why")
+        labels = zip(rows["id"], rows["label"])
+        return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
-        scores = adjust_scores(np.array([entry["scores"] for entry in entries]), self.lengths, self.prior)
+        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else None
+        scores = adjust_scores(np.array([entry["scores"] for entry in entries]), lengths, self.prior)
         return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
     def calibrate(self, scores: SplitScores) -> Calibration:
@@ -193,7 +224,7 @@ class Evaluator:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
         compute = functools.partial(self.compute_replies, max_new_tokens=max_new_tokens)
         header = self.facts | {"max_new_tokens": max_new_tokens}
-        entries, speed = self._score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header)
+        entries, speed = self.score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header)
         if not self.dist.is_main_process:
             return {}
         names, texts = self.plant.class_names, [entry["text"] for entry in entries]
@@ -217,56 +248,7 @@ class Evaluator:
         return {}
 
 
-# ---- results of images on disk
-
-
-def score_with_cache(
-    rows,
-    compute: Callable,
-    path: Path,
-    header: dict,
-    max_unreadable_fraction: float = 1.0,
-    dist: Distributed | None = None,
-) -> tuple[list[dict], float | None]:
-    """(entry of each readable image, images/s): entries that `path` holds under the same header are used again.
-
-    `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, and a
-    label is always that of the row. All ranks take part; ranks other than 0 return ([], None).
-    Raises UserError if no image is readable, ImageError if too few are.
-    """
-    dist = dist or Distributed()
-    entries, fingerprints = {}, {}
-    if dist.is_main_process:
-        fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
-        found, cached = read_entries(path)
-        # Entries of images that are not asked for stay, those of images that were replaced go.
-        kept = cached if found == header else []
-        kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
-        # Written anew, since a torn last line would swallow the next one.
-        write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *kept]))
-        entries = {entry["id"]: entry for entry in kept}
-    pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
-    pending = dist.gather_object(pending if dist.is_main_process else [])  # too many for the store of broadcast_object
-    computed = compute(rows.select(pending)) if pending else ()
-    if not dist.is_main_process:
-        collections.deque(computed, maxlen=0)
-        return [], None
-    if len(pending) < len(rows):
-        logger.info("eval | %s images were scored before (%s)", f"{len(rows) - len(pending):,}", path)
-    began, before = time.perf_counter(), len(entries)
-    with open(path, "a", encoding="utf-8") as file:
-        for entry in computed:
-            entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
-            file.write(json.dumps(entries[entry["id"]]) + "\n")
-            file.flush()
-    count = len(entries) - before
-    speed = count / (time.perf_counter() - began) if count else None
-    unreadable = [sample for sample in rows["id"] if sample not in entries]
-    check_unreadable_fraction(unreadable, len(rows), max_unreadable_fraction)
-    if len(unreadable) == len(rows):
-        raise UserError(f"{path}: no image could be opened; the lines above say why")
-    labels = zip(rows["id"], rows["label"])
-    return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
+# ---- results in a run directory
 
 
 def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:

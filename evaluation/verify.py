@@ -189,12 +189,11 @@ def check_merge(
         )
     if base_difference is not None:
         sentence += f" (the base model without the adapter: {base_difference:.2%})"
-    if metrics is None:
-        return sentence
-    sentence += (
-        f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
-        f"(p = {metrics['p']:.2g}, McNemar)"
-    )
-    if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
-        raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
+    if metrics is not None:
+        sentence += (
+            f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
+            f"(p = {metrics['p']:.2g}, McNemar)"
+        )
+        if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
+            raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
     return sentence

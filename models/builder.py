@@ -33,7 +33,7 @@ from data.collator import Batch, PlantCollator, Sample
 from models.checks import DTYPES, LORA_TARGETS, check_model, check_same_base, weights_fingerprint
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.memory import MicroBatcher
-from models.scoring import generate_batch, score_batch, tries_of
+from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from runtime.device import choose_precision, fit_workers
 from runtime.distributed import get_local_world_size
@@ -151,10 +151,13 @@ class PlantModel:
         return self._predict(rows, self.collator, score)
 
     def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[tuple[Sample, str]], list[str]]]:
-        """For each batch of rows: greedy replies, and the unreadable images."""
+        """For each batch of rows: greedy replies without special tokens, and the unreadable images."""
+        tokenizer = self.processor.tokenizer
+        options = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
 
         def generate(batch: Batch) -> list[str]:
-            return generate_batch(self.model, batch, self.processor.tokenizer, max_new_tokens)
+            ids = self.model.generate(**batch, **options, max_new_tokens=max_new_tokens)
+            return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
         return self._predict(rows, self.collator.prompts, generate)
 
@@ -221,12 +224,19 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
 
 @contextlib.contextmanager
 def _loading(model: str, part: str) -> Iterator[None]:
-    """Raise UserError, with the next move, for what is not there, cannot be reached, or is broken."""
+    """Raise UserError, with the next move, for what is not there, cannot be reached, is broken, or does not fit."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except UserError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model {model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
+            "--gpu-memory-fraction, or a larger GPU"
+        ) from error
     except Exception as error:
+        if model in RANDOM_MODELS:
+            raise
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
@@ -269,36 +279,32 @@ def build_model(
 def build_base(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
-    """The config's base model on the device: loaded, or randomly initialized. Raises UserError."""
-    try:
-        if config.model == "full":
-            shape = build_config(processor, SIZES["full"])
-            return build_random_model(shape, device, dtype, _quantization(config.load_in_4bit, dtype))
-        if config.model in RANDOM_MODELS:
-            return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
-        return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--model {config.model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
-            "--gpu-memory-fraction, or a larger GPU"
-        ) from error
+    """The config's base model on the device: randomly initialized, or loaded from safetensors alone.
 
-
-def load_base(
-    model: str, revision: str | None, load_in_4bit: bool, dtype: torch.dtype, device: torch.device
-) -> LlavaNextForConditionalGeneration:
-    """The checkpoint on the device, from safetensors alone; its language model in nf4, doubly quantized, if asked."""
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise UserError(
-            f"--model {model}: holds no *.safetensors; download them (git lfs pull), or give another folder"
+    Its language model is in nf4, doubly quantized, if the config asks for 4 bit. Raises UserError.
+    """
+    model, quantization = config.model, None
+    if config.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=IN_16_BIT,
         )
     with _loading(model, "weights"), read_without_mmap():
+        if model == "full":
+            return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
+        if model in RANDOM_MODELS:
+            return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)
+        if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+            raise UserError(f"--model {model}: holds no *.safetensors; download them (git lfs pull) or use another")
         base = LlavaNextForConditionalGeneration.from_pretrained(
             model,
-            revision=revision,
+            revision=config.model_revision,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(load_in_4bit, dtype),
+            quantization_config=quantization,
             attn_implementation="sdpa",
             use_safetensors=True,
         )
@@ -307,18 +313,6 @@ def load_base(
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
-
-
-def _quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if not load_in_4bit:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=IN_16_BIT,
-    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Closed-set log-likelihood scoring of all class names, and open-ended generation.
+"""Closed-set log-likelihood scoring of all class names.
 
 Shapes: B images, T prompt tokens with image tokens, right padded, N inner nodes of a trie, C classes, V vocabulary.
 
@@ -22,9 +22,7 @@ from utils.logging_utils import UserError, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
-OUT_OF_MEMORY = (
-    "out of memory scoring one image; use --load-in-4bit true or a GPU with more memory (--gpu-memory-fraction)"
-)
+OUT_OF_MEMORY = "out of memory scoring one image; use --load-in-4bit true or a larger GPU (--gpu-memory-fraction)"
 
 
 class TokenTrie(NamedTuple):
@@ -47,16 +45,16 @@ def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> l
     """
     if len(set(map(tuple, names))) < len(names):
         raise UserError("two class names are the same tokens; rename one")
-    order = sorted(range(len(names)), key=lambda index: list(names[index]))
-    chunks, inner = [[]], set()
-    for index in order:
-        prefixes = {tuple(names[index][:length]) for length in range(1, len(names[index]))}
+    chunks: list[dict[int, tuple[int, ...]]] = [{}]
+    inner: set[tuple[int, ...]] = set()
+    for index, name in sorted(enumerate(map(tuple, names)), key=lambda entry: entry[1]):
+        prefixes = {name[:length] for length in range(1, len(name))}
         if chunks[-1] and len(inner | prefixes) > max_nodes:
-            chunks.append([])
+            chunks.append({})
             inner = set()
-        chunks[-1].append(index)
+        chunks[-1][index] = name
         inner |= prefixes
-    return [_build_trie({index: tuple(names[index]) for index in chunk}) for chunk in chunks]
+    return [_build_trie(chunk) for chunk in chunks]
 
 
 def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
@@ -161,32 +159,24 @@ def _edge_log_probabilities(head, hidden: torch.Tensor, trie: TokenTrie) -> torc
     """(B, E) log-probability of each edge's token after its slot; logits of a few slots exist at a time."""
     images, slots = hidden.shape[:2]
     step = max(HEAD_ROWS // images, 1)
-    bounds = torch.searchsorted(trie.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
     found = []
-    for number, start in enumerate(range(0, slots, step)):
-        edges = slice(bounds[number], bounds[number + 1])
+    for start in range(0, slots, step):
+        inside = (trie.edge_slots >= start) & (trie.edge_slots < start + step)
+        edge_slots = trie.edge_slots[inside] - start
         logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
-        edge_logits = logits[:, trie.edge_slots[edges] - start, trie.edge_tokens[edges]]
-        found.append(edge_logits - logits.logsumexp(dim=2)[:, trie.edge_slots[edges] - start])
+        edge_logits = logits[:, edge_slots, trie.edge_tokens[inside]]
+        found.append(edge_logits - logits.logsumexp(dim=2)[:, edge_slots])
     return torch.cat(found, dim=1)
 
 
 def _check_window(base, length: int) -> None:
-    window = getattr(base.config.text_config, "sliding_window", None)
-    if window is not None and getattr(base.config.text_config, "use_sliding_window", True) and window < length:
+    config = base.config.text_config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < length:
         raise UserError(
             f"the language model attends to {window:,} tokens only and prompt with name has {length:,}; exact scores "
             "need the whole prompt: use --image-size 336, or --protocol generation"
         )
-
-
-@torch.no_grad()
-def generate_batch(model, batch: Batch, tokenizer, max_new_tokens: int) -> list[str]:
-    """Greedy replies to prompts padded on the left, without special tokens."""
-    ids = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
-    )
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def rank_true_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,12 +1,22 @@
 """Pictures of a run, drawn without a display."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 COLUMNS = 4  # of a grid of images
+
+
+class Tile(NamedTuple):
+    """An image of a grid, None: no image, with what stands above it."""
+
+    image: Image.Image | None
+    caption: str
+    color: str
 
 
 def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
@@ -32,65 +42,50 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def plot_answers(
-    images: Sequence[Image.Image],
-    predictions: Sequence[str],
-    truths: Sequence[str],
-    correct: Sequence[bool],
-    path: str | Path,
-) -> None:
-    """Images with the predicted class above each: green where correct, else red with the true class below it."""
-    rows = -(-len(images) // COLUMNS)
+def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
+    rows = -(-len(tiles) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows), layout="constrained")
-    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, prediction, truth, is_correct in zip(figure.axes, images, predictions, truths, correct):
-        axes.imshow(image)
-        title = truth if is_correct else f"{_shorten(prediction)}\nis: {truth}"
-        axes.set_title(title, color="darkgreen" if is_correct else "darkred", fontsize=11)
+    places = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, tile in itertools.zip_longest(places, tiles, fillvalue=Tile(None, "", "black")):
+        _draw(axes, tile)
     figure.savefig(path, dpi=80)
 
 
 def plot_report(
     accuracies: dict[str, float],
     bins: Sequence[tuple[float, float, int]],
-    confused: Sequence[tuple[str, str, int, Image.Image | None, Image.Image | None]],
-    mistakes: Sequence[tuple[Image.Image, str, Sequence[tuple[str, float]]]],
+    confused: Sequence[Tile],
+    mistakes: Sequence[Tile],
     title: str,
     path: str | Path,
 ) -> None:
-    """Accuracy of each class, reliability, an image of each class of confused pairs, and mistakes.
+    """Accuracy of each class, reliability, and the tiles of confused classes and of mistakes.
 
-    `bins` are (mean confidence, accuracy, number of images); `confused` are (class, class, times confused, image of the
-    first, image of the second); `mistakes` are (image, true class, [(class, probability), ...], the likeliest first).
+    `bins` are (mean confidence, accuracy, number of images).
     """
-    rows = [1.3, *[1] * (-(-2 * len(confused) // COLUMNS) + -(-len(mistakes) // COLUMNS))]
+    rows = [1.3, *[1] * (-(-len(confused) // COLUMNS) + -(-len(mistakes) // COLUMNS))]
     figure = Figure(figsize=(4 * COLUMNS, 4 * sum(rows)), layout="constrained")
     figure.suptitle(title, fontsize=16)
     grid = figure.add_gridspec(len(rows), COLUMNS, height_ratios=rows)
     _bars(figure.add_subplot(grid[0, : COLUMNS - 1]), accuracies)
     _reliability(figure.add_subplot(grid[0, COLUMNS - 1]), bins)
-    tiles: list[tuple[Image.Image | None, str, str]] = []
-    for first, second, count, *images in confused:
-        tiles.append((images[0], f"{_shorten(first)}\nconfused with the next: {count}", "black"))
-        tiles.append((images[1], f"{_shorten(second)}\n", "black"))
-    for image, truth, likeliest in mistakes:
-        predictions = "\n".join(f"{_shorten(name)} {probability:.0%}" for name, probability in likeliest)
-        tiles.append((image, f"is: {_shorten(truth)}\n{predictions}", "darkred"))
-    for index, (tile, caption, color) in enumerate(tiles):
-        axes = figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS])
-        axes.axis("off")
-        axes.set_title(caption, fontsize=11, color=color)
-        if tile is not None:
-            axes.imshow(tile)
+    for index, tile in enumerate([*confused, *mistakes]):
+        _draw(figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS]), tile)
     figure.savefig(path, dpi=70)
+
+
+def _draw(axes, tile: Tile) -> None:
+    axes.axis("off")
+    axes.set_title(tile.caption, fontsize=11, color=tile.color)
+    if tile.image is not None:
+        axes.imshow(tile.image)
 
 
 def _bars(axes, accuracies: dict[str, float]) -> None:
     ordered = sorted(accuracies.items(), key=lambda item: item[1])
     axes.bar(range(len(ordered)), [accuracy for _, accuracy in ordered], color="seagreen")
     size = 9 if len(ordered) <= 40 else 6
-    axes.set_xticks(range(len(ordered)), [_shorten(name, 24) for name, _ in ordered], rotation=90, fontsize=size)
+    axes.set_xticks(range(len(ordered)), [shorten(name, 24) for name, _ in ordered], rotation=90, fontsize=size)
     axes.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(-0.6, len(ordered) - 0.4))
 
 
@@ -106,6 +101,7 @@ def _curve(axes, lines: Sequence[dict], key: str, **style) -> None:
     axes.plot([line["step"] for line in lines], [line[key] for line in lines], **style)
 
 
-def _shorten(text: str, length: int = 32) -> str:
+def shorten(text: str, length: int = 32) -> str:
+    """On one line, and cut to a length that fits above an image."""
     text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return text if len(text) <= length else text[: length - 3] + "..."

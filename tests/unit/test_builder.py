@@ -220,7 +220,7 @@ def test_weights_are_read_and_not_mapped(checkpoint, monkeypatch):
     built(checkpoint())
     assert opened == ["pread"]
     with pytest.raises(UserError):
-        builder.load_base("/nowhere", None, False, torch.float32, CPU)
+        builder.build_base(TrainingConfig(model="/nowhere"), None, CPU, torch.float32)
     assert builder.modeling_utils.safe_open is not real  # the test's own is back
 
 

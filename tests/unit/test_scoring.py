@@ -11,7 +11,7 @@ from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
 from data.labels import CLASS_NAMES
-from models.builder import PlantModel, build_processor, load_base, set_trainable
+from models.builder import PlantModel, build_base, build_processor, set_trainable
 from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher
 from models.scoring import build_tries, score_batch
@@ -43,10 +43,10 @@ def one_by_one(model, collator, row) -> torch.Tensor:
 def flowers(checkpoint):
     """collator(names) over the processor of a checkpoint, images at their own sizes; and its model."""
 
-    def make(names, family="mistral", **settings):
-        processor, prompt = build_processor(TrainingConfig(model=checkpoint(family)), names)
-        model = load_base(checkpoint(family), None, settings.get("load_in_4bit", False), torch.float32, CPU)
-        return PlantCollator(processor, prompt, names, None), model.eval()
+    def make(names, family="mistral", load_in_4bit=False):
+        config = TrainingConfig(model=checkpoint(family), load_in_4bit=load_in_4bit)
+        processor, prompt = build_processor(config, names)
+        return PlantCollator(processor, prompt, names, None), build_base(config, processor, CPU, torch.float32).eval()
 
     return make
 
