@@ -267,10 +267,7 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
 
 
 def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
-    """(facts, {image: whether its likeliest name was the true one}) of the scores in a run directory.
-
-    Raises UserError where there are none, or where they are of other weights than those in best/.
-    """
+    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
     path = run.folder / f"eval_{split}.scores.jsonl"
     facts, entries = read_entries(path)
     again = f"python evaluate.py {run.folder} --split {split}"

@@ -69,8 +69,7 @@ def measure_replies(
 ) -> dict[str, float]:
     """Metrics of generated replies; a prediction of None, a reply that is no class name, counts as wrong.
 
-    `substring_match` is that of the published protocol (arXiv 2405.18415): the reply contains the true name, whatever
-    else it contains.
+    `substring_match` is that of the published protocol (arXiv 2405.18415): the reply contains the true name.
     """
     exact = [prediction == label for prediction, label in zip(predictions, labels, strict=True)]
     inside = [names[label].lower() in text.lower() for text, label in zip(texts, labels, strict=True)]

@@ -32,10 +32,7 @@ def percent(share: float) -> str:
 
 
 def load_predictor(run: Run) -> "Predictor":
-    """The model of a run, with the temperature and threshold fitted for its weights; warns where there are none.
-
-    Raises UserError for weights, a base model or a calibration that cannot be used.
-    """
+    """A run's model with the calibration of its weights; warns where there is none. Raises UserError."""
     adapter = None if run.is_base_model else describe_best(run.best_folder)
     calibration = read_calibration(run.folder, adapter)
     plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))

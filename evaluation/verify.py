@@ -62,8 +62,7 @@ def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
 def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     """Load best/ into a fresh base model, which must reproduce the scores of the trained one; write its model card.
 
-    The trained model is released first, since the GPU has room for one. Other ranks return at once.
-    Raises UserError where scores differ.
+    The trained model is released first: the GPU has room for one. Ranks other than 0 return at once. Raises UserError.
     """
     if not run.is_main_process:
         return
@@ -158,10 +157,7 @@ def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch
 
 
 def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
-    """McNemar's test of the validated model, first, and of this one on the same images.
-
-    Raises UserError if none of the images was validated.
-    """
+    """McNemar's test of the validated model, first, and of this one on the same images. Raises UserError for none."""
     correct = {
         sample.id: int(np.argmax(values)) == sample.label
         for scores, _ in plant.score(rows)

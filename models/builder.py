@@ -87,10 +87,7 @@ class PlantModel:
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device) -> "PlantModel":
-        """A run's model with the weights of its best/, on the base it was trained on; a base model without its adapter.
-
-        Raises UserError.
-        """
+        """A run's best/ on the base it was trained on; a base model without its adapter. Raises UserError."""
         plant = cls.from_config(run.config, run.recorded["class_names"], device)
         check_same_base(plant.facts(), run)
         if not run.is_base_model:
@@ -227,8 +224,6 @@ def _loading(model: str, part: str) -> Iterator[None]:
     """Raise UserError, with the next move, for what is not there, cannot be reached, is broken, or does not fit."""
     try:
         yield
-    except UserError:
-        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--model {model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
@@ -292,13 +287,15 @@ def build_base(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=IN_16_BIT,
         )
+    if model not in RANDOM_MODELS and Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+        raise UserError(
+            f"--model {model}: holds no *.safetensors; download them (git lfs pull), or give another folder"
+        )
     with _loading(model, "weights"), read_without_mmap():
         if model == "full":
             return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
         if model in RANDOM_MODELS:
             return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)
-        if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-            raise UserError(f"--model {model}: holds no *.safetensors; download them (git lfs pull) or use another")
         base = LlavaNextForConditionalGeneration.from_pretrained(
             model,
             revision=config.model_revision,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
@@ -67,9 +68,7 @@ def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype
     expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
     yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
     quantized = {
-        name.removesuffix(".base_layer"): module
-        for name, module in modules.items()
-        if type(module).__name__ == "Linear4bit" and not isinstance(module, LoraLayer)
+        name.removesuffix(".base_layer"): part for name, part in modules.items() if isinstance(part, Linear4bit)
     }
     in_4bit = linears if load_in_4bit else set()
     yield set(quantized) == in_4bit, f"{len(quantized)} linears in 4 bit, only in the language model"

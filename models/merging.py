@@ -34,10 +34,8 @@ class Adapter(NamedTuple):
 def read_adapter(folder: Path) -> Adapter:
     """Names are those of the model without PEFT, such as model.language_model.layers.0.self_attn.q_proj."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    saved = {
-        name.removeprefix("base_model.model."): weight
-        for name, weight in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()
-    }
+    weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    saved = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     all_b = {name.removesuffix(".lora_B.weight"): b for name, b in saved.items() if name.endswith(".lora_B.weight")}
     low_rank = {name: (saved[f"{name}.lora_A.weight"], b) for name, b in all_b.items()}
     whole = {name: weight for name, weight in saved.items() if ".lora_" not in name}

@@ -60,10 +60,10 @@ def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> l
 def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     inner = sorted({name[:length] for name in names.values() for length in range(1, len(name))})
     slots = {prefix: slot for slot, prefix in enumerate([(), *inner])}
-    visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-    for prefix in inner:
-        for length in range(1, len(prefix) + 1):
-            visible[slots[prefix] - 1, slots[prefix[:length]] - 1] = True
+    visible = torch.eye(len(inner), dtype=torch.bool)
+    for prefix in inner:  # parents first
+        if len(prefix) > 1:
+            visible[slots[prefix] - 1] |= visible[slots[prefix[:-1]] - 1]
     steps = [(index, (slots[name[:at]], name[at])) for index, name in names.items() for at in range(len(name))]
     edges = sorted({edge for _, edge in steps})
     places = {edge: place for place, edge in enumerate(edges)}

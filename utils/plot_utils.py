@@ -21,24 +21,19 @@ class Tile(NamedTuple):
 
 def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     """Loss, validation accuracy, learning rate and gradient norm by optimizer step, from the lines of metrics.jsonl."""
-    steps = [line for line in metrics if "loss" in line]
-    evaluations = [line for line in metrics if "eval_loss" in line]
-    figure = Figure(figsize=(8, 12 if evaluations else 9))
+    has_evaluations = any("eval_loss" in line for line in metrics)
+    figure = Figure(figsize=(8, 12 if has_evaluations else 9))
     figure.subplots_adjust(left=0.13, right=0.97, top=0.98, bottom=0.06, hspace=0.06)
-    loss, *accuracy, rate, norm = figure.subplots(4 if evaluations else 3, 1, sharex=True)
-    _curve(loss, steps, "loss", label="train")
-    if evaluations:
-        _curve(loss, evaluations, "eval_loss", label="val", marker="o")
-        _curve(accuracy[0], evaluations, "eval_top1", marker="o", color="C1")
-        accuracy[0].set(ylabel="top-1 accuracy on val", ylim=(0, 1.02))
-    loss.set(ylabel="loss, nats per token")
+    loss, *accuracy, rate, norm = figure.subplots(4 if has_evaluations else 3, 1, sharex=True)
+    _curve(loss, metrics, "loss", "loss, nats per token", label="train")
+    if has_evaluations:
+        _curve(loss, metrics, "eval_loss", "loss, nats per token", label="val", marker="o")
+        _curve(accuracy[0], metrics, "eval_top1", "top-1 accuracy on val", marker="o", color="C1")
+        accuracy[0].set(ylim=(0, 1.02))
     loss.legend()
-    _curve(rate, steps, "learning_rate")
-    rate.set(ylabel="learning rate")
-    _curve(norm, steps, "grad_norm")
-    norm.set(ylabel="gradient norm before clipping", xlabel="optimizer step", yscale="log")
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
+    _curve(rate, metrics, "learning_rate", "learning rate")
+    _curve(norm, metrics, "grad_norm", "gradient norm before clipping")
+    norm.set(xlabel="optimizer step", yscale="log")
     figure.savefig(path, dpi=100)
 
 
@@ -59,10 +54,7 @@ def plot_report(
     title: str,
     path: str | Path,
 ) -> None:
-    """Accuracy of each class, reliability, and the tiles of confused classes and of mistakes.
-
-    `bins` are (mean confidence, accuracy, number of images).
-    """
+    """Accuracy by class, reliability by `bins` of (mean confidence, accuracy, images), confused classes, mistakes."""
     rows = [1.3, *[1] * (-(-len(confused) // COLUMNS) + -(-len(mistakes) // COLUMNS))]
     figure = Figure(figsize=(4 * COLUMNS, 4 * sum(rows)), layout="constrained")
     figure.suptitle(title, fontsize=16)
@@ -97,8 +89,11 @@ def _reliability(axes, bins: Sequence[tuple[float, float, int]]) -> None:
     axes.set(xlabel="confidence (area: images)", ylabel="accuracy", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
 
 
-def _curve(axes, lines: Sequence[dict], key: str, **style) -> None:
+def _curve(axes, metrics: Sequence[dict], key: str, words: str, **style) -> None:
+    lines = [line for line in metrics if key in line]
     axes.plot([line["step"] for line in lines], [line[key] for line in lines], **style)
+    axes.set(ylabel=words)
+    axes.grid(alpha=0.3)
 
 
 def shorten(text: str, length: int = 32) -> str:
