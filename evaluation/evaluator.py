@@ -43,10 +43,6 @@ class Method:
     limit: int | None = None  # images that were sampled from each split, by the caller
     target_selective_accuracy: float = 0.95
 
-    @property
-    def is_plain(self) -> bool:
-        return not (self.per_token or self.prior_calibration or self.limit)
-
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
     """An Evaluator of a run, whose facts are all that its scores depend on beside the images."""
@@ -168,8 +164,8 @@ class Evaluator:
 
     def calibrate(self, scores: SplitScores) -> Calibration:
         """Temperature and "not sure" threshold from scores of val; to calibration.json too, if the method is plain."""
-        calibration = calibrate(scores, self.method.target_selective_accuracy)
-        if self.method.is_plain:
+        method, calibration = self.method, calibrate(scores, self.method.target_selective_accuracy)
+        if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
         return calibration
@@ -203,11 +199,7 @@ class Evaluator:
             **measure_split(scores, calibration, self.plant.class_names),
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
-            "ood": {
-                kind: {"n": len(found), "abstention_rate": calibration.abstention_rate(found)}
-                for kind, found in ood_scores.items()
-                if calibration is not None
-            },
+            "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
         for line in result_lines(report):

@@ -39,10 +39,10 @@ class Calibration(NamedTuple):
     target_selective_accuracy: float
     images: int
 
-    def abstention_rate(self, scores: np.ndarray) -> float:
-        """Share of images whose confidence is below the threshold."""
-        threshold = np.inf if self.threshold is None else self.threshold
-        return 1 - float((confidence(scores, self.temperature) >= threshold).mean())
+    def measure_ood(self, scores: np.ndarray) -> dict[str, float]:
+        """Of out-of-distribution images (n, C): their number, and the share whose confidence is below the threshold."""
+        accepted = confidence(scores, self.temperature) >= (np.inf if self.threshold is None else self.threshold)
+        return {"n": len(scores), "abstention_rate": 1 - float(accepted.mean())}
 
 
 # ---- accuracy

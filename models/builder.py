@@ -332,7 +332,13 @@ def set_trainable(
     """
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
-        _freeze_unused(base)
+        tower, layer = base.model.vision_tower, base.config.vision_feature_layer
+        if isinstance(layer, int) and layer < 0:
+            encoder = getattr(tower, "vision_model", tower)
+            layers = encoder.encoder.layers
+            # Behind the feature layer: DDP would wait for their gradient, weight decay would shrink them.
+            for unused in (encoder.post_layernorm, *layers[len(layers) + 1 + layer :]):
+                unused.requires_grad_(False)
         return base
     settings = LoraConfig(
         r=lora_r,
@@ -349,16 +355,6 @@ def set_trainable(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     return model
-
-
-def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
-    """Freeze the vision layers behind the feature layer: DDP would wait for their gradient, decay would shrink them."""
-    vision, layer = base.model.vision_tower, base.config.vision_feature_layer
-    if isinstance(layer, int) and layer < 0:
-        encoder = getattr(vision, "vision_model", vision)
-        layers = encoder.encoder.layers
-        for unused in (encoder.post_layernorm, *layers[len(layers) + 1 + layer :]):
-            unused.requires_grad_(False)
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

@@ -135,11 +135,14 @@ def _score_images(base, inputs: dict, lengths: list[int], tries: list[TokenTrie]
         if len(trie.tokens):
             visible = torch.cat(
                 [in_prompt[:, None].expand(-1, len(trie.tokens), -1), trie.visible.expand(images, -1, -1)], dim=2
-            )  # (B, N, T + N)
+            )[:, None]  # (B, 1, N, T + N)
+            # Numbers to add to attention scores: eager attention silently misreads a boolean mask.
+            mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
+            mask.masked_fill_(~visible, torch.finfo(hidden.dtype).min)
             nodes = base.model(
                 input_ids=trie.tokens.expand(images, -1),
                 position_ids=prompt_lengths[:, None] + trie.depths - 1,
-                attention_mask=_additive(visible[:, None], hidden.dtype),
+                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, N, width)
@@ -148,11 +151,6 @@ def _score_images(base, inputs: dict, lengths: list[int], tries: list[TokenTrie]
         edges = _edge_log_probabilities(base.lm_head, hidden, trie)
         scores.index_add_(1, trie.pair_names, edges[:, trie.pair_edges])
     return scores
-
-
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers to add to attention scores: eager attention silently misreads the boolean one."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def _edge_log_probabilities(head, hidden: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
