@@ -133,16 +133,15 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
     def whole(weight, bias):
         return lambda _, given, output: linear(given[0].float(), weight, bias).to(output)
 
-    with contextlib.ExitStack() as hooks:
-        for name, pair in adapter.low_rank.items():
-            hook = low_rank(*(matrix.to(device).float() for matrix in pair))
-            hooks.enter_context(base.get_submodule(name).register_forward_hook(hook))
-        for name, weight in adapter.whole.items():
-            if name.endswith(".weight"):
-                module = name.removesuffix(".weight")
-                bias = adapter.whole.get(f"{module}.bias")
-                hook = whole(weight.to(device).float(), None if bias is None else bias.to(device).float())
-                hooks.enter_context(base.get_submodule(module).register_forward_hook(hook))
+    def fp32(name: str) -> torch.Tensor | None:
+        return adapter.whole[name].to(device).float() if name in adapter.whole else None
+
+    hooks = {name: low_rank(a.to(device).float(), b.to(device).float()) for name, (a, b) in adapter.low_rank.items()}
+    for module in {name.rpartition(".")[0] for name in adapter.whole}:
+        hooks[module] = whole(fp32(f"{module}.weight"), fp32(f"{module}.bias"))
+    with contextlib.ExitStack() as attached:
+        for name, hook in hooks.items():
+            attached.enter_context(base.get_submodule(name).register_forward_hook(hook))
         yield
 
 
