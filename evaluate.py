@@ -147,21 +147,12 @@ def parse_evaluation(argv: list[str] | None = None) -> tuple[Run, Run | None, Ev
     run = replace(run, config=config)
     if not line.words:
         run.config = replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
-        line.problems += [] if line.problems else find_other_base(run)
+        is_used = not line.problems and (run.folder / CONFIG_FILE).exists()
+        if is_used and (saved := line.load_run(str(run.folder), Run.load)):
+            changed = changed_fields(run.config, saved.config) if saved.is_base_model else ["a run"]
+            line.problems += [f"{run.folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
     line.exit_on_problems()
     return run, runs[1] if len(runs) == 2 else None, options
-
-
-def find_other_base(run: Run) -> list[str]:
-    """Why the directory of this base model cannot be used: it holds a run, or another base model or data set."""
-    if not (run.folder / CONFIG_FILE).exists():
-        return []
-    try:
-        saved = Run.load(run.folder)
-    except ConfigError as error:
-        return [str(error)]
-    changed = changed_fields(run.config, saved.config) if saved.is_base_model else ["a run"]
-    return [f"{run.folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
 
 
 if __name__ == "__main__":
