@@ -292,7 +292,7 @@ def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
     state = optimizer_bytes(trainer.args.optim, trainable)  # allocated in the first step, so after the trial
     held = memory_in_use(device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
     itemsize = base.get_input_embeddings().weight.element_size()
-    shape = LayerShape(base.config.text_config, fused[0].lora_columns, itemsize, fused[0].kernels.compiled)
+    shape = LayerShape(base.config.text_config, fused[0].groups[0].columns, itemsize, fused[0].kernels.compiled)
     cost = step_cost(shape, sample.length, held)
     budget = allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
