@@ -1,4 +1,4 @@
-"""What accompanies a run: metrics.jsonl, step lines, loss.png, checkpoints, best/, early stopping, the progress bar.
+"""What accompanies a run: metrics.jsonl, step lines, loss.png, best/, early stopping, the progress bar.
 
 No callback changes the model.
 """
@@ -19,9 +19,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from models.throughput import measure_matmul_rate
 from runtime.atomic import replace_dir
-from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, rotate, write_manifest
+from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_files import PREFIX, append_metrics, read_metrics
+from runtime.run_files import append_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
@@ -35,7 +35,6 @@ class RunLog(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.run = trainer.run
         self.window: list[dict] = []  # steps since the last line
         self.losses, self.norms = SpikeDetector(LOSS_FACTOR, LOSS_MARGIN), SpikeDetector(NORM_FACTOR)
         self.matmul_rate: float | None = None  # FLOP/s of all GPUs; not measured on the CPU
@@ -58,7 +57,7 @@ class RunLog(TrainerCallback):
         }
         self.step_began = now
         if state.is_world_process_zero:
-            append_metrics(self.run.folder, step)
+            append_metrics(self.trainer.run.folder, step)
             self.warn_of_spikes(step)
             self.window.append(step)
             if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
@@ -67,24 +66,24 @@ class RunLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.is_world_process_zero:
-            append_metrics(self.run.folder, {"step": state.global_step} | metrics)
+            append_metrics(self.trainer.run.folder, {"step": state.global_step} | metrics)
             logger.info(
                 f"eval | step {state.global_step} | val loss {metrics['eval_loss']:.4f} | "
                 f"val top-1 {metrics['eval_top1']:.3f} | val top-5 {metrics['eval_top5']:.3f}"
             )
-            plot_training(read_metrics(self.run.folder), self.run.folder / "loss.png")
+            plot_training(read_metrics(self.trainer.run.folder), self.trainer.run.folder / "loss.png")
         self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        lines = read_metrics(self.run.folder)
+        lines = read_metrics(self.trainer.run.folder)
         skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
         if skipped:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
             logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
         if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
-            plot_training(lines, self.run.folder / "loss.png")
+            plot_training(lines, self.trainer.run.folder / "loss.png")
 
     def format_line(self, state) -> str:
         seconds, images, image_tokens, flops = (
@@ -161,14 +160,13 @@ class EarlyStopping(TrainerCallback):
         """Whether the run has stopped by this log history; one that was killed after it stopped is over too."""
         best, waited = None, 0
         for top1 in (entry["eval_top1"] for entry in history if "eval_top1" in entry):
-            if best is None or (top1 > best and top1 - best >= self.required_gain(best)):
+            gain = math.inf if best is None else top1 - best
+            needed = resolvable_gain(best or 0, self.num_images) if self.min_gain is None else self.min_gain
+            if gain > 0 and gain >= needed:
                 best, waited = top1, 0
             else:
                 waited += 1
         return waited >= self.patience
-
-    def required_gain(self, best: float) -> float:
-        return resolvable_gain(best, self.num_images) if self.min_gain is None else self.min_gain
 
 
 def resolvable_gain(top1: float, num_images: int) -> float:
@@ -200,19 +198,6 @@ class BestCheckpoint(TrainerCallback):
             (folder / MODEL_CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
             (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_manifest(folder)
-
-
-class CheckpointKeeper(TrainerCallback):
-    """Completes each checkpoint with its manifest, then deletes the oldest ones of this run."""
-
-    def __init__(self, run_id: str, save_total_limit: int):
-        self.run_id = run_id
-        self.save_total_limit = save_total_limit
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
-            rotate(args.output_dir, self.run_id, self.save_total_limit)
 
 
 class MemoryCollector(TrainerCallback):

@@ -24,7 +24,7 @@ from runtime.device import (
     reset_peak_memory,
     synchronize,
 )
-from runtime.distributed import checksum_quantized, get_local_world_size, shard_frozen_parameters, unshard, unsharded
+from runtime.distributed import checksum_quantized, get_local_world_size, shard_frozen_parameters, unsharded
 from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
@@ -206,14 +206,6 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
         _log_kernels(trainer, options, began)
 
 
-def unshard_weights(trainer) -> None:
-    """Gather the sharded weights on every rank, for what each rank computes alone: its part of the report."""
-    unshard(trainer.fsdp_modules)
-    if trainer.fsdp_modules:  # no rank may go ahead while another still fetches
-        synchronize(trainer.args.device)
-        trainer.accelerator.wait_for_everyone()
-
-
 def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
     """(seconds per image, peak bytes) of a micro-batch of `row`, infinite if it does not fit; no weight is updated."""
     device = trainer.args.device
@@ -258,9 +250,6 @@ def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> Non
     checksums = checksum_quantized(base)
     trainer.fsdp_modules = shard_frozen_parameters(base)
     trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
-    (dummy,) = trainer.data_collator([row]).to(device).split(1)
-    ignored = {name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")}
-    trainer.dummy_micro_batch = dummy | ignored
     collect_memory(device)
     held, size = memory_in_use(device), trainer.micro_batcher.size
     began = time.perf_counter()

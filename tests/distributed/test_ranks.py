@@ -182,9 +182,9 @@ def test_killed_ranks_end_all_and_the_run_resumes(here, single):
 
 def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
     """SIGTERM to rank 0 alone."""
-    from models import callbacks, trainer
+    from models import trainer
 
-    write_manifest, score_batch = callbacks.write_manifest, trainer.score_batch
+    write_manifest, score_batch = trainer.write_manifest, trainer.score_batch
 
     def write_slowly(folder):
         time.sleep(2)
@@ -197,7 +197,7 @@ def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
 
     trainer.score_batch = stopped
     if saves_slowly:
-        callbacks.write_manifest = write_slowly
+        trainer.write_manifest = write_slowly
 
 
 def run_out_of_memory(rank: int) -> None:
