@@ -26,8 +26,9 @@ from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
 SPIKE_HISTORY, SPIKE_MIN_HISTORY = 50, 10  # steps whose median a value is compared with
-LOSS_FACTOR, LOSS_MARGIN = 2.0, 0.5  # a loss spike is above twice the median and half a nat more than it
-NORM_FACTOR = 20.0  # late in the tiny run, batches with one hard image reach 13 times the median
+# A spike is above so many times the median, and above it by so much. Late in the tiny run, batches with one hard image
+# have 13 times the median gradient norm.
+SPIKES = {"loss": (2.0, 0.5), "grad_norm": (20.0, 0.0)}
 
 
 class RunLog(TrainerCallback):
@@ -36,7 +37,7 @@ class RunLog(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.window: list[dict] = []  # steps since the last line
-        self.losses, self.norms = SpikeDetector(LOSS_FACTOR, LOSS_MARGIN), SpikeDetector(NORM_FACTOR)
+        self.history = {name: deque(maxlen=SPIKE_HISTORY) for name in SPIKES}
         self.matmul_rate: float | None = None  # FLOP/s of all GPUs; not measured on the CPU
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -108,32 +109,19 @@ class RunLog(TrainerCallback):
         return " | ".join(parts)
 
     def warn_of_spikes(self, step: dict) -> None:
-        if loss := self.losses.describe_spike(step["loss"]):
-            logger.warning("step %d: loss %s", step["step"], loss)
-        if norm := self.norms.describe_spike(step["grad_norm"]):
-            limit = self.trainer.args.max_grad_norm
-            logger.warning("step %d: gradient norm %s; clipped to %g", step["step"], norm, limit)
-
-
-class SpikeDetector:
-    """Compares each value with the median of the last SPIKE_HISTORY before it."""
-
-    def __init__(self, factor: float, margin: float = 0.0):
-        self.factor = factor
-        self.margin = margin
-        self.values: deque[float] = deque(maxlen=SPIKE_HISTORY)
-
-    def describe_spike(self, value: float | None) -> str | None:
-        """What a value far above the median is compared with, else None; the None of a skipped step is ignored."""
-        if value is None:
-            return None
-        text = None
-        if len(self.values) >= SPIKE_MIN_HISTORY:
-            median = statistics.median(self.values)
-            if value > max(self.factor * median, median + self.margin):
-                text = f"{value:.3f} is a spike, the last {len(self.values)} steps had a median of {median:.3f}"
-        self.values.append(value)
-        return text
+        """Compare loss and gradient norm with their medians before; those of a skipped step are None."""
+        for name, (factor, margin) in SPIKES.items():
+            value, history = step[name], self.history[name]
+            if value is None:
+                continue
+            median = statistics.median(history) if len(history) >= SPIKE_MIN_HISTORY else math.inf
+            if value > max(factor * median, median + margin):
+                clipped = f"; clipped to {self.trainer.args.max_grad_norm:g}" if name == "grad_norm" else ""
+                logger.warning(
+                    f"step {step['step']}: {'loss' if name == 'loss' else 'gradient norm'} {value:.3f} is a spike, the "
+                    f"last {len(history)} steps had a median of {median:.3f}{clipped}"
+                )
+            history.append(value)
 
 
 class EarlyStopping(TrainerCallback):
@@ -158,11 +146,11 @@ class EarlyStopping(TrainerCallback):
 
     def is_over(self, history: Sequence[dict]) -> bool:
         """Whether the run has stopped by this log history; one that was killed after it stopped is over too."""
-        best, waited = None, 0
-        for top1 in (entry["eval_top1"] for entry in history if "eval_top1" in entry):
-            gain = math.inf if best is None else top1 - best
-            needed = resolvable_gain(best or 0, self.num_images) if self.min_gain is None else self.min_gain
-            if gain > 0 and gain >= needed:
+        accuracies = [entry["eval_top1"] for entry in history if "eval_top1" in entry]
+        best, waited = (accuracies or [0.0])[0], 0
+        for top1 in accuracies[1:]:
+            required = resolvable_gain(best, self.num_images) if self.min_gain is None else self.min_gain
+            if top1 > best and top1 - best >= required:
                 best, waited = top1, 0
             else:
                 waited += 1

@@ -6,7 +6,6 @@ with half the micro-batch.
 
 import math
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import psutil
@@ -24,7 +23,7 @@ from runtime.device import (
     reset_peak_memory,
     synchronize,
 )
-from runtime.distributed import checksum_quantized, get_local_world_size, shard_frozen_parameters, unsharded
+from runtime.distributed import checksum_quantized, get_local_world_size, unsharded
 from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
@@ -137,13 +136,15 @@ def choose_plan(cost: Cost, step: Step, budget: float, checkpointing: str = "aut
     offload = checkpointing == "offload"
     least = step.layers if checkpointing == "false" else 0
     most = 0 if checkpointing in ("true", "offload") else step.layers
-    for size in sorted({-(-step.images // parts) for parts in range(1, step.images + 1)}):
+    for micro_batches in range(1, step.images + 1):
+        size = math.ceil(step.images / micro_batches)
         room = budget - cost.peak(size, 0, offload)
-        fits = room > 0 and (not offload or size * cost.checkpoint <= host)
-        kept = min(most, int(room // (size * cost.activation))) if fits else -1
+        if room <= 0 or (offload and size * cost.checkpoint > host):
+            continue
+        kept = min(most, int(room // (size * cost.activation)))
         if kept >= least:
             forwards = 1 + BACKWARD + RECOMPUTED * (step.layers - kept) / step.layers
-            tokens = step.images * step.tokens * forwards + -(-step.images // size) * MICRO_BATCH_TOKENS  # forward
+            tokens = step.images * step.tokens * forwards + math.ceil(step.images / size) * MICRO_BATCH_TOKENS
             found.append((tokens, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]
@@ -164,8 +165,7 @@ def is_worth_compiling(compile: str, images: float, seconds_per_image: float = S
 # ---- the planner
 
 
-@dataclass(frozen=True)
-class MemoryOptions:
+class MemoryOptions(NamedTuple):
     """What the config says of memory."""
 
     gradient_checkpointing: str = "auto"  # auto, true, false or offload
@@ -174,7 +174,7 @@ class MemoryOptions:
     sharding: str = "none"  # none or fsdp
 
 
-def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
 
     `row` is the largest sample to come. The plan is arithmetic; a micro-batch of such samples, which updates no weight,
@@ -183,10 +183,11 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
     micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
     configured micro-batch, does not fit.
     """
-    device = trainer.args.device
+    device, options = trainer.args.device, trainer.memory_options
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
-            _shard(trainer, options, row, steps_left)
+            _shard(trainer, row, steps_left)
             return
         available = available_gpu_memory(device)
         if available is None:
@@ -194,16 +195,15 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
         if not trainer.fused:
             logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batcher.size)
             return
-        began = time.perf_counter()
         # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
         if options.compile == "auto" and (options.auto_batch or trainer.micro_batcher.size > 1):
             seconds, _ = try_micro_batch(trainer, row, 1)
             _compile_if_worth(trainer, seconds, steps_left)
         if options.auto_batch:
-            _fit(trainer, options, row, available)
+            _fit(trainer, row, available)
         elif trainer.fused[0].kernels.compiled:
             try_micro_batch(trainer, row, 1)
-        _log_kernels(trainer, options, began)
+        _log_kernels(trainer, began)
 
 
 def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
@@ -237,29 +237,27 @@ def _compile_if_worth(trainer, seconds_per_image: float, steps_left: float) -> N
         trainer.fused[0].kernels.compile()
 
 
-def _log_kernels(trainer, options: MemoryOptions, began: float) -> None:
-    words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+def _log_kernels(trainer, began: float) -> None:
+    is_off = trainer.memory_options.compile == "false"
+    words = "not compiled" if is_off else "not compiled: the run would not win back the time"
     words = "compiled" if trainer.fused[0].kernels.compiled else words
     logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
 
 
-def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+def _shard(trainer, row: dict, steps_left: float) -> None:
     """Shard the frozen weights across ranks and try the configured micro-batch."""
-    device, base = trainer.args.device, unwrap(trainer.model)
-    loading = peak_memory(device)
-    checksums = checksum_quantized(base)
-    trainer.fsdp_modules = shard_frozen_parameters(base)
-    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
+    began, device, base = time.perf_counter(), trainer.args.device, unwrap(trainer.model)
+    loading, checksums = peak_memory(device), checksum_quantized(base)
+    trainer.shard_weights()
     collect_memory(device)
     held, size = memory_in_use(device), trainer.micro_batcher.size
-    began = time.perf_counter()
     seconds, peak = try_micro_batch(trainer, row, size)
     if trainer.fused and device.type == "cuda" and peak < math.inf:
-        if options.compile == "auto" and size > 1:
+        if trainer.memory_options.compile == "auto" and size > 1:
             _compile_if_worth(trainer, seconds, steps_left)
             if trainer.fused[0].kernels.compiled:
                 _, peak = try_micro_batch(trainer, row, size)
-        _log_kernels(trainer, options, began)
+        _log_kernels(trainer, began)
     if peak == math.inf:
         raise UserError(f"memory: {out_of_memory_message(trainer)}")
     with unsharded(trainer.fsdp_modules):
@@ -271,7 +269,7 @@ def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> Non
     )
 
 
-def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
+def _fit(trainer, row: dict, available: float) -> None:
     """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
     (sample,) = trainer.data_collator([row]).samples
     base, fused, device = unwrap(trainer.model), trainer.fused, trainer.args.device
@@ -286,9 +284,10 @@ def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
     budget = allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
-    smallest = choose_plan(cost, step, 0, options.gradient_checkpointing)
+    checkpointing = trainer.memory_options.gradient_checkpointing
+    smallest = choose_plan(cost, step, 0, checkpointing)
     while True:
-        plan = choose_plan(cost, step, budget, options.gradient_checkpointing, host)
+        plan = choose_plan(cost, step, budget, checkpointing, host)
         trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offload)
         _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
@@ -313,15 +312,11 @@ def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
 
 def out_of_memory_message(trainer) -> str:
     """What to do about a micro-batch that does not fit and cannot be made smaller."""
-    checkpointing = f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}"
-    if not trainer.fsdp_modules:
-        return (
-            f"out of memory with micro-batch 1; use {checkpointing}, --load-in-4bit true, --image-size 336, "
-            "--optim paged_adamw_8bit, or a GPU with more memory"
-        )
+    size, is_sharded = trainer.micro_batcher.size, bool(trainer.fsdp_modules)
+    reason = ", which is not planned with sharded weights" if is_sharded else ""
     smaller = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or "
     return (
-        f"out of memory with micro-batch {trainer.micro_batcher.size}, which is not planned with sharded weights; "
-        f"{smaller if trainer.micro_batcher.size > 1 else ''}use {checkpointing}, --image-size 336, --optim "
-        "paged_adamw_8bit"
+        f"out of memory with micro-batch {size}{reason}; {smaller if is_sharded and size > 1 else ''}use "
+        f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}, --load-in-4bit true, --image-size 336, "
+        "--optim paged_adamw_8bit, or a GPU with more memory"
     )

@@ -8,7 +8,6 @@ import math
 import pickle
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,24 +27,18 @@ from models.throughput import FlopCounter
 from models.training_arguments import build_arguments
 from runtime.checkpoint import create_checkpoint_dir, read_best, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
-from runtime.distributed import Distributed, all_reduce_gradients, shard_batches, unshard, unsharded
+from runtime.distributed import (
+    Distributed,
+    all_reduce_gradients,
+    shard_batches,
+    shard_frozen_parameters,
+    unshard,
+    unsharded,
+)
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
-
-
-class StepValues(NamedTuple):
-    """What is read from the device in an optimizer step: sums over all ranks, and the mean loss."""
-
-    loss: float
-    miscounted: float  # samples whose number of image tokens is not the collator's
-    images: float
-    image_tokens: float
-    flops: float
-    unreadable: float  # images
-    stops: float  # ranks that have received a signal
-    grad_norm: float
 
 
 class PlantTrainer(Trainer):
@@ -101,10 +94,9 @@ class PlantTrainer(Trainer):
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.streams = isinstance(self.train_dataset, IterableDataset)
-        self.unreadable_train, self.unreadable_val = (
-            UnreadableImages(split, count_images(rows or ()), max_unreadable_fraction)
-            for split, rows in (("train", self.train_dataset), ("val", self.eval_dataset))
-        )
+        counts = count_images(self.train_dataset), count_images(self.eval_dataset or ())
+        self.unreadable_train = UnreadableImages("train", counts[0], max_unreadable_fraction)
+        self.unreadable_val = UnreadableImages("val", counts[1], max_unreadable_fraction)
         if self.streams:
             self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
             # The order of images depends on the number of workers, so every rank has what the smallest machine can.
@@ -196,39 +188,43 @@ class PlantTrainer(Trainer):
         """Called between clipping and the optimizer's update: the one place in a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         values = self.read_step(grad_norm)
-        if values.stops and self.dist.world_size > 1:
+        if values["stops"] and self.dist.world_size > 1:
             raise Interrupted
         self.check_step(values)
         self.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
         return grad_norm
 
-    def read_step(self, grad_norm: torch.Tensor) -> StepValues:
+    def read_step(self, grad_norm: torch.Tensor) -> dict[str, float]:
+        """Mean loss, norm of the mean gradient, and sums over all ranks; `miscounted` are samples of this step whose
+        number of image tokens is not the collator's, `stops` ranks that have received a signal.
+        """
         batch, device = self.step_batch, self.args.device
         miscounted = torch.zeros((), device=device)
         if batch.samples:
             is_image_token = batch["input_ids"] == self.processing_class.image_token_id
             miscounted = (is_image_token.sum(dim=1) != batch["image_tokens"]).sum()
-        counts = [
-            len(batch.samples),
-            sum(sample.image_tokens for sample in batch.samples),
-            sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
-            len(batch.unreadable),
-            self.stop.signal is not None,
-        ]
-        counts = torch.tensor(counts, dtype=torch.float32).to(device)
-        values = torch.cat([torch.stack([self.step_loss.float(), miscounted.float()]), counts])
+        counts = {
+            "images": len(batch.samples),
+            "image_tokens": sum(sample.image_tokens for sample in batch.samples),
+            "flops": sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
+            "unreadable": len(batch.unreadable),
+            "stops": self.stop.signal is not None,
+        }
+        values = torch.tensor(list(counts.values()), dtype=torch.float32).to(device)
+        values = torch.cat([torch.stack([self.step_loss.float(), miscounted.float()]), values])
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(values)
             values[0] /= self.dist.world_size
-        return StepValues._make(torch.cat([values, grad_norm.to(values).reshape(1)]).tolist())
+        values = torch.cat([values, grad_norm.to(values).reshape(1)]).tolist()
+        return dict(zip(("loss", "miscounted", *counts, "grad_norm"), values))
 
-    def check_step(self, values: StepValues) -> None:
+    def check_step(self, values: dict[str, float]) -> None:
         """Fill `step_metrics`; raise the same error on every rank for a step that must not update the weights."""
-        step, loss, norm, batch = self.state.global_step + 1, values.loss, values.grad_norm, self.step_batch
-        if values.unreadable:
+        step, loss, norm, batch = self.state.global_step + 1, values["loss"], values["grad_norm"], self.step_batch
+        if values["unreadable"]:
             unreadable = self.dist.gather_object(batch.unreadable)
             self.unreadable_train.add(unreadable, self.dist.is_main_process)
-            if not values.images:
+            if not values["images"]:
                 raise UserError(
                     f"step {step}: none of its images can be read; fix or remove them ({'; '.join(unreadable[:5])})"
                 )
@@ -237,17 +233,17 @@ class PlantTrainer(Trainer):
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
-            "images": int(values.images),
-            "image_tokens": int(values.image_tokens),
-            "flops": values.flops,
+            "images": int(values["images"]),
+            "image_tokens": int(values["image_tokens"]),
+            "flops": values["flops"],
         }
-        if math.isfinite(loss) and math.isfinite(norm) and not values.miscounted:
+        if math.isfinite(loss) and math.isfinite(norm) and not values["miscounted"]:
             self.skipped.clear()
             return
         ids = ", ".join(self.dist.gather_object([sample.id for sample in batch.samples]))
-        if values.miscounted:
+        if values["miscounted"]:
             raise UserError(
-                f"step {step}: the number of image tokens of {values.miscounted:.0f} samples changed between the "
+                f"step {step}: the number of image tokens of {values['miscounted']:.0f} samples changed between the "
                 f"collator and the step; the weights were not updated, please report this (samples: {ids})"
             )
         self.handle_non_finite_step(loss, norm, ids)
@@ -283,7 +279,12 @@ class PlantTrainer(Trainer):
         """Choose what fits the GPU; `steps_left` None: those after the run's checkpoint. Raises UserError."""
         rows = sample_rows(self.train_dataset)
         left = self.planned_steps() - step_of(self.run.resume_from) if steps_left is None else steps_left
-        plan_memory(self, self.memory_options, self.data_collator.largest_row(rows), left)
+        plan_memory(self, self.data_collator.largest_row(rows), left)
+
+    def shard_weights(self) -> None:
+        """Shard the frozen weights across ranks."""
+        self.fsdp_modules = shard_frozen_parameters(unwrap(self.model))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""

@@ -462,9 +462,9 @@ def test_out_of_memory_of_a_rank_ends_all_that_share_its_weights(here, quantized
 
 
 def alter_sharded_weights(rank: int) -> None:
-    from models import memory
+    from models import trainer
 
-    shard_frozen_parameters = memory.shard_frozen_parameters
+    shard_frozen_parameters = trainer.shard_frozen_parameters
 
     def altered(base):
         fsdp_modules = shard_frozen_parameters(base)
@@ -473,7 +473,7 @@ def alter_sharded_weights(rank: int) -> None:
             weight.to_local().view(torch.int32)[7] += 1
         return fsdp_modules
 
-    memory.shard_frozen_parameters = altered
+    trainer.shard_frozen_parameters = altered
 
 
 def test_weights_that_sharding_alters_are_not_trained_with(here, quantized):

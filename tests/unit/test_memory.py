@@ -137,7 +137,8 @@ def test_every_wording_of_out_of_memory(error, is_it):
 
 
 def plan(trainer, tiny, steps_left=4, **options):
-    plan_memory(trainer, MemoryOptions(**options), tiny.collator.largest_row(tiny.rows(4)), steps_left)
+    trainer.memory_options = MemoryOptions(**options)
+    plan_memory(trainer, tiny.collator.largest_row(tiny.rows(4)), steps_left)
 
 
 def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, capsys, simulated_gpu):
