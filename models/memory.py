@@ -58,51 +58,19 @@ class MicroBatcher:
 # ---- the model of a micro-batch's bytes
 
 
-class LayerShape(NamedTuple):
-    """What the bytes of a decoder layer depend on."""
-
-    text_config: object  # of the language model
-    lora_columns: int  # that LoRA adds to the rows of a group of projections
-    itemsize: int  # bytes of an activation
-    compiled: bool  # whether the elementwise kernels are
-
-    def bytes_per_token(self) -> tuple[int, int]:
-        """(activations saved for the backward besides the layer's input, transient bytes during the backward).
-
-        What compiled kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
-        """
-        config = self.text_config
-        width, inner = config.hidden_size, config.intermediate_size
-        head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
-        # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
-        activations = self.itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * self.lora_columns)
-        activations += 4 * config.num_attention_heads
-        # the MLP's gradient; residual, norm and their gradients
-        transient = self.itemsize * (inner + self.lora_columns + 4 * width)
-        transient += 0 if self.compiled else 6 * 4 * inner
-        return activations, activations + transient
-
-
 class Cost(NamedTuple):
-    """Bytes that a step takes."""
+    """What a step takes: bytes, and what its time depends on."""
 
     static: float  # whatever the micro-batch: weights, gradients, optimizer state, one dequantized weight
     transient: float  # per image: what exists during one layer's backward
     checkpoint: float  # per image: the inputs of all layers, unless they are offloaded to the CPU
     activation: float  # per image and layer without activation checkpointing
+    tokens: int  # of the longest sample
+    layers: int  # of the language model
 
     def peak(self, micro_batch_size: int, kept: int, offload: bool = False) -> float:
         per_image = self.transient + kept * self.activation + (0 if offload else self.checkpoint)
         return self.static + micro_batch_size * per_image
-
-
-class Step(NamedTuple):
-    """What a rank computes in one optimizer step."""
-
-    images: int
-    tokens: int  # of the longest sample
-    layers: int  # of the language model
 
 
 class Plan(NamedTuple):
@@ -117,34 +85,50 @@ def optimizer_bytes(optim: str, trainable: int) -> int:
     return trainable * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
 
 
-def step_cost(layer: LayerShape, tokens: int, held: float) -> Cost:
-    """`held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included."""
-    activations, transient = layer.bytes_per_token()
-    width, inner = layer.text_config.hidden_size, layer.text_config.intermediate_size
-    dequantized = layer.itemsize * inner * (width + layer.lora_columns)
-    inputs_of_layers = layer.text_config.num_hidden_layers * width * layer.itemsize
-    return Cost(held + dequantized + WORKSPACE, tokens * transient, tokens * inputs_of_layers, tokens * activations)
+def step_cost(config, lora_columns: int, itemsize: int, compiled: bool, tokens: int, held: float) -> Cost:
+    """`config` is the language model's, with `lora_columns` in a group of projections and activations of `itemsize`.
+
+    `held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included. What compiled
+    kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
+    """
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
+    activation = itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * lora_columns)
+    activation += 4 * config.num_attention_heads
+    # the MLP's gradient; residual, norm and their gradients
+    transient = itemsize * (inner + lora_columns + 4 * width) + (0 if compiled else 6 * 4 * inner)
+    dequantized = itemsize * inner * (width + lora_columns)
+    return Cost(
+        static=held + dequantized + WORKSPACE,
+        transient=tokens * (activation + transient),
+        checkpoint=tokens * layers * width * itemsize,
+        activation=tokens * activation,
+        tokens=tokens,
+        layers=layers,
+    )
 
 
-def choose_plan(cost: Cost, step: Step, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
-    """The fastest plan within `budget` bytes of the GPU and, with offloading, `host` bytes of the CPU's memory.
+def choose_plan(cost: Cost, images: int, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
+    """The fastest plan for a step of so many images within `budget` bytes of the GPU and, with offloading, `host` bytes
+    of the CPU's memory.
 
     `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
     is the smallest: one image, and with auto all layers' inputs offloaded.
     """
     found = []
     offload = checkpointing == "offload"
-    least = step.layers if checkpointing == "false" else 0
-    most = 0 if checkpointing in ("true", "offload") else step.layers
-    for micro_batches in range(1, step.images + 1):
-        size = math.ceil(step.images / micro_batches)
+    least = cost.layers if checkpointing == "false" else 0
+    most = 0 if checkpointing in ("true", "offload") else cost.layers
+    for micro_batches in range(1, images + 1):
+        size = math.ceil(images / micro_batches)
         room = budget - cost.peak(size, 0, offload)
-        if room <= 0 or (offload and size * cost.checkpoint > host):
-            continue
-        kept = min(most, int(room // (size * cost.activation)))
+        fits = room > 0 and (not offload or size * cost.checkpoint <= host)
+        kept = min(most, int(room // (size * cost.activation))) if fits else -1
         if kept >= least:
-            forwards = 1 + BACKWARD + RECOMPUTED * (step.layers - kept) / step.layers
-            tokens = step.images * step.tokens * forwards + math.ceil(step.images / size) * MICRO_BATCH_TOKENS
+            forwards = 1 + BACKWARD + RECOMPUTED * (cost.layers - kept) / cost.layers
+            tokens = images * cost.tokens * forwards + math.ceil(images / size) * MICRO_BATCH_TOKENS  # forward
             found.append((tokens, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]
@@ -178,10 +162,9 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
 
     `row` is the largest sample to come. The plan is arithmetic; a micro-batch of such samples, which updates no weight,
-    then measures it. `steps_left` optimizer steps decide whether compiling is worth its time. Without a CUDA GPU or
-    fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the
-    micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
-    configured micro-batch, does not fit.
+    then measures it. `steps_left` decides whether compiling is worth its time. Without a CUDA GPU or fused layers
+    (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the micro-batch
+    is as configured: all ranks compute it or none. Raises UserError where one image, or that micro-batch, does not fit.
     """
     device, options = trainer.args.device, trainer.memory_options
     began = time.perf_counter()
@@ -274,20 +257,19 @@ def _fit(trainer, row: dict, available: float) -> None:
     (sample,) = trainer.data_collator([row]).samples
     base, fused, device = unwrap(trainer.model), trainer.fused, trainer.args.device
     images = math.ceil(trainer.total_batch_size / trainer.args.world_size)
-    step = Step(images, sample.length, len(fused))
     trainable = trainer.model.num_parameters(only_trainable=True)
     state = optimizer_bytes(trainer.args.optim, trainable)  # allocated in the first step, so after the trial
     held = memory_in_use(device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
-    itemsize = base.get_input_embeddings().weight.element_size()
-    shape = LayerShape(base.config.text_config, fused[0].groups[0].columns, itemsize, fused[0].kernels.compiled)
-    cost = step_cost(shape, sample.length, held)
+    itemsize, config = base.get_input_embeddings().weight.element_size(), base.config.text_config
+    lora_columns, compiled = fused[0].groups[0].columns, fused[0].kernels.compiled
+    cost = step_cost(config, lora_columns, itemsize, compiled, sample.length, held)
     budget = allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
     checkpointing = trainer.memory_options.gradient_checkpointing
-    smallest = choose_plan(cost, step, 0, checkpointing)
+    smallest = choose_plan(cost, images, 0, checkpointing)
     while True:
-        plan = choose_plan(cost, step, budget, checkpointing, host)
+        plan = choose_plan(cost, images, budget, checkpointing, host)
         trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offload)
         _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
@@ -297,15 +279,15 @@ def _fit(trainer, row: dict, available: float) -> None:
         if plan == smallest or peak + state <= budget:
             break
         logger.warning(
-            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {step.layers - plan.kept} "
-            f"of {step.layers} layers does not fit; trying less"
+            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {cost.layers - plan.kept} "
+            f"of {cost.layers} layers does not fit; trying less"
         )
         budget = cost.static + 0.8 * (plan.peak - cost.static)
     if peak + state > allowed:
         logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
     logger.info(
-        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {step.layers - plan.kept}/"
-        f"{step.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
+        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {cost.layers - plan.kept}/"
+        f"{cost.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
         f"predicted, {(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
     )
 

@@ -75,10 +75,8 @@ class PlantTrainer(Trainer):
         self.max_skipped_steps = max_skipped_steps
         self.save_total_limit = save_total_limit
         self.stop = StopRequest()
-        # Of the optimizer step in progress, and what it must leave as it was if it is skipped or interrupted.
-        self.step_batch: Batch | None = None
+        self.step_batch: Batch | None = None  # of the optimizer step in progress
         self.step_loss: torch.Tensor | None = None  # 0-d, on the device
-        self.loss_sum_before: torch.Tensor | None = None  # the Trainer's sum of losses
         self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
         self.skipped: list[str] = []  # what was non-finite in the last steps in a row
         self.step_metrics: dict = {}  # of the last complete step, for RunLog
@@ -94,9 +92,8 @@ class PlantTrainer(Trainer):
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.streams = isinstance(self.train_dataset, IterableDataset)
-        counts = count_images(self.train_dataset), count_images(self.eval_dataset or ())
-        self.unreadable_train = UnreadableImages("train", counts[0], max_unreadable_fraction)
-        self.unreadable_val = UnreadableImages("val", counts[1], max_unreadable_fraction)
+        self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_unreadable_fraction)
+        self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_unreadable_fraction)
         if self.streams:
             self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
             # The order of images depends on the number of workers, so every rank has what the smallest machine can.
@@ -127,7 +124,6 @@ class PlantTrainer(Trainer):
         if inputs.samples:
             inputs.check_tensors(self.tile, device)
         self.step_batch = inputs
-        self.loss_sum_before = self._tr_loss.clone() if self.is_in_train else None
         random_state = _get_random_state(device)
         while True:
             try:
@@ -141,7 +137,7 @@ class PlantTrainer(Trainer):
             _set_random_state(random_state, device)
         if self.dist.world_size > 1:
             all_reduce_gradients(self.model.parameters(), self.dist.world_size)
-        return self.step_loss
+        return self.step_loss.nan_to_num(0.0, 0.0, 0.0)  # otherwise the mean loss that trackers get would stay NaN
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
@@ -271,7 +267,6 @@ class PlantTrainer(Trainer):
             logger.warning("%s; the step is skipped (samples: %s)", reason, ids)
         self.step_metrics["skipped"] = "not finite"
         self.model.zero_grad()  # without gradients the optimizer updates nothing
-        self._tr_loss.copy_(self.loss_sum_before)  # otherwise the mean loss that trackers get would stay NaN
 
     # ---- the run
 
