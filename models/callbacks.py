@@ -76,15 +76,14 @@ class RunLog(TrainerCallback):
         self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        lines = read_metrics(self.trainer.run.folder)
-        skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
-        if skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-            logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
-        if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
-            plot_training(lines, self.trainer.run.folder / "loss.png")
+        if state.is_world_process_zero:
+            lines = read_metrics(self.trainer.run.folder)
+            skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
+            if skipped:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+                logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
+            if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
+                plot_training(lines, self.trainer.run.folder / "loss.png")
 
     def format_line(self, state) -> str:
         seconds, images, image_tokens, flops = (
@@ -173,9 +172,7 @@ class BestCheckpoint(TrainerCallback):
             self.save(model, processing_class, {"step": state.global_step} | metrics)
 
     def is_better(self, metrics: dict[str, float]) -> bool:
-        best = read_best(self.folder)
-        if best is None or "eval_top1" not in best:
-            return True
+        best = {"eval_top1": -1.0, "eval_loss": math.inf} | (read_best(self.folder) or {})
         return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
 
     def save(self, model, processor, facts: dict) -> None:

@@ -178,7 +178,7 @@ class FusedLayer:
 
     def __init__(self, layer: nn.Module, kernels: Kernels):
         attention, mlp = layer.self_attn, layer.mlp
-        self.stock = layer.forward
+        self.stock, layer.forward = layer.forward, self
         self.layer = layer
         self.kernels = kernels
         self.keep = False
@@ -349,10 +349,7 @@ def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     if not can_fuse(layers):
         return []
     kernels = Kernels()
-    fused = [FusedLayer(layer, kernels) for layer in layers]
-    for layer in fused:
-        layer.layer.forward = layer
-    return fused
+    return [FusedLayer(layer, kernels) for layer in layers]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

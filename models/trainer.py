@@ -46,13 +46,11 @@ class PlantTrainer(Trainer):
 
     - a loader batch is a whole optimizer step, which `training_step` splits into micro-batches. Each loss is divided by
       the tokens of the whole step: the sum is the exact token mean and the order of images is the same for any split;
-    - after out-of-memory the same step is retried with half the micro-batch from its own random state; `plan_memory`
-      finds out beforehand what fits;
-    - once per step, after clipping and before the weights are updated, loss, gradient norm and image-token counts are
-      read from the device: a non-finite value skips the step or stops the run, a wrong count stops it;
+    - after out-of-memory the same step is retried with half the micro-batch from its own random state;
+    - once per step, after clipping and before the weights are updated, the device is read: a non-finite loss or norm
+      skips the step or stops the run, a wrong count of image tokens stops it;
     - `train` resumes exactly, saves and raises Interrupted on a signal, and ends with an evaluation;
-    - `evaluate` scores every class name on every image: top-1, top-5, and the loss as the exact token mean. It leaves
-      the random state of the training as it was; the best weights are kept in best/;
+    - `evaluate` scores every class name on every image and leaves the random state of the training as it was;
     - the projector may have a learning rate of its own.
     """
 
@@ -106,11 +104,10 @@ class PlantTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.projector_learning_rate is not None:
-            projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
+            projector = {p for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
             for group in list(optimizer.param_groups):
-                in_projector = [p for p in group["params"] if id(p) in projector]
-                if in_projector:
-                    group["params"] = [p for p in group["params"] if id(p) not in projector]
+                if in_projector := [p for p in group["params"] if p in projector]:
+                    group["params"] = [p for p in group["params"] if p not in projector]
                     optimizer.add_param_group(group | {"params": in_projector, "lr": self.projector_learning_rate})
             # The first group's learning rate is logged, so it must not be empty.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -191,11 +188,11 @@ class PlantTrainer(Trainer):
         return grad_norm
 
     def read_step(self, grad_norm: torch.Tensor) -> dict[str, float]:
-        """Mean loss, norm of the mean gradient, and sums over all ranks; `miscounted` are samples of this step whose
-        number of image tokens is not the collator's, `stops` ranks that have received a signal.
+        """Mean loss, norm of the gradient, and sums over all ranks.
+
+        `miscounted`: samples whose number of image tokens is not the collator's; `stops`: ranks with a signal.
         """
-        batch, device = self.step_batch, self.args.device
-        miscounted = torch.zeros((), device=device)
+        batch, miscounted = self.step_batch, torch.zeros_like(self.step_loss)
         if batch.samples:
             is_image_token = batch["input_ids"] == self.processing_class.image_token_id
             miscounted = (is_image_token.sum(dim=1) != batch["image_tokens"]).sum()
@@ -206,7 +203,7 @@ class PlantTrainer(Trainer):
             "unreadable": len(batch.unreadable),
             "stops": self.stop.signal is not None,
         }
-        values = torch.tensor(list(counts.values()), dtype=torch.float32).to(device)
+        values = torch.tensor(list(counts.values()), dtype=torch.float32).to(self.args.device)
         values = torch.cat([torch.stack([self.step_loss.float(), miscounted.float()]), values])
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(values)
@@ -272,9 +269,9 @@ class PlantTrainer(Trainer):
 
     def plan_memory(self, steps_left: float | None = None) -> None:
         """Choose what fits the GPU; `steps_left` None: those after the run's checkpoint. Raises UserError."""
-        rows = sample_rows(self.train_dataset)
-        left = self.planned_steps() - step_of(self.run.resume_from) if steps_left is None else steps_left
-        plan_memory(self, self.data_collator.largest_row(rows), left)
+        if steps_left is None:
+            steps_left = self.planned_steps() - step_of(self.run.resume_from)
+        plan_memory(self, self.data_collator.largest_row(sample_rows(self.train_dataset)), steps_left)
 
     def shard_weights(self) -> None:
         """Shard the frozen weights across ranks."""
@@ -327,8 +324,8 @@ class PlantTrainer(Trainer):
         saved.is_local_process_zero = self.is_local_process_zero()
         if self.streams:
             self.train_dataset.skip_steps(saved.global_step)
-        interval = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
-        if interval and saved.global_step % interval == 0 and not is_evaluated:  # interrupted before its evaluation
+        evaluates = self.args.eval_strategy == "steps" and self.eval_dataset is not None
+        if evaluates and saved.global_step % self.args.eval_steps == 0 and not is_evaluated:  # it was interrupted
             self._load_from_checkpoint(str(checkpoint))
             self.state, known = saved, len(saved.log_history)
             self.evaluate()
