@@ -23,9 +23,8 @@ from models.builder import PlantModel
 from runtime.atomic import write_file
 from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
-from runtime.legacy import renamed
 from runtime.run_dir import Run
-from runtime.run_files import read_entries
+from runtime.run_files import read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
@@ -234,7 +233,7 @@ class Evaluator:
         """Metrics of the same model's replies to as many images, if they were measured."""
         path = self.folder / f"eval_{split}.replies.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or torn by a kill
-            saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+            saved = read_json(path)
             if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
                 return saved["metrics"]
         return {}
@@ -247,7 +246,7 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     """What was fitted on val for these weights, or None. Raises UserError for a file that cannot be read."""
     path = folder / CALIBRATION_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+        saved = read_json(path)
         calibration = Calibration(*(saved[name] for name in Calibration._fields))
         return calibration if saved["scored"]["adapter"] == adapter else None
     except FileNotFoundError:

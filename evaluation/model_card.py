@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import yaml
@@ -13,9 +12,8 @@ from config.training_config import RANDOM_MODELS
 from evaluation.report import render
 from runtime.atomic import write_file
 from runtime.checkpoint import MODEL_CARD, describe_best, read_best
-from runtime.legacy import renamed
 from runtime.run_dir import Run
-from runtime.run_files import read_metrics
+from runtime.run_files import read_json, read_metrics
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
@@ -88,8 +86,7 @@ def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, d
     reports = {}
     for split in ("val", "test"):
         with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, or torn by a kill
-            text = (folder / f"eval_{split}.json").read_text(encoding="utf-8")
-            report = json.loads(text, object_hook=renamed)
+            report = read_json(folder / f"eval_{split}.json")
             is_plain = not (report.get("per_token") or report.get("prior_calibration"))
             if is_plain and (report.get("adapter"), report.get("dataset")) == (weights, dataset):
                 reports[split] = report
