@@ -109,8 +109,7 @@ def parse_run_command(
     run's config fields that are `overridable`. `load(folder)` gives the Run, a dataclass with a `config`, or raises
     ConfigError: config may not import runtime. SystemExit with status 2 if there are problems.
     """
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    fixed = {name: "is fixed by the run" for name in names if name not in overridable}
+    fixed = {name: "is fixed by the run" for name in vars(TrainingConfig()) if name not in overridable}
     usage = f"RUN {words}".rstrip()
     line = CommandLine(argv, description, options, usage, fixed)
     run: typing.Any = None
