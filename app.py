@@ -9,21 +9,20 @@ Drop or paste a photo, or take one. Photos are classified one by one, kept for a
 """
 
 import contextlib
-import dataclasses
 import os
 import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
 MAX_UPLOAD = "20mb"
@@ -44,19 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():
-        check_gradio()
-        options = dataclasses.replace(options, port=find_port(options.host, options.port))
+        try:
+            import gradio  # noqa: F401  tell at once if it is missing
+        except ImportError as error:
+            raise UserError(f"the page needs gradio ({error}): pip install -r requirements-app.txt") from error
+        options = replace(options, port=find_port(options.host, options.port))
         from evaluation.predictor import load_predictor
 
         serve(build_page(load_predictor(run), run), options)
     return 0
-
-
-def check_gradio() -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the page needs gradio ({error}): pip install -r requirements-app.txt") from error
 
 
 @contextlib.contextmanager
@@ -77,10 +72,8 @@ def find_port(host: str, port: int) -> int:
             return probe.getsockname()[1]
     except (OSError, UnicodeError) as error:  # UnicodeError: a host with an empty or endless part
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--host {host} --port {port}: the page cannot be shown there ({reason}); "
-            "name another --port (0: a free one), or the --host 127.0.0.1 or 0.0.0.0"
-        ) from error
+        advice = "name another --port (0: a free one), or the --host 127.0.0.1 or 0.0.0.0"
+        raise UserError(f"--host {host} --port {port}: the page cannot be shown there ({reason}); {advice}") from error
 
 
 def load_texts():
@@ -104,10 +97,10 @@ def build_page(predictor, run: Run):
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
     names, texts = run.recorded["class_names"], load_texts()
-    adapter = None if run.is_base_model else describe_best(run.best_folder)
-    reports = read_reports(run.folder, adapter, run.config.dataset)
-    report = next(reversed(reports.values()), None)  # of test, if that was measured
-    is_calibrated = predictor.calibration is not None
+    weights = None if run.is_base_model else describe_best(run.best_folder)
+    reports = read_reports(run.folder, weights, run.config.dataset)
+    report = reports.get("test", reports.get("val"))
+    foot = texts.footer(run.folder.resolve().name, names, report, predictor.calibration is not None, WARNING)
     with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as page:
         gr.HTML(texts.header(len(names)))
         with gr.Row():
@@ -130,7 +123,7 @@ def build_page(predictor, run: Run):
         if examples:
             shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
             shown.load_input_event.then(**event)
-        gr.HTML(texts.footer(run.folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
+        gr.HTML(foot, elem_id="foot")
     return page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
 
 
@@ -164,8 +157,6 @@ def serve(page, options: PageOptions) -> None:
 
 def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
     """HTML for an upload, (path, its own name), or for None, after the photo was removed."""
-    from utils.image_utils import printable
-
     if upload is None:
         return texts.start()
     path, name = upload

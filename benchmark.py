@@ -10,9 +10,8 @@ nothing is saved. The table has images/s as the median step (slowest - fastest),
 matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
 """
 
-import contextlib
-import dataclasses
 import io
+import itertools
 import math
 import platform
 import re
@@ -23,9 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from config.cli import CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
@@ -36,26 +35,16 @@ WARM_UP = 2  # steps that are not timed: libraries start, the optimizer allocate
 IMAGES = 64  # different ones, used in turn
 LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
-REFUSED = {
-    name: reason
-    for names, reason in (
-        (
-            (
-                "dataset dataset_revision streaming train_on_val sample_fraction val_fraction test_fraction "
-                "allow_missing max_unreadable_fraction"
-            ),
-            "has no effect, images are generated; use --image WIDTHxHEIGHT",
-        ),
-        (
-            (
-                "output_dir resume allow_changed num_train_epochs max_steps eval_steps early_stopping_patience "
-                "early_stopping_min_gain save_steps save_total_limit max_skipped_steps report_to"
-            ),
-            "has no effect, a benchmark runs --steps optimizer steps and saves nothing",
-        ),
-    )
-    for name in names.split()
-}
+DATA_OPTIONS = (
+    "dataset", "dataset_revision", "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction",
+    "allow_missing", "max_unreadable_fraction",
+)  # fmt: skip
+RUN_OPTIONS = (
+    "output_dir", "resume", "allow_changed", "num_train_epochs", "max_steps", "eval_steps", "early_stopping_patience",
+    "early_stopping_min_gain", "save_steps", "save_total_limit", "max_skipped_steps", "report_to",
+)  # fmt: skip
+REFUSED = dict.fromkeys(DATA_OPTIONS, "has no effect, images are generated; use --image WIDTHxHEIGHT")
+REFUSED |= dict.fromkeys(RUN_OPTIONS, "has no effect, a benchmark runs --steps optimizer steps and saves nothing")
 
 
 @dataclass(frozen=True)
@@ -100,17 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         from runtime.device import GIB, choose_device, peak_memory
 
         steps = WARM_UP + options.steps
-        config = dataclasses.replace(
-            config, output_dir=folder, max_steps=steps, eval_steps=None, save_steps=10 * steps, report_to="none"
-        )
+        config = replace(config, output_dir=folder, max_steps=steps, eval_steps=None, report_to="none")
         device = choose_device(config.model, config.gpu_memory_fraction)
         print(describe_machine(device), flush=True)
         began = time.perf_counter()
         plant = PlantModel.from_config(config, CLASS_NAMES, device)
         host = peak_memory(torch.device("cpu")) / GIB
-        data = make_data(
-            image, CLASS_NAMES, max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        )
+        count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
+        data = make_data(image, CLASS_NAMES, count)
         (sample,) = plant.collator([data.train[0]]).samples
         print(
             f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
@@ -143,8 +129,7 @@ def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
     files = []
     for _ in range(IMAGES):
         coarse = Image.fromarray(generator.integers(0, 255, (image[1] // 8 + 1, image[0] // 8 + 1, 3), np.uint8))
-        file = io.BytesIO()
-        coarse.resize(image, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
         files.append(file.getvalue())
     rows = [
         {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(class_names), "id": f"generated-{i}"}
@@ -161,9 +146,8 @@ def describe_machine(device) -> str:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        output = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else "unknown"
-        driver = output.split()[0]
-        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, driver {driver}, CUDA {torch.version.cuda}"
+        driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else "unknown"
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, driver {driver.split()[0]}, CUDA {torch.version.cuda}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     return f"{name} | {packages}, Python {platform.python_version()}"
 
@@ -176,10 +160,12 @@ def train_ours(run: Run, plant, data) -> Result:
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
     trainer.plan_memory(steps_left=math.inf)  # a run long enough to compile for
-    result, clock = time_training(trainer, "this project", run.config.effective_batch_size)
-    print(f"first step after {clock.first_step - began:.1f} s, planning included", flush=True)
+    result, marks = time_training(trainer, "this project", run.config.effective_batch_size)
+    print(f"first step after {marks[3] - began:.1f} s, planning included", flush=True)
     print(f"loader alone {load_rate(trainer):.1f} images/s")
-    print(" | ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in clock.phases().items()))
+    gaps = [1000 * (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :])]
+    phases = enumerate(("waiting for images", "forward, backward and clipping", "optimizer"))
+    print(" | ".join(f"{name} {statistics.median(gaps[index::3]):.0f} ms" for index, name in phases))
     note = f"micro-batch {trainer.micro_batcher.size}"
     if trainer.fused:
         checkpointed = sum(not layer.keep for layer in trainer.fused)
@@ -191,89 +177,67 @@ def train_ours(run: Run, plant, data) -> Result:
 def train_stock(run: Run, plant, data) -> list[Result]:
     """The plain Trainer, in place of the model of `plant`; nothing if it runs out of memory."""
     from benchmarks.stock_trainer import build_stock_trainer
-    from models.memory import is_out_of_memory
-    from runtime.device import collect_memory
+    from runtime.device import collect_memory, is_out_of_memory
 
     plant.model = None  # the GPU has room for one model
     collect_memory(plant.device)
-    micro_batch_size = run.config.per_device_train_batch_size
+    note = f"micro-batch {run.config.per_device_train_batch_size}"
     try:
         trainer = build_stock_trainer(run.config, plant, data.train)
         result, _ = time_training(trainer, "stock Trainer", run.config.effective_batch_size)
-        return [result._replace(note=f"micro-batch {micro_batch_size}")]
+        return [result._replace(note=note)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        logger.warning(
-            f"stock Trainer: out of memory with micro-batch {micro_batch_size}; lower --per-device-train-batch-size"
-        )
+        logger.warning(f"stock Trainer: out of memory with {note}; lower --per-device-train-batch-size")
         return []
 
 
 def score_ours(plant, rows) -> Result:
     """The log-likelihoods of all class names, images decoded as in an evaluation."""
+    from runtime.device import reset_peak_memory
+
     size, rates = plant.eval_batch_size, []
-    with measure_memory(plant.device) as memory:
-        began = time.perf_counter()
-        for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
-            now = time.perf_counter()
-            if batch >= 2:  # workers have started
-                rates.append(len(scores) / (now - began))
-            began = now
-    return Result(f"scoring {len(plant.class_names)} names", rates, *memory, f"batch {size}")
+    reset_peak_memory(plant.device)
+    began = time.perf_counter()
+    for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
+        now = time.perf_counter()
+        if batch >= 2:  # workers have started
+            rates.append(len(scores) / (now - began))
+        began = now
+    return Result(f"scoring {len(plant.class_names)} names", rates, *read_memory(plant.device), f"batch {size}")
 
 
-def time_training(trainer, system: str, batch_size: int) -> tuple[Result, Any]:
-    """(its result; the clock that timed it)"""
-    clock = build_clock(trainer.args.device)
-    trainer.add_callback(clock)
-    with measure_memory(trainer.args.device) as memory:
-        trainer.train()
-    return Result(system, [batch_size / seconds for seconds in clock.steps[WARM_UP:]], *memory, ""), clock
-
-
-def build_clock(device):
-    """A callback that times steps and their phases; it waits for the device at the ends of each."""
+def time_training(trainer, system: str, batch_size: int) -> tuple[Result, list[float]]:
+    """(its result without a note; seconds at its start and, of each step, when images, gradients and it are there)."""
     from transformers import TrainerCallback
 
-    from runtime.device import synchronize
+    from runtime.device import reset_peak_memory, synchronize
+
+    marks, device = [], trainer.args.device
 
     class Clock(TrainerCallback):
-        def __init__(self):
-            self.marks, self.steps, self.first_step = [], [], None
-
         def mark(self, *args, **kwargs):
             synchronize(device)
-            self.marks.append(time.perf_counter())
+            marks.append(time.perf_counter())
 
-        on_train_begin = on_step_begin = on_pre_optimizer_step = mark
+        on_train_begin = on_step_begin = on_pre_optimizer_step = on_step_end = mark
 
-        def on_step_end(self, *args, **kwargs):
-            self.mark()
-            self.steps.append(self.marks[-1] - self.marks[-4])
-            self.first_step = self.first_step or self.marks[-1]
-
-        def phases(self) -> dict[str, float]:
-            """Median seconds of each phase of a timed step."""
-            names = ("waiting for images", "forward, backward and clipping", "optimizer")
-            gaps = [after - before for before, after in zip(self.marks, self.marks[1:])]
-            return {name: statistics.median(gaps[3 * WARM_UP + index :: 3]) for index, name in enumerate(names)}
-
-    return Clock()
+    trainer.add_callback(Clock)
+    reset_peak_memory(device)
+    trainer.train()
+    rates = [batch_size / (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :: 3])]
+    return Result(system, rates, *read_memory(device), ""), marks
 
 
-@contextlib.contextmanager
-def measure_memory(device):
-    """[peak allocated, peak reserved] bytes of what runs inside; the resident size of the process without CUDA."""
+def read_memory(device) -> tuple[float, float]:
+    """(allocated, reserved) bytes, the most since reset_peak_memory; the process's resident size without CUDA."""
     import torch
 
-    from runtime.device import peak_memory, reset_peak_memory
+    from runtime.device import peak_memory
 
-    found = []
-    reset_peak_memory(device)
-    yield found
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory(device)
-    found += [peak_memory(device), reserved]
+    peak = peak_memory(device)
+    return peak, torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak
 
 
 def load_rate(trainer) -> float:
@@ -296,10 +260,8 @@ def report(results: list[Result], flops: float, matmul_rate: float, tokens: int)
         rate = statistics.median(result.rates)
         spread = f"{rate:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
         share = "" if "scoring" in result.system else f"{rate * flops / matmul_rate:.0%}"
-        print(
-            f"{result.system:22} {spread:>18} {rate * tokens:9,.0f} {share:>6} {result.peak / 2**30:6.2f} GiB "
-            f"{result.reserved / 2**30:6.2f} GiB  {result.note}"
-        )
+        memory = f"{result.peak / 2**30:6.2f} GiB {result.reserved / 2**30:6.2f} GiB"
+        print(f"{result.system:22} {spread:>18} {rate * tokens:9,.0f} {share:>6} {memory}  {result.note}")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a b
 Temperature and "not sure" threshold are fitted on val alone. The same command resumes an interrupted evaluation.
 """
 
-import dataclasses
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
-from runtime.resume import changed_fields
-from runtime.run_dir import Run
+from runtime.run_dir import Run, changed_fields
 from runtime.run_files import save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -47,24 +44,15 @@ class EvaluationOptions:
     ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
 
-class Evaluation(NamedTuple):
-    """A command line of evaluate.py."""
-
-    run: Run  # or a base model's, with the directory that its scores are written to
-    other: Run | None  # compared with the scores of `run`
-    options: EvaluationOptions
-
-
 def main(argv: list[str] | None = None) -> int:
     run, other, options = parse_evaluation(argv)
     set_environment()
     with report_errors(ConfigError):
-        if other is None:
-            setup_logging(run.folder, "evaluate.log")
-            evaluate_run(run, options)
-        else:
-            setup_logging()
+        setup_logging(None if other else run.folder, "evaluate.log")
+        if other:
             compare_runs(run, other, options.split)
+        else:
+            evaluate_run(run, options)
     return 0
 
 
@@ -81,8 +69,8 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from runtime.distributed import assert_same_across_ranks, init_distributed
 
     # Every rank has all weights here, so one rank can evaluate a run that was sharded.
-    with init_distributed(dataclasses.replace(run.config, sharding="none")) as dist:
-        assert_same_across_ranks({"run": f"{run.folder}"} | dataclasses.asdict(options), dist)
+    with init_distributed(replace(run.config, sharding="none")) as dist:
+        assert_same_across_ranks({"run": f"{run.folder}"} | asdict(options), dist)
         with dist.main_process_first():
             data = build_datasets(run.data_config)
             if not run.is_base_model:
@@ -126,9 +114,7 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
             logger.warning("the runs differ in %s: %r and %r", name, facts[name], other_facts[name])
     both = sorted(set(correct) & set(other_correct))
     if not both:
-        raise UserError(
-            f"{first.folder} and {second.folder}: no image of {split} was scored by both; score the same data set"
-        )
+        raise UserError(f"{first.folder}, {second.folder}: no image of {split} was scored by both; use one data set")
     found = mcnemar([correct[sample] for sample in both], [other_correct[sample] for sample in both])
     logger.info(
         f"result | {split} | {found['n']:,} images | {first.folder} {found['first']:.3f} | {second.folder} "
@@ -140,11 +126,10 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
 # ---- the command line
 
 
-def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
-    """No run (a base model), one, or two, with flags over the run's saved config."""
+def parse_evaluation(argv: list[str] | None = None) -> tuple[Run, Run | None, EvaluationOptions]:
+    """(a run, or a base model's with the directory for its scores; another to compare it with; options)."""
     line = CommandLine(argv, __doc__, EvaluationOptions, "[RUN ...]")
-    loaded = [line.load_run(folder, Run.load) for folder in line.words]
-    runs = [run for run in loaded if run is not None]
+    runs = [line.load_run(folder, Run.load) for folder in line.words]
     if len(line.words) > 2:
         line.problems.append(f"{' '.join(line.words)}: pass one run, or two to compare")
     elif not line.words and not {"model", "preset"} & set(line.given):
@@ -152,32 +137,22 @@ def parse_evaluation(argv: list[str] | None = None) -> Evaluation:
             f"RUN is missing; or evaluate a base model: --model ID_OR_FOLDER. Runs here: {list_runs()}"
         )
     if line.words:
-        options = [field.name for field in dataclasses.fields(EvaluationOptions)]
-        allowed = {"split"} if len(line.words) == 2 else {*options, *OVERRIDABLE}
-        reason = "has no effect when runs are compared" if len(line.words) == 2 else "is fixed by the run"
+        allowed, reason = {*vars(EvaluationOptions()), *OVERRIDABLE}, "is fixed by the run"
+        if len(line.words) == 2:
+            allowed, reason = {"split"}, "has no effect when runs are compared"
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(allowed))
-        names = [*options, *(field.name for field in dataclasses.fields(TrainingConfig))]
-        line.refuse({name: f"{reason}; options here: {flags}" for name in names if name not in allowed})
-    run = runs[0] if runs else Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
+        line.refuse({name: f"{reason}; options here: {flags}" for name in line.given if name not in allowed})
+    run = next(filter(None, runs), None) or Run(TrainingConfig(question=PUBLISHED_QUESTION), {"base": True})
     options, config = line.apply(EvaluationOptions()), line.apply(run.config)
-    run = dataclasses.replace(run, config=config)
+    run = replace(run, config=config)
     if not line.words:
-        run.config = dataclasses.replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
-        line.problems += () if line.problems else find_other_base(run)
+        run.config = replace(config, output_dir=config.output_dir or f"runs/base-{Path(config.model).name}")
+        is_used = not line.problems and (run.folder / CONFIG_FILE).exists()
+        if is_used and (saved := line.load_run(str(run.folder), Run.load)):
+            changed = changed_fields(run.config, saved.config) if saved.is_base_model else ["a run"]
+            line.problems += [f"{run.folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
     line.exit_on_problems()
-    return Evaluation(run, runs[1] if len(runs) == 2 else None, options)
-
-
-def find_other_base(run: Run) -> list[str]:
-    """Why the directory of this base model cannot be used: it holds a run, or another base model or data set."""
-    if not (run.folder / CONFIG_FILE).exists():
-        return []
-    try:
-        saved = Run.load(run.folder)
-    except ConfigError as error:
-        return [str(error)]
-    changed = changed_fields(run.config, saved.config) if saved.is_base_model else ["a run"]
-    return [f"{run.folder}: holds {'; '.join(changed)}; use another --output-dir"] if changed else []
+    return run, runs[1] if len(runs) == 2 else None, options
 
 
 if __name__ == "__main__":

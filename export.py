@@ -42,9 +42,8 @@ class ExportOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    run, words, options = parse_run_command(
-        argv, __doc__, ExportOptions, (*COMPUTE_FIELDS, *DATA_FIELDS), Run.load, "OUT"
-    )
+    fields = (*COMPUTE_FIELDS, *DATA_FIELDS)
+    run, words, options = parse_run_command(argv, __doc__, ExportOptions, fields, Run.load, "OUT")
     out, repository = Path(words[0]), options.push_to_hub
     set_environment()
     setup_logging()
@@ -58,11 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(f"saved | {out} | {size / 1e6:,.1f} MB | see its README.md")
     if repository:
         retry = f"{out} is complete; upload it with: hf upload {repository} {out}"
-        with report_errors(when_interrupted=retry), report_hub_errors(repository, retry):
-            from huggingface_hub import HfApi
-
+        with report_errors(when_interrupted=retry), open_hub(repository, retry) as hub:
             message = "Exported by LLaVA Plants"
-            commit = HfApi().upload_folder(repo_id=repository, folder_path=out, commit_message=message)
+            commit = hub.upload_folder(repo_id=repository, folder_path=out, commit_message=message)
             logger.info(f"saved | {commit.commit_url}")
     return 0
 
@@ -73,33 +70,25 @@ def check_can_export(run: Run, options: ExportOptions, out: Path) -> None:
     from runtime.device import refuse_several_ranks
 
     refuse_several_ranks()  # before they contend for the staging directory
-    is_whole, is_random = run.config.trainable == "everything", run.config.model in RANDOM_MODELS
+    folder, is_whole = run.folder, run.config.trainable == "everything"
     if run.is_base_model:
-        raise UserError(f"{run.folder}: is a base model, nothing was trained; export a run of train.py")
+        raise UserError(f"{folder}: is a base model, nothing was trained; export a run of train.py")
     if out.name in ("", "..") or out.is_symlink() or out.is_mount():
         raise UserError(f"{out}: is a link, a disk or the working directory; use a folder that does not exist yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; use a new folder")
     describe_best(run.best_folder)
     if not run.completed:
-        logger.warning(f"{run.folder}: is not completed; its best weights so far are exported")
+        logger.warning(f"{folder}: is not completed; its best weights so far are exported")
     if options.adapter_only and is_whole:
-        raise UserError(f"{run.folder}: all weights were trained, there is no adapter; leave out --adapter-only")
-    if options.adapter_only and is_random:
-        raise UserError(
-            f"{run.folder}: its randomly initialized base model is not saved, so an adapter alone is of no use; leave "
-            "out --adapter-only"
-        )
+        raise UserError(f"{folder}: all weights were trained, there is no adapter; leave out --adapter-only")
+    if options.adapter_only and run.config.model in RANDOM_MODELS:
+        raise UserError(f"{folder}: an adapter is of no use without its random base model; leave out --adapter-only")
     if run.config.model == "full" and not is_whole:
-        raise UserError(
-            f"{run.folder}: its randomly initialized base model existed on a GPU only; nothing can be exported"
-        )
+        raise UserError(f"{folder}: its randomly initialized base model existed on a GPU only; nothing can be exported")
     if options.push_to_hub:
-        next_move = "check the name, the network, and that HF_TOKEN may write there"
-        with report_hub_errors(options.push_to_hub, next_move):
-            from huggingface_hub import HfApi
-
-            HfApi().create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
+        with open_hub(options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there") as hub:
+            hub.create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
 
 
 @contextlib.contextmanager
@@ -114,41 +103,44 @@ def staging_dir(out: Path) -> Iterator[Path]:
         raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(lock, timeout=0):
-            try:
-                with replace_dir(out) as draft:
-                    yield draft
-                    if out.exists():
-                        out.rmdir()  # fails unless it is empty
-            finally:
-                lock.unlink()
+        with filelock.FileLock(lock, timeout=0), contextlib.ExitStack() as stack:
+            stack.callback(lock.unlink)
+            yield stack.enter_context(replace_dir(out))
+            if out.exists():
+                out.rmdir()  # fails unless it is empty
     except filelock.Timeout as error:
         raise UserError(f"{draft}: another export writes to it; wait for its end, or use another OUT") from error
 
 
 def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     """Write model, processor, class names and model card to `draft`, and verify the model. Raises UserError."""
+    from evaluation import verify
     from evaluation.model_card import build_model_card
-    from evaluation.verify import LOGIT_IMAGES, first_readable
     from models.builder import PlantModel
     from runtime.checkpoint import MODEL_CARD
     from runtime.device import choose_device
 
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
-    rows, correct = load_validation(run, options.limit)
+    rows, validated = load_validation(run, options.limit)
     if options.adapter_only:
-        plant = PlantModel.from_run(run, device)
-    else:
-        precision = "no" if options.dtype == "fp32" else options.dtype
-        plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
-    images = first_readable(plant.collator, rows, LOGIT_IMAGES)
-    save_classes(run, plant.prompt, draft)
-    if options.adapter_only:
-        found = export_adapter(run, plant, draft, images)
-        verification = ""
+        plant, save = PlantModel.from_run(run, device), save_adapter
     else:
         logger.info(f"model | merging {run.best_folder} into {run.config.model} | {options.dtype}")
-        found = export_merged(run, plant, draft, images, rows, correct)
+        precision = "no" if options.dtype == "fp32" else options.dtype
+        plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
+        save = save_merged
+    images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
+    save_classes(run, plant.prompt, draft)
+    expected, base_difference = save(run, plant, draft, images)
+    rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
+    if options.adapter_only:
+        found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
+    else:
+        metrics = None if validated is None else verify.compare_with_validated(validated, plant, rows)
+        advice = "" if options.dtype == "fp32" else "; try --dtype fp32"
+        found = verify.check_merge(rounding, base_difference, plant.dtype, metrics, advice)
+        if metrics is None:
+            found += "; its accuracy is unknown, since the run was trained on val"
         verification = f"Merged in {options.dtype} and loaded afresh: {found}."
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
@@ -156,20 +148,16 @@ def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
     (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
 
 
-def export_merged(run: Run, plant, draft: Path, images, rows, correct: dict[str, bool] | None) -> str:
-    """Save the merged model; a sentence on how the loaded one compares with the run's weights."""
+def save_merged(run: Run, plant, draft: Path, images) -> tuple[Any, float | None]:
+    """Save the merged model, and load it afresh into `plant`.
+
+    Returns (logits of the run's weights, how far those of the base model differ; None: all weights were trained).
+    """
     import torch
     from transformers import AutoProcessor
 
     from data.collator import PlantCollator
-    from evaluation.verify import (
-        check_merge,
-        compare_with_validated,
-        load_whole,
-        logits_of,
-        logits_with,
-        relative_difference,
-    )
+    from evaluation.verify import load_whole, logits_with
     from models.builder import check_same_base, weights_fingerprint
     from models.merging import merge_into, read_adapter, save_settings, weights_bytes
     from runtime.atomic import require_disk_space
@@ -180,32 +168,29 @@ def export_merged(run: Run, plant, draft: Path, images, rows, correct: dict[str,
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
     check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
     adapter = None if config.trainable == "everything" else read_adapter(run.best_folder)
-    with base_weights(run, plant.processor) as base:
+    with tempfile.TemporaryDirectory() as scratch:
+        base = find_base(run, plant.processor, Path(scratch))
         needed = weights_bytes(base, plant.dtype) + MARGIN_BYTES
         require_disk_space(draft, needed, "the merged weights need", "use an OUT on another disk")
         save_settings(base, plant.processor, plant.prompt, plant.dtype, draft)
         merge_into(base, adapter, draft, plant.dtype)
         # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
         plant.model = load_whole(base, plant.dtype if adapter else torch.float32, device)
-        expected, base_difference = logits_with(adapter, plant, images)
-        plant.model = None
-        collect_memory(device)
+        found = logits_with(adapter, plant, images)
+    plant.model = None  # the GPU has room for one model
+    collect_memory(device)
     plant.model = load_whole(draft, plant.dtype, device)
     saved_processor = AutoProcessor.from_pretrained(draft)
     plant.collator = PlantCollator(saved_processor, plant.prompt, plant.class_names, config.image_size)
-    rounding = relative_difference(logits_of(plant, images), expected)
-    metrics = None if correct is None else compare_with_validated(correct, plant, rows)
-    advice = "" if plant.dtype == torch.float32 else "; try --dtype fp32"
-    found = check_merge(rounding, base_difference, plant.dtype, metrics, advice)
-    return found if metrics else f"{found}; its accuracy is unknown, since the run was trained on val"
+    return found
 
 
-def export_adapter(run: Run, plant, draft: Path, images) -> str:
-    """Save the adapter; a sentence on how it compares with the run once PEFT attached it to a fresh base model."""
+def save_adapter(run: Run, plant, draft: Path, images) -> tuple[Any, float | None]:
+    """The same of the adapter, which PEFT attaches to a fresh base model."""
     from peft import PeftModel
 
     from evaluation.model_card import base_name
-    from evaluation.verify import check_merge, logits_of, relative_difference
+    from evaluation.verify import logits_of, relative_difference
     from models.builder import build_base
     from models.merging import save_processor
     from runtime.device import collect_memory
@@ -217,12 +202,11 @@ def export_adapter(run: Run, plant, draft: Path, images) -> str:
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_processor(plant.processor, draft)
     expected = logits_of(plant, images)
-    plant.model = None  # the GPU has room for one model
+    plant.model = None
     collect_memory(plant.device)
     plant.model = PeftModel.from_pretrained(build_base(config, plant.processor, plant.device, plant.dtype), draft)
     with plant.model.disable_adapter():
-        base_difference = relative_difference(logits_of(plant, images), expected)
-    return check_merge(relative_difference(logits_of(plant, images), expected), base_difference, plant.dtype)
+        return expected, relative_difference(logits_of(plant, images), expected)
 
 
 def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] | None]:
@@ -238,8 +222,7 @@ def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] |
     return take(data.validation, limit), read_correct(run, "val")[1]
 
 
-@contextlib.contextmanager
-def base_weights(run: Run, processor) -> Iterator[Path]:
+def find_base(run: Run, processor, scratch: Path) -> Path:
     """The folder that is merged into: the base model's safetensors, or best/ of a full fine-tune."""
     import torch
 
@@ -247,20 +230,15 @@ def base_weights(run: Run, processor) -> Iterator[Path]:
 
     config = run.config
     if config.trainable == "everything":
-        yield run.best_folder
-    elif config.model in RANDOM_MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(folder)
-            yield Path(folder)
-    elif Path(config.model).is_dir():
-        yield Path(config.model)
-    else:
-        from huggingface_hub import snapshot_download
-
-        with report_hub_errors(config.model, "check the network, and that HF_TOKEN may read it"):
-            patterns = ["*.safetensors", "*.json"]
-            folder = snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns)
-        yield Path(folder)
+        return run.best_folder
+    if config.model in RANDOM_MODELS:
+        build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(scratch)
+        return scratch
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    with open_hub(config.model, "check the network, and that HF_TOKEN may read it") as hub:
+        patterns = ["*.safetensors", "*.json"]
+        return Path(hub.snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns))
 
 
 def save_classes(run: Run, prompt, draft: Path) -> None:
@@ -268,14 +246,8 @@ def save_classes(run: Run, prompt, draft: Path) -> None:
     from evaluation.evaluator import read_calibration
     from runtime.checkpoint import describe_best
 
-    facts = {
-        "class_names": run.recorded["class_names"],
-        "question": run.config.question,
-        "prompt": prompt.prompt,
-        "response_prefix": prompt.response_prefix,
-        "end": prompt.eos,
-        "image_size": run.config.image_size,
-    }
+    facts = {"class_names": run.recorded["class_names"], "question": run.config.question, **prompt._asdict()}
+    facts["image_size"] = run.config.image_size
     calibration = read_calibration(run.folder, describe_best(run.best_folder))
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
@@ -283,15 +255,14 @@ def save_classes(run: Run, prompt, draft: Path) -> None:
 
 
 @contextlib.contextmanager
-def report_hub_errors(name: str, next_move: str) -> Iterator[None]:
-    """A refusal of the hub, or a failure of the network, as a UserError."""
+def open_hub(name: str, next_move: str) -> Iterator[Any]:
+    """The hub's HfApi; what it refuses, or a failure of the network, becomes a UserError."""
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
 
-    kinds = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError)
     try:
-        yield
-    except kinds as error:
+        yield HfApi()
+    except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
         raise UserError(f"{name}: the hub refuses ({first_line(error)}); {next_move}") from error
 
 

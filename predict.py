@@ -19,7 +19,7 @@ from pathlib import Path
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import logger, report_errors, set_environment, setup_logging
+from utils.logging_utils import logger, printable, report_errors, set_environment, setup_logging
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """(file, or a word that stands for none, and why): files as named, images below folders, matches of patterns."""
-    from utils.image_utils import SUFFIXES, files_below, is_image_name, printable
+    from utils.image_utils import SUFFIXES, files_below, is_image_name
 
     for word in words:
         reason = None
@@ -73,7 +73,6 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
 def format_line(image: str, found, top: int) -> str:
     """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
     from evaluation.predictor import percent
-    from utils.image_utils import printable
 
     if isinstance(found, str):
         return found

@@ -6,9 +6,7 @@
 Cheapest checks first, one line each. Exit status 1 if any failed. Writes no run.
 """
 
-import contextlib
 import ctypes
-import dataclasses
 import itertools
 import logging
 import math
@@ -17,13 +15,15 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from config.cli import parse_config
 from config.training_config import RANDOM_MODELS, TrainingConfig, format_value
+from runtime.run_dir import Run
+from runtime.run_files import read_metrics
 from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
@@ -100,21 +100,21 @@ def check_packages(found: PreFlight) -> str:
         from packaging.requirements import Requirement
     except ImportError:
         raise UserError("no packages in this environment; run: pip install -r requirements.txt") from None
-    lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    required = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
-    installed = {}
-    for requirement in required:
-        with contextlib.suppress(PackageNotFoundError):
-            installed[requirement.name] = version(requirement.name)
-    missing = [requirement.name for requirement in required if requirement.name not in installed]
+    installed, untested, missing = [], [], []
+    for line in (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if not line.partition("#")[0].strip():
+            continue
+        requirement = Requirement(line.partition("#")[0])
+        try:
+            installed.append(f"{requirement.name} {version(requirement.name)}")
+        except PackageNotFoundError:
+            missing.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(version(requirement.name).partition("+")[0]):
+            untested.append(f"{installed[-1]} ({requirement.specifier} is pinned)")
     if missing:
         raise UserError(f"{', '.join(missing)} not installed; run: pip install -r requirements.txt")
-    untested = [
-        f"{requirement.name} {installed[requirement.name]} ({requirement.specifier} is pinned)"
-        for requirement in required
-        if not requirement.specifier.contains(installed[requirement.name].partition("+")[0])
-    ]
-    text = ", ".join(f"{name} {number}" for name, number in installed.items())
+    text = ", ".join(installed)
     return f"{text} | not the tested versions: {', '.join(untested)}" if untested else text
 
 
@@ -139,16 +139,14 @@ def check_device(found: PreFlight) -> str:
 
     from runtime.device import choose_device, choose_precision
 
-    device = choose_device(found.config.model, found.config.gpu_memory_fraction)
+    share = found.config.gpu_memory_fraction
+    device = found.device = choose_device(found.config.model, share)
     precision = choose_precision(found.config.mixed_precision, device)
-    found.device = device
     if device.type != "cuda":
         return f"{device.type} | precision {precision}"
     gpu = torch.cuda.get_device_properties(device)
-    return (
-        f"{gpu.name} | {gpu.total_memory / GIB:.1f} GiB, {found.config.gpu_memory_fraction:.0%} to be used | compute "
-        f"capability {gpu.major}.{gpu.minor} | precision {precision}"
-    )
+    memory, capability = f"{gpu.total_memory / GIB:.1f} GiB", f"{gpu.major}.{gpu.minor}"
+    return f"{gpu.name} | {memory}, {share:.0%} to be used | compute capability {capability} | precision {precision}"
 
 
 def check_disk_and_memory(found: PreFlight) -> str:
@@ -164,9 +162,8 @@ def check_disk_and_memory(found: PreFlight) -> str:
     if is_on_hub and try_to_load_from_cache(model, "model.safetensors.index.json") is None:  # still to be downloaded
         folder = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
         require_disk_space(folder, HUB_BYTES, f"{model} and the images need", "set HF_HOME to another disk")
-    memory, free = psutil.virtual_memory(), shutil.disk_usage(".").free
-    ram = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB of RAM free"
-    return f"{free / 1e9:.0f} GB of disk free here | {ram}"
+    ram, free = psutil.virtual_memory(), shutil.disk_usage(".").free / 1e9
+    return f"{free:.0f} GB of disk free here | {ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB of RAM free"
 
 
 # ---- the data
@@ -174,23 +171,12 @@ def check_disk_and_memory(found: PreFlight) -> str:
 
 def check_data(found: PreFlight) -> str:
     from data.dataset import build_datasets, sample_rows
-    from utils.image_utils import ImageError, open_image
 
-    data = build_datasets(found.config)
-    sizes, unreadable = [], []
-    rows = sample_rows(data.train)
-    for row in sample_rows(rows, 4):
-        try:
-            image = open_image(row["image"])
-            sizes.append(f"{image.width}x{image.height}")
-        except ImageError as error:  # how many are unreadable is for check_lengths to judge
-            unreadable.append(f"{error}")
-    if not sizes:
-        raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
-    found.data, found.rows = data, rows
+    data = found.data = build_datasets(found.config)
+    found.rows = sample_rows(data.train)
     counts = f"{data.num_train:,} train, {len(data.validation or ()):,} val, {len(data.test):,} test images"
-    line = " | ".join([f"{data.source}: {counts}", f"width x height {', '.join(sizes)}", *unreadable[:1]])
-    return "\n      ".join([line, *data.notes, *(f"warning: {warning}" for warning in data.warnings)])
+    lines = [f"{data.source}: {counts}", *data.notes, *(f"warning: {warning}" for warning in data.warnings)]
+    return "\n      ".join(lines)
 
 
 def check_class_names(found: PreFlight) -> str:
@@ -216,27 +202,29 @@ def check_processor(found: PreFlight) -> str:
         if tokenizer_probe(AutoProcessor.from_pretrained(folder).tokenizer) != tokenizer_probe(processor.tokenizer):
             raise UserError("saving and loading changes what the tokenizer reads; convert it to a fast tokenizer")
     found.collator = PlantCollator(processor, prompt, found.data.class_names, found.config.image_size)
-    return (
-        f"prompt {prompt.prompt!r}, then {prompt.response_prefix!r}, the class name, {prompt.eos!r} | the tokenizer "
-        "survives saving"
-    )
+    turn = f"prompt {prompt.prompt!r}, then {prompt.response_prefix!r}, the class name, {prompt.eos!r}"
+    return f"{turn} | the tokenizer survives saving"
 
 
 def check_lengths(found: PreFlight) -> str:
     from data.dataset import check_unreadable_fraction
     from utils.image_utils import ImageError, fitted_size, read_image_size
 
-    lengths, unreadable = [], []
+    lengths, sizes, unreadable = [], [], []
     for row in found.rows:
         try:
-            size = fitted_size(read_image_size(row["image"]), found.config.image_size)
-            lengths.append(found.collator.describe(row, size).length)
+            height, width = read_image_size(row["image"])
         except ImageError as error:
             unreadable.append(f"{error}")
+            continue
+        sizes.append(f"{width}x{height}")
+        lengths.append(found.collator.describe(row, fitted_size((height, width), found.config.image_size)).length)
     check_unreadable_fraction(unreadable, len(found.rows), found.config.max_unreadable_fraction)
+    if not lengths:
+        raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
     low, _, high = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else lengths * 3
     text = f"{min(lengths):,} to {max(lengths):,} tokens, half between {low:,.0f} and {high:,.0f}"
-    text += f" | {len(lengths):,} images read"
+    text += f" | {len(lengths):,} images read, width x height {', '.join(sizes[:4])}"
     return f"{text} | {len(unreadable)} unreadable: {unreadable[0]}" if unreadable else text
 
 
@@ -244,15 +232,14 @@ def check_lengths(found: PreFlight) -> str:
 
 
 def check_sample(found: PreFlight) -> str:
+    from evaluation.verify import first_readable
+
     processor = found.collator.processor
-    batch = found.collator([found.rows[0]])
-    (sample,), ids = batch.samples, batch["input_ids"][0].tolist()
-    placeholders = processor.image_token * sample.image_tokens
-    prompt = processor.tokenizer.decode(ids[: sample.prompt_length])
-    prompt = prompt.replace(placeholders, f"{processor.image_token} x {sample.image_tokens:,} ")
-    answer = processor.tokenizer.decode(ids[sample.prompt_length : sample.length])
-    found.batch = batch
-    return f"{prompt!r} -> supervised: {answer!r}"
+    batch = found.batch = found.collator(first_readable(found.collator, found.rows, 1))
+    (sample,), ids = batch.samples, batch["input_ids"][0]
+    expanded, short = processor.image_token * sample.image_tokens, f"{processor.image_token} x {sample.image_tokens:,} "
+    prompt = processor.tokenizer.decode(ids[: sample.prompt_length]).replace(expanded, short)
+    return f"{prompt!r} -> supervised: {processor.tokenizer.decode(ids[sample.prompt_length :])!r}"
 
 
 def check_image_tokens(found: PreFlight) -> str:
@@ -265,10 +252,8 @@ def check_image_tokens(found: PreFlight) -> str:
 def check_pixels(found: PreFlight) -> str:
     processor = found.collator.processor
     patches = (processor.image_processor.crop_size["height"] // processor.patch_size) ** 2
-    return (
-        f"pixel_values {tuple(found.batch['pixel_values'].shape)} (images, tiles, channels, height, width) | "
-        f"{patches} patches of {processor.patch_size} x {processor.patch_size} + 1 CLS per tile"
-    )
+    shape = f"pixel_values {tuple(found.batch['pixel_values'].shape)} (images, tiles, channels, height, width)"
+    return f"{shape} | {patches} patches of {processor.patch_size} x {processor.patch_size} + 1 CLS per tile"
 
 
 def check_padding(found: PreFlight) -> str:
@@ -279,10 +264,9 @@ def check_padding(found: PreFlight) -> str:
     expected = [sample.length - sample.prompt_length for sample in batch.samples]
     if supervised != expected:
         raise UserError(f"{supervised} tokens are supervised where the answers have {expected}; please report this")
-    return (
-        f"{len(pads)} images to {length:,} tokens | {min(pads)} to {max(pads)} of padding, {min(expected)} to "
-        f"{max(expected)} supervised"
-    )
+    padding, names = f"{min(pads)} to {max(pads)} of padding", f"{min(expected)} to {max(expected)} supervised"
+    text = f"{len(pads)} images to {length:,} tokens | {padding}, {names}"
+    return f"{text} | {len(batch.unreadable)} unreadable: {batch.unreadable[0]}" if batch.unreadable else text
 
 
 # ---- the model
@@ -298,14 +282,10 @@ def check_model(found: PreFlight) -> str:
 
 def check_steps(found: PreFlight) -> str:
     from models.trainer import build_trainer
-    from runtime.run_dir import Run
-    from runtime.run_files import read_metrics
 
-    data = dataclasses.replace(found.data, train=found.rows, validation=None)
+    data = replace(found.data, train=found.rows, validation=None)
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(
-            found.config, output_dir=folder, max_steps=STEPS, save_steps=10 * STEPS, eval_steps=None, report_to="none"
-        )
+        config = replace(found.config, output_dir=folder, max_steps=STEPS, eval_steps=None, report_to="none")
         trainer = build_trainer(Run(config), found.plant, data)
         trainer.args.save_strategy = "no"
         trainer.plan_memory()
@@ -315,14 +295,10 @@ def check_steps(found: PreFlight) -> str:
     chance = math.log(found.plant.model.get_input_embeddings().num_embeddings)
     is_random = 0.7 * chance < losses[0] < 1.4 * chance
     may_be_random = config.model in RANDOM_MODELS or Path(config.model).is_dir()
+    pretrained = "0.5 to 2.0 is expected of a pretrained checkpoint"
     if not (PRETRAINED_LOSS[0] < losses[0] < PRETRAINED_LOSS[1] or (is_random and may_be_random)):
-        raise UserError(
-            f"starts at {losses[0]:.2f}; 0.5 to 2.0 is expected of a pretrained checkpoint, about {chance:.1f} of "
-            "random weights; is this the right checkpoint?"
-        )
-    expected = f"near ln(vocabulary) = {chance:.1f}, as expected of random weights"
-    if not is_random:
-        expected = "0.5 to 2.0 is expected of a pretrained checkpoint"
+        raise UserError(f"starts at {losses[0]:.2f}; {pretrained}, about {chance:.1f} of random weights; check --model")
+    expected = f"near ln(vocabulary) = {chance:.1f}, as expected of random weights" if is_random else pretrained
     return f"loss {', '.join(f'{loss:.2f}' for loss in losses)} ({expected})"
 
 
@@ -330,9 +306,7 @@ def check_leak(found: PreFlight) -> str:
     memory = [step["memory_gib"] for step in found.steps]
     if memory[-1] - memory[1] > LEAK_GIB:
         values = ", ".join(f"{value:.2f}" for value in memory)
-        raise UserError(
-            f"memory grew over {STEPS - 2} steps ({values} GiB) and would run out in a long run; please report this"
-        )
+        raise UserError(f"memory grew over {STEPS - 2} steps ({values} GiB) and would run out; please report this")
     peak = found.steps[-1]["peak_gib"]
     return f"{memory[0]:.2f} GiB after the first step, {memory[-1]:.2f} after the last | peak {peak:.2f}"
 
@@ -341,9 +315,8 @@ def check_time(found: PreFlight) -> str:
     batch_size = found.config.effective_batch_size
     seconds = statistics.median(step["seconds"] for step in found.steps[1:])
     steps = math.ceil(found.data.num_train / batch_size)
-    text = (
-        f"{batch_size / seconds:.2f} images/s | about {seconds * steps / 60:.1f} minutes per epoch of {steps:,} steps"
-    )
+    epoch = f"about {seconds * steps / 60:.1f} minutes per epoch of {steps:,} steps"
+    text = f"{batch_size / seconds:.2f} images/s | {epoch}"
     is_faster = found.device.type == "cuda" and found.config.compile == "auto"
     return f"{text} | a long run compiles its kernels and takes less" if is_faster else text
 

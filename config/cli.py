@@ -40,49 +40,40 @@ class CommandLine:
     """
 
     def __init__(self, argv: list[str] | None, description: str, options=None, words: str = "", refused=None):
-        self.refused: dict[str, str] = refused or {}
+        refused = refused or {}
         fields = [*(dataclasses.fields(options) if options else ()), *dataclasses.fields(TrainingConfig)]
-        self._parser = _build_parser(description, fields, words, self.refused)
+        self._parser = _build_parser(description, fields, words, refused)
         argv = sys.argv[1:] if argv is None else argv
-        if words:
-            argv = _complete_boolean_flags(argv, fields)
-            arguments, unknown = self._parser.parse_known_intermixed_args(argv)
-        else:
-            arguments, unknown = self._parser.parse_known_args(argv)
+        argv = _complete_boolean_flags(argv, fields) if words else argv
+        arguments, unknown = self._parser.parse_known_intermixed_args(argv)
         given = {name: value for name, value in vars(arguments).items() if value is not None}
         self.words: list[str] = given.pop("words", [])
         self.given: dict[str, str] = {name: value for name, value in given.items() if value is not MISSING}
         self.problems = [f"{_flag(name)}: a value is needed" for name, value in given.items() if value is MISSING]
-        self.refuse(self.refused)
-        offered = [_flag(field.name) for field in fields if field.name not in self.refused]
-        for word in unknown:
-            if word.startswith("-"):
-                name = word.partition("=")[0].replace("_", "-")
-                self.problems.append(f"{word}: unknown flag{nearest_name(name, offered)}")
-        if unknown and not any(word.startswith("-") for word in unknown):
+        self.refuse(refused)
+        offered = [_flag(field.name) for field in fields if field.name not in refused]
+        names = {word: word.partition("=")[0].replace("_", "-") for word in unknown if word.startswith("-")}
+        self.problems += [f"{word}: unknown flag{nearest_name(name, offered)}" for word, name in names.items()]
+        if unknown and not names:
             self.problems.append(f"{' '.join(unknown)}: unexpected argument; options are given as --name value")
 
     def refuse(self, reasons: dict[str, str]) -> None:
-        """Report the flags among these fields that were given."""
+        """Report the flags among these fields that were given, and ignore them from then on."""
         given = [name for name in reasons if name in self.given]
-        self.problems += [f"{_flag(name)} {self.given[name]}: {reasons[name]}" for name in given]
+        self.problems += [f"{_flag(name)} {self.given.pop(name)}: {reasons[name]}" for name in given]
 
     def apply(self, base):
         """`base` (an instance of a dataclass of options), overridden by --preset and then by the flags; checked."""
-        given = {name: text for name, text in self.given.items() if name not in self.refused}
-        values = {}
-        if isinstance(base, TrainingConfig) and "preset" in given:
-            preset = given["preset"]
-            values = dict(PRESETS.get(preset, {}))
-            if preset not in PRESETS:
-                nearest = nearest_name(preset, PRESETS)
-                self.problems.append(f"--preset {preset}: not one of {', '.join(PRESETS)}{nearest}")
+        preset = self.given.get("preset", "default") if isinstance(base, TrainingConfig) else "default"
+        if preset not in PRESETS:
+            self.problems.append(f"--preset {preset}: not one of {', '.join(PRESETS)}{nearest_name(preset, PRESETS)}")
+        values = dict(PRESETS.get(preset, {}))
         for field in dataclasses.fields(base):
-            if field.name in given:
+            if field.name in self.given:
                 try:
-                    values[field.name] = _convert(given[field.name], field)
+                    values[field.name] = _convert(self.given[field.name], field)
                 except ValueError:
-                    self.problems.append(f"{field.name}={given[field.name]}: {describe_type(field)} is needed")
+                    self.problems.append(f"{field.name}={self.given[field.name]}: {describe_type(field)} is needed")
         options = resolve_paths(dataclasses.replace(base, **values))
         self.problems += find_problems(options)
         return options
@@ -101,14 +92,6 @@ class CommandLine:
             self._parser.exit(2, f"{text}All options: --help\n")
 
 
-class RunCommand(typing.NamedTuple):
-    """A command line of a script that uses a run."""
-
-    run: typing.Any  # a runtime.run_dir.Run, its config overridden by the flags
-    words: list[str]  # positional, after the run
-    options: typing.Any  # of the script
-
-
 def parse_config(argv: list[str] | None = None, description: str = "") -> TrainingConfig:
     """The defaults, overridden by the preset, then by the flags. SystemExit with status 2 if there are problems."""
     line = CommandLine(argv, description)
@@ -119,33 +102,32 @@ def parse_config(argv: list[str] | None = None, description: str = "") -> Traini
 
 def parse_run_command(
     argv: list[str] | None, description: str, options: type, overridable: tuple[str, ...], load: Callable, words=""
-) -> RunCommand:
-    """RUN, then `words` (none, one, or any number if it ends in "..."), with flags for `options` and for the fields of
-    the run's config that are `overridable`.
+) -> tuple[typing.Any, list[str], typing.Any]:
+    """(the Run with its config overridden by the flags, the words after it, the script's `options`).
 
-    `load(folder)` gives the Run, a dataclass with a `config`, or raises ConfigError: config may not import runtime.
-    SystemExit with status 2 if there are problems.
+    RUN is followed by `words` (none, one, or any number if it ends in "..."). Flags are those of `options` and of the
+    run's config fields that are `overridable`. `load(folder)` gives the Run, a dataclass with a `config`, or raises
+    ConfigError: config may not import runtime. SystemExit with status 2 if there are problems.
     """
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    fixed = {name: "is fixed by the run" for name in names if name not in overridable}
+    fixed = {name: "is fixed by the run" for name in vars(TrainingConfig()) if name not in overridable}
     usage = f"RUN {words}".rstrip()
     line = CommandLine(argv, description, options, usage, fixed)
-    folder, rest = (line.words[0], line.words[1:]) if line.words else (None, [])
     run: typing.Any = None
-    if folder is None:
+    rest = line.words[1:]
+    extra = [] if words.endswith("...") else rest[1:] if words else rest
+    if not line.words:
         line.problems.append(f"RUN is missing; usage: {usage}. Runs here: {list_runs()}")
     else:
-        run = line.load_run(folder, load)
-        extra = rest if not words else [] if words.endswith("...") else rest[1:]
+        run = line.load_run(line.words[0], load)
         if words and not rest:
-            line.problems.append(f"{folder}: {words} is missing after it; usage: {usage}")
-        if extra:
-            line.problems.append(f"{' '.join(extra)}: unexpected argument; usage: {usage}")
-    saved = TrainingConfig() if run is None else run.config
+            line.problems.append(f"{line.words[0]}: {words} is missing after it; usage: {usage}")
+    if extra:
+        line.problems.append(f"{' '.join(extra)}: unexpected argument; usage: {usage}")
+    saved = run.config if run else TrainingConfig()
     config = line.apply(dataclasses.replace(saved, compile="false"))  # too few images to win the time back
     values = line.apply(options())
     line.exit_on_problems()
-    return RunCommand(dataclasses.replace(run, config=config), rest, values)
+    return dataclasses.replace(run, config=config), rest, values
 
 
 def list_runs() -> str:

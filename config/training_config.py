@@ -23,135 +23,120 @@ class ConfigError(ValueError):
     """A run directory or saved config that cannot be used; the message is one sentence."""
 
 
-def option(default, help: str, *, low=None, above=None, high=None, choices=(), resumable: bool = False):
-    """A field with its unit or reason (shown by --help) and its range: low <= value <= high, value > above.
-
-    `resumable` fields may change on resume: they leave what a run computes alone.
-    """
+def option(default, help: str, *, low=None, above=None, high=None, choices=(), resumable: bool = True):
+    """A field with its unit or reason (shown by --help) and its range: low <= value <= high, value > above."""
     limits = {"low": low, "above": above, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, **limits})
+
+
+def fixed(default, help: str, **limits):
+    """An option that decides what a run computes, so that it may not change on resume."""
+    return option(default, help, resumable=False, **limits)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     # ---- run
-    preset: str = option("default", "named variant of these defaults", resumable=True)
-    output_dir: str | None = option(
-        None, "run directory; none: runs/<preset>, or the next free runs/<preset>-2, -3, ...", resumable=True
-    )
+    preset: str = option("default", "named variant of these defaults")
+    output_dir: str | None = option(None, "run directory; none: runs/<preset>, or the next free runs/<preset>-2, ...")
     resume: str = option(
         "auto",
         "auto: resume an interrupted run; never: start a new one; or the run directory or checkpoint to resume from",
-        resumable=True,
     )
-    allow_changed: bool = option(False, "resume although data, precision or ranks changed", resumable=True)
-    seed: int = option(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
+    allow_changed: bool = option(False, "resume although data, precision or ranks changed")
+    seed: int = fixed(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
 
     # ---- model
-    model: str = option(
+    model: str = fixed(
         "llava-hf/llava-v1.6-mistral-7b-hf",
         f"any llava_next checkpoint: hub id or folder; {' or '.join(RANDOM_MODELS)}: randomly initialized, no download",
     )
-    model_revision: str | None = option(None, "branch, tag or commit on the hub; the run records the commit")
-    load_in_4bit: bool = option(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
-    mixed_precision: str = option(
+    model_revision: str | None = fixed(None, "branch, tag or commit on the hub; the run records the commit")
+    load_in_4bit: bool = fixed(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
+    mixed_precision: str = fixed(
         "auto", "auto: bf16 where the GPU computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")
     )
-    trainable: str = option(
+    trainable: str = fixed(
         "adapter",
         "which parameters are trained; adapter: LoRA on all projections of the language model",
         choices=("adapter", "adapter+projector", "projector", "everything"),
     )
-    lora_r: int = option(16, "rank of the adapter", low=1)
-    lora_alpha: int = option(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
-    lora_dropout: float = option(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
+    lora_r: int = fixed(16, "rank of the adapter", low=1)
+    lora_alpha: int = fixed(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
+    lora_dropout: float = fixed(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
     gradient_checkpointing: str = option(
         "auto",
         "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the GPU "
         "needs, in all without auto_batch; offload: in all, their inputs offloaded to CPU memory",
         choices=("auto", "true", "offload", "false"),
-        resumable=True,
     )
     auto_batch: bool = option(
         True,
         "choose micro-batch size and activation checkpointing by this GPU's memory, at the configured global batch "
         "size; false: use them as configured",
-        resumable=True,
     )
     compile: str = option(
         "auto",
         "compile the elementwise kernels of fused layers; auto: on a CUDA GPU, if the run is long enough to save time",
         choices=("auto", "true", "false"),
-        resumable=True,
     )
     sharding: str = option(
         "none",
         "fsdp: shard the frozen weights across ranks; micro-batch and checkpointing are then used as configured",
         choices=("none", "fsdp"),
-        resumable=True,
     )
-    gpu_memory_fraction: float = option(
-        0.9, "of the GPU's memory that this process may use; the rest is a buffer", above=0, high=1, resumable=True
-    )
+    gpu_memory_fraction: float = option(0.9, "of GPU memory, for this process; the rest is a buffer", above=0, high=1)
 
     # ---- data
-    dataset: str = option(
+    dataset: str = fixed(
         "oxford_flowers102",
         "oxford_flowers102 (hub), synthetic, or a folder: the official VGG release, parquet, or class folders",
     )
-    dataset_revision: str = option(
+    dataset_revision: str = fixed(
         "7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",
         "branch, tag or commit of a hub data set; as it is, of any but Oxford Flowers 102 the current commit",
     )
-    label_column: str | None = option(
-        None, "column of a table or parquet file that holds the labels; none: found by its name"
-    )
-    class_names: str | None = option(None, "json or csv file that gives class folders or labels their names")
-    streaming: bool = option(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
-    train_on_val: bool = option(False, "train on train + val; val can then neither select nor measure anything")
-    sample_fraction: float = option(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
-    val_fraction: float = option(0.1, "of an image folder without a val split", above=0, high=0.5)
-    test_fraction: float = option(0.1, "of an image folder without a test split", above=0, high=0.5)
-    allow_missing: bool = option(False, "continue although images that the data set lists are not on disk")
+    label_column: str | None = fixed(None, "column of a table or parquet file with the labels; none: by its name")
+    class_names: str | None = fixed(None, "json or csv file that gives class folders or labels their names")
+    streaming: bool = fixed(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
+    train_on_val: bool = fixed(False, "train on train + val; val can then neither select nor measure anything")
+    sample_fraction: float = fixed(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
+    val_fraction: float = fixed(0.1, "of an image folder without a val split", above=0, high=0.5)
+    test_fraction: float = fixed(0.1, "of an image folder without a test split", above=0, high=0.5)
+    allow_missing: bool = fixed(False, "continue although images that the data set lists are not on disk")
     max_unreadable_fraction: float = option(
-        0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1, resumable=True
+        0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1
     )
-    image_size: int | None = option(336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28)
-    question: str = option("What flower is shown in this image?", "what the model is asked about every image")
-    num_workers: int = option(2, "processes that decode images; 0: the training process", low=0, resumable=True)
-    pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU", resumable=True)
+    image_size: int | None = fixed(336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28)
+    question: str = fixed("What flower is shown in this image?", "what the model is asked about every image")
+    num_workers: int = option(2, "processes that decode images; 0: the training process", low=0)
+    pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU")
 
     # ---- optimizer
-    per_device_train_batch_size: int = option(1, "micro-batch size without auto_batch", low=1, resumable=True)
+    per_device_train_batch_size: int = option(1, "micro-batch size without auto_batch", low=1)
     gradient_accumulation_steps: int = option(
-        16, "times per_device_train_batch_size: the global batch size, for any number of GPUs", low=1, resumable=True
+        16, "times per_device_train_batch_size: the global batch size, for any number of GPUs", low=1
     )
-    learning_rate: float = option(1e-5, "peak learning rate", above=0)
-    projector_learning_rate: float | None = option(None, "of the projector; none: learning_rate", above=0)
-    lr_scheduler_type: str = option("cosine", "after warm-up", choices=("cosine", "linear", "constant_with_warmup"))
-    warmup_steps: float = option(0.03, "optimizer steps of linear warm-up; below 1: fraction of all steps", low=0)
-    weight_decay: float = option(0.0, "of AdamW", low=0)
-    max_grad_norm: float = option(0.5, "gradient norm is clipped to this", above=0)
-    optim: str = option("adamw_torch_fused", "any optimizer name of transformers, e.g. paged_adamw_8bit")
-    num_train_epochs: float = option(3.0, "passes over the train images", above=0, resumable=True)
-    max_steps: int = option(-1, "optimizer steps; above 0 it overrides num_train_epochs", low=-1, resumable=True)
+    learning_rate: float = fixed(1e-5, "peak learning rate", above=0)
+    projector_learning_rate: float | None = fixed(None, "of the projector; none: learning_rate", above=0)
+    lr_scheduler_type: str = fixed("cosine", "after warm-up", choices=("cosine", "linear", "constant_with_warmup"))
+    warmup_steps: float = fixed(0.03, "optimizer steps of linear warm-up; below 1: fraction of all steps", low=0)
+    weight_decay: float = fixed(0.0, "of AdamW", low=0)
+    max_grad_norm: float = fixed(0.5, "gradient norm is clipped to this", above=0)
+    optim: str = fixed("adamw_torch_fused", "any optimizer name of transformers, e.g. paged_adamw_8bit")
+    num_train_epochs: float = option(3.0, "passes over the train images", above=0)
+    max_steps: int = option(-1, "optimizer steps; above 0 it overrides num_train_epochs", low=-1)
 
     # ---- logging, evaluation and saving, in optimizer steps
-    logging_steps: int = option(10, "between two step lines of the log", low=1, resumable=True)
-    eval_steps: int | None = option(
-        100, "between two evaluations on val, which select best/; none: only at the end", low=1, resumable=True
-    )
-    early_stopping_patience: int | None = option(
-        None, "evaluations without an improvement after which the run stops; none: never", low=1, resumable=True
-    )
-    early_stopping_min_gain: float | None = option(
-        None, "improvement in val accuracy that counts; none: its standard error", low=0, resumable=True
-    )
-    save_steps: int = option(50, "between two checkpoints", low=1, resumable=True)
-    max_skipped_steps: int = option(0, "non-finite steps in a row that are skipped", low=0, resumable=True)
-    save_total_limit: int = option(2, "checkpoints kept; two, in case one is corrupted", low=2, resumable=True)
-    per_device_eval_batch_size: int = option(4, "images per forward pass of an evaluation", low=1, resumable=True)
-    report_to: str = option("none", "trackers of transformers, comma-separated: tensorboard,wandb", resumable=True)
+    logging_steps: int = option(10, "between two step lines of the log", low=1)
+    eval_steps: int | None = option(100, "between evaluations on val, which select best/; none: only at the end", low=1)
+    early_stopping_patience: int | None = option(None, "evaluations without gain before a stop; none: never", low=1)
+    early_stopping_min_gain: float | None = option(None, "val accuracy gain that counts; none: standard error", low=0)
+    save_steps: int = option(50, "between two checkpoints", low=1)
+    max_skipped_steps: int = option(0, "non-finite steps in a row that are skipped", low=0)
+    save_total_limit: int = option(2, "checkpoints kept; two, in case one is corrupted", low=2)
+    per_device_eval_batch_size: int = option(4, "images per forward pass of an evaluation", low=1)
+    report_to: str = option("none", "trackers of transformers, comma-separated: tensorboard,wandb")
 
     @property
     def effective_batch_size(self) -> int:
@@ -159,7 +144,48 @@ class TrainingConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def find_conflicts(self) -> Iterator[str]:
-        return _find_conflicts(self)
+        """A sentence per combination of values that cannot work."""
+        kind, steps, rate = self.trainable, self.eval_steps, self.projector_learning_rate
+        everything = kind == "everything"
+        if everything and self.load_in_4bit:
+            yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use load_in_4bit=false"
+        if self.model in CPU_MODELS and self.load_in_4bit:
+            yield f"model={self.model} with load_in_4bit=true: its weights are not loaded; use --preset {self.model}"
+        if everything and self.sharding == "fsdp":
+            yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
+        for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
+            if getattr(self, name) == value and (self.lora_dropout > 0 or everything):
+                yield (
+                    f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not "
+                    f"use fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
+                )
+        if rate is not None and "projector" not in kind:
+            yield f"projector_learning_rate={rate}: trainable={kind} freezes the projector; use adapter+projector"
+        if self.train_on_val and steps is not None:
+            yield f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use none"
+        if self.early_stopping_patience is not None and steps is None:
+            yield (
+                f"early_stopping_patience={self.early_stopping_patience} with eval_steps=none: nothing is measured "
+                "during training; use --early-stopping-patience none, or set --eval-steps (not with train_on_val=true)"
+            )
+        if self.max_steps == 0:
+            yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
+        if not self.question or self.question != self.question.strip() or "  " in self.question:
+            yield (
+                f"question={self.question!r}: empty, or with leading, trailing or double spaces, which tokenizers "
+                "treat differently; use single spaces between words"
+            )
+        if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
+            yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+        if self.streaming and self.max_steps <= 0:
+            yield f"streaming=true with max_steps={self.max_steps}: a stream has no length; set --max-steps"
+        if self.streaming and self.dataset in SOURCES:
+            yield f"streaming=true with dataset={self.dataset}: only a folder of parquet files is streamed; use false"
+        if self.streaming and (self.sample_fraction < 1 or self.train_on_val):
+            yield (
+                f"streaming=true with sample_fraction={self.sample_fraction} and train_on_val="
+                f"{format_value(self.train_on_val)}: both need all images at once; use 1 and false, or streaming=false"
+            )
 
 
 PRESETS: dict[str, dict] = {
@@ -199,59 +225,7 @@ PRESETS: dict[str, dict] = {
 def find_problems(options) -> Iterator[str]:
     """A sentence per value of a dataclass of options that cannot work: name and value, reason, next move."""
     yield from find_range_problems(options)
-    if hasattr(options, "find_conflicts"):
-        yield from options.find_conflicts()
-
-
-def _find_conflicts(config: TrainingConfig) -> Iterator[str]:
-    """A sentence per combination of values that cannot work."""
-    everything, streaming, train_on_val = config.trainable == "everything", config.streaming, config.train_on_val
-    if everything and config.load_in_4bit:
-        yield "trainable=everything with load_in_4bit=true: 4-bit weights cannot be trained; use --load-in-4bit false"
-    if config.model in CPU_MODELS and config.load_in_4bit:
-        yield f"model={config.model} with load_in_4bit=true: its weights are not loaded; use --preset {config.model}"
-    if everything and config.sharding == "fsdp":
-        yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
-    for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
-        if getattr(config, name) == value and (config.lora_dropout > 0 or everything):
-            yield (
-                f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not use "
-                f"fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
-            )
-    rate, patience = config.projector_learning_rate, config.early_stopping_patience
-    if rate is not None and "projector" not in config.trainable:
-        yield (
-            f"projector_learning_rate={rate}: trainable={config.trainable} freezes the projector; use --trainable "
-            "adapter+projector or --projector-learning-rate none"
-        )
-    if train_on_val and config.eval_steps is not None:
-        yield (
-            f"eval_steps={config.eval_steps} with train_on_val=true: images that are trained on measure nothing; use "
-            "--eval-steps none or --train-on-val false"
-        )
-    if patience is not None and config.eval_steps is None:
-        yield (
-            f"early_stopping_patience={patience} with eval_steps=none: nothing is measured during training; use "
-            "--early-stopping-patience none, or set --eval-steps (not with --train-on-val true)"
-        )
-    if config.max_steps == 0:
-        yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
-    if not config.question or config.question != config.question.strip() or "  " in config.question:
-        yield (
-            f"question={config.question!r}: empty, or with leading, trailing or double spaces, which tokenizers treat "
-            "differently; use single spaces between words"
-        )
-    if not all(name.replace("_", "").isalnum() for name in config.report_to.split(",")):
-        yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
-    if streaming and config.max_steps <= 0:
-        yield f"streaming=true with max_steps={config.max_steps}: a stream has no length; set --max-steps"
-    if streaming and config.dataset in SOURCES:
-        yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false"
-    if streaming and (config.sample_fraction < 1 or train_on_val):
-        yield (
-            f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
-            f"{format_value(train_on_val)}: both need all images at once; use 1 and false, or --streaming false"
-        )
+    yield from getattr(options, "find_conflicts", tuple)()
 
 
 def find_range_problems(options) -> Iterator[str]:
@@ -265,8 +239,7 @@ def find_range_problems(options) -> Iterator[str]:
                 yield f"{name}=none: a value is needed; {default}"
         elif isinstance(value, bool) != (bool in kinds) or not isinstance(value, accepted):
             yield f"{name}={value!r}: {describe_type(field)} is needed; {default}"
-        elif limits["choices"] and value not in limits["choices"]:
-            choices = limits["choices"]
+        elif (choices := limits["choices"]) and value not in choices:
             yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(str(value), choices)}"
         elif isinstance(value, (int, float)) and not (
             math.isfinite(value)
@@ -303,14 +276,12 @@ def nearest_name(word: str, known: Iterable[str]) -> str:
 
 def resolve_paths(options):
     """`options` with the paths in them as absolute paths: a run is used later from anywhere."""
-    given = {name: getattr(options, name, None) for name in ("model", "dataset", "class_names")}
-    paths = {name: os.path.expanduser(path) for name, path in given.items() if path}
-    found = {
-        name: os.path.abspath(path)
-        for name, path in paths.items()
-        if path not in (*RANDOM_MODELS, *SOURCES) and os.path.exists(path)
-    }
-    return dataclasses.replace(options, **found) if found else options
+    found = {}
+    for name in ("model", "dataset", "class_names"):
+        path = os.path.expanduser(getattr(options, name, None) or "")
+        if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.exists(path):
+            found[name] = os.path.abspath(path)
+    return dataclasses.replace(options, **found)
 
 
 def config_from_dict(saved: dict) -> TrainingConfig:

@@ -12,15 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import (
-    ImageError,
-    count_image_tokens,
-    fit_image,
-    fitted_size,
-    gray_image,
-    open_image,
-    read_image_size,
-)
+from utils.image_utils import ImageError, count_image_tokens, fit_image, gray_image, open_image, read_image_size
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt
@@ -67,6 +59,11 @@ class Batch(dict):
         self.samples = list(samples)
         self.unreadable = list(unreadable)  # "id: reason" of each image that could not be read
 
+    @property
+    def positions(self) -> list[int]:
+        """Those whose logits predict a supervised token of any sample: the logits of position p predict token p + 1."""
+        return sorted({at for sample in self.samples for at in range(sample.prompt_length - 1, sample.length - 1)})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on `device`."""
         tensors = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.items()}
@@ -84,7 +81,7 @@ class Batch(dict):
         samples = self.samples[rows]
         first = min(sample.prompt_length for sample in samples) - 1
         last = max(sample.length for sample in samples) - 1
-        positions = _supervised_positions(self.samples)
+        positions = self.positions
         kept = slice(positions.index(first), positions.index(last - 1) + 1)
         labels = self["shift_labels"][rows, kept].contiguous()
         return {
@@ -95,6 +92,16 @@ class Batch(dict):
             "shift_labels": labels,
             "labels": labels,
         }
+
+    def add_labels(self) -> None:
+        """Add what the model needs for a loss: it computes one only if given `labels`, and then of `shift_labels`."""
+        positions, input_ids = self.positions, self["input_ids"]
+        labels = torch.full((len(self.samples), len(positions)), IGNORED)
+        for index, sample in enumerate(self.samples):
+            start, count = positions.index(sample.prompt_length - 1), sample.length - sample.prompt_length
+            labels[index, start : start + count] = input_ids[index, sample.prompt_length : sample.length]
+        self.update(logits_to_keep=torch.tensor(positions), shift_labels=labels, labels=labels)
+        self["image_tokens"] = torch.tensor([sample.image_tokens for sample in self.samples])
 
     def check_tensors(self, tile: int, device: torch.device) -> None:
         """Raise UserError unless shapes, dtypes and devices are those of the class; reads no values.
@@ -117,11 +124,8 @@ class Batch(dict):
                     f"batch of {self.samples[0].id} and {len(self.samples) - 1} more: {name} is missing; the model "
                     "would train on text alone, check the processor"
                 )
-        finite = torch.isfinite(self["pixel_values"]).flatten(1).all(dim=1).tolist()
         for index, sample in enumerate(self.samples):
             reason = self._find_fault(index, collator)
-            if reason is None and not finite[index]:
-                reason = "a pixel is not a finite number"
             if reason:
                 raise UserError(
                     f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
@@ -155,7 +159,7 @@ class Batch(dict):
         expanded = [processor.image_token_id] * sample.image_tokens
         if ids[: sample.length].tolist() != answer.ids[:place] + expanded + answer.ids[place + 1 :]:
             return "its prompt's tokens are not those of the prompt"
-        return None
+        return None if torch.isfinite(self["pixel_values"][index]).all() else "a pixel is not a finite number"
 
 
 class PlantCollator:
@@ -188,8 +192,7 @@ class PlantCollator:
         batch = Batch(self._encode(images, texts, "right"), samples, unreadable)
         batch.pop("attention_mask", None)
         batch.validate(self)
-        batch.update(_build_labels(batch["input_ids"], samples))
-        batch["image_tokens"] = torch.tensor([sample.image_tokens for sample in samples])
+        batch.add_labels()
         return batch
 
     def prompts(self, rows: Sequence[dict]) -> Batch:
@@ -219,11 +222,11 @@ class PlantCollator:
 
         Unless images are resized, the header of each is read; unreadable ones are ignored.
         """
-        sizes = {fitted_size((1, 1), self.image_size)} if self.image_size else set()
+        side, sizes = self.image_size or 500, set()
         for row in () if self.image_size else rows:
             with contextlib.suppress(ImageError):
                 sizes.add(read_image_size(row["image"]))
-        largest = max(sizes or {(500, 500)}, key=lambda size: self.count_tokens(size)[0])
+        largest = max(sizes or {(side, side)}, key=lambda size: self.count_tokens(size)[0])
         longest = max(range(len(self.answers)), key=lambda label: len(self.answers[label].ids))
         return {"image": gray_image(largest), "label": longest, "id": "largest"}
 
@@ -231,11 +234,8 @@ class PlantCollator:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
         image_processor = self.processor.image_processor
         tile = image_processor.crop_size["height"]
-        if self.image_size is None:
-            most = 1 + max(height * width // tile**2 for height, width in image_processor.image_grid_pinpoints)
-        else:
-            _, most = self.count_tokens((self.image_size, self.image_size))
-        return images * most * 3 * tile * tile * 4
+        sizes = [(self.image_size, self.image_size)] if self.image_size else image_processor.image_grid_pinpoints
+        return images * max(self.count_tokens(size)[1] for size in sizes) * 3 * tile * tile * 4
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:
         """(fitted PIL images, their samples, "id: reason" of the images that cannot be read)."""
@@ -263,31 +263,13 @@ class PlantCollator:
         text = self.prompt.text(name)
         ids, prompt_ids = tokenizer(text).input_ids, tokenizer(self.prompt.prompt).input_ids
         supervised = ids[len(prompt_ids) :]
-        placeholders = ids.count(self.processor.image_token_id)
+        placeholders, reason = ids.count(self.processor.image_token_id), None
         if ids[: len(prompt_ids)] != prompt_ids or not supervised:
-            raise UserError(f"class name {name!r}: the prompt has other tokens before it than alone; rename the class")
-        if placeholders != 1:
-            raise UserError(
-                f"class name {name!r}: its training text has {placeholders} image tokens, expected 1; rename the class"
-            )
-        if supervised[-1] != self.prompt.eos_id or tokenizer.decode(supervised[:-1]).strip() != name:
-            raise UserError(
-                f"class name {name!r}: the tokenizer decodes its tokens to {tokenizer.decode(supervised)!r}; rename "
-                "the class"
-            )
+            reason = "the prompt has other tokens before it than alone"
+        elif placeholders != 1:
+            reason = f"its training text has {placeholders} image tokens, expected 1"
+        elif supervised[-1] != self.prompt.eos_id or tokenizer.decode(supervised[:-1]).strip() != name:
+            reason = f"the tokenizer decodes its tokens to {tokenizer.decode(supervised)!r}"
+        if reason:
+            raise UserError(f"class name {name!r}: {reason}; rename the class")
         return Answer(text, ids, len(prompt_ids))
-
-
-def _supervised_positions(samples: Sequence[Sample]) -> list[int]:
-    """Positions whose logits predict a supervised token of any sample: those of position p predict token p + 1."""
-    return sorted({position for sample in samples for position in range(sample.prompt_length - 1, sample.length - 1)})
-
-
-def _build_labels(input_ids: torch.Tensor, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    positions = _supervised_positions(samples)
-    labels = torch.full((len(samples), len(positions)), IGNORED)
-    for index, sample in enumerate(samples):
-        start, count = positions.index(sample.prompt_length - 1), sample.length - sample.prompt_length
-        labels[index, start : start + count] = input_ids[index, sample.prompt_length : sample.length]
-    # The model computes a loss only if it is given `labels`; it then uses `shift_labels`.
-    return {"logits_to_keep": torch.tensor(positions), "shift_labels": labels, "labels": labels}

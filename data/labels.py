@@ -129,7 +129,5 @@ def are_codes(names: Sequence[str]) -> bool:
 
 def parse_reply(reply: str, class_names: Sequence[str]) -> int | None:
     """The class whose name the reply is, by `name_key`; None if it is none."""
-    wanted = name_key(reply)
-    if not wanted:
-        return None
-    return next((index for index, name in enumerate(class_names) if name_key(name) == wanted), None)
+    wanted, keys = name_key(reply), [name_key(name) for name in class_names]
+    return keys.index(wanted) if wanted and wanted in keys else None

@@ -6,6 +6,7 @@ away little (measured in docs/LOG.md).
 """
 
 import colorsys
+import itertools
 import math
 import random
 from typing import NamedTuple
@@ -50,14 +51,11 @@ HALF_WIDTHS = {"round": 0.46, "pointed": 0.19, "notched": 0.42, "strap": 0.13}  
 
 def draw_split(split: str) -> list[dict]:
     """Rows {image: {bytes, path}, label, id}, classes in turn; a row depends on its split and index alone."""
-    names = list(SPECIES)
-    return [_draw_row(split, index, names) for index in range(SPLIT_SIZES[split])]
-
-
-def _draw_row(split: str, index: int, names: list[str]) -> dict:
-    label = index % len(names)
-    flower = draw_flower(SPECIES[names[label]], random.Random(f"{split} {index}"))
-    return {"image": png_image(flower, compress_level=1), "label": label, "id": f"{split}-{index:05d}"}
+    rows = []
+    for index, species in zip(range(SPLIT_SIZES[split]), itertools.cycle(SPECIES.values())):
+        image = png_image(draw_flower(species, random.Random(f"{split} {index}")), compress_level=1)
+        rows.append({"image": image, "label": index % len(SPECIES), "id": f"{split}-{index:05d}"})
+    return rows
 
 
 def draw_ood_images(count: int = 40) -> dict[str, list[dict]]:
@@ -98,11 +96,9 @@ def _draw_blossom(pen: ImageDraw.ImageDraw, species: Species, rng: random.Random
     x, y = (rng.uniform(0.9 * radius, side - 0.9 * radius) for _ in range(2))
     start = rng.random() * 2 * math.pi
     hue, saturation, value = COLORS[species.color]
-    hue, saturation, value = (
-        hue + rng.uniform(-0.03, 0.03),
-        saturation * rng.uniform(0.8, 1.1),
-        value * rng.uniform(0.85, 1.05),
-    )
+    hue += rng.uniform(-0.03, 0.03)
+    saturation *= rng.uniform(0.8, 1.1)
+    value *= rng.uniform(0.85, 1.05)
     for petal in range(species.petals):
         angle = start + 2 * math.pi * petal / species.petals + rng.uniform(-0.05, 0.05)
         length = radius * rng.uniform(0.93, 1.05)

@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,14 @@ from torch.utils.data import Subset
 from data.dataset import check_unreadable_fraction, known_duplicates
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
-from evaluation.metrics import (
-    Calibration,
-    SplitScores,
-    abstention_rate,
-    adjust_scores,
-    calibrate,
-    measure_replies,
-    measure_split,
-)
+from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
 from runtime.atomic import write_file
 from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
-from runtime.legacy import renamed
 from runtime.run_dir import Run
-from runtime.run_files import read_entries
+from runtime.run_files import read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
@@ -50,10 +41,6 @@ class Method:
     prior_calibration: bool = False  # the content-free prior, the scores of a plain gray image, is subtracted
     limit: int | None = None  # images that were sampled from each split, by the caller
     target_selective_accuracy: float = 0.95
-
-    @property
-    def is_plain(self) -> bool:
-        return not (self.per_token or self.prior_calibration or self.limit)
 
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
@@ -78,6 +65,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
     return Evaluator(plant, run.folder, facts, dist, method, config.max_unreadable_fraction)
 
 
+@dataclass
 class Evaluator:
     """Scores splits with one model and writes its metrics to the run directory.
 
@@ -85,37 +73,30 @@ class Evaluator:
     again only under the same ones. All ranks make the same calls; rank 0 writes, and other ranks get nothing back.
     """
 
-    def __init__(
-        self,
-        plant: PlantModel,
-        folder: str | Path,
-        facts: dict,
-        dist: Distributed | None = None,
-        method: Method = Method(),
-        max_unreadable_fraction: float = 1.0,
-    ):
-        self.plant = plant
-        self.folder = Path(folder)
-        self.facts = facts
-        self.dist = dist or Distributed()
-        self.method = method
-        self.max_unreadable_fraction = max_unreadable_fraction
-        self.lengths = [len(ids) for ids in plant.collator.name_ids] if method.per_token else None
-        self.prior = None
-        if method.prior_calibration:
+    plant: PlantModel
+    folder: Path
+    facts: dict
+    dist: Distributed = field(default_factory=Distributed)
+    method: Method = Method()
+    max_unreadable_fraction: float = 1.0
+    prior: list[float] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.method.prior_calibration:
             neutral = {"image": gray_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
             (entry,) = self.compute_scores([neutral])
             self.prior = entry["scores"]
 
     def compute_scores(self, rows) -> Iterator[dict]:
         """{"id", "label", "scores"} of each readable image, distributed across ranks; every rank gets all of them."""
-        for score in self._distribute(self.plant.score, rows):
-            yield {"id": score.id, "label": score.label, "scores": [round(value, DIGITS) for value in score.values]}
+        for sample, values in self._distribute(self.plant.score, rows):
+            yield {"id": sample.id, "label": sample.label, "scores": [round(value, DIGITS) for value in values]}
 
     def compute_replies(self, rows, max_new_tokens: int) -> Iterator[dict]:
         """{"id", "label", "text"} of each readable image, as compute_scores."""
         generate = functools.partial(self.plant.generate, max_new_tokens=max_new_tokens)
-        yield from (reply._asdict() for reply in self._distribute(generate, rows))
+        for sample, text in self._distribute(generate, rows):
+            yield {"id": sample.id, "label": sample.label, "text": text}
 
     def _distribute(self, predict: Callable, rows) -> Iterator:
         ranks = self.dist.world_size
@@ -131,21 +112,59 @@ class Evaluator:
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
-        entries, speed = self._score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
+        entries, speed = self.score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
         return self._adjust(entries) if self.dist.is_main_process else None, speed
 
-    def _score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
-        path = self.folder / name
-        return score_with_cache(rows, compute, path, header, self.max_unreadable_fraction, self.dist)
+    def score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
+        """(entry of each readable image, images/s): entries that file `name` has under the same header are used again.
+
+        `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, and a
+        label is always that of the row. Raises UserError if no image is readable, ImageError if too few are.
+        """
+        path, is_main_process = self.folder / name, self.dist.is_main_process
+        entries, fingerprints = {}, {}
+        if is_main_process:
+            fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
+            found, cached = read_entries(path)
+            # Entries of images that are not asked for stay, those of images that were replaced go.
+            kept = cached if found == header else []
+            kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
+            # Written anew, since a torn last line would swallow the next one.
+            write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *kept]))
+            entries = {entry["id"]: entry for entry in kept}
+        pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
+        # Too many for the store of broadcast_object.
+        pending = self.dist.gather_object(pending if is_main_process else [])
+        computed = compute(rows.select(pending)) if pending else ()
+        if not is_main_process:
+            collections.deque(computed, maxlen=0)
+            return [], None
+        if len(pending) < len(rows):
+            logger.info("eval | %s images were scored before (%s)", f"{len(rows) - len(pending):,}", path)
+        began, before = time.perf_counter(), len(entries)
+        with open(path, "a", encoding="utf-8") as file:
+            for entry in computed:
+                entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
+                file.write(json.dumps(entries[entry["id"]]) + "\n")
+                file.flush()
+        count = len(entries) - before
+        speed = count / (time.perf_counter() - began) if count else None
+        unreadable = [sample for sample in rows["id"] if sample not in entries]
+        check_unreadable_fraction(unreadable, len(rows), self.max_unreadable_fraction)
+        if len(unreadable) == len(rows):
+            raise UserError(f"{path}: no image could be opened; the lines above say why")
+        labels = zip(rows["id"], rows["label"])
+        return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
-        scores = adjust_scores(np.array([entry["scores"] for entry in entries]), self.lengths, self.prior)
+        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else None
+        scores = adjust_scores(np.array([entry["scores"] for entry in entries]), lengths, self.prior)
         return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
     def calibrate(self, scores: SplitScores) -> Calibration:
         """Temperature and "not sure" threshold from scores of val; to calibration.json too, if the method is plain."""
-        calibration = calibrate(scores, self.method.target_selective_accuracy)
-        if self.method.is_plain:
+        method, calibration = self.method, calibrate(scores, self.method.target_selective_accuracy)
+        if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
         return calibration
@@ -159,9 +178,8 @@ class Evaluator:
         if rows is None:
             return {}
         scores, speed = self.score(rows, split)
-        is_calibrated, val_scores = split == "val" or validation is not None, scores
-        if split != "val" and is_calibrated:
-            val_scores, _ = self.score(validation, "val")
+        is_calibrated = split == "val" or validation is not None
+        val_scores = scores if split == "val" or validation is None else self.score(validation, "val")[0]
         ood = draw_ood_images() | ({} if ood_rows is None else {"your images": ood_rows})
         ood_scores = {kind: self._score_ood(images) for kind, images in ood.items()} if is_calibrated else {}
         if scores is None or val_scores is None:
@@ -180,11 +198,7 @@ class Evaluator:
             **measure_split(scores, calibration, self.plant.class_names),
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
-            "ood": {
-                kind: {"n": len(found), "abstention_rate": abstention_rate(found, calibration)}
-                for kind, found in ood_scores.items()
-                if calibration is not None
-            },
+            "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
         for line in result_lines(report):
@@ -201,7 +215,7 @@ class Evaluator:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
         compute = functools.partial(self.compute_replies, max_new_tokens=max_new_tokens)
         header = self.facts | {"max_new_tokens": max_new_tokens}
-        entries, speed = self._score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header)
+        entries, speed = self.score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header)
         if not self.dist.is_main_process:
             return {}
         names, texts = self.plant.class_names, [entry["text"] for entry in entries]
@@ -219,70 +233,20 @@ class Evaluator:
         """Metrics of the same model's replies to as many images, if they were measured."""
         path = self.folder / f"eval_{split}.replies.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or torn by a kill
-            saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+            saved = read_json(path)
             if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
                 return saved["metrics"]
         return {}
 
 
-# ---- results of images on disk
-
-
-def score_with_cache(
-    rows,
-    compute: Callable,
-    path: Path,
-    header: dict,
-    max_unreadable_fraction: float = 1.0,
-    dist: Distributed | None = None,
-) -> tuple[list[dict], float | None]:
-    """(entry of each readable image, images/s): entries that `path` holds under the same header are used again.
-
-    `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, and a
-    label is always that of the row. All ranks take part; ranks other than 0 return ([], None).
-    Raises UserError if no image is readable, ImageError if too few are.
-    """
-    dist = dist or Distributed()
-    entries, fingerprints = {}, {}
-    if dist.is_main_process:
-        fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
-        found, cached = read_entries(path)
-        if found != header:
-            cached = []
-        # Entries of images that are not asked for stay, those of images that were replaced go.
-        cached = [entry for entry in cached if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
-        # Written anew, since a torn last line would swallow the next one.
-        write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *cached]))
-        entries = {entry["id"]: entry for entry in cached}
-    pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
-    pending = dist.gather_object(pending if dist.is_main_process else [])  # too many for the store of broadcast_object
-    computed = compute(rows.select(pending)) if pending else ()
-    if not dist.is_main_process:
-        collections.deque(computed, maxlen=0)
-        return [], None
-    if len(pending) < len(rows):
-        logger.info("eval | %s images were scored before (%s)", f"{len(rows) - len(pending):,}", path)
-    began, count = time.perf_counter(), 0
-    with open(path, "a", encoding="utf-8") as file:
-        for entry in computed:
-            entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
-            file.write(json.dumps(entries[entry["id"]]) + "\n")
-            file.flush()
-            count += 1
-    speed = count / (time.perf_counter() - began) if count else None
-    unreadable = [sample for sample in rows["id"] if sample not in entries]
-    check_unreadable_fraction(unreadable, len(rows), max_unreadable_fraction)
-    if len(unreadable) == len(rows):
-        raise UserError(f"{path}: no image could be opened; the lines above say why")
-    labels = zip(rows["id"], rows["label"])
-    return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
+# ---- results in a run directory
 
 
 def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     """What was fitted on val for these weights, or None. Raises UserError for a file that cannot be read."""
     path = folder / CALIBRATION_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+        saved = read_json(path)
         calibration = Calibration(*(saved[name] for name in Calibration._fields))
         return calibration if saved["scored"]["adapter"] == adapter else None
     except FileNotFoundError:
@@ -294,10 +258,7 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
 
 
 def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
-    """(facts, {image: whether its likeliest name was the true one}) of the scores in a run directory.
-
-    Raises UserError where there are none, or where they are of other weights than those in best/.
-    """
+    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
     path = run.folder / f"eval_{split}.scores.jsonl"
     facts, entries = read_entries(path)
     again = f"python evaluate.py {run.folder} --split {split}"

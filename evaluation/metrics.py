@@ -39,6 +39,11 @@ class Calibration(NamedTuple):
     target_selective_accuracy: float
     images: int
 
+    def measure_ood(self, scores: np.ndarray) -> dict[str, float]:
+        """Of out-of-distribution images (n, C): their number, and the share whose confidence is below the threshold."""
+        accepted = confidence(scores, self.temperature) >= (np.inf if self.threshold is None else self.threshold)
+        return {"n": len(scores), "abstention_rate": 1 - float(accepted.mean())}
+
 
 # ---- accuracy
 
@@ -64,8 +69,7 @@ def measure_replies(
 ) -> dict[str, float]:
     """Metrics of generated replies; a prediction of None, a reply that is no class name, counts as wrong.
 
-    `substring_match` is that of the published protocol (arXiv 2405.18415): the reply contains the true name, whatever
-    else it contains.
+    `substring_match` is that of the published protocol (arXiv 2405.18415): the reply contains the true name.
     """
     exact = [prediction == label for prediction, label in zip(predictions, labels, strict=True)]
     inside = [names[label].lower() in text.lower() for text, label in zip(texts, labels, strict=True)]
@@ -187,28 +191,21 @@ def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibrati
     return Calibration(temperature, threshold, target_selective_accuracy, len(confidences))
 
 
-def abstention_rate(scores: np.ndarray, calibration: Calibration) -> float:
-    """Share of images whose confidence is below the threshold."""
-    threshold = np.inf if calibration.threshold is None else calibration.threshold
-    return 1 - float((confidence(scores, calibration.temperature) >= threshold).mean())
-
-
 def measure_split(split: SplitScores, calibration: Calibration | None, names: Sequence[str]) -> dict:
     """All metrics of eval_<split>.json that come from scores; without a calibration, of the model's own confidence."""
-    uncalibrated = expected_calibration_error(confidence(split.scores, 1.0), split.correct)
-    selective: dict = {"ece": uncalibrated, "coverage": None, "selective_accuracy": None, "calibration": None}
+    confidences = confidence(split.scores, 1.0 if calibration is None else calibration.temperature)
+    selective: dict = {"coverage": None, "selective_accuracy": None}
     if calibration is not None:
-        confidences = confidence(split.scores, calibration.temperature)
-        selective = {
-            "ece": expected_calibration_error(confidences, split.correct),
-            **measure_selective(confidences, split.correct, calibration.threshold),
-            "calibration": calibration._asdict(),
-        }
-    pairs = confusions(split.scores, split.labels, MAX_CONFUSIONS)
+        selective = measure_selective(confidences, split.correct, calibration.threshold)
     return {
         **measure_accuracy(split.scores, split.labels),
-        "ece_uncalibrated": uncalibrated,
+        "ece_uncalibrated": expected_calibration_error(confidence(split.scores, 1.0), split.correct),
+        "ece": expected_calibration_error(confidences, split.correct),
         **selective,
-        "confusions": [{"names": [names[first], names[second]], "confused": count} for first, second, count in pairs],
+        "calibration": None if calibration is None else calibration._asdict(),
+        "confusions": [
+            {"names": [names[first], names[second]], "confused": count}
+            for first, second, count in confusions(split.scores, split.labels, MAX_CONFUSIONS)
+        ],
         "per_class": per_class(split.scores, split.labels, names),
     }

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import yaml
@@ -13,9 +12,8 @@ from config.training_config import RANDOM_MODELS
 from evaluation.report import render
 from runtime.atomic import write_file
 from runtime.checkpoint import MODEL_CARD, describe_best, read_best
-from runtime.legacy import renamed
 from runtime.run_dir import Run
-from runtime.run_files import read_metrics
+from runtime.run_files import read_json, read_metrics
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
@@ -32,23 +30,22 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     `run` is as it was trained, whatever options it is used with.
     """
     config, folder = run.config, run.folder
-    name, dataset = folder.resolve().name, Path(config.dataset).name
+    dataset = Path(config.dataset).name
     is_adapter = config.trainable != "everything" and not is_merged
     is_random_base, is_local_base = config.model in RANDOM_MODELS, Path(config.model).is_dir()
-    license = None if is_random_base else read_license(config.model)
     reports = read_reports(folder, describe_best(run.best_folder), config.dataset)
     results = [
         EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
         for split, report in reports.items()
     ]
-    card_data = ModelCardData(
+    card = ModelCardData(
         language="en",
-        license=license,
+        license=None if is_random_base else read_license(config.model),
         base_model=None if is_random_base or is_local_base else config.model,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
         tags=["llava_next", "plants", "fine-grained-image-classification"],
-        model_name=name,
+        model_name=folder.resolve().name,
         eval_results=results or None,
     )
     steps = [entry for entry in read_metrics(folder) if "loss" in entry]
@@ -62,15 +59,13 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
-        card_data=card_data.to_yaml(),
-        name=name,
+        card=card,
         warning=WARNING,
         run={"model_commit": None, "ranks": 1} | dataclasses.asdict(config) | run.recorded,
         base=base_name(config.model),
         is_adapter=is_adapter,
         is_random_base=is_random_base,
         is_local_base=is_local_base,
-        license=license,
         prompt=prompt.prompt,
         dataset=dataset,
         reports=reports,
@@ -91,8 +86,7 @@ def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, d
     reports = {}
     for split in ("val", "test"):
         with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, or torn by a kill
-            text = (folder / f"eval_{split}.json").read_text(encoding="utf-8")
-            report = json.loads(text, object_hook=renamed)
+            report = read_json(folder / f"eval_{split}.json")
             is_plain = not (report.get("per_token") or report.get("prior_calibration"))
             if is_plain and (report.get("adapter"), report.get("dataset")) == (weights, dataset):
                 reports[split] = report

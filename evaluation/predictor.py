@@ -1,5 +1,6 @@
 """Images to class names: the likeliest ones of each, their probabilities, and whether the first is certain enough."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,30 +32,23 @@ def percent(share: float) -> str:
 
 
 def load_predictor(run: Run) -> "Predictor":
-    """The model of a run, with the temperature and threshold fitted for its weights; warns where there are none.
-
-    Raises UserError for weights, a base model or a calibration that cannot be used.
-    """
+    """A run's model with the calibration of its weights; warns where there is none. Raises UserError."""
     adapter = None if run.is_base_model else describe_best(run.best_folder)
     calibration = read_calibration(run.folder, adapter)
     plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
-    uncalibrated = 'confidence is the model\'s own, and no image is "not sure"'
-    if calibration is None and run.config.train_on_val:
-        logger.warning(f"{run.folder}: was trained on val, so nothing could be calibrated; {uncalibrated}")
-    elif calibration is None:
-        logger.warning(
-            f"{run.folder}: has no calibration for its weights; {uncalibrated}. Calibrate on val with: "
-            f"python evaluate.py {run.folder}"
-        )
+    doubt = None
+    if calibration is None:
+        reason = "was trained on val, so nothing could be calibrated"
+        if not run.config.train_on_val:
+            reason = f"has no calibration for its weights, make it with: python evaluate.py {run.folder}"
+        doubt = f'{reason}; confidence is the model\'s own, and no image is "not sure"'
     elif calibration.images < FEW_IMAGES:
-        logger.warning(
-            f'{run.folder}: "not sure" was calibrated on only {calibration.images} images of val; do not rely on it'
-        )
+        doubt = f'"not sure" was calibrated on only {calibration.images} images of val; do not rely on it'
     elif calibration.threshold is None:
-        logger.warning(
-            f"{run.folder}: no confidence reached a selective accuracy of {calibration.target_selective_accuracy:g} on "
-            'val, so every image is "not sure"'
-        )
+        target = f"{calibration.target_selective_accuracy:g}"
+        doubt = f'no confidence reached a selective accuracy of {target} on val, so every image is "not sure"'
+    if doubt:
+        logger.warning(f"{run.folder}: {doubt}")
     return Predictor(plant, calibration)
 
 
@@ -71,11 +65,11 @@ class Predictor:
             {"image": {"bytes": None, "path": str(image)}, "label": 0, "id": str(index)}
             for index, image in enumerate(images)
         ]
-        batches = len(rows) // self.plant.eval_batch_size
-        workers = min(self.plant.num_workers, batches)  # starting them takes longer than a few images
-        for scores, unreadable in self.plant.score(rows, num_workers=workers):
+        # Starting workers takes longer than a few images.
+        workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
+        for scores, unreadable in dataclasses.replace(self.plant, num_workers=workers).score(rows):
             found: dict[int, Prediction | str] = {
-                int(score.id): self._decide(np.array(score.values)) for score in scores
+                int(sample.id): self._decide(np.array(values)) for sample, values in scores
             }
             for message in unreadable:
                 index, _, reason = message.partition(": ")

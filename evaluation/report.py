@@ -15,7 +15,7 @@ from evaluation.metrics import SplitScores, calibration_bins, confidence, confus
 from runtime.atomic import write_file
 from utils.image_utils import open_image
 from utils.logging_utils import logger
-from utils.plot_utils import plot_answers, plot_report
+from utils.plot_utils import Tile, plot_report, plot_tiles, shorten
 
 PAIRS, MISTAKES, SHOWN = 4, 12, 12  # confused pairs, mistakes and images in the pictures
 EXAMPLES_FOLDER = "examples"  # of a run
@@ -72,32 +72,25 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
         found = np.flatnonzero(split.labels == label)
         return image_of(found[0]) if len(found) else None
 
-    pairs = [
-        (names[first], names[second], count, first_of(first), first_of(second))
-        for first, second, count in confusions(split.scores, split.labels, PAIRS)
-    ]
+    pairs, mistakes, answers = [], [], []
+    for first, second, count in confusions(split.scores, split.labels, PAIRS):
+        pairs.append(Tile(first_of(first), f"{shorten(names[first])}\nconfused with the next: {count}", "black"))
+        pairs.append(Tile(first_of(second), f"{shorten(names[second])}\n", "black"))
     wrong = np.flatnonzero(~split.correct)
-    mistakes = []
     for index in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:  # most confident first
         probabilities = softmax(split.scores[index] / temperature)
-        likeliest = [(names[label], float(probabilities[label])) for label in np.argsort(-probabilities)[:3]]
-        mistakes.append((image_of(index), names[split.labels[index]], likeliest))
-    plot_report(
-        {name: found["top1"] for name, found in report["per_class"].items()},
-        calibration_bins(confidences, split.correct),
-        pairs,
-        mistakes,
-        f"{report['split']}: top-1 {report['top1']:.3f} on {report['n']:,} images",
-        stem.with_suffix(".png"),
-    )
+        top = "\n".join(f"{shorten(names[at])} {probabilities[at]:.0%}" for at in np.argsort(-probabilities)[:3])
+        mistakes.append(Tile(image_of(index), f"is: {shorten(names[split.labels[index]])}\n{top}", "darkred"))
+    accuracies = {name: found["top1"] for name, found in report["per_class"].items()}
+    title = f"{report['split']}: top-1 {report['top1']:.3f} on {report['n']:,} images"
+    bins = calibration_bins(confidences, split.correct)
+    plot_report(accuracies, bins, pairs, mistakes, title, stem.with_suffix(".png"))
     shown = sorted(random.Random(0).sample(range(len(split.ids)), min(SHOWN, len(split.ids))))
-    plot_answers(
-        [image_of(index) for index in shown],
-        [names[split.scores[index].argmax()] for index in shown],
-        [names[split.labels[index]] for index in shown],
-        split.correct[shown].tolist(),
-        f"{stem}_images.png",
-    )
+    for index in shown:
+        predicted, truth = names[split.scores[index].argmax()], names[split.labels[index]]
+        caption = truth if split.correct[index] else f"{shorten(predicted)}\nis: {truth}"
+        answers.append(Tile(image_of(index), caption, "darkgreen" if split.correct[index] else "darkred"))
+    plot_tiles(answers, f"{stem}_images.png")
     if report["split"] == "val":
         _keep_examples([(names[split.labels[index]], image_of(index)) for index in shown[:EXAMPLES]], folder)
     logger.info("saved | %s | %s_images.png", stem.with_suffix(".png"), stem)
@@ -126,11 +119,10 @@ def result_lines(report: dict) -> Iterator[str]:
     if report["calibration"] is None:
         yield f"not calibrated: {report['not_calibrated']}"
         return
-    accuracy = report["selective_accuracy"]
     fitted_on = "these same images" if report["split"] == "val" else "val"
     yield (
         f"calibration error {report['ece']:.3f}, {report['ece_uncalibrated']:.3f} before temperature scaling | "
-        f"coverage {report['coverage']:.0%} | selective accuracy {'-' if accuracy is None else f'{accuracy:.3f}'} | "
+        f"coverage {report['coverage']:.0%} | selective accuracy {format_number(report['selective_accuracy'])} | "
         f"fitted on {fitted_on}"
     )
     rates = {kind: found["abstention_rate"] for kind, found in report["ood"].items()}

@@ -55,14 +55,14 @@ def check_same_data(data: PlantData, run: Run) -> None:
 def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
     """(n, C) in nats, by eager kernels, image by image: equal weights give equal numbers."""
     plant.eager()
-    return torch.tensor([score.values for scores, _ in plant.score(rows, 1, 0) for score in scores])
+    one_by_one = dataclasses.replace(plant, eval_batch_size=1, num_workers=0)
+    return torch.tensor([values for scores, _ in one_by_one.score(rows) for _, values in scores])
 
 
 def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     """Load best/ into a fresh base model, which must reproduce the scores of the trained one; write its model card.
 
-    The trained model is released first, since the GPU has room for one. Other ranks return at once.
-    Raises UserError where scores differ.
+    The trained model is released first: the GPU has room for one. Ranks other than 0 return at once. Raises UserError.
     """
     if not run.is_main_process:
         return
@@ -95,11 +95,11 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
 def logits_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
     """(K, V) in fp32 at the positions of the true names, image by image."""
     plant.model.eval()
-    is_autocast, found = plant.dtype != torch.float32, []
+    found = []
     for row in rows:
         (micro_batch,) = plant.collator([row]).to(plant.device).split(1)
         inputs = {name: value for name, value in micro_batch.items() if "labels" not in name}
-        with torch.no_grad(), torch.autocast(plant.device.type, plant.dtype, enabled=is_autocast):
+        with torch.no_grad(), plant.autocast():
             found.append(plant.model(**inputs).logits[0].float().cpu())
     return torch.cat(found)
 
@@ -126,7 +126,6 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
 
     Not by PEFT, which cannot attach to a model of which a part is offloaded.
     """
-    hooks = []
 
     def low_rank(down, up):
         return lambda _, given, output: output + (adapter.scale * linear(linear(given[0].float(), down), up)).to(output)
@@ -134,20 +133,16 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
     def whole(weight, bias):
         return lambda _, given, output: linear(given[0].float(), weight, bias).to(output)
 
-    for name, pair in adapter.low_rank.items():
-        hook = low_rank(*(matrix.to(device).float() for matrix in pair))
-        hooks.append(base.get_submodule(name).register_forward_hook(hook))
-    for name, weight in adapter.whole.items():
-        if name.endswith(".weight"):
-            module = name.removesuffix(".weight")
-            bias = adapter.whole.get(f"{module}.bias")
-            hook = whole(weight.to(device).float(), None if bias is None else bias.to(device).float())
-            hooks.append(base.get_submodule(module).register_forward_hook(hook))
-    try:
+    def fp32(name: str) -> torch.Tensor | None:
+        return adapter.whole[name].to(device).float() if name in adapter.whole else None
+
+    hooks = {name: low_rank(a.to(device).float(), b.to(device).float()) for name, (a, b) in adapter.low_rank.items()}
+    for module in {name.rpartition(".")[0] for name in adapter.whole}:
+        hooks[module] = whole(fp32(f"{module}.weight"), fp32(f"{module}.bias"))
+    with contextlib.ExitStack() as attached:
+        for name, hook in hooks.items():
+            attached.enter_context(base.get_submodule(name).register_forward_hook(hook))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch.Tensor, float | None]:
@@ -161,15 +156,16 @@ def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch
 
 
 def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
-    """McNemar's test of the validated model, first, and of this one on the same images.
-
-    Raises UserError if none of the images was validated.
-    """
-    found = [score for scores, _ in plant.score(rows) for score in scores if score.id in validated]
-    if not found:
+    """McNemar's test of the validated model, first, and of this one on the same images. Raises UserError for none."""
+    correct = {
+        sample.id: int(np.argmax(values)) == sample.label
+        for scores, _ in plant.score(rows)
+        for sample, values in scores
+        if sample.id in validated
+    }
+    if not correct:
         raise UserError("none of these images of val was validated; score them first: python evaluate.py RUN")
-    correct = [int(np.argmax(score.values)) == score.label for score in found]
-    return mcnemar([validated[score.id] for score in found], correct)
+    return mcnemar([validated[sample] for sample in correct], list(correct.values()))
 
 
 def check_merge(
@@ -188,12 +184,11 @@ def check_merge(
         )
     if base_difference is not None:
         sentence += f" (the base model without the adapter: {base_difference:.2%})"
-    if metrics is None:
-        return sentence
-    sentence += (
-        f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
-        f"(p = {metrics['p']:.2g}, McNemar)"
-    )
-    if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
-        raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
+    if metrics is not None:
+        sentence += (
+            f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
+            f"(p = {metrics['p']:.2g}, McNemar)"
+        )
+        if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
+            raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
     return sentence

@@ -1,7 +1,7 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -27,26 +29,22 @@ from transformers import (
 )
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
-from data.collator import PlantCollator
+from data.collator import Batch, PlantCollator, Sample
 from models.checks import DTYPES, LORA_TARGETS, check_model, check_same_base, weights_fingerprint
-from models.fused_layers import (
-    FusedLayer,
-    can_fuse,
-    fuse_layers,
-    get_fused_layers,
-    set_activation_checkpointing,
-    unwrap,
-)
-from models.scoring import Reply, Score, generate_batches, score_batches
-from models.tiny import SIZES, build_random_model, build_tiny_model, build_tiny_processor, full_config
+from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
+from models.memory import MicroBatcher
+from models.scoring import score_batch, tries_of
+from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from runtime.device import choose_precision, fit_workers
 from runtime.distributed import get_local_world_size
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, first_line
+from utils.logging_utils import UserError, first_line, is_watched
 from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 
 # The list replaces the default of transformers, so lm_head is in it.
 IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# Names of errors, among their causes, of a hub that cannot be reached.
+UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
 
 
@@ -89,10 +87,7 @@ class PlantModel:
 
     @classmethod
     def from_run(cls, run: Run, device: torch.device) -> "PlantModel":
-        """A run's model with the weights of its best/, on the base it was trained on; a base model without its adapter.
-
-        Raises UserError.
-        """
+        """A run's best/ on the base it was trained on; a base model without its adapter. Raises UserError."""
         plant = cls.from_config(run.config, run.recorded["class_names"], device)
         check_same_base(plant.facts(), run)
         if not run.is_base_model:
@@ -140,28 +135,51 @@ class PlantModel:
             f"{len(self.fused)} fused layers | {len(self.checks)} checks passed"
         )
 
-    def score(
-        self, rows, batch_size: int | None = None, num_workers: int | None = None
-    ) -> Iterator[tuple[list[Score], list[str]]]:
-        """For each batch of rows: the log-probability of every class name, and the unreadable images."""
-        size = self.eval_batch_size if batch_size is None else batch_size
-        workers = self.num_workers if num_workers is None else num_workers
-        return score_batches(self.model, self.collator, rows, size, workers, self.dtype)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[Reply], list[str]]]:
-        """For each batch of rows: greedy replies, and the unreadable images."""
-        loading = self.eval_batch_size, self.num_workers
-        return generate_batches(self.model, self.collator, rows, *loading, self.dtype, max_new_tokens)
+    def score(self, rows) -> Iterator[tuple[list[tuple[Sample, list[float]]], list[str]]]:
+        """For each batch of rows: the log-probability of every class name, and the unreadable images."""
+        tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
+
+        def score(batch: Batch) -> list[list[float]]:
+            return score_batch(self.model, batch, tries, micro_batcher).tolist()
+
+        return self._predict(rows, self.collator, score)
+
+    def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[tuple[Sample, str]], list[str]]]:
+        """For each batch of rows: greedy replies without special tokens, and the unreadable images."""
+        tokenizer = self.processor.tokenizer
+        options = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
+
+        def generate(batch: Batch) -> list[str]:
+            ids = self.model.generate(**batch, **options, max_new_tokens=max_new_tokens)
+            return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+        return self._predict(rows, self.collator.prompts, generate)
+
+    def _predict(self, rows, collate: Callable, predict: Callable) -> Iterator[tuple[list, list[str]]]:
+        """For each batch: (sample, prediction) in any order, and "id: reason" of each unreadable image."""
+        self.model.eval()
+        loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers)
+        for batch in tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False):
+            found = []
+            if batch.samples:
+                with self.autocast():
+                    found = predict(batch.to(self.device))
+            yield list(zip(batch.samples, found, strict=True)), batch.unreadable
 
     def load_weights(self, folder: str | Path) -> None:
         load_weights(self.model, folder)
 
     def compile(self) -> None:
-        compile_layers(self.model)
+        """Compile the elementwise kernels of the fused layers, each when it is first needed."""
+        for layer in self.fused[:1]:  # they share their kernels
+            layer.kernels.compile()
 
     def eager(self) -> None:
         """Eager kernels from now on: equal weights give equal numbers."""
-        for layer in self.fused[:1]:  # they share their kernels
+        for layer in self.fused[:1]:
             layer.kernels.eager()
 
 
@@ -174,13 +192,14 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     model, revision = config.model, config.model_revision
-    model_config = load_model_config(model, revision)
-    try:
+    with _loading(model, "config"):
+        model_config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    if not isinstance(model_config, LlavaNextConfig):
+        raise UserError(f"--model {model}: is a {model_config.model_type} checkpoint; use a llava_next one")
+    with _loading(model, "processor"):
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
         # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
         processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(model, revision=revision)
-    except Exception as error:
-        raise UserError(_loading_failed(model, "processor", error)) from error
     if not isinstance(processor, LlavaNextProcessor):
         raise UserError(f"--model {model}: has a {type(processor).__name__}; use one with a LlavaNextProcessor")
     # Some revisions on the hub lack these, and then every image is one token off.
@@ -188,17 +207,6 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1  # CLIP's CLS
     return processor, build_prompt(processor, config.question, load_stop_ids(model, revision, model_config))
-
-
-def load_model_config(model: str, revision: str | None) -> LlavaNextConfig:
-    """Raises UserError for what is not there, cannot be reached, or is another kind of model."""
-    try:
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(_loading_failed(model, "config", error)) from error
-    if not isinstance(config, LlavaNextConfig):
-        raise UserError(f"--model {model}: is a {config.model_type} checkpoint; use a llava_next one")
-    return config
 
 
 def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfig) -> list[int]:
@@ -211,26 +219,31 @@ def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfi
     return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
 
 
-def _loading_failed(model: str, part: str, error: Exception) -> str:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    kinds = {type(link).__name__ for link in chain}
-    refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in chain)
-    unreachable = {
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectError",
-        "ConnectTimeout",
-        "ConnectionError",
-    }
-    if refused or kinds & {"GatedRepoError", "RepositoryNotFoundError"}:
-        move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
-    elif kinds & unreachable:
-        move = "the hub cannot be reached: check the network, or give a folder that holds the model"
-    else:
-        move = "check the name and --model-revision, or give a folder that holds the model"
-    return f"--model {model}: its {part} cannot be loaded ({first_line(error)}); {move}"
+@contextlib.contextmanager
+def _loading(model: str, part: str) -> Iterator[None]:
+    """Raise UserError, with the next move, for what is not there, cannot be reached, is broken, or does not fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model {model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
+            "--gpu-memory-fraction, or a larger GPU"
+        ) from error
+    except Exception as error:
+        if model in RANDOM_MODELS:
+            raise
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+        kinds = {type(link).__name__ for link in chain}
+        refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in chain)
+        if refused or kinds & {"GatedRepoError", "RepositoryNotFoundError"}:
+            move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
+        elif kinds & UNREACHABLE:
+            move = "the hub cannot be reached: check the network, or give a folder that holds the model"
+        else:
+            move = "check the name and --model-revision, or give a folder that holds the model"
+        raise UserError(f"--model {model}: its {part} cannot be loaded ({first_line(error)}); {move}") from error
 
 
 # ---- the model
@@ -244,76 +257,59 @@ def build_model(
     dtype = torch.float32 if config.trainable == "everything" else DTYPES[precision]
     base = build_base(config, processor, device, dtype)
     model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
-    layers = base.model.language_model.layers
     checkpointing = config.gradient_checkpointing != "false"
-    if can_fuse(layers):
-        fused = fuse_layers(layers)
+    fused = fuse_layers(base.model.language_model.layers)
+    if fused:
         offload = config.gradient_checkpointing == "offload"
-        set_activation_checkpointing(fused, 0 if checkpointing else len(layers), offload)
+        set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offload)
         if config.compile == "true":
-            compile_layers(model)
-    elif checkpointing:
-        enable_gradient_checkpointing(model)
+            fused[0].kernels.compile()
+    elif checkpointing:  # of the language model alone: a frozen vision tower keeps no activations
+        base.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Only reentrant checkpointing needs the embeddings to require a gradient.
+        base.model.language_model.disable_input_require_grads()
     return model
 
 
 def build_base(
     config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
-    """The config's base model on the device: loaded, or randomly initialized. Raises UserError."""
-    try:
-        if config.model == "full":
-            return build_random_model(full_config(processor), device, dtype, _quantization(config.load_in_4bit, dtype))
-        if config.model in RANDOM_MODELS:
-            return build_tiny_model(processor, config.seed, SIZES[config.model]).to(device, dtype)
-        return load_base(config.model, config.model_revision, config.load_in_4bit, dtype, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--model {config.model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
-            "--gpu-memory-fraction, or a larger GPU"
-        ) from error
+    """The config's base model on the device: randomly initialized, or loaded from safetensors alone.
 
-
-def load_base(
-    model: str, revision: str | None, load_in_4bit: bool, dtype: torch.dtype, device: torch.device
-) -> LlavaNextForConditionalGeneration:
-    """The checkpoint on the device, from safetensors alone; its language model in nf4, doubly quantized, if asked."""
-    if Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
+    Its language model is in nf4, doubly quantized, if the config asks for 4 bit. Raises UserError.
+    """
+    model, quantization = config.model, None
+    if config.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=IN_16_BIT,
+        )
+    if model not in RANDOM_MODELS and Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
         raise UserError(
             f"--model {model}: holds no *.safetensors; download them (git lfs pull), or give another folder"
         )
-    try:
-        with read_without_mmap():
-            base = LlavaNextForConditionalGeneration.from_pretrained(
-                model,
-                revision=revision,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=_quantization(load_in_4bit, dtype),
-                attn_implementation="sdpa",
-                use_safetensors=True,
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(_loading_failed(model, "weights", error)) from error
+    with _loading(model, "weights"), read_without_mmap():
+        if model == "full":
+            return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
+        if model in RANDOM_MODELS:
+            return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)
+        base = LlavaNextForConditionalGeneration.from_pretrained(
+            model,
+            revision=config.model_revision,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
-
-
-def _quantization(load_in_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if not load_in_4bit:
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=IN_16_BIT,
-    )
 
 
 @contextlib.contextmanager
@@ -336,7 +332,13 @@ def set_trainable(
     """
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
-        _freeze_unused(base)
+        tower, layer = base.model.vision_tower, base.config.vision_feature_layer
+        if isinstance(layer, int) and layer < 0:
+            encoder = getattr(tower, "vision_model", tower)
+            layers = encoder.encoder.layers
+            # Behind the feature layer: DDP would wait for their gradient, weight decay would shrink them.
+            for unused in (encoder.post_layernorm, *layers[len(layers) + 1 + layer :]):
+                unused.requires_grad_(False)
         return base
     settings = LoraConfig(
         r=lora_r,
@@ -355,40 +357,26 @@ def set_trainable(
     return model
 
 
-def _freeze_unused(base: LlavaNextForConditionalGeneration) -> None:
-    """Freeze the vision layers behind the feature layer: DDP would wait for their gradient, decay would shrink them."""
-    vision = base.model.vision_tower
-    layer = base.config.vision_feature_layer
-    if isinstance(layer, int) and layer < 0:
-        encoder = getattr(vision, "vision_model", vision)
-        encoder.post_layernorm.requires_grad_(False)
-        for unused in list(encoder.encoder.layers)[len(encoder.encoder.layers) + 1 + layer :]:
-            unused.requires_grad_(False)
-
-
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """Load the weights that save_pretrained wrote to `folder` into a model built alike.
 
     Raises UserError unless every saved tensor found its place and every trainable parameter was saved. The libraries
     load what matches by name and ignore the rest without a word.
     """
+    is_adapter = isinstance(model, PeftModel)
     try:
-        if isinstance(model, PeftModel):
+        if is_adapter:
             saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
         else:
             saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: its weights cannot be loaded ({first_line(error)}); only *.safetensors are read"
-        ) from error
-    if not isinstance(model, PeftModel):
-        try:
-            model.load_state_dict(saved)
-        except RuntimeError as error:  # names and sizes, line by line
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{folder}: its weights do not fit the model ({reason})") from error
-        return
-    result = set_peft_model_state_dict(model, saved)
+        reason = first_line(error)
+        raise UserError(f"{folder}: its weights cannot be loaded ({reason}); only *.safetensors are read") from error
+    try:
+        result = set_peft_model_state_dict(model, saved) if is_adapter else model.load_state_dict(saved)
+    except RuntimeError as error:  # names and sizes, line by line
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{folder}: its weights do not fit the model ({reason})") from error
     missing = [name for name in result.missing_keys if "lora_" in name or ".modules_to_save." in name]
     if missing or result.unexpected_keys:
         raise UserError(
@@ -396,17 +384,3 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
             f"({', '.join(missing[:2])}), {len(result.unexpected_keys)} have no place "
             f"({', '.join(result.unexpected_keys[:2])}); use the model and --trainable it was trained with"
         )
-
-
-def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
-    """Of the language model alone: a frozen vision tower keeps no activations."""
-    language_model = unwrap(model).model.language_model
-    language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Only reentrant checkpointing needs the embeddings to require a gradient.
-    language_model.disable_input_require_grads()
-
-
-def compile_layers(model: PreTrainedModel | PeftModel) -> None:
-    """Compile the elementwise kernels of the fused layers, each when it is first needed."""
-    for layer in get_fused_layers(unwrap(model).model.language_model.layers)[:1]:  # they share their kernels
-        layer.kernels.compile()

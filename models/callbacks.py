@@ -1,4 +1,4 @@
-"""What accompanies a run: metrics.jsonl, step lines, loss.png, checkpoints, best/, early stopping, the progress bar.
+"""What accompanies a run: metrics.jsonl, step lines, loss.png, best/, early stopping, the progress bar.
 
 No callback changes the model.
 """
@@ -19,15 +19,16 @@ from transformers.trainer_callback import ProgressCallback
 
 from models.throughput import measure_matmul_rate
 from runtime.atomic import replace_dir
-from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, rotate, write_manifest
+from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
-from runtime.run_files import PREFIX, append_metrics, read_metrics
+from runtime.run_files import append_metrics, read_metrics
 from utils.logging_utils import logger
 from utils.plot_utils import plot_training
 
 SPIKE_HISTORY, SPIKE_MIN_HISTORY = 50, 10  # steps whose median a value is compared with
-LOSS_FACTOR, LOSS_MARGIN = 2.0, 0.5  # a loss spike is above twice the median and half a nat more than it
-NORM_FACTOR = 20.0  # late in the tiny run, batches with one hard image reach 13 times the median
+# A spike is above so many times the median, and above it by so much. Late in the tiny run, batches with one hard image
+# have 13 times the median gradient norm.
+SPIKES = {"loss": (2.0, 0.5), "grad_norm": (20.0, 0.0)}
 
 
 class RunLog(TrainerCallback):
@@ -35,9 +36,8 @@ class RunLog(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.run = trainer.run
         self.window: list[dict] = []  # steps since the last line
-        self.losses, self.norms = SpikeDetector(LOSS_FACTOR, LOSS_MARGIN), SpikeDetector(NORM_FACTOR)
+        self.history = {name: deque(maxlen=SPIKE_HISTORY) for name in SPIKES}
         self.matmul_rate: float | None = None  # FLOP/s of all GPUs; not measured on the CPU
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -58,7 +58,7 @@ class RunLog(TrainerCallback):
         }
         self.step_began = now
         if state.is_world_process_zero:
-            append_metrics(self.run.folder, step)
+            append_metrics(self.trainer.run.folder, step)
             self.warn_of_spikes(step)
             self.window.append(step)
             if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
@@ -67,24 +67,23 @@ class RunLog(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.is_world_process_zero:
-            append_metrics(self.run.folder, {"step": state.global_step} | metrics)
+            append_metrics(self.trainer.run.folder, {"step": state.global_step} | metrics)
             logger.info(
                 f"eval | step {state.global_step} | val loss {metrics['eval_loss']:.4f} | "
                 f"val top-1 {metrics['eval_top1']:.3f} | val top-5 {metrics['eval_top5']:.3f}"
             )
-            plot_training(read_metrics(self.run.folder), self.run.folder / "loss.png")
+            plot_training(read_metrics(self.trainer.run.folder), self.trainer.run.folder / "loss.png")
         self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        lines = read_metrics(self.run.folder)
-        skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
-        if skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-            logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
-        if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
-            plot_training(lines, self.run.folder / "loss.png")
+        if state.is_world_process_zero:
+            lines = read_metrics(self.trainer.run.folder)
+            skipped = Counter(line["skipped"] for line in lines if "skipped" in line)
+            if skipped:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+                logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
+            if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
+                plot_training(lines, self.trainer.run.folder / "loss.png")
 
     def format_line(self, state) -> str:
         seconds, images, image_tokens, flops = (
@@ -109,32 +108,19 @@ class RunLog(TrainerCallback):
         return " | ".join(parts)
 
     def warn_of_spikes(self, step: dict) -> None:
-        if loss := self.losses.describe_spike(step["loss"]):
-            logger.warning("step %d: loss %s", step["step"], loss)
-        if norm := self.norms.describe_spike(step["grad_norm"]):
-            limit = self.trainer.args.max_grad_norm
-            logger.warning("step %d: gradient norm %s; clipped to %g", step["step"], norm, limit)
-
-
-class SpikeDetector:
-    """Compares each value with the median of the last SPIKE_HISTORY before it."""
-
-    def __init__(self, factor: float, margin: float = 0.0):
-        self.factor = factor
-        self.margin = margin
-        self.values: deque[float] = deque(maxlen=SPIKE_HISTORY)
-
-    def describe_spike(self, value: float | None) -> str | None:
-        """What a value far above the median is compared with, else None; the None of a skipped step is ignored."""
-        if value is None:
-            return None
-        text = None
-        if len(self.values) >= SPIKE_MIN_HISTORY:
-            median = statistics.median(self.values)
-            if value > max(self.factor * median, median + self.margin):
-                text = f"{value:.3f} is a spike, the last {len(self.values)} steps had a median of {median:.3f}"
-        self.values.append(value)
-        return text
+        """Compare loss and gradient norm with their medians before; those of a skipped step are None."""
+        for name, (factor, margin) in SPIKES.items():
+            value, history = step[name], self.history[name]
+            if value is None:
+                continue
+            median = statistics.median(history) if len(history) >= SPIKE_MIN_HISTORY else math.inf
+            if value > max(factor * median, median + margin):
+                clipped = f"; clipped to {self.trainer.args.max_grad_norm:g}" if name == "grad_norm" else ""
+                logger.warning(
+                    f"step {step['step']}: {'loss' if name == 'loss' else 'gradient norm'} {value:.3f} is a spike, the "
+                    f"last {len(history)} steps had a median of {median:.3f}{clipped}"
+                )
+            history.append(value)
 
 
 class EarlyStopping(TrainerCallback):
@@ -159,16 +145,15 @@ class EarlyStopping(TrainerCallback):
 
     def is_over(self, history: Sequence[dict]) -> bool:
         """Whether the run has stopped by this log history; one that was killed after it stopped is over too."""
-        best, waited = None, 0
-        for top1 in (entry["eval_top1"] for entry in history if "eval_top1" in entry):
-            if best is None or (top1 > best and top1 - best >= self.required_gain(best)):
+        accuracies = [entry["eval_top1"] for entry in history if "eval_top1" in entry]
+        best, waited = (accuracies or [0.0])[0], 0
+        for top1 in accuracies[1:]:
+            required = resolvable_gain(best, self.num_images) if self.min_gain is None else self.min_gain
+            if top1 > best and top1 - best >= required:
                 best, waited = top1, 0
             else:
                 waited += 1
         return waited >= self.patience
-
-    def required_gain(self, best: float) -> float:
-        return resolvable_gain(best, self.num_images) if self.min_gain is None else self.min_gain
 
 
 def resolvable_gain(top1: float, num_images: int) -> float:
@@ -187,9 +172,7 @@ class BestCheckpoint(TrainerCallback):
             self.save(model, processing_class, {"step": state.global_step} | metrics)
 
     def is_better(self, metrics: dict[str, float]) -> bool:
-        best = read_best(self.folder)
-        if best is None or "eval_top1" not in best:
-            return True
+        best = {"eval_top1": -1.0, "eval_loss": math.inf} | (read_best(self.folder) or {})
         return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
 
     def save(self, model, processor, facts: dict) -> None:
@@ -200,19 +183,6 @@ class BestCheckpoint(TrainerCallback):
             (folder / MODEL_CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
             (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             write_manifest(folder)
-
-
-class CheckpointKeeper(TrainerCallback):
-    """Completes each checkpoint with its manifest, then deletes the oldest ones of this run."""
-
-    def __init__(self, run_id: str, save_total_limit: int):
-        self.run_id = run_id
-        self.save_total_limit = save_total_limit
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"{PREFIX}{state.global_step}")
-            rotate(args.output_dir, self.run_id, self.save_total_limit)
 
 
 class MemoryCollector(TrainerCallback):

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor, PreTrainedModel
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from models.fused_layers import unwrap
 from runtime.run_dir import Run
@@ -24,12 +24,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprin
 
 
 def check_model(
-    model: PreTrainedModel | PeftModel,
-    processor: LlavaNextProcessor,
-    prompt: Prompt,
-    load_in_4bit: bool,
-    trainable: str,
-    precision: str,
+    model: nn.Module, processor: LlavaNextProcessor, prompt: Prompt, load_in_4bit: bool, trainable: str, precision: str
 ) -> list[str]:
     """Walk the loaded model; returns a sentence for each assertion. Raises UserError with all that do not hold."""
     found = [
@@ -46,11 +41,8 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     config, image_processor = base.config, processor.image_processor
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     patches, own_tile = (tile // patch) ** 2, image_processor.crop_size["height"]
-    positions = [
-        module.num_embeddings
-        for name, module in base.model.vision_tower.named_modules()
-        if name.endswith("position_embedding")
-    ]
+    tower = base.model.vision_tower
+    positions = [part.num_embeddings for name, part in tower.named_modules() if name.endswith("position_embedding")]
     pinpoints = [list(map(list, owner.image_grid_pinpoints)) for owner in (image_processor, config)]
     strategy = processor.vision_feature_select_strategy, processor.num_additional_image_tokens
     tokens, embeddings = len(processor.tokenizer), base.get_input_embeddings().num_embeddings
@@ -72,17 +64,11 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
 def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype) -> Iterable[tuple[bool, str]]:
     base, is_full = unwrap(model), trainable == "everything"
     modules = dict(base.named_modules())
-    linears = {
-        name
-        for name, module in modules.items()
-        if re.fullmatch(LORA_TARGETS, name) and isinstance(module, (nn.Linear, LoraLayer))
-    }
+    linears = {name for name in modules if re.fullmatch(LORA_TARGETS, name)}
     expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
     yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
     quantized = {
-        name.removesuffix(".base_layer"): module
-        for name, module in modules.items()
-        if type(module).__name__ == "Linear4bit" and not isinstance(module, LoraLayer)
+        name.removesuffix(".base_layer"): part for name, part in modules.items() if isinstance(part, Linear4bit)
     }
     in_4bit = linears if load_in_4bit else set()
     yield set(quantized) == in_4bit, f"{len(quantized)} linears in 4 bit, only in the language model"
@@ -99,20 +85,17 @@ def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype
     train = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
     is_fp32 = bool(train) and all(parameter.dtype == torch.float32 for parameter in train.values())
     yield is_fp32, "trainable parameters are fp32"
-    unexpected = [name for name in train if not _may_train(name, trainable)]
+    unexpected = [name for name in train if _part_of(name) not in trainable and not is_full]
     count = sum(map(torch.numel, train.values()))
     others = f"others too: {unexpected[:3]}" if unexpected else "no others"
     yield not unexpected, f"{count:,} parameters are trainable ({trainable}), {others}"
 
 
-def _may_train(name: str, trainable: str) -> bool:
-    in_projector = ".multi_modal_projector.modules_to_save." in name
-    in_adapter = ".language_model." in name and ".lora_" in name
-    return (
-        trainable == "everything"
-        or ("adapter" in trainable and in_adapter)
-        or ("projector" in trainable and in_projector)
-    )
+def _part_of(name: str) -> str:
+    """The word of --trainable that covers a parameter."""
+    if ".language_model." in name and ".lora_" in name:
+        return "adapter"
+    return "projector" if ".multi_modal_projector.modules_to_save." in name else "everything"
 
 
 # ---- that it is the model a run was trained on

@@ -15,7 +15,6 @@ norms. Here
 Same mathematics as the stock layer; tests/unit/test_fused_layers.py compares loss and gradients.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -41,99 +40,100 @@ class Lora(NamedTuple):
     a: torch.Tensor  # (rank, D)
     b: torch.Tensor  # (N, rank)
     scale: float
-
-
-def _lora_of(module: nn.Module) -> Lora | None:
-    if not isinstance(module, LoraLayer):
-        return None
-    (name,) = module.active_adapters
-    return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    columns: slice  # among the LoRA columns of its group
 
 
 class Projections:
-    """A group of frozen linears that read the same rows, each with LoRA or without.
+    """A group of frozen linears that read the same rows, each with LoRA or none with it.
 
-    Their rows are (M, D + R): the input x, and behind it the LoRA columns s xA' of all linears. `lora`: A and B of each
-    linear in turn, as the autograd function gets them.
+    Their rows are (M, D + R): the input x, and behind it the LoRA columns s xA' of all linears.
     """
 
     def __init__(self, modules: Sequence[nn.Module], kernels: Kernels):
         self.kernels = kernels
         self.linears = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-        loras = [_lora_of(module) for module in modules]
-        self.parameters = [part for lora in loras if lora for part in (lora.a, lora.b)]
-        self.scales = [lora.scale if lora else 0.0 for lora in loras]
-        ranks = [lora.a.shape[0] if lora else 0 for lora in loras]
-        ends = list(itertools.accumulate(ranks))
-        self.slices = [slice(end - rank, end) for end, rank in zip(ends, ranks)]  # LoRA columns of each linear
+        self.loras: list[Lora] = []
+        self.ranks = 0  # of all linears
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                (name,) = module.active_adapters
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                columns = slice(self.ranks, self.ranks + len(a))
+                self.loras.append(Lora(a, b, module.scaling[name], columns))
+                self.ranks = columns.stop
+        self.parameters = [part for lora in self.loras for part in (lora.a, lora.b)]
         self.width = self.linears[0].in_features
-        self.columns = -(-ends[-1] // ALIGNMENT) * ALIGNMENT
+        self.columns = -(-self.ranks // ALIGNMENT) * ALIGNMENT
 
     def empty_rows(self, like: torch.Tensor) -> torch.Tensor:
         """(M, D + R) whose first D columns are to be filled."""
         return like.new_empty(like.shape[0], self.width + self.columns)
 
-    def scaled_a(self, lora: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def scaled_a(self, like: torch.Tensor) -> torch.Tensor:
         """(R, D): sA of each linear, below them zeros."""
         stacked = like.new_empty(self.columns, self.width)
-        for columns, a, scale in zip(self.slices, lora[::2], self.scales):
-            torch.mul(a, scale, out=stacked[columns])
-        stacked[self.slices[-1].stop :].zero_()
+        for lora in self.loras:
+            torch.mul(lora.a, lora.scale, out=stacked[lora.columns])
+        stacked[self.ranks :].zero_()
         return stacked
 
-    def weight(self, index: int, lora: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    def weight(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """(N, D + R): [W, B] of one linear, zeros in the columns of the other linears."""
         linear = self.linears[index]
         extended = like.new_empty(linear.out_features, self.width + self.columns)
-        b = lora[2 * index + 1] if lora else None
-        self.kernels.dequantize(linear, b, self.slices[index].start, extended)
+        b, start = (self.loras[index].b, self.loras[index].columns.start) if self.loras else (None, 0)
+        self.kernels.dequantize(linear, b, start, extended)
         return extended
 
-    def forward(self, rows: torch.Tensor, lora: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """(M, N) of each linear; fills the LoRA columns of `rows`."""
-        if self.columns:
-            torch.mm(rows[:, : self.width], self.scaled_a(lora, rows).T, out=rows[:, self.width :])
-        return [self._matmul(index, rows, lora) for index in range(len(self.linears))]
+        if self.loras:
+            torch.mm(rows[:, : self.width], self.scaled_a(rows).T, out=rows[:, self.width :])
+        return [self._matmul(index, rows) for index in range(len(self.linears))]
 
-    def _matmul(self, index: int, rows: torch.Tensor, lora: Sequence[torch.Tensor]) -> torch.Tensor:
-        weight, bias = self.weight(index, lora, rows), self.linears[index].bias
+    def _matmul(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight(index, rows), self.linears[index].bias
         return rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
 
-    def backward(self, gradients: Sequence[torch.Tensor], lora: Sequence[torch.Tensor]) -> torch.Tensor:
+    def backward(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """(M, D + R): gradient of the rows, in which `add_lora_grad` is still missing, and of the LoRA columns."""
         extended = None
         for index, gradient in enumerate(gradients):
-            weight = self.weight(index, lora, gradient)
+            weight = self.weight(index, gradient)
             extended = gradient @ weight if extended is None else extended.addmm_(gradient, weight)
             del weight  # before the next is made
         return extended
 
-    def backward_columns(self, gradients: Sequence[torch.Tensor], lora: Sequence[torch.Tensor]) -> torch.Tensor:
+    def backward_columns(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """(M, R): gradient of the LoRA columns alone."""
         found = gradients[0].new_zeros(gradients[0].shape[0], self.columns)
-        for columns, gradient, b in zip(self.slices, gradients, lora[1::2]):
-            found[:, columns] = gradient @ b.to(gradient.dtype)
+        for lora, gradient in zip(self.loras, gradients):
+            found[:, lora.columns] = gradient @ lora.b.to(gradient.dtype)
         return found
 
-    def add_lora_grad(self, extended: torch.Tensor, lora: Sequence[torch.Tensor]) -> torch.Tensor:
+    def add_lora_grad(self, extended: torch.Tensor) -> torch.Tensor:
         """(M, D): the gradient of the rows, from that of `backward`, in place."""
         rows = extended[:, : self.width]
-        return rows.addmm_(extended[:, self.width :], self.scaled_a(lora, extended)) if self.columns else rows
+        return rows.addmm_(extended[:, self.width :], self.scaled_a(extended)) if self.loras else rows
 
-    def lora_grads(
-        self, gradients: Sequence[torch.Tensor], of_columns: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """fp32 gradients of A, B of each linear; `of_columns` (M, R) is gB, `rows` (M, D) x, `columns` (M, R) sxA'."""
-        ranks = self.slices[-1].stop
-        of_a = _matmul_fp32(of_columns[:, :ranks].T, rows)  # (ranks, D)
-        if len(set(self.scales)) == 1:
-            of_a *= self.scales[0]
+    def lora_grads(self, gradients: Sequence[torch.Tensor], extended, rows, columns=None) -> list[torch.Tensor | None]:
+        """fp32 gradients of A, B of each linear, None if frozen.
+
+        `extended` ends in the gradient gB (M, R) of the LoRA columns; `rows` (M, D) is x, `columns` (M, R) sxA'.
+        """
+        if not any(part.requires_grad for part in self.parameters):
+            return [None] * len(self.parameters)
+        columns = rows @ self.scaled_a(rows).T if columns is None else columns
+        of_columns = extended[:, -self.columns :]
+        of_a = _matmul_fp32(of_columns[:, : self.ranks].T, rows)  # (ranks, D)
+        if len({lora.scale for lora in self.loras}) == 1:
+            of_a *= self.loras[0].scale
         else:
-            for part, scale in zip(self.slices, self.scales):
-                of_a[part] *= scale
+            for lora in self.loras:
+                of_a[lora.columns] *= lora.scale
         found = []
-        for part, gradient in zip(self.slices, gradients):
-            found += [of_a[part], _matmul_fp32(gradient.T, columns[:, part])]
+        for lora, gradient in zip(self.loras, gradients):
+            found += [of_a[lora.columns], _matmul_fp32(gradient.T, columns[:, lora.columns])]
         return found
 
 
@@ -178,7 +178,7 @@ class FusedLayer:
 
     def __init__(self, layer: nn.Module, kernels: Kernels):
         attention, mlp = layer.self_attn, layer.mlp
-        self.stock = layer.forward
+        self.stock, layer.forward = layer.forward, self
         self.layer = layer
         self.kernels = kernels
         self.keep = False
@@ -192,65 +192,43 @@ class FusedLayer:
         ]
         self.parameters = [part for group in self.groups for part in group.parameters]
 
-    def __call__(
-        self, hidden_states, attention_mask=None, past_key_values=None, position_embeddings=None, **kwargs
-    ) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         images, tokens, width = hidden_states.shape
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         is_trainable = any(part.requires_grad for part in self.parameters)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or is_trainable)
         q_proj = self.layer.self_attn.q_proj
         lora_is_off = getattr(q_proj, "disable_adapters", False) or getattr(q_proj, "merged", False)
-        if (
-            images * tokens < MIN_ROWS
-            or lora_is_off
-            or (trains and (attention_mask is not None or past_key_values is not None))
-        ):
-            return self.stock(
-                hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-        cos, sin = self.kernels.positions(position_embeddings, images)
+        if images * tokens < MIN_ROWS or lora_is_off or (trains and (mask is not None or cache is not None)):
+            return self.stock(hidden_states, **kwargs)
+        cos, sin = self.kernels.positions(kwargs["position_embeddings"], images)
         rows = Rows(images, hidden_states.reshape(images * tokens, width), cos, sin)
         if trains:
             out = _Function.apply(self, *rows, *self.parameters)
         else:
-            out, _ = self.forward(rows, self.parameters, attention_mask, past_key_values, keep=False)
+            out, _ = self.forward(rows, mask, cache, keep=False)
         return out.view(images, tokens, width)
 
-    @property
-    def lora_columns(self) -> int:
-        """Columns that LoRA adds to the rows of the first group."""
-        return self.groups[0].columns
-
-    def split(self, parameters: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
-        """The parameters of each group."""
-        ends = itertools.accumulate(len(group.parameters) for group in self.groups)
-        return [parameters[end - len(group.parameters) : end] for group, end in zip(self.groups, ends)]
-
-    def forward(self, rows: Rows, parameters, mask=None, cache=None, keep=True, needs_output=True):
+    def forward(self, rows: Rows, mask=None, cache=None, keep=True, needs_output=True):
         """(output (M, D) or None, Saved or None)."""
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
         images, h, cos, sin = rows
-        qkv_lora, o_lora, gate_up_lora, down_lora = self.split(parameters)
         first, second = self.norms
         x = qkv.empty_rows(h)
         kernels.rms_norm(h, first.weight, first.variance_epsilon, x[:, : qkv.width])
-        query, key, value = qkv.forward(x, qkv_lora)
+        query, key, value = qkv.forward(x)
         qkv_columns = x[:, qkv.width :].clone() if keep else None
         query, key = kernels.rotate(query, key, cos, sin)
         leaves, attended = self.attend(images, query, key, value, mask, cache, keep)
         del query, key, value
         x = o_proj.empty_rows(h)
         x[:, : o_proj.width] = attended.detach().flatten(0, 1).flatten(1)
-        (update,) = o_proj.forward(x, o_lora)
+        (update,) = o_proj.forward(x)
         o_columns = x[:, o_proj.width :].clone() if keep else None
         x = gate_up.empty_rows(h)
         residual = kernels.add_rms_norm(h, update, second.weight, second.variance_epsilon, x[:, : gate_up.width])
         del update
-        gate, up = gate_up.forward(x, gate_up_lora)
+        gate, up = gate_up.forward(x)
         mlp_columns = x[:, gate_up.width :].clone() if keep else None
         saved = Saved(leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns) if keep else None
         if not needs_output:
@@ -258,7 +236,7 @@ class FusedLayer:
         x = down_proj.empty_rows(gate)
         kernels.swiglu(gate, up, x[:, : down_proj.width])
         del gate, up, leaves, attended
-        (update,) = down_proj.forward(x, down_lora)
+        (update,) = down_proj.forward(x)
         return residual + update, saved
 
     def attend(self, images, query, key, value, mask, cache, keep):
@@ -275,54 +253,44 @@ class FusedLayer:
             attended, _ = sdpa_attention_forward(attention, *leaves, mask, scaling=attention.scaling)
         return leaves, attended
 
-    def backward(self, rows: Rows, parameters, saved: list[Saved], gradient, needs_rows: bool, needs_lora: bool):
+    def backward(self, rows: Rows, saved: list[Saved], gradient: torch.Tensor, needs_rows: bool):
         """(gradient of the rows or None, gradients of the parameters).
 
         Takes Saved out of the list, so that each tensor is freed after its last use.
         """
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
         _, h, cos, sin = rows
-        qkv_lora, o_lora, gate_up_lora, down_lora = self.split(parameters)
         first, second = self.norms
         leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
-        extended = down_proj.backward([gradient], down_lora)
-        x = down_proj.add_lora_grad(extended, down_lora)
+        extended = down_proj.backward([gradient])
+        x = down_proj.add_lora_grad(extended)
         kernels.swiglu_backward(gate, up, x)  # gate and up become their gradients, x the input of down_proj
-        down_grads = _lora_grads(needs_lora, down_proj, down_lora, [gradient], extended, x)
+        down_grads = down_proj.lora_grads([gradient], extended, x)
         del x
-        extended = gate_up.backward([gate, up], gate_up_lora)
+        extended = gate_up.backward([gate, up])
         x = torch.empty_like(h)
-        of_x = gate_up.add_lora_grad(extended, gate_up_lora)
+        of_x = gate_up.add_lora_grad(extended)
         gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
-        gate_up_grads = _lora_grads(needs_lora, gate_up, gate_up_lora, [gate, up], extended, x, mlp_columns)
+        gate_up_grads = gate_up.lora_grads([gate, up], extended, x, mlp_columns)
         del gate, up, residual
-        extended = o_proj.backward([gradient], o_lora)
-        of_x = o_proj.add_lora_grad(extended, o_lora)
+        extended = o_proj.backward([gradient])
+        of_x = o_proj.add_lora_grad(extended)
         values = attended.detach().flatten(0, 1).flatten(1)
-        o_grads = _lora_grads(needs_lora, o_proj, o_lora, [gradient], extended, values, o_columns)
+        o_grads = o_proj.lora_grads([gradient], extended, values, o_columns)
         of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
         gradients = [*kernels.rotate_backward(of_query, of_key, cos, sin), of_value]
         if needs_rows:
-            extended = qkv.backward(gradients, qkv_lora)
-            of_x = qkv.add_lora_grad(extended, qkv_lora)
+            extended = qkv.backward(gradients)
+            of_x = qkv.add_lora_grad(extended)
             gradient = kernels.rms_norm_backward(of_x, h, first.weight, first.variance_epsilon, gradient, x)
         else:
             gradient = None
-            extended = qkv.backward_columns(gradients, qkv_lora)
+            extended = qkv.backward_columns(gradients)
             kernels.rms_norm(h, first.weight, first.variance_epsilon, x)
-        qkv_grads = _lora_grads(needs_lora, qkv, qkv_lora, gradients, extended, x, qkv_columns)
+        qkv_grads = qkv.lora_grads(gradients, extended, x, qkv_columns)
         return gradient, [*qkv_grads, *o_grads, *gate_up_grads, *down_grads]
-
-
-def _lora_grads(needs_lora: bool, group: Projections, lora, gradients, extended, rows, columns=None):
-    """Gradients of a group's LoRA parameters; `extended` ends in the gradient of its LoRA columns."""
-    if not needs_lora or not lora:
-        return [None] * len(lora)
-    if columns is None:
-        columns = rows @ group.scaled_a(lora, rows).T
-    return group.lora_grads(gradients, extended[:, -group.columns :], rows, columns)
 
 
 class _Function(torch.autograd.Function):
@@ -331,22 +299,20 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, *parameters):
         with torch.autocast(h.device.type, enabled=False):
-            out, ctx.saved = layer.forward(Rows(images, h, cos, sin), parameters, keep=layer.keep)
-        ctx.save_for_backward(offload_to_pinned_memory(h) if layer.offload else h, cos, sin, *parameters)
+            out, ctx.saved = layer.forward(Rows(images, h, cos, sin), keep=layer.keep)
+        ctx.save_for_backward(offload_to_pinned_memory(h) if layer.offload else h, cos, sin)
         ctx.layer, ctx.images = layer, images
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        h, cos, sin, *parameters = ctx.saved_tensors
-        h = h.to(gradient.device, non_blocking=True)
-        rows, saved = Rows(ctx.images, h, cos, sin), [ctx.saved]
+        h, cos, sin = ctx.saved_tensors
+        rows, saved = Rows(ctx.images, h.to(gradient.device, non_blocking=True), cos, sin), [ctx.saved]
         ctx.saved = None
-        needs_rows, needs_lora = ctx.needs_input_grad[2], any(ctx.needs_input_grad[5:])
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False):
             if saved[0] is None:
-                saved[0] = ctx.layer.forward(rows, parameters, needs_output=False)[1]
-            of_h, of_lora = ctx.layer.backward(rows, parameters, saved, gradient.contiguous(), needs_rows, needs_lora)
+                saved[0] = ctx.layer.forward(rows, needs_output=False)[1]
+            of_h, of_lora = ctx.layer.backward(rows, saved, gradient.contiguous(), ctx.needs_input_grad[2])
         return None, None, of_h, None, None, *of_lora
 
 
@@ -378,13 +344,12 @@ def _can_fuse(layer: nn.Module) -> bool:
     return is_plain_lora and is_frozen and not layer.self_attn.attention_dropout
 
 
-def fuse_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
-    """Put a FusedLayer in place of each layer's forward; the modules, their names and their weights stay."""
+def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
+    """Put a FusedLayer in place of each layer's forward, if all can be fused; modules, names and weights stay."""
+    if not can_fuse(layers):
+        return []
     kernels = Kernels()
-    fused = [FusedLayer(layer, kernels) for layer in layers]
-    for layer in fused:
-        layer.layer.forward = layer
-    return fused
+    return [FusedLayer(layer, kernels) for layer in layers]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

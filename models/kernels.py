@@ -188,14 +188,17 @@ def dequantize(
 # ---- all kernels of a model
 
 
+ELEMENTWISE = {
+    kernel.__name__.strip("_"): kernel
+    for kernel in (_rms_norm, _add_rms_norm, _rms_norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
+}
+
+
 class Kernels:
     """The kernels above, eager until `compile`, and dequantization. One object for all layers of a model."""
 
     def __init__(self):
-        norms = _rms_norm, _add_rms_norm, _rms_norm_backward
-        elementwise = *norms, _rotate, _rotate_backward, _swiglu, _swiglu_backward
-        self.by_name = {kernel.__name__.strip("_"): kernel for kernel in elementwise}
-        self._is_compiled = False
+        self.by_name: dict[str, Callable] = ELEMENTWISE
         self.has_triton = triton is not None
         self._positions = None, 0, None
 
@@ -204,19 +207,16 @@ class Kernels:
 
     @property
     def compiled(self) -> bool:
-        return self._is_compiled and not CompiledKernel.fails
+        return self.by_name is not ELEMENTWISE and not CompiledKernel.fails
 
     def compile(self) -> None:
         """From now on each kernel is compiled at its first call."""
-        if not self._is_compiled:
-            self._is_compiled = True
-            self.by_name = {name: CompiledKernel(kernel) for name, kernel in self.by_name.items()}
+        if self.by_name is ELEMENTWISE:
+            self.by_name = {name: CompiledKernel(kernel) for name, kernel in ELEMENTWISE.items()}
 
     def eager(self) -> None:
         """As before `compile`."""
-        if self._is_compiled:
-            self._is_compiled = False
-            self.by_name = {name: kernel.eager for name, kernel in self.by_name.items()}
+        self.by_name = ELEMENTWISE
 
     def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], images: int) -> tuple[torch.Tensor, ...]:
         """(M, head_dim) cosines and sines; all layers of a forward get the same embeddings, and share one copy."""

@@ -6,7 +6,6 @@ with half the micro-batch.
 
 import math
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import psutil
@@ -24,7 +23,7 @@ from runtime.device import (
     reset_peak_memory,
     synchronize,
 )
-from runtime.distributed import checksum_quantized, get_local_world_size, shard_frozen_parameters, unshard, unsharded
+from runtime.distributed import checksum_quantized, get_local_world_size, unsharded
 from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
@@ -59,51 +58,19 @@ class MicroBatcher:
 # ---- the model of a micro-batch's bytes
 
 
-class LayerShape(NamedTuple):
-    """What the bytes of a decoder layer depend on."""
-
-    text_config: object  # of the language model
-    lora_columns: int  # that LoRA adds to the rows of a group of projections
-    itemsize: int  # bytes of an activation
-    compiled: bool  # whether the elementwise kernels are
-
-    def bytes_per_token(self) -> tuple[int, int]:
-        """(activations saved for the backward besides the layer's input, transient bytes during the backward).
-
-        What compiled kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
-        """
-        config = self.text_config
-        width, inner = config.hidden_size, config.intermediate_size
-        head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
-        # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
-        activations = self.itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * self.lora_columns)
-        activations += 4 * config.num_attention_heads
-        # the MLP's gradient; residual, norm and their gradients
-        transient = self.itemsize * (inner + self.lora_columns + 4 * width)
-        transient += 0 if self.compiled else 6 * 4 * inner
-        return activations, activations + transient
-
-
 class Cost(NamedTuple):
-    """Bytes that a step takes."""
+    """What a step takes: bytes, and what its time depends on."""
 
     static: float  # whatever the micro-batch: weights, gradients, optimizer state, one dequantized weight
     transient: float  # per image: what exists during one layer's backward
     checkpoint: float  # per image: the inputs of all layers, unless they are offloaded to the CPU
     activation: float  # per image and layer without activation checkpointing
+    tokens: int  # of the longest sample
+    layers: int  # of the language model
 
     def peak(self, micro_batch_size: int, kept: int, offload: bool = False) -> float:
         per_image = self.transient + kept * self.activation + (0 if offload else self.checkpoint)
         return self.static + micro_batch_size * per_image
-
-
-class Step(NamedTuple):
-    """What a rank computes in one optimizer step."""
-
-    images: int
-    tokens: int  # of the longest sample
-    layers: int  # of the language model
 
 
 class Plan(NamedTuple):
@@ -118,32 +85,50 @@ def optimizer_bytes(optim: str, trainable: int) -> int:
     return trainable * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
 
 
-def step_cost(layer: LayerShape, tokens: int, held: float) -> Cost:
-    """`held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included."""
-    activations, transient = layer.bytes_per_token()
-    width, inner = layer.text_config.hidden_size, layer.text_config.intermediate_size
-    dequantized = layer.itemsize * inner * (width + layer.lora_columns)
-    inputs_of_layers = layer.text_config.num_hidden_layers * width * layer.itemsize
-    return Cost(held + dequantized + WORKSPACE, tokens * transient, tokens * inputs_of_layers, tokens * activations)
+def step_cost(config, lora_columns: int, itemsize: int, compiled: bool, tokens: int, held: float) -> Cost:
+    """`config` is the language model's, with `lora_columns` in a group of projections and activations of `itemsize`.
+
+    `held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included. What compiled
+    kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
+    """
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    # q, k, v, attention's output and its log-sum, the second residual, gate and up, the LoRA products
+    activation = itemsize * (2 * queries + 2 * keys + width + 2 * inner + 3 * lora_columns)
+    activation += 4 * config.num_attention_heads
+    # the MLP's gradient; residual, norm and their gradients
+    transient = itemsize * (inner + lora_columns + 4 * width) + (0 if compiled else 6 * 4 * inner)
+    dequantized = itemsize * inner * (width + lora_columns)
+    return Cost(
+        static=held + dequantized + WORKSPACE,
+        transient=tokens * (activation + transient),
+        checkpoint=tokens * layers * width * itemsize,
+        activation=tokens * activation,
+        tokens=tokens,
+        layers=layers,
+    )
 
 
-def choose_plan(cost: Cost, step: Step, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
-    """The fastest plan within `budget` bytes of the GPU and, with offloading, `host` bytes of the CPU's memory.
+def choose_plan(cost: Cost, images: int, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
+    """The fastest plan for a step of so many images within `budget` bytes of the GPU and, with offloading, `host` bytes
+    of the CPU's memory.
 
     `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
     is the smallest: one image, and with auto all layers' inputs offloaded.
     """
     found = []
     offload = checkpointing == "offload"
-    least = step.layers if checkpointing == "false" else 0
-    most = 0 if checkpointing in ("true", "offload") else step.layers
-    for size in sorted({-(-step.images // parts) for parts in range(1, step.images + 1)}):
+    least = cost.layers if checkpointing == "false" else 0
+    most = 0 if checkpointing in ("true", "offload") else cost.layers
+    for micro_batches in range(1, images + 1):
+        size = math.ceil(images / micro_batches)
         room = budget - cost.peak(size, 0, offload)
         fits = room > 0 and (not offload or size * cost.checkpoint <= host)
         kept = min(most, int(room // (size * cost.activation))) if fits else -1
         if kept >= least:
-            forwards = 1 + BACKWARD + RECOMPUTED * (step.layers - kept) / step.layers
-            tokens = step.images * step.tokens * forwards + -(-step.images // size) * MICRO_BATCH_TOKENS  # forward
+            forwards = 1 + BACKWARD + RECOMPUTED * (cost.layers - kept) / cost.layers
+            tokens = images * cost.tokens * forwards + math.ceil(images / size) * MICRO_BATCH_TOKENS  # forward
             found.append((tokens, Plan(size, kept, offload, cost.peak(size, kept, offload))))
     if found:
         return min(found)[1]
@@ -164,8 +149,7 @@ def is_worth_compiling(compile: str, images: float, seconds_per_image: float = S
 # ---- the planner
 
 
-@dataclass(frozen=True)
-class MemoryOptions:
+class MemoryOptions(NamedTuple):
     """What the config says of memory."""
 
     gradient_checkpointing: str = "auto"  # auto, true, false or offload
@@ -174,19 +158,19 @@ class MemoryOptions:
     sharding: str = "none"  # none or fsdp
 
 
-def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
 
     `row` is the largest sample to come. The plan is arithmetic; a micro-batch of such samples, which updates no weight,
-    then measures it. `steps_left` optimizer steps decide whether compiling is worth its time. Without a CUDA GPU or
-    fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the
-    micro-batch is as configured: it is computed on all ranks or on none. Raises UserError where one image, or the
-    configured micro-batch, does not fit.
+    then measures it. `steps_left` decides whether compiling is worth its time. Without a CUDA GPU or fused layers
+    (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the micro-batch
+    is as configured: all ranks compute it or none. Raises UserError where one image, or that micro-batch, does not fit.
     """
-    device = trainer.args.device
+    device, options = trainer.args.device, trainer.memory_options
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
-            _shard(trainer, options, row, steps_left)
+            _shard(trainer, row, steps_left)
             return
         available = available_gpu_memory(device)
         if available is None:
@@ -194,24 +178,15 @@ def plan_memory(trainer, options: MemoryOptions, row: dict, steps_left: float) -
         if not trainer.fused:
             logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batcher.size)
             return
-        began = time.perf_counter()
         # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
         if options.compile == "auto" and (options.auto_batch or trainer.micro_batcher.size > 1):
             seconds, _ = try_micro_batch(trainer, row, 1)
             _compile_if_worth(trainer, seconds, steps_left)
         if options.auto_batch:
-            _fit(trainer, options, row, available)
+            _fit(trainer, row, available)
         elif trainer.fused[0].kernels.compiled:
             try_micro_batch(trainer, row, 1)
-        _log_kernels(trainer, options, began)
-
-
-def unshard_weights(trainer) -> None:
-    """Gather the sharded weights on every rank, for what each rank computes alone: its part of the report."""
-    unshard(trainer.fsdp_modules)
-    if trainer.fsdp_modules:  # no rank may go ahead while another still fetches
-        synchronize(trainer.args.device)
-        trainer.accelerator.wait_for_everyone()
+        _log_kernels(trainer, began)
 
 
 def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
@@ -245,32 +220,27 @@ def _compile_if_worth(trainer, seconds_per_image: float, steps_left: float) -> N
         trainer.fused[0].kernels.compile()
 
 
-def _log_kernels(trainer, options: MemoryOptions, began: float) -> None:
-    words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+def _log_kernels(trainer, began: float) -> None:
+    is_off = trainer.memory_options.compile == "false"
+    words = "not compiled" if is_off else "not compiled: the run would not win back the time"
     words = "compiled" if trainer.fused[0].kernels.compiled else words
     logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
 
 
-def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> None:
+def _shard(trainer, row: dict, steps_left: float) -> None:
     """Shard the frozen weights across ranks and try the configured micro-batch."""
-    device, base = trainer.args.device, unwrap(trainer.model)
-    loading = peak_memory(device)
-    checksums = checksum_quantized(base)
-    trainer.fsdp_modules = shard_frozen_parameters(base)
-    trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)  # DDP takes no sharded weights
-    (dummy,) = trainer.data_collator([row]).to(device).split(1)
-    ignored = {name: torch.full_like(dummy[name], -100) for name in ("labels", "shift_labels")}
-    trainer.dummy_micro_batch = dummy | ignored
+    began, device, base = time.perf_counter(), trainer.args.device, unwrap(trainer.model)
+    loading, checksums = peak_memory(device), checksum_quantized(base)
+    trainer.shard_weights()
     collect_memory(device)
     held, size = memory_in_use(device), trainer.micro_batcher.size
-    began = time.perf_counter()
     seconds, peak = try_micro_batch(trainer, row, size)
     if trainer.fused and device.type == "cuda" and peak < math.inf:
-        if options.compile == "auto" and size > 1:
+        if trainer.memory_options.compile == "auto" and size > 1:
             _compile_if_worth(trainer, seconds, steps_left)
             if trainer.fused[0].kernels.compiled:
                 _, peak = try_micro_batch(trainer, row, size)
-        _log_kernels(trainer, options, began)
+        _log_kernels(trainer, began)
     if peak == math.inf:
         raise UserError(f"memory: {out_of_memory_message(trainer)}")
     with unsharded(trainer.fsdp_modules):
@@ -282,24 +252,24 @@ def _shard(trainer, options: MemoryOptions, row: dict, steps_left: float) -> Non
     )
 
 
-def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
+def _fit(trainer, row: dict, available: float) -> None:
     """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
     (sample,) = trainer.data_collator([row]).samples
     base, fused, device = unwrap(trainer.model), trainer.fused, trainer.args.device
     images = math.ceil(trainer.total_batch_size / trainer.args.world_size)
-    step = Step(images, sample.length, len(fused))
     trainable = trainer.model.num_parameters(only_trainable=True)
     state = optimizer_bytes(trainer.args.optim, trainable)  # allocated in the first step, so after the trial
     held = memory_in_use(device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
-    itemsize = base.get_input_embeddings().weight.element_size()
-    shape = LayerShape(base.config.text_config, fused[0].lora_columns, itemsize, fused[0].kernels.compiled)
-    cost = step_cost(shape, sample.length, held)
+    itemsize, config = base.get_input_embeddings().weight.element_size(), base.config.text_config
+    lora_columns, compiled = fused[0].groups[0].columns, fused[0].kernels.compiled
+    cost = step_cost(config, lora_columns, itemsize, compiled, sample.length, held)
     budget = allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
-    smallest = choose_plan(cost, step, 0, options.gradient_checkpointing)
+    checkpointing = trainer.memory_options.gradient_checkpointing
+    smallest = choose_plan(cost, images, 0, checkpointing)
     while True:
-        plan = choose_plan(cost, step, budget, options.gradient_checkpointing, host)
+        plan = choose_plan(cost, images, budget, checkpointing, host)
         trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offload)
         _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
@@ -309,30 +279,26 @@ def _fit(trainer, options: MemoryOptions, row: dict, available: float) -> None:
         if plan == smallest or peak + state <= budget:
             break
         logger.warning(
-            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {step.layers - plan.kept} "
-            f"of {step.layers} layers does not fit; trying less"
+            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {cost.layers - plan.kept} "
+            f"of {cost.layers} layers does not fit; trying less"
         )
         budget = cost.static + 0.8 * (plan.peak - cost.static)
     if peak + state > allowed:
         logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
     logger.info(
-        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {step.layers - plan.kept}/"
-        f"{step.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
+        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {cost.layers - plan.kept}/"
+        f"{cost.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
         f"predicted, {(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
     )
 
 
 def out_of_memory_message(trainer) -> str:
     """What to do about a micro-batch that does not fit and cannot be made smaller."""
-    checkpointing = f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}"
-    if not trainer.fsdp_modules:
-        return (
-            f"out of memory with micro-batch 1; use {checkpointing}, --load-in-4bit true, --image-size 336, "
-            "--optim paged_adamw_8bit, or a GPU with more memory"
-        )
+    size, is_sharded = trainer.micro_batcher.size, bool(trainer.fsdp_modules)
+    reason = ", which is not planned with sharded weights" if is_sharded else ""
     smaller = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or "
     return (
-        f"out of memory with micro-batch {trainer.micro_batcher.size}, which is not planned with sharded weights; "
-        f"{smaller if trainer.micro_batcher.size > 1 else ''}use {checkpointing}, --image-size 336, --optim "
-        "paged_adamw_8bit"
+        f"out of memory with micro-batch {size}{reason}; {smaller if is_sharded and size > 1 else ''}use "
+        f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}, --load-in-4bit true, --image-size 336, "
+        "--optim paged_adamw_8bit, or a GPU with more memory"
     )

@@ -34,10 +34,8 @@ class Adapter(NamedTuple):
 def read_adapter(folder: Path) -> Adapter:
     """Names are those of the model without PEFT, such as model.language_model.layers.0.self_attn.q_proj."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    saved = {
-        name.removeprefix("base_model.model."): weight
-        for name, weight in load_file(folder / SAFETENSORS_WEIGHTS_NAME).items()
-    }
+    weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    saved = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     all_b = {name.removesuffix(".lora_B.weight"): b for name, b in saved.items() if name.endswith(".lora_B.weight")}
     low_rank = {name: (saved[f"{name}.lora_A.weight"], b) for name, b in all_b.items()}
     whole = {name: weight for name, weight in saved.items() if ".lora_" not in name}
@@ -69,8 +67,8 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
             if place in low_rank:
                 if not weight.is_floating_point():
                     raise UserError(
-                        f"{base}: {name} is not in 16 bit ({weight.dtype}), and merging into 4 bit would change what "
-                        "the model says; put the checkpoint there that is not quantized"
+                        f"{base}: {name} is not in 16 bit ({weight.dtype}), and merging into 4 bit would change "
+                        "answers; put the checkpoint there that is not quantized"
                     )
                 a, b = low_rank[place]
                 weight = weight.float() + adapter.scale * (b.float() @ a.float())
@@ -82,11 +80,8 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
                 raise UserError(f"{name}: is too large for {dtype}; use --dtype bf16")
         save_file(merged, out / file, metadata={"format": "pt"})
     if unused:
-        examples = ", ".join(sorted(unused)[:2])
-        raise UserError(
-            f"{base}: {len(unused)} weights of the adapter have no place in it ({examples}); give the base that it was "
-            "trained on"
-        )
+        place = f"{len(unused)} weights of the adapter have no place in it ({', '.join(sorted(unused)[:2])})"
+        raise UserError(f"{base}: {place}; give the base that it was trained on")
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (out / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -100,13 +95,10 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
     has_file = (base / "generation_config.json").exists()
     saved = GenerationConfig.from_pretrained(base) if has_file else GenerationConfig.from_model_config(settings)
     stops = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
+    stops = sorted({stop for stop in stops if stop is not None} | {prompt.eos_id})
     # Greedy, whatever the base was set to: a class name is not to be sampled.
-    generation = GenerationConfig(
-        bos_token_id=saved.bos_token_id,
-        eos_token_id=sorted({stop for stop in stops if stop is not None} | {prompt.eos_id}),
-        pad_token_id=processor.tokenizer.pad_token_id,
-        do_sample=False,
-    )
+    generation = GenerationConfig(bos_token_id=saved.bos_token_id, eos_token_id=stops, do_sample=False)
+    generation.pad_token_id = processor.tokenizer.pad_token_id
     generation.save_pretrained(out)
     save_processor(processor, out)
 

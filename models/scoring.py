@@ -1,4 +1,4 @@
-"""Closed-set log-likelihood scoring of all class names, and open-ended generation.
+"""Closed-set log-likelihood scoring of all class names.
 
 Shapes: B images, T prompt tokens with image tokens, right padded, N inner nodes of a trie, C classes, V vocabulary.
 
@@ -7,26 +7,22 @@ inner nodes, each of which attends to the prompt and its ancestors, gives the ex
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from data.collator import Batch, PlantCollator
 from models.fused_layers import unwrap
 from models.memory import MicroBatcher
 from runtime.device import collect_memory
-from utils.logging_utils import UserError, is_watched, logger
+from utils.logging_utils import UserError, logger
 
 MAX_NODES = 512  # inner nodes of one forward; more names than fit become several tries
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
-OUT_OF_MEMORY = (
-    "out of memory scoring one image; use --load-in-4bit true or a GPU with more memory (--gpu-memory-fraction)"
-)
+OUT_OF_MEMORY = "out of memory scoring one image; use --load-in-4bit true or a larger GPU (--gpu-memory-fraction)"
 
 
 class TokenTrie(NamedTuple):
@@ -41,22 +37,6 @@ class TokenTrie(NamedTuple):
     pair_edges: torch.Tensor  # (P,) with the edge of each token
 
 
-class Score(NamedTuple):
-    """The log-probability of each class name for one image, in nats."""
-
-    id: str
-    label: int
-    values: list[float]
-
-
-class Reply(NamedTuple):
-    """What the model generated for one image."""
-
-    id: str
-    label: int
-    text: str
-
-
 def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> list[TokenTrie]:
     """Tries that hold each name (its token ids, EOS included) once, of at most `max_nodes` inner nodes each.
 
@@ -65,45 +45,41 @@ def build_tries(names: Sequence[Sequence[int]], max_nodes: int = MAX_NODES) -> l
     """
     if len(set(map(tuple, names))) < len(names):
         raise UserError("two class names are the same tokens; rename one")
-    order = sorted(range(len(names)), key=lambda index: list(names[index]))
-    chunks, inner = [[]], set()
-    for index in order:
-        prefixes = {tuple(names[index][:length]) for length in range(1, len(names[index]))}
+    chunks: list[dict[int, tuple[int, ...]]] = [{}]
+    inner: set[tuple[int, ...]] = set()
+    for index, name in sorted(enumerate(map(tuple, names)), key=lambda entry: entry[1]):
+        prefixes = {name[:length] for length in range(1, len(name))}
         if chunks[-1] and len(inner | prefixes) > max_nodes:
-            chunks.append([])
+            chunks.append({})
             inner = set()
-        chunks[-1].append(index)
+        chunks[-1][index] = name
         inner |= prefixes
-    return [_build_trie({index: tuple(names[index]) for index in chunk}) for chunk in chunks]
+    return [_build_trie(chunk) for chunk in chunks]
 
 
 def _build_trie(names: dict[int, tuple[int, ...]]) -> TokenTrie:
     inner = sorted({name[:length] for name in names.values() for length in range(1, len(name))})
-    slots = {(): 0} | {prefix: slot for slot, prefix in enumerate(inner, start=1)}
-    edges = sorted({(slots[name[:length]], name[length]) for name in names.values() for length in range(len(name))})
+    slots = {prefix: slot for slot, prefix in enumerate([(), *inner])}
+    visible = torch.eye(len(inner), dtype=torch.bool)
+    for prefix in inner:  # parents first
+        if len(prefix) > 1:
+            visible[slots[prefix] - 1] |= visible[slots[prefix[:-1]] - 1]
+    steps = [(index, (slots[name[:at]], name[at])) for index, name in names.items() for at in range(len(name))]
+    edges = sorted({edge for _, edge in steps})
     places = {edge: place for place, edge in enumerate(edges)}
-    visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-    for prefix in inner:
-        for length in range(1, len(prefix) + 1):
-            visible[slots[prefix] - 1, slots[prefix[:length]] - 1] = True
-    pairs = [
-        (index, places[slots[name[:length]], name[length]])
-        for index, name in names.items()
-        for length in range(len(name))
-    ]
     return TokenTrie(
         tokens=torch.tensor([prefix[-1] for prefix in inner], dtype=torch.int64),
         depths=torch.tensor([len(prefix) for prefix in inner], dtype=torch.int64),
         visible=visible,
         edge_slots=torch.tensor([slot for slot, _ in edges]),
         edge_tokens=torch.tensor([token for _, token in edges]),
-        pair_names=torch.tensor([name for name, _ in pairs]),
-        pair_edges=torch.tensor([edge for _, edge in pairs]),
+        pair_names=torch.tensor([index for index, _ in steps]),
+        pair_edges=torch.tensor([places[edge] for _, edge in steps]),
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _tries_of(collator: PlantCollator) -> list[TokenTrie]:
+def tries_of(collator: PlantCollator) -> list[TokenTrie]:
     """Built once for all requests of a web demo: thousands of names take seconds."""
     return build_tries(collator.name_ids)
 
@@ -119,22 +95,11 @@ def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: 
     scores, start = [], 0
     while start < len(batch.samples):
         rows = slice(start, start + micro_batcher.size)
-        samples, inputs = batch.samples[rows], batch.trim(rows)
-        longest = max(sample.prompt_length for sample in samples)
-        _check_window(base, longest + tokens)
+        lengths = [sample.prompt_length for sample in batch.samples[rows]]
+        _check_window(base, max(lengths) + tokens)
         try:
-            scores.append(
-                _score_images(
-                    base,
-                    inputs["input_ids"][:, :longest],
-                    inputs["pixel_values"],
-                    inputs["image_sizes"],
-                    torch.tensor([sample.prompt_length for sample in samples]).to(device),
-                    tries,
-                    names,
-                )
-            )
-            start += len(samples)
+            scores.append(_score_images(base, batch.trim(rows), lengths, tries, names))
+            start += len(lengths)
             continue
         except RuntimeError as error:
             micro_batcher.halve(error, OUT_OF_MEMORY)
@@ -148,13 +113,19 @@ def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: 
     return scores
 
 
-def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tries, names: int) -> torch.Tensor:
-    """(B, C) log-probabilities for prompts (B, T) of `prompt_lengths` (B,) tokens and C = `names` class names."""
+def _score_images(base, inputs: dict, lengths: list[int], tries: list[TokenTrie], names: int) -> torch.Tensor:
+    """(B, C) log-probabilities of C = `names` class names after prompts of `lengths` tokens, all of one micro-batch."""
+    input_ids = inputs["input_ids"][:, : max(lengths)]  # (B, T)
     images, padded = input_ids.shape
+    prompt_lengths = torch.tensor(lengths).to(input_ids.device)  # (B,)
     cache = DynamicCache()
     # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
     hidden = base.model(
-        input_ids=input_ids, pixel_values=pixel_values, image_sizes=image_sizes, past_key_values=cache, use_cache=True
+        input_ids=input_ids,
+        pixel_values=inputs["pixel_values"],
+        image_sizes=inputs["image_sizes"],
+        past_key_values=cache,
+        use_cache=True,
     ).last_hidden_state  # (B, T, width)
     last = hidden[torch.arange(images, device=hidden.device), prompt_lengths - 1]  # (B, width)
     in_prompt = torch.arange(padded, device=hidden.device) < prompt_lengths[:, None]  # (B, T)
@@ -164,11 +135,14 @@ def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tr
         if len(trie.tokens):
             visible = torch.cat(
                 [in_prompt[:, None].expand(-1, len(trie.tokens), -1), trie.visible.expand(images, -1, -1)], dim=2
-            )  # (B, N, T + N)
+            )[:, None]  # (B, 1, N, T + N)
+            # Numbers to add to attention scores: eager attention silently misreads a boolean mask.
+            mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
+            mask.masked_fill_(~visible, torch.finfo(hidden.dtype).min)
             nodes = base.model(
                 input_ids=trie.tokens.expand(images, -1),
                 position_ids=prompt_lengths[:, None] + trie.depths - 1,
-                attention_mask=_additive(visible[:, None], hidden.dtype),
+                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state  # (B, N, width)
@@ -179,83 +153,28 @@ def _score_images(base, input_ids, pixel_values, image_sizes, prompt_lengths, tr
     return scores
 
 
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as numbers to add to attention scores: eager attention silently misreads the boolean one."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
-
-
 def _edge_log_probabilities(head, hidden: torch.Tensor, trie: TokenTrie) -> torch.Tensor:
     """(B, E) log-probability of each edge's token after its slot; logits of a few slots exist at a time."""
     images, slots = hidden.shape[:2]
     step = max(HEAD_ROWS // images, 1)
-    bounds = torch.searchsorted(trie.edge_slots, torch.arange(0, slots + step, step, device=hidden.device)).tolist()
     found = []
-    for number, start in enumerate(range(0, slots, step)):
-        edges = slice(bounds[number], bounds[number + 1])
+    for start in range(0, slots, step):
+        inside = (trie.edge_slots >= start) & (trie.edge_slots < start + step)
+        edge_slots = trie.edge_slots[inside] - start
         logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
-        edge_logits = logits[:, trie.edge_slots[edges] - start, trie.edge_tokens[edges]]
-        found.append(edge_logits - logits.logsumexp(dim=2)[:, trie.edge_slots[edges] - start])
+        edge_logits = logits[:, edge_slots, trie.edge_tokens[inside]]
+        found.append(edge_logits - logits.logsumexp(dim=2)[:, edge_slots])
     return torch.cat(found, dim=1)
 
 
 def _check_window(base, length: int) -> None:
-    window = getattr(base.config.text_config, "sliding_window", None)
-    if window is not None and getattr(base.config.text_config, "use_sliding_window", True) and window < length:
+    config = base.config.text_config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < length:
         raise UserError(
             f"the language model attends to {window:,} tokens only and prompt with name has {length:,}; exact scores "
             "need the whole prompt: use --image-size 336, or --protocol generation"
         )
-
-
-def score_rows(model, collator, rows, batch_size: int, num_workers: int, dtype: torch.dtype) -> Iterator[Score]:
-    """A Score for each row with a readable image; unreadable ones are logged."""
-    for scores, unreadable in score_batches(model, collator, rows, batch_size, num_workers, dtype):
-        for message in unreadable:
-            logger.warning("unreadable image skipped: %s", message)
-        yield from scores
-
-
-def score_batches(
-    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype
-) -> Iterator[tuple[list[Score], list[str]]]:
-    """For each batch of rows, in their order: Scores in any order, and "id: reason" of each unreadable image."""
-    tries, micro_batcher = _tries_of(collator), MicroBatcher(batch_size)
-    for batch in _load(model, rows, batch_size, num_workers, collator):
-        scores = []
-        if batch.samples:
-            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                values = score_batch(model, batch.to(model.device), tries, micro_batcher).tolist()
-            scores = [Score(sample.id, sample.label, logs) for sample, logs in zip(batch.samples, values)]
-        yield scores, batch.unreadable
-
-
-@torch.inference_mode()
-def generate_batches(
-    model, collator: PlantCollator, rows, batch_size: int, num_workers: int, dtype: torch.dtype, max_new_tokens: int
-) -> Iterator[tuple[list[Reply], list[str]]]:
-    """For each batch of rows: greedy replies without special tokens, and "id: reason" of each unreadable image."""
-    tokenizer = collator.processor.tokenizer
-    for batch in _load(model, rows, batch_size, num_workers, collator.prompts):
-        replies = []
-        if batch.samples:
-            inputs = batch.to(model.device)
-            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-                ids = model.generate(
-                    **inputs,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            replies = [Reply(sample.id, sample.label, text) for sample, text in zip(batch.samples, texts, strict=True)]
-        yield replies, batch.unreadable
-
-
-def _load(model, rows, batch_size: int, num_workers: int, collate: Callable) -> Iterator[Batch]:
-    model.eval()
-    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers)
-    yield from tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
 
 
 def rank_true_classes(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

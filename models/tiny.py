@@ -7,12 +7,12 @@ The same classes as a full-size checkpoint, so that everything from the collator
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import (
     BitsAndBytesConfig,
     CLIPVisionConfig,
@@ -31,28 +31,38 @@ PATCH = 14
 
 
 class Size(NamedTuple):
-    tile: int  # pixels; one pinpoint of this side, so that a square image is two tiles
-    width: int  # of vision tower and language model
-    heads: int
-    vision_layers: int
-    layers: int
-    # transformers' initializer_range of 0.02 suits widths in the thousands; narrow models hardly learn with it.
-    initializer_range: float
-    pinpoints: tuple[tuple[int, int], ...] | None = None  # (height, width) of the tilings; None: one tile
+    """The numbers of a LLaVA-NeXT."""
+
+    tile: int  # pixels
+    pinpoints: list[list[int]]  # (height, width) of the tilings
+    text: dict[str, Any]  # settings of the language model
+    vision: dict[str, Any]  # settings of the vision tower
+    feature_layer: int = -2  # of the vision tower
+
+
+def _small(tile: int, width: int, heads: int, vision_layers: int, layers: int, initializer_range: float) -> Size:
+    """One pinpoint of a tile's side, so that a square image is two tiles; both parts are as wide.
+
+    transformers' initializer_range of 0.02 suits widths in the thousands; narrow models hardly learn with it.
+    """
+    shared = {"hidden_size": width, "num_attention_heads": heads}
+    text = {"num_hidden_layers": layers, "intermediate_size": 3 * width, "num_key_value_heads": heads}
+    text |= {"max_position_embeddings": 4096, "initializer_range": initializer_range}
+    vision = {"num_hidden_layers": vision_layers, "intermediate_size": 4 * width, "projection_dim": width}
+    return Size(tile, [[tile, tile]], shared | text, shared | vision, feature_layer=-1)
 
 
 SIZES = {
-    "tiny": Size(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
-    "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
+    "tiny": _small(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
+    "scratch": _small(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
     # The shape of llava-v1.6-mistral-7b, to measure a GPU with: 7.57 billion weights, 1,176 to 2,928 image tokens.
     "full": Size(
         tile=336,
-        width=4096,
-        heads=32,
-        vision_layers=24,
-        layers=32,
-        initializer_range=0.02,
-        pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+        pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        text=dict(vocab_size=32064, max_position_embeddings=32768, rope_theta=1e6),  # all else as MistralConfig has it
+        vision=dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=768
+        ),
     ),
 }
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -71,17 +81,12 @@ def build_tiny_processor(
     special_tokens: dict[str, str] = SPECIAL_TOKENS,
 ) -> LlavaNextProcessor:
     """A processor over a byte-level BPE tokenizer whose words are those of `texts` (class names, the question)."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        show_progress=False,
-        special_tokens=[*special_tokens.values(), IMAGE_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    trained = ByteLevelBPETokenizer()
     # Names follow the response_prefix's space in training, so the words are learned with it.
-    tokenizer.train_from_iterator([f"[INST] {text} [/INST]" for text in texts], trainer)
+    texts = [f"[INST] {text} [/INST]" for text in texts]
+    special = [*special_tokens.values(), IMAGE_TOKEN]
+    trained.train_from_iterator(texts, vocab_size=4096, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     bos = special_tokens.get("bos_token")
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -91,7 +96,7 @@ def build_tiny_processor(
         image_processor=LlavaNextImageProcessorPil(
             size={"shortest_edge": size.tile},
             crop_size={"height": size.tile, "width": size.tile},
-            image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints or ((size.tile, size.tile),)],
+            image_grid_pinpoints=size.pinpoints,
         ),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
@@ -107,68 +112,32 @@ def build_tiny_processor(
     )
 
 
+def build_config(processor: LlavaNextProcessor, size: Size, text_config: type = MistralConfig) -> LlavaNextConfig:
+    """For a processor of build_tiny_processor."""
+    ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = text_config(**{"vocab_size": len(processor.tokenizer)} | size.text | ids)
+    if hasattr(text, "sliding_window"):
+        text.sliding_window = None
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(image_size=size.tile, patch_size=PATCH, **size.vision),
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=size.pinpoints,
+        vision_feature_layer=size.feature_layer,
+        **ids,
+    )
+
+
 def build_tiny_model(
     processor: LlavaNextProcessor, seed: int, size: Size = SIZES["tiny"], text_config: type = MistralConfig
 ) -> LlavaNextForConditionalGeneration:
     """Random weights for a processor of build_tiny_processor; float32, on the CPU."""
-    text = text_config(
-        vocab_size=len(processor.tokenizer),
-        intermediate_size=3 * size.width,
-        num_key_value_heads=size.heads,
-        max_position_embeddings=4096,
-        **_text_shape(processor, size),
-    )
-    if hasattr(text, "sliding_window"):
-        text.sliding_window = None
-    vision = dict(hidden_size=size.width, intermediate_size=4 * size.width, num_attention_heads=size.heads)
-    config = _join(processor, size, text, vision | {"projection_dim": size.width}, vision_feature_layer=-1)
+    config = build_config(processor, size, text_config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaNextForConditionalGeneration(config).float()
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
-
-
-def full_config(processor: LlavaNextProcessor) -> LlavaNextConfig:
-    """The shape of llava-v1.6-mistral-7b for a processor of build_tiny_processor."""
-    size = SIZES["full"]
-    text = MistralConfig(
-        vocab_size=32064,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        sliding_window=None,
-        **_text_shape(processor, size),
-    )
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=768)
-    return _join(processor, size, text, vision)
-
-
-def _text_shape(processor: LlavaNextProcessor, size: Size) -> dict:
-    return {
-        "hidden_size": size.width,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "initializer_range": size.initializer_range,
-        **_special_ids(processor),
-    }
-
-
-def _special_ids(processor: LlavaNextProcessor) -> dict[str, int]:
-    return {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _join(processor: LlavaNextProcessor, size: Size, text, vision: dict, **options) -> LlavaNextConfig:
-    tower = CLIPVisionConfig(num_hidden_layers=size.vision_layers, image_size=size.tile, patch_size=PATCH, **vision)
-    return LlavaNextConfig(
-        vision_config=tower,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_grid_pinpoints=[list(pinpoint) for pinpoint in size.pinpoints or ((size.tile, size.tile),)],
-        **options,
-        **_special_ids(processor),
-    )
 
 
 def build_random_model(

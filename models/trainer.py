@@ -3,13 +3,11 @@
 Shapes: B images, T text and image tokens, P tiles per image, H W tile side, K supervised positions of any sample.
 """
 
-import dataclasses
 import functools
 import math
 import pickle
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,45 +16,29 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from data.collator import IGNORED, Batch
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from models.builder import PlantModel, load_weights, unwrap
-from models.callbacks import BestCheckpoint, CheckpointKeeper, EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.callbacks import BestCheckpoint, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
-from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory, unshard_weights
+from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
 from models.scoring import build_tries, rank_true_classes, score_batch
 from models.throughput import FlopCounter
 from models.training_arguments import build_arguments
-from runtime.checkpoint import create_checkpoint_dir, read_best, verify_checkpoint
-from runtime.device import is_out_of_memory
-from runtime.distributed import Distributed, all_reduce_gradients, shard_batches, unsharded
+from runtime.checkpoint import create_checkpoint_dir, read_best, rotate, verify_checkpoint, write_manifest
+from runtime.device import is_out_of_memory, synchronize
+from runtime.distributed import (
+    Distributed,
+    all_reduce_gradients,
+    shard_batches,
+    shard_frozen_parameters,
+    unshard,
+    unsharded,
+)
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
-
-
-@dataclasses.dataclass
-class StepState:
-    """The optimizer step in progress, and what it must leave as it was if it is skipped or interrupted."""
-
-    batch: dict = dataclasses.field(default_factory=dict)
-    loss: torch.Tensor | None = None  # 0-d, on the device
-    loss_sum: torch.Tensor | None = None  # the Trainer's sum of losses before this step
-    random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
-    skipped: list[str] = dataclasses.field(default_factory=list)  # what was non-finite in the last steps in a row
-
-
-class StepValues(NamedTuple):
-    """What is read from the device in an optimizer step: sums over all ranks, and the mean loss."""
-
-    loss: float
-    miscounted: float  # samples whose number of image tokens is not the collator's
-    images: float
-    image_tokens: float
-    flops: float
-    unreadable: float  # images
-    stops: float  # ranks that have received a signal
-    grad_norm: float
 
 
 class PlantTrainer(Trainer):
@@ -64,13 +46,11 @@ class PlantTrainer(Trainer):
 
     - a loader batch is a whole optimizer step, which `training_step` splits into micro-batches. Each loss is divided by
       the tokens of the whole step: the sum is the exact token mean and the order of images is the same for any split;
-    - after out-of-memory the same step is retried with half the micro-batch from its own random state; `plan_memory`
-      finds out beforehand what fits;
-    - once per step, after clipping and before the weights are updated, loss, gradient norm and image-token counts are
-      read from the device: a non-finite value skips the step or stops the run, a wrong count stops it;
+    - after out-of-memory the same step is retried with half the micro-batch from its own random state;
+    - once per step, after clipping and before the weights are updated, the device is read: a non-finite loss or norm
+      skips the step or stops the run, a wrong count of image tokens stops it;
     - `train` resumes exactly, saves and raises Interrupted on a signal, and ends with an evaluation;
-    - `evaluate` scores every class name on every image: top-1, top-5, and the loss as the exact token mean. It leaves
-      the random state of the training as it was; the best weights are kept in best/;
+    - `evaluate` scores every class name on every image and leaves the random state of the training as it was;
     - the projector may have a learning rate of its own.
     """
 
@@ -82,6 +62,7 @@ class PlantTrainer(Trainer):
         projector_learning_rate: float | None = None,
         max_unreadable_fraction: float = 0.0,
         max_skipped_steps: int = 0,
+        save_total_limit: int = 1,
         **kwargs,
     ):
         self.run = run
@@ -90,12 +71,15 @@ class PlantTrainer(Trainer):
         self.micro_batcher = MicroBatcher(micro_batch_size)
         self.projector_learning_rate = projector_learning_rate
         self.max_skipped_steps = max_skipped_steps
+        self.save_total_limit = save_total_limit
         self.stop = StopRequest()
-        self.step = StepState()
+        self.step_batch: Batch | None = None  # of the optimizer step in progress
+        self.step_loss: torch.Tensor | None = None  # 0-d, on the device
+        self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
+        self.skipped: list[str] = []  # what was non-finite in the last steps in a row
         self.step_metrics: dict = {}  # of the last complete step, for RunLog
         self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
         self.fsdp_modules: list = []  # modules whose frozen weights are sharded across ranks
-        self.dummy_micro_batch: dict = {}  # all labels -100, so that every rank takes part in each FSDP all-gather
         super().__init__(**kwargs)
         base = unwrap(self.model)
         self.fused = get_fused_layers(base.model.language_model.layers)
@@ -106,10 +90,8 @@ class PlantTrainer(Trainer):
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.streams = isinstance(self.train_dataset, IterableDataset)
-        self.unreadable_train, self.unreadable_val = (
-            UnreadableImages(split, count_images(rows or ()), max_unreadable_fraction)
-            for split, rows in (("train", self.train_dataset), ("val", self.eval_dataset))
-        )
+        self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_unreadable_fraction)
+        self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_unreadable_fraction)
         if self.streams:
             self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
             # The order of images depends on the number of workers, so every rank has what the smallest machine can.
@@ -122,11 +104,10 @@ class PlantTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.projector_learning_rate is not None:
-            projector = {id(p) for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
+            projector = {p for name, p in self.model.named_parameters() if "multi_modal_projector" in name}
             for group in list(optimizer.param_groups):
-                in_projector = [p for p in group["params"] if id(p) in projector]
-                if in_projector:
-                    group["params"] = [p for p in group["params"] if id(p) not in projector]
+                if in_projector := [p for p in group["params"] if p in projector]:
+                    group["params"] = [p for p in group["params"] if p not in projector]
                     optimizer.add_param_group(group | {"params": in_projector, "lr": self.projector_learning_rate})
             # The first group's learning rate is logged, so it must not be empty.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -139,12 +120,11 @@ class PlantTrainer(Trainer):
         device = self.args.device
         if inputs.samples:
             inputs.check_tensors(self.tile, device)
-        self.step.batch = inputs
-        self.step.loss_sum = self._tr_loss.clone() if self.is_in_train else None
+        self.step_batch = inputs
         random_state = _get_random_state(device)
         while True:
             try:
-                self.step.loss = self.forward_backward(model, inputs, num_items_in_batch)
+                self.step_loss = self.forward_backward(model, inputs, num_items_in_batch)
                 break
             except RuntimeError as error:
                 self.halve_micro_batch(error)
@@ -154,7 +134,7 @@ class PlantTrainer(Trainer):
             _set_random_state(random_state, device)
         if self.dist.world_size > 1:
             all_reduce_gradients(self.model.parameters(), self.dist.world_size)
-        return self.step.loss
+        return self.step_loss.nan_to_num(0.0, 0.0, 0.0)  # otherwise the mean loss that trackers get would stay NaN
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
@@ -171,22 +151,29 @@ class PlantTrainer(Trainer):
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
 
+    @functools.cached_property
+    def dummy_micro_batch(self) -> dict:
+        """One image without a label, so that a rank with fewer micro-batches takes part in each FSDP all-gather."""
+        row = self.data_collator.largest_row(())
+        (dummy,) = self.data_collator([row]).to(self.args.device).split(1)
+        return dummy | {name: torch.full_like(dummy[name], IGNORED) for name in ("labels", "shift_labels")}
+
     def halve_micro_batch(self, error: RuntimeError) -> None:
         """Make the next attempt smaller. Raises `error` unless it is out-of-memory, and UserError if nothing is left.
 
         With micro-batch 1, what is left is to checkpoint the activations of all layers and offload them to the CPU.
         """
-        step = self.state.global_step + 1
+        step, measure = self.state.global_step + 1, ""
         message = f"step {step}: {out_of_memory_message(self)}"
-        if self.fsdp_modules and is_out_of_memory(error):
+        if not is_out_of_memory(error):
+            raise error
+        if self.fsdp_modules:
             raise UserError(message) from error
-        can_offload = any(layer.keep or not layer.offload for layer in self.fused)
-        if self.micro_batcher.size == 1 and can_offload and is_out_of_memory(error):
+        if self.micro_batcher.size == 1 and any(layer.keep or not layer.offload for layer in self.fused):
             set_activation_checkpointing(self.fused, 0, offload=True)
             measure = ", activation checkpointing in all layers, offloaded to the CPU"
         else:
             self.micro_batcher.halve(error, message)
-            measure = ""
         size = self.micro_batcher.size
         logger.warning("step %d: out of memory; from here on retrying with micro-batch %d%s", step, size, measure)
 
@@ -194,39 +181,43 @@ class PlantTrainer(Trainer):
         """Called between clipping and the optimizer's update: the one place in a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         values = self.read_step(grad_norm)
-        if values.stops and self.dist.world_size > 1:
+        if values["stops"] and self.dist.world_size > 1:
             raise Interrupted
         self.check_step(values)
-        self.step.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
+        self.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
         return grad_norm
 
-    def read_step(self, grad_norm: torch.Tensor) -> StepValues:
-        batch, device = self.step.batch, self.args.device
-        miscounted = torch.zeros((), device=device)
+    def read_step(self, grad_norm: torch.Tensor) -> dict[str, float]:
+        """Mean loss, norm of the gradient, and sums over all ranks.
+
+        `miscounted`: samples whose number of image tokens is not the collator's; `stops`: ranks with a signal.
+        """
+        batch, miscounted = self.step_batch, torch.zeros_like(self.step_loss)
         if batch.samples:
             is_image_token = batch["input_ids"] == self.processing_class.image_token_id
             miscounted = (is_image_token.sum(dim=1) != batch["image_tokens"]).sum()
-        counts = [
-            len(batch.samples),
-            sum(sample.image_tokens for sample in batch.samples),
-            sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
-            len(batch.unreadable),
-            self.stop.signal is not None,
-        ]
-        counts = torch.tensor(counts, dtype=torch.float32).to(device)
-        values = torch.cat([torch.stack([self.step.loss.float(), miscounted.float()]), counts])
+        counts = {
+            "images": len(batch.samples),
+            "image_tokens": sum(sample.image_tokens for sample in batch.samples),
+            "flops": sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
+            "unreadable": len(batch.unreadable),
+            "stops": self.stop.signal is not None,
+        }
+        values = torch.tensor(list(counts.values()), dtype=torch.float32).to(self.args.device)
+        values = torch.cat([torch.stack([self.step_loss.float(), miscounted.float()]), values])
         if self.dist.world_size > 1:
             torch.distributed.all_reduce(values)
             values[0] /= self.dist.world_size
-        return StepValues._make(torch.cat([values, grad_norm.to(values).reshape(1)]).tolist())
+        values = torch.cat([values, grad_norm.to(values).reshape(1)]).tolist()
+        return dict(zip(("loss", "miscounted", *counts, "grad_norm"), values))
 
-    def check_step(self, values: StepValues) -> None:
+    def check_step(self, values: dict[str, float]) -> None:
         """Fill `step_metrics`; raise the same error on every rank for a step that must not update the weights."""
-        step, loss, norm, batch = self.state.global_step + 1, values.loss, values.grad_norm, self.step.batch
-        if values.unreadable:
+        step, loss, norm, batch = self.state.global_step + 1, values["loss"], values["grad_norm"], self.step_batch
+        if values["unreadable"]:
             unreadable = self.dist.gather_object(batch.unreadable)
             self.unreadable_train.add(unreadable, self.dist.is_main_process)
-            if not values.images:
+            if not values["images"]:
                 raise UserError(
                     f"step {step}: none of its images can be read; fix or remove them ({'; '.join(unreadable[:5])})"
                 )
@@ -235,17 +226,17 @@ class PlantTrainer(Trainer):
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "grad_norm": norm if math.isfinite(norm) else None,
             "learning_rate": self._get_learning_rate(),
-            "images": int(values.images),
-            "image_tokens": int(values.image_tokens),
-            "flops": values.flops,
+            "images": int(values["images"]),
+            "image_tokens": int(values["image_tokens"]),
+            "flops": values["flops"],
         }
-        if math.isfinite(loss) and math.isfinite(norm) and not values.miscounted:
-            self.step.skipped.clear()
+        if math.isfinite(loss) and math.isfinite(norm) and not values["miscounted"]:
+            self.skipped.clear()
             return
         ids = ", ".join(self.dist.gather_object([sample.id for sample in batch.samples]))
-        if values.miscounted:
+        if values["miscounted"]:
             raise UserError(
-                f"step {step}: the number of image tokens of {values.miscounted:.0f} samples changed between the "
+                f"step {step}: the number of image tokens of {values['miscounted']:.0f} samples changed between the "
                 f"collator and the step; the weights were not updated, please report this (samples: {ids})"
             )
         self.handle_non_finite_step(loss, norm, ids)
@@ -262,26 +253,30 @@ class PlantTrainer(Trainer):
             self.step_metrics["skipped"] = "overflow"
             return
         reason = f"step {step}: loss {loss}, gradient norm {norm}"
-        self.step.skipped.append(f"{reason} (samples: {ids})")
-        if len(self.step.skipped) > self.max_skipped_steps:
-            steps = "this step" if len(self.step.skipped) == 1 else f"the last {len(self.step.skipped)} steps"
+        self.skipped.append(f"{reason} (samples: {ids})")
+        if len(self.skipped) > self.max_skipped_steps:
+            steps = "this step" if len(self.skipped) == 1 else f"the last {len(self.skipped)} steps"
             raise UserError(
                 f"{reason}; the weights were not updated in {steps}. Check these images, or use a lower "
-                f"--learning-rate or --mixed-precision bf16: {'; '.join(self.step.skipped)}"
+                f"--learning-rate or --mixed-precision bf16: {'; '.join(self.skipped)}"
             )
         if self.dist.is_main_process:
             logger.warning("%s; the step is skipped (samples: %s)", reason, ids)
         self.step_metrics["skipped"] = "not finite"
         self.model.zero_grad()  # without gradients the optimizer updates nothing
-        self._tr_loss.copy_(self.step.loss_sum)  # otherwise the mean loss that trackers get would stay NaN
 
     # ---- the run
 
     def plan_memory(self, steps_left: float | None = None) -> None:
         """Choose what fits the GPU; `steps_left` None: those after the run's checkpoint. Raises UserError."""
-        rows = sample_rows(self.train_dataset)
-        left = self.planned_steps() - step_of(self.run.resume_from) if steps_left is None else steps_left
-        plan_memory(self, self.memory_options, self.data_collator.largest_row(rows), left)
+        if steps_left is None:
+            steps_left = self.planned_steps() - step_of(self.run.resume_from)
+        plan_memory(self, self.data_collator.largest_row(sample_rows(self.train_dataset)), steps_left)
+
+    def shard_weights(self) -> None:
+        """Shard the frozen weights across ranks."""
+        self.fsdp_modules = shard_frozen_parameters(unwrap(self.model))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -329,17 +324,14 @@ class PlantTrainer(Trainer):
         saved.is_local_process_zero = self.is_local_process_zero()
         if self.streams:
             self.train_dataset.skip_steps(saved.global_step)
-        interval = self.args.eval_steps if self.args.eval_strategy == "steps" and self.eval_dataset is not None else 0
-        if interval and saved.global_step % interval == 0 and not is_evaluated:  # interrupted before its evaluation
+        evaluates = self.args.eval_strategy == "steps" and self.eval_dataset is not None
+        if evaluates and saved.global_step % self.args.eval_steps == 0 and not is_evaluated:  # it was interrupted
             self._load_from_checkpoint(str(checkpoint))
             self.state, known = saved, len(saved.log_history)
             self.evaluate()
             self.backfilled_evals = saved.log_history[known:]
-        stopped_early = any(
-            callback.is_over(saved.log_history)
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStopping)
-        )
+        stops_early = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStopping)]
+        stopped_early = any(callback.is_over(saved.log_history) for callback in stops_early)
         if saved.global_step < self.planned_steps() and not stopped_early:
             return True
         self._load_from_checkpoint(str(checkpoint))  # no step is left, where transformers would do one more
@@ -350,22 +342,19 @@ class PlantTrainer(Trainer):
         """Raise Interrupted on every rank if any rank has received a signal."""
         if self.dist.world_size == 1:
             self.stop.check()
-            return
-        stops = torch.tensor(float(self.stop.signal is not None), device=self.args.device)
-        torch.distributed.all_reduce(stops)
-        if stops.item():
+        elif any(self.dist.gather_object([self.stop.signal is not None])):
             raise Interrupted
 
     def save_now(self) -> None:
         """A checkpoint of the last complete step, unless there is one; a step in progress leaves no trace in it."""
-        if self.step.random_state is None or self.args.save_strategy == "no":
+        if self.random_state is None or self.args.save_strategy == "no":
             return
         folder = self.run.folder / f"{PREFIX}{self.state.global_step}"
         is_saved = self.dist.is_main_process and folder.exists() and verify_checkpoint(folder) is None
         if self.dist.gather_object([is_saved])[0]:
             return
         self.model.zero_grad()
-        _set_random_state(self.step.random_state, self.args.device)
+        _set_random_state(self.random_state, self.args.device)
         self._save_checkpoint(self.model, None)
         self.callback_handler.on_save(self.args, self.state, self.control)
         logger.info("saved | %s", folder)
@@ -381,7 +370,9 @@ class PlantTrainer(Trainer):
         step = self.dist.gather_object([step])[0]
         if step != self.state.global_step:
             load_weights(self.model, folder)
-        unshard_weights(self)  # last: reading or writing a state dict reshards
+        unshard(self.fsdp_modules)  # last: reading or writing a state dict reshards
+        synchronize(self.args.device)
+        self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches
         logger.info("result | %s holds the weights of step %d", folder, step)
 
     def _load_scaler(self, checkpoint):
@@ -401,11 +392,15 @@ class PlantTrainer(Trainer):
         load_weights(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
+        folder = self.run.folder / f"{PREFIX}{self.state.global_step}"
         if self.dist.is_main_process:
-            create_checkpoint_dir(self.run.folder / f"{PREFIX}{self.state.global_step}", self.run.run_id)
+            create_checkpoint_dir(folder, self.run.run_id)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each rank writes its random state, then rank 0 the manifest
+        if self.dist.is_main_process:
+            write_manifest(folder)
+            rotate(self.run.folder, self.run.run_id, self.save_total_limit)
 
     def get_train_dataloader(self):
         if not self.streams:
@@ -457,12 +452,12 @@ class PlantTrainer(Trainer):
                 correct, rank, log_likelihood = rank_true_classes(scores, labels)
                 tokens = [sample.length - sample.prompt_length for sample in batch.samples]
                 ids = [sample.id for sample in batch.samples]
-                scored += zip(ids, zip(tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist()))
+                scored += zip(ids, tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist())
         unreadable = self.dist.gather_object(unreadable)
         self.unreadable_val.add(unreadable, self.dist.is_main_process)
         # In the same order for any number of ranks: sums of floating-point numbers depend on it.
         scored = sorted(self.dist.gather_object(scored), key=lambda entry: entry[0])
-        tokens, correct, rank, log_likelihood = np.array([values for _, values in scored]).T
+        tokens, correct, rank, log_likelihood = np.array([values for _, *values in scored]).T
         return {
             "loss": float(-log_likelihood.sum() / tokens.sum()),
             "top1": float(correct.mean()),
@@ -497,6 +492,7 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
             config.projector_learning_rate,
             config.max_unreadable_fraction,
             config.max_skipped_steps,
+            config.save_total_limit,
             model=plant.model,
             args=build_arguments(config, plant.precision, plant.device, plant.collator.batch_bytes(largest_batch)),
             data_collator=plant.collator,
@@ -509,12 +505,11 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
             raise
         raise UserError(f"--report-to {config.report_to}: {error}") from error
     trainer.remove_callback(PrinterCallback)  # of raw dictionaries
-    callbacks = [RunLog(trainer), MemoryCollector(), CheckpointKeeper(run.run_id, config.save_total_limit)]
+    trainer.add_callback(RunLog(trainer))
+    trainer.add_callback(MemoryCollector())
     if sys.stderr.isatty():
-        callbacks.append(ProgressBar())
+        trainer.add_callback(ProgressBar())
     if config.early_stopping_patience is not None:
         patience, min_gain = config.early_stopping_patience, config.early_stopping_min_gain
-        callbacks.append(EarlyStopping(patience, min_gain, len(data.validation)))
-    for callback in callbacks:
-        trainer.add_callback(callback)
+        trainer.add_callback(EarlyStopping(patience, min_gain, len(data.validation)))
     return trainer

@@ -42,7 +42,7 @@ def build_arguments(
         "report_to": config.report_to.split(","),
         "eval_strategy": "steps" if config.eval_steps else "no",
         "save_strategy": "steps",
-        "save_total_limit": None,  # CheckpointKeeper rotates: transformers would delete before the manifest is written
+        "save_total_limit": None,  # PlantTrainer rotates: transformers would delete before the manifest is written
         "dataloader_num_workers": fit_workers(config.num_workers, batch_bytes),
         "dataloader_pin_memory": config.pin_memory and device.type == "cuda",
         "ignore_data_skip": config.streaming,  # a stream skips what it has trained on by itself

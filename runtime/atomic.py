@@ -25,8 +25,7 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     for leftover in (draft, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
@@ -36,18 +35,15 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(old)
     draft.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def require_disk_space(folder: Path, needed: float, purpose: str, next_move: str) -> None:
     """Raise UserError unless the disk of `folder` has `needed` bytes for `purpose`, such as "the checkpoints need"."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            f"{folder}: its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB; free space, or "
-            f"{next_move}"
-        )
+        problem = f"its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB"
+        raise UserError(f"{folder}: {problem}; free space, or {next_move}")
 
 
 def beside(path: Path) -> tuple[Path, Path]:

@@ -5,14 +5,14 @@ valid manifest they are none: corrupted ones are renamed, and the newest valid o
 run before anything else: what another run wrote is neither resumed, renamed nor deleted.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from runtime.atomic import beside, replace_dir, require_disk_space, sync, write_file
-from runtime.legacy import renamed
-from runtime.run_files import BEST, PREFIX, checkpoints_in, step_of, truncate_metrics
+from runtime.run_files import BEST, PREFIX, checkpoints_in, read_json, step_of, truncate_metrics
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
@@ -26,11 +26,10 @@ MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 def write_manifest(folder: Path) -> None:
     """Sync every file of the directory to disk, then record its size and sha256 in manifest.json, synced last."""
     entries = {}
-    for path in sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, MODEL_CARD)
-    ):
-        sync(path)
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (MANIFEST, MODEL_CARD):
+            sync(path)
+            entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_file(folder / MANIFEST, json.dumps(entries, indent=2))
 
 
@@ -91,14 +90,13 @@ def _require_own(checkpoint: Path, run_id: str) -> None:
 
 def _is_own(checkpoint: Path, run_id: str) -> bool:
     """Whether the run wrote this checkpoint: by its id or, where that is corrupted, the id's hash in the manifest."""
-    file = checkpoint / RUN_ID_FILE
-    if file.is_file() and file.read_text(encoding="utf-8", errors="replace") == run_id:
-        return True
-    try:
+    with contextlib.suppress(OSError):
+        if (checkpoint / RUN_ID_FILE).read_text(encoding="utf-8", errors="replace") == run_id:
+            return True
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         recorded = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))[RUN_ID_FILE]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return recorded == hashlib.sha256(run_id.encode()).hexdigest()
+        return recorded == hashlib.sha256(run_id.encode()).hexdigest()
+    return False
 
 
 def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
@@ -133,20 +131,14 @@ def fork_checkpoint(checkpoint: Path, run_folder: Path, run_id: str) -> Path:
 
 def recover_interrupted_replace(folder: Path) -> None:
     """Finish a replacement that was killed between its two renames: take the complete draft, or the old directory."""
-    if not folder.exists():
-        for candidate in beside(folder):
-            if verify_checkpoint(candidate) is None:
-                candidate.rename(folder)
-                return
+    for candidate in beside(folder):
+        if not folder.exists() and verify_checkpoint(candidate) is None:
+            candidate.rename(folder)
 
 
 def read_best(folder: Path) -> dict | None:
     """Step and metrics of best/, or None where it is missing or corrupted."""
-    return _read_best(folder) if verify_checkpoint(folder) is None else None
-
-
-def _read_best(folder: Path) -> dict:
-    return json.loads((folder / METRICS_OF_BEST).read_text(encoding="utf-8"), object_hook=renamed)
+    return read_json(folder / METRICS_OF_BEST) if verify_checkpoint(folder) is None else None
 
 
 def describe_best(folder: Path) -> str:
@@ -154,7 +146,7 @@ def describe_best(folder: Path) -> str:
     problem = verify_checkpoint(folder)
     if problem is not None:
         raise UserError(f"{folder}: holds no complete weights ({problem}); complete the run by its own command")
-    return f"step {_read_best(folder)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
+    return f"step {read_json(folder / METRICS_OF_BEST)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 
 
 def check_disk(run_folder: Path, num_trainable: int, keep: int) -> None:

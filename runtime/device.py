@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from config.training_config import CPU_MODELS
-from runtime.distributed import get_local_rank, get_world_size
+from runtime.distributed import get_world_size, launch_number
 from utils.logging_utils import UserError, logger
 
 GIB = 2**30
@@ -21,22 +21,18 @@ BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts
 def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = False) -> torch.device:
     """CUDA, limited to its share of the GPU; else the CPU for small models, or Apple's MPS for one of CPU_MODELS.
 
-    Raises UserError for a model that needs a GPU where torch sees none, for more ranks than GPUs, and for several ranks
-    unless the caller can use them.
+    Raises UserError where the model needs a GPU or a rank has none, and for several ranks unless the caller takes them.
     """
     if not several_ranks:
         refuse_several_ranks()
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        raise UserError(
-            f"--model {model}: no such folder; use one with config.json and *.safetensors, or a Hugging Face Hub id"
-        )
+        move = "use one with config.json and *.safetensors, or a Hugging Face Hub id"
+        raise UserError(f"--model {model}: no such folder; {move}")
     if torch.cuda.is_available():
-        num_gpus, index = torch.cuda.device_count(), get_local_rank()
+        num_gpus, index = torch.cuda.device_count(), launch_number("LOCAL_RANK", 0)
         if index >= num_gpus:
-            raise UserError(
-                f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. Start one rank per GPU "
-                f"(torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
-            )
+            move = f"Start one rank per GPU (torchrun --nproc-per-node {num_gpus}), or check CUDA_VISIBLE_DEVICES."
+            raise UserError(f"LOCAL_RANK={index}: torch sees {num_gpus} GPUs on this machine. {move}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu_memory_fraction, device)
@@ -45,25 +41,18 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
         return device
     if model in CPU_MODELS:
         return torch.device("mps" if torch.backends.mps.is_available() and get_world_size() == 1 else "cpu")
-    if (
-        Path(model).is_dir()
-        and sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) < CPU_LIMIT_BYTES
-    ):
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if Path(model).is_dir() and weights < CPU_LIMIT_BYTES:
         return torch.device("cpu")
-    raise UserError(
-        f"--model {model}: needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try "
-        "--preset tiny, which runs on the CPU"
-    )
+    move = "check nvidia-smi and the driver, or try --preset tiny, which runs on the CPU"
+    raise UserError(f"--model {model}: needs a CUDA GPU and torch sees none; {move}")
 
 
 def refuse_several_ranks() -> None:
     """Raise UserError in one of several ranks."""
     world_size = get_world_size()
     if world_size > 1:
-        raise UserError(
-            f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun; only train.py "
-            "and evaluate.py run on several ranks."
-        )
+        raise UserError(f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun.")
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
@@ -140,9 +129,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, cuBLAS, Triton or the driver (asked for page-locked memory) says so."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    message = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or (isinstance(error, RuntimeError) and ("out of memory" in message.lower() or "ALLOC_FAILED" in message))
-    )
+    message = str(error).lower()
+    says_so = isinstance(error, RuntimeError) and ("out of memory" in message or "alloc_failed" in message)
+    return says_so or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

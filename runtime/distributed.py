@@ -2,13 +2,12 @@
 
 A launcher (torchrun, accelerate launch, Slurm) starts a process for each GPU and says by environment variables which is
 which. Each rank takes every n-th sample of the same batches, so the order of samples and a step's exact token mean are
-those of a single rank, whatever is left over at the end. Gradients are all-reduced once, after the last micro-batch,
-and not by DDP's hooks in its backward pass: a rank that runs out of memory there could not retry it, for the other
-ranks would wait in the middle of the reduction.
+those of a single rank. Gradients are all-reduced once, after the last micro-batch, and not by DDP's hooks in its
+backward pass: a rank that runs out of memory there could not retry it while other ranks wait in the reduction.
 
-Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank: an adapter is small, so
-gradients, optimizer and checkpoints are the same with and without sharding, and either resumes from the other's.
-accelerate's FSDP would shard those too, and then all ranks have to take part in all forwards and saves.
+Frozen weights may be sharded with torch's FSDP. Trainable parameters stay whole on each rank, so gradients, optimizer
+and checkpoints are the same with and without sharding, and either resumes from the other's. accelerate's FSDP would
+shard those too, and then all ranks have to take part in all forwards and saves.
 """
 
 import contextlib
@@ -21,8 +20,7 @@ import sys
 import threading
 import time
 import traceback
-import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +30,29 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
-from runtime.watchdog import INTERRUPTED, RESUME, Watchdog
-from utils.logging_utils import UserError, first_line, logger, report_as_rank
-
-if typing.TYPE_CHECKING:
-    from bitsandbytes.nn import Linear4bit
-    from torch.distributed.fsdp import FSDPModule
+from runtime.watchdog import INTERRUPTED, RESUME, Watchdog, exit_at_once, heartbeat_key
+from utils.logging_utils import UserError, first_line, report_as_rank
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 RENDEZVOUS_S = 60  # seconds in which all ranks must have found each other
-COLLECTIVE_S = (
-    3600  # seconds that a rank may wait in a collective: for a data set to be read, a checkpoint to be written
-)
+COLLECTIVE_S = 3600  # seconds that a rank may wait for others: one reads a data set, or writes a checkpoint
 LOST_RANK = ("Connection reset by peer", "Connection closed by peer", "remote process exited")  # says gloo, or NCCL
 HOW_TO_START = "Start with torchrun, or under Slurm as the README shows."
 
 
 def get_world_size() -> int:
     """Number of ranks, by the launcher's variables; 1 without a launcher."""
-    return _number("WORLD_SIZE", 1)
-
-
-def get_local_rank() -> int:
-    """Index of this rank, and so of its GPU, on its machine."""
-    return _number("LOCAL_RANK", 0)
+    return launch_number("WORLD_SIZE", 1)
 
 
 def get_local_world_size() -> int:
     """Number of ranks on this machine."""
-    return _number("LOCAL_WORLD_SIZE", 1)
+    return launch_number("LOCAL_WORLD_SIZE", 1)
 
 
-def _number(name: str, default: int) -> int:
+def launch_number(name: str, default: int) -> int:
+    """A variable that the launcher sets, such as LOCAL_RANK: this rank's index, and its GPU's, on its machine."""
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"{name}={text}: is not a number. Start with torchrun, or unset it.")
@@ -75,18 +63,15 @@ class Distributed:
     """The ranks that work on one model, as one of them sees it. Rank 0, the main process, writes the run directory."""
 
     def __init__(self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, store=None):
-        self.rank = rank
-        self.world_size = world_size
+        self.rank, self.world_size, self.is_main_process = rank, world_size, rank == 0
         self.device = device or torch.device("cpu")
-        self.is_main_process = rank == 0
-        self._store = store
-        self._broadcasts = 0
+        self._store, self._broadcasts = store, 0
 
     def broadcast_object(self, value):
-        """The main process's value, as JSON takes it; those of other ranks are ignored. All ranks call it.
+        """The main process's value, as JSON takes it, on every rank. All ranks call it.
 
-        It goes through the store: a wait inside a collective would end after its timeout, however long a data set takes
-        to read, and one inside the store would keep the watchdog from it.
+        Through the store, looking again and again: a collective would end after its timeout, however long a data set
+        takes to read, and a wait inside the store would keep the watchdog from it.
         """
         if self.world_size == 1:
             return value
@@ -119,24 +104,18 @@ class Distributed:
 
 @contextlib.contextmanager
 def init_distributed(config: TrainingConfig) -> Iterator[Distributed]:
-    """Choose the device and join the other ranks, which must have the same config; an error inside ends all ranks.
-
-    Raises UserError.
-    """
+    """The device and the other ranks, which must have the same config; an error inside ends all. Raises UserError."""
     from runtime.device import choose_device  # which asks this module for the rank
 
     rank, world_size = _read_environment()
-    if world_size > 1:
-        report_as_rank(rank)
+    report_as_rank(rank)
     device = choose_device(config.model, config.gpu_memory_fraction, several_ranks=True)
     if world_size == 1:
         for name in VARIABLES:  # of torchrun with one rank: transformers would make a process group of it
             os.environ.pop(name, None)
         if config.sharding == "fsdp":
-            raise UserError(
-                "--sharding fsdp: needs several ranks to shard the weights across, and this is one. Start several with "
-                "torchrun, or use --sharding none."
-            )
+            problem = "--sharding fsdp: needs several ranks to shard the weights across"
+            raise UserError(f"{problem}. Start them with torchrun, or use --sharding none.")
         yield Distributed(device=device)
         return
     with _process_group(rank, world_size, device) as dist:
@@ -149,7 +128,7 @@ def _read_environment() -> tuple[int, int]:
     world_size = get_world_size()
     if "WORLD_SIZE" not in os.environ:
         names = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
-        names += ["SLURM_STEP_NUM_TASKS"] if _number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
+        names += ["SLURM_STEP_NUM_TASKS"] if launch_number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
         if names:
             found = " ".join(f"{name}={os.environ[name]}" for name in names)
             raise UserError(f"{found}: one of several ranks, but WORLD_SIZE is missing. {HOW_TO_START}")
@@ -160,29 +139,27 @@ def _read_environment() -> tuple[int, int]:
         raise UserError(f"WORLD_SIZE={world_size}: {', '.join(missing)} missing from the environment. {HOW_TO_START}")
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
-            raise UserError(
-                f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside. Use accelerate "
-                "launch --multi_gpu, or torchrun, and --sharding fsdp to shard the weights."
-            )
-    return _number("RANK", 0), world_size
+            problem = f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside"
+            raise UserError(f"{problem}. Use torchrun, or accelerate launch --multi_gpu, and --sharding fsdp.")
+    return launch_number("RANK", 0), world_size
 
 
 @contextlib.contextmanager
 def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator[Distributed]:
-    """The process group under its watchdog; what is raised inside is passed on to all ranks, which then exit."""
-    group_store = _rendezvous(rank, world_size)
-    store = torch.distributed.PrefixStore("plants", group_store)
+    """The process group under its watchdog; what is raised inside ends all ranks."""
+    store = _rendezvous(rank, world_size)
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
-    watchdog.heartbeat("")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=COLLECTIVE_S)
-    timer = threading.Timer(RENDEZVOUS_S, _exit_in_first_all_reduce, [world_size])  # nothing else ends one that hangs
+    message = (
+        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
+        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
+    )
+    timer = threading.Timer(RENDEZVOUS_S, exit_at_once, [message])  # nothing else ends one that hangs
     timer.daemon = True
     timer.start()
     try:
-        torch.distributed.init_process_group(
-            backend, store=group_store, timeout=timeout, world_size=world_size, rank=rank
-        )
+        torch.distributed.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
         torch.distributed.all_reduce(torch.zeros(1, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -193,8 +170,8 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
             yield Distributed(rank, world_size, device, store)
         torch.distributed.destroy_process_group()
         if rank != 0:
-            # Nothing is left to do, and sharded weights hold threads of gloo with which Python's own end aborts now and
-            # then: the launcher would take that for a failure and end the main process too.
+            # Sharded weights hold threads of gloo with which Python's own end aborts now and then: a launcher would
+            # take that for a failure and end the main process too.
             sys.stdout.flush()
             os._exit(0)
     except KeyboardInterrupt as stop:
@@ -207,10 +184,8 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
             watchdog.log_failure(failure)
             sys.exit(1)
         if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_RANK):
-            raise UserError(
-                "lost the connection to another rank: killed, most often by the system for lack of memory, or its "
-                f"machine went down. {RESUME}"
-            ) from error
+            cause = "killed, most often by the system for lack of memory, or its machine went down"
+            raise UserError(f"lost the connection to another rank: {cause}. {RESUME}") from error
         trace = "" if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
         watchdog.fail(f"rank {rank}: {type(error).__name__}: {error}{trace}")
         raise
@@ -221,34 +196,21 @@ def _rendezvous(rank: int, world_size: int):
     wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
-        keys = [f"joined {number}" for number in range(world_size)]
-        store.set(keys[rank], "")
-        store.wait(keys, wait)
+        heartbeats = [heartbeat_key(number) for number in range(world_size)]
+        store.set(heartbeats[rank], "")
+        store.wait(heartbeats, wait)
         return store
     except (RuntimeError, ValueError, OSError) as error:  # those of torch are kinds of RuntimeError
-        reason = first_line(error)
-        joined = re.search(r"(\d+)/\d+ clients joined", reason)
-        outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined." if joined else ""
-        raise UserError(
-            f"rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"{outcome or f'failed for rank {rank} of {world_size}: {reason}'} "
-            "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
-        ) from error
-
-
-def _exit_in_first_all_reduce(world_size: int) -> None:
-    logger.error(
-        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
-        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
-    )
-    os._exit(1)
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        outcome = f"failed for rank {rank} of {world_size}: {first_line(error)}"
+        if joined := re.search(r"(\d+)/\d+ clients joined", outcome):
+            outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined."
+        move = "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
+        raise UserError(f"rendezvous at {place} {outcome} {move}") from error
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
-    """Raise UserError where this rank's settings or weights differ from those of rank 0, with their names.
-
-    Paths may differ between machines; then the last part of each is compared.
-    """
+    """Raise UserError with the settings or weights that differ from rank 0's; of paths the last parts are compared."""
     expected = dist.broadcast_object(mine)
     for name in {"model", "dataset", "run"} & mine.keys():
         paths = Path(mine[name]), Path(expected[name])
@@ -257,10 +219,8 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
     differences = [f"{name}={value}, not {expected[name]}" for name, value in mine.items() if value != expected[name]]
     differing = dist.gather_object([differences])
     if differences:
-        raise UserError(
-            f"settings differ from rank 0: {'; '.join(differences)}. Give all machines the same command, files and "
-            "config/training_config.py."
-        )
+        move = "Give all machines the same command, files and config/training_config.py."
+        raise UserError(f"settings differ from rank 0: {'; '.join(differences)}. {move}")
     if any(differing):  # the watchdog ends this rank with the message of the other, before it writes anything
         time.sleep(RENDEZVOUS_S)
 
@@ -272,17 +232,11 @@ class ShardedBatchSampler(BatchSampler):
     """Every n-th sample of each batch; of a batch with fewer samples than ranks some ranks get none."""
 
     def __init__(self, batches: BatchSampler, rank: int, world_size: int):
-        self.batches = batches
-        self.rank = rank
-        self.world_size = world_size
-
-    @property
-    def sampler(self):  # type: ignore[override]
-        return self.batches.sampler
+        self.batches, self.sampler = batches, batches.sampler
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            yield batch[self.rank :: self.world_size]
+        return (batch[self.rank :: self.world_size] for batch in self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -298,31 +252,28 @@ def shard_batches(loader, rank: int, world_size: int) -> None:
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
     """Each gradient becomes its mean over the ranks, zero for those without samples, in one all-reduce."""
-    gradients = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(parameter.grad)
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in trainable]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
     flat /= world_size
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    means = flat.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient, mean in zip(trainable, gradients, means):
+        parameter.grad = gradient.copy_(mean.view_as(gradient))
 
 
 # ---- frozen weights (FSDP)
 
 
-def shard_frozen_parameters(base) -> list["FSDPModule"]:
+def shard_frozen_parameters(base) -> list[Any]:
     """Shard the frozen weights of a LLaVA-NeXT across all ranks: layer by layer, embeddings, head, and the rest.
 
-    Returns the FSDP modules, each of which is unsharded for its forward and its backward; the first forward after this
-    must be of the whole model.
+    Returns the FSDPModules, each unsharded for its forward and backward; the first forward must be the whole model's.
     """
     from torch.distributed.fsdp import fully_shard
 
     for module in _quantized_modules(base):
-        weight: Any = module.weight
+        weight = module.weight
         module.quant_state = weight.quant_state  # a weight that was unsharded is a plain tensor without it
         # FSDP takes only floating-point numbers. Those of 16 bit would not all come back as they were (docs/LOG.md).
         packed = weight.data.view(-1).view(torch.float32).view(-1, 1)
@@ -336,7 +287,7 @@ def shard_frozen_parameters(base) -> list["FSDPModule"]:
     return [fully_shard(module, ignored_params=trainable) for module in (*modules, base)]
 
 
-def _quantized_modules(base) -> list["Linear4bit"]:
+def _quantized_modules(base) -> list[Any]:
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in base.modules() if isinstance(module, Linear4bit)]
@@ -348,7 +299,7 @@ def checksum_quantized(base) -> list[int]:
 
 
 @contextlib.contextmanager
-def unsharded(fsdp_modules: Sequence["FSDPModule"]) -> Iterator[None]:
+def unsharded(fsdp_modules: list[Any]) -> Iterator[None]:
     """Inside, all weights are whole on each rank, which may then compute what other ranks do not."""
     unshard(fsdp_modules)
     try:
@@ -359,7 +310,7 @@ def unsharded(fsdp_modules: Sequence["FSDPModule"]) -> Iterator[None]:
             module.reshard()
 
 
-def unshard(fsdp_modules: Sequence["FSDPModule"]) -> None:
+def unshard(fsdp_modules: list[Any]) -> None:
     """Make all weights whole on each rank, for good. All ranks call it together."""
     for module in fsdp_modules:
         module.set_reshard_after_forward(False, recurse=False)

@@ -13,13 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config.training_config import CONFIG_FILE, TrainingConfig
-from runtime.resume import check_same_facts, decide_run
-from runtime.run_files import BEST, LOCK_FILE, append_metrics, is_completed, load_config, lock_folder, save_config
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig
+from runtime import checkpoint, run_files
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
 
 if TYPE_CHECKING:
-    from runtime.distributed import Distributed
+    from runtime.distributed import Distributed  # imports torch
+
+SHARED_DISK_S = 10  # seconds after which all machines see a file that one of them wrote
+OF_THE_WEIGHTS = ["model", "trainable", "lora_r", "optim"]  # options that fix the shapes of a checkpoint's tensors
+NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # options that say where and how a run resumes
+# Recorded facts that must be the same on resume, in words, and whether their values are short enough to show.
+SAME_ON_RESUME = {
+    "class_names": ("the class names", False),
+    "data_fingerprint": ("the images of train and val", False),
+    "tokenizer_probe": ("the tokenizer", False),
+    "model_commit": ("the model's commit", True),
+    "model_files": ("the model's files", False),
+    "precision": ("the precision", True),
+    "ranks": ("the number of ranks", True),
+    "stream_workers": ("the number of loader workers, which orders a streamed data set,", True),
+}
 
 
 @dataclass
@@ -29,22 +43,17 @@ class Run:
     config: TrainingConfig  # with output_dir filled in
     recorded: dict = field(default_factory=dict)
     dist: "Distributed | None" = None
-    completed: bool = False
+    state: str = "new"  # or interrupted, or completed
+    notes: list[str] = field(default_factory=list)  # what the user should hear of how it starts
     resume_from: Path | None = None  # checkpoint; known once `record` was called
-    fork_from: Path | None = None  # another run's checkpoint, where this one begins
-    is_new: bool = True
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
-        """A run that train.py or evaluate.py made, its base model at the very commit it was trained on.
-
-        Raises ConfigError.
-        """
-        config, recorded = load_config(folder)
-        config = dataclasses.replace(config, output_dir=str(folder))
-        if recorded.get("model_commit") and not recorded.get("base"):
-            config = dataclasses.replace(config, model_revision=recorded["model_commit"])
-        return cls(config, recorded, completed=is_completed(folder), is_new=False)
+        """A run that a script made, its base model at the very commit it was trained on. Raises ConfigError."""
+        config, recorded = run_files.load_config(folder)
+        revision = (not recorded.get("base") and recorded.get("model_commit")) or config.model_revision
+        config = dataclasses.replace(config, output_dir=str(folder), model_revision=revision)
+        return cls(config, recorded, state="completed" if run_files.is_completed(folder) else "interrupted")
 
     @property
     def folder(self) -> Path:
@@ -52,7 +61,11 @@ class Run:
 
     @property
     def best_folder(self) -> Path:
-        return self.folder / BEST
+        return self.folder / run_files.BEST
+
+    @property
+    def completed(self) -> bool:
+        return self.state == "completed"
 
     @property
     def data_config(self) -> TrainingConfig:
@@ -78,40 +91,38 @@ class Run:
     def record(self, plant, data, trainer) -> None:
         """Check that disk, data and model allow the run to start or resume; write its config and facts.
 
-        `plant` is a PlantModel (models/builder.py), `data` a PlantData, `trainer` a PlantTrainer.
-        Sets `resume_from`. Raises ConfigError for other data, base or precision than the run began with, UserError for
-        a full disk.
+        `plant` is a PlantModel, `data` a PlantData, `trainer` a PlantTrainer. Sets `resume_from`. Raises ConfigError
+        for other data, base or precision than the run began with, UserError for a full disk.
         """
-        if self.is_main_process:
-            self._record(plant, data, trainer)
+        found = self._record(plant, data, trainer) if self.is_main_process else None
         if self.dist is not None:
-            found = self.dist.broadcast_object(self.resume_from and str(self.resume_from))
-            self.resume_from = found and Path(found)
+            found = self.dist.broadcast_object(found and str(found))
+        self.resume_from = found and Path(found)
 
-    def _record(self, plant, data, trainer) -> None:
-        from runtime.checkpoint import check_disk, fork_checkpoint, last_checkpoint, recover_interrupted_replace
-
-        check_disk(self.folder, plant.model.num_parameters(only_trainable=True), self.config.save_total_limit)
+    def _record(self, plant, data, trainer) -> Path | None:
+        config, origin = self.config, self.recorded.get("origin")  # another run's checkpoint, where this one begins
+        checkpoint.check_disk(self.folder, plant.model.num_parameters(only_trainable=True), config.save_total_limit)
         facts = plant.facts() | {
             "class_names": data.class_names,
             "data_fingerprint": data.fingerprint(),
             "data_commit": [self.config.dataset, self.config.dataset_revision, data.revision],
             "ranks": self.dist.world_size if self.dist else 1,
-            "stream_workers": trainer.args.dataloader_num_workers if self.config.streaming else None,
+            "stream_workers": trainer.args.dataloader_num_workers if config.streaming else None,
         }
-        began = self.fork_from.parent if self.is_new and self.fork_from else self.folder
-        if not self.is_new or self.fork_from:
-            for note in check_same_facts(facts, began, self.config.allow_changed):
+        is_new = self.state == "new"
+        if not is_new or origin:
+            began = Path(config.resume).parent if is_new else self.folder
+            for note in check_same_facts(facts, began, config.allow_changed):
                 logger.warning(note)
-        origin = str(self.fork_from.resolve()) if self.fork_from else None
         self.recorded = facts | {"run_id": self.run_id, "origin": origin}
-        save_config(self.config, self.folder, self.recorded)
-        recover_interrupted_replace(self.best_folder)
-        self.resume_from = last_checkpoint(self.folder, self.run_id)
-        if self.resume_from is None and self.fork_from is not None:
-            self.resume_from = fork_checkpoint(self.fork_from, self.folder, self.run_id)
-        if self.resume_from is None and not self.is_new:
+        run_files.save_config(config, self.folder, self.recorded)
+        checkpoint.recover_interrupted_replace(self.best_folder)
+        found = checkpoint.last_checkpoint(self.folder, self.run_id)
+        if found is None and origin:
+            return checkpoint.fork_checkpoint(Path(origin), self.folder, self.run_id)
+        if found is None and not is_new:
             logger.info("plan | no checkpoint to resume from: starting at step 1")
+        return found
 
     def log_header(self, plant, data, trainer) -> None:
         """What the run is, before it starts; then ranks other than 0 log warnings only, such as an OOM on that rank."""
@@ -121,15 +132,13 @@ class Run:
         config, steps, count = self.config, trainer.planned_steps(), data.num_train
         size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
         val = "no val (it is in train)" if data.validation is None else f"{len(data.validation):,} val"
-        ranks = 1 if self.dist is None else self.dist.world_size
+        ranks = self.recorded["ranks"]
         where = str(plant.device) if ranks == 1 else f"{ranks} x {plant.device.type}"
         untested = ", untested on MPS" if plant.device.type == "mps" else ""
         epochs = steps * config.effective_batch_size / count
         logger.info("run | %s | preset %s | seed %d", self.folder, config.preset, config.seed)
-        logger.info(
-            f"data | {data.source} | {count:,} train, {val}, {len(data.test):,} test images of "
-            f"{len(data.class_names)} classes | {size}"
-        )
+        images = f"{count:,} train, {val}, {len(data.test):,} test images of {len(data.class_names)} classes"
+        logger.info(f"data | {data.source} | {images} | {size}")
         described = plant.describe(config.trainable, config.load_in_4bit)
         logger.info(f"model | {config.model} | {described} | {where}{untested}")
         logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
@@ -137,12 +146,12 @@ class Run:
     def complete(self, step: int) -> None:
         """The last line of metrics.jsonl: only a run that has it is complete."""
         if self.is_main_process:
-            append_metrics(self.folder, {"step": step, "completed": True})
+            run_files.append_metrics(self.folder, {"step": step, "completed": True})
 
     def discard_if_never_started(self) -> None:
         """Remove the folder of a new run that failed before its first step, unless it holds anything else."""
-        ours = {LOG_FILE, LOCK_FILE, CONFIG_FILE}
-        if self.is_new and self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
+        ours = {LOG_FILE, run_files.LOCK_FILE, CONFIG_FILE}
+        if self.state == "new" and self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
             setup_logging()  # closes the log
             for name in ours:
                 (self.folder / name).unlink(missing_ok=True)
@@ -158,34 +167,25 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         decided = None
         if dist.is_main_process:
-            decision = decide_run(config)
-            folder = Path(decision.config.output_dir or "")
-            recorded: dict = {}
-            if decision.state != "completed":
-                if decision.fork_from is not None:
-                    from runtime.checkpoint import require_valid_checkpoint
-
-                    require_valid_checkpoint(decision.fork_from)
-                stack.enter_context(lock_folder(folder))
-                setup_logging(folder)
-            recorded = load_config(folder)[1] if decision.state == "interrupted" else {"run_id": uuid.uuid4().hex}
-            for note in decision.notes:
+            run = decide_run(config)
+            if run.state == "new":
+                run.recorded["run_id"] = uuid.uuid4().hex
+                if "origin" in run.recorded:
+                    checkpoint.require_valid_checkpoint(Path(config.resume))
+            if not run.completed:
+                stack.enter_context(run_files.lock_folder(run.folder))
+                setup_logging(run.folder)
+            for note in run.notes:
                 logger.info("run | %s", note)
-            fork_from = decision.fork_from or recorded.get("origin")
-            decided = [str(folder), decision.state, str(fork_from) if fork_from else None, recorded]
-        folder, state, fork_from, recorded = dist.broadcast_object(decided)
-        if state != "completed" and not _appears(Path(folder) / LOCK_FILE):
-            raise UserError(
-                f"{folder}: rank {dist.rank} does not see it; several machines need the run folder on a shared disk"
-            )
-        run = Run(
-            dataclasses.replace(config, output_dir=folder),
-            recorded,
-            dist,
-            completed=state == "completed",
-            fork_from=fork_from and Path(fork_from),
-            is_new=state == "new",
-        )
+            decided = [str(run.folder), run.recorded, run.state]
+        output_dir, recorded, state = dist.broadcast_object(decided)
+        run = Run(dataclasses.replace(config, output_dir=output_dir), recorded, dist, state)
+        until = time.monotonic() + SHARED_DISK_S
+        while not run.completed and not (run.folder / run_files.LOCK_FILE).exists():
+            if time.monotonic() > until:
+                where = f"{run.folder}: rank {dist.rank} does not see it"
+                raise UserError(f"{where}; several machines need the run folder on a shared disk")
+            time.sleep(0.1)
         try:
             yield run
         except BaseException:
@@ -194,9 +194,163 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
             raise
 
 
-def _appears(path: Path, seconds: float = 10) -> bool:
-    """Whether a file is there; other machines may see it a little later."""
-    until = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    return path.exists()
+# ---- new, interrupted or completed
+
+
+def decide_run(config: TrainingConfig) -> Run:
+    """A new run, or the same one where it was interrupted or is complete. Raises ConfigError.
+
+    Without output_dir: runs/<preset>, and if that is complete or another config's, runs/<preset>-2, -3, ... An explicit
+    folder is never replaced by another one: ConfigError says what differs. Resumable options may differ.
+    """
+    folder, notes = Path(config.output_dir or f"runs/{config.preset}"), []
+    if config.output_dir is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder}: is a file; give a folder")
+    if config.resume not in ("auto", "never"):
+        return _decide_named_start(config, Path(config.resume))
+    if config.output_dir is not None:
+        return _decide_explicit(config)
+    while not is_fresh(folder) and (obstacle := _find_obstacle(config, folder)):
+        notes.append(f"{folder} {obstacle}")
+        folder = Path(f"runs/{config.preset}-{len(notes) + 1}")
+    config = dataclasses.replace(config, output_dir=str(folder))
+    if is_fresh(folder):
+        return Run(config, notes=[*notes, f"using {folder}"] if notes else [])
+    return _interrupted(config, notes)
+
+
+def _find_obstacle(config: TrainingConfig, folder: Path) -> str | None:
+    if config.resume == "never":
+        return "is kept (--resume never)"
+    try:
+        saved, _ = run_files.load_config(folder)
+    except ConfigError:
+        return "holds something else"
+    if run_files.is_completed(folder):
+        return "is complete"
+    changed = changed_fields(config, saved)
+    return f"has another config ({'; '.join(changed)})" if changed else None
+
+
+def _decide_explicit(config: TrainingConfig) -> Run:
+    run = Run(config)
+    if is_fresh(run.folder):
+        return run
+    if not (run.folder / CONFIG_FILE).exists():
+        problem = f"holds files but is not a run ({CONFIG_FILE} is missing)"
+        raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
+    if config.resume == "never":
+        reason = "holds a run, and --resume never starts a new one"
+        raise ConfigError(f"--output-dir {run.folder}: {reason}; give a new folder")
+    saved, _ = run_files.load_config(run.folder)
+    notes = _check_options(config, saved, run.folder)
+    same_end = (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs)
+    if same_end and run_files.is_completed(run.folder):
+        note = f"{run.folder} is complete; give a new folder, or a larger --max-steps to continue"
+        return dataclasses.replace(run, state="completed", notes=[note])
+    return _interrupted(config, notes)
+
+
+def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
+    saved, recorded = run_files.load_config(config.output_dir or "")
+    changed = "; ".join(_changes(config, saved, _option_names(resumable=True)))
+    note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
+    return Run(config, recorded, state="interrupted", notes=[*notes, note])
+
+
+def _decide_named_start(config: TrainingConfig, start: Path) -> Run:
+    """--resume PATH.
+
+    | PATH                                    | --output-dir                     | decision                  |
+    |-----------------------------------------|----------------------------------|---------------------------|
+    | anything                                | a run of this very --resume      | as if only it were given  |
+    | no run and no checkpoint of one         |                                  | ConfigError               |
+    | a run, or its newest checkpoint         | none, or that run                | resume there              |
+    | an older checkpoint                     | none, or that run                | ConfigError               |
+    | a run                                   | another folder                   | ConfigError               |
+    | a checkpoint                            | a new folder                     | fork: new run from there  |
+    | a checkpoint                            | a folder that holds anything     | ConfigError               |
+    """
+    is_run = (start / CONFIG_FILE).exists()
+    run = start if is_run else start.parent
+    folder = Path(config.output_dir or run)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    if (folder / CONFIG_FILE).exists() and run_files.load_config(folder)[0].resume == config.resume:
+        return _decide_explicit(config)
+    checkpoints = run_files.checkpoints_in(run) if (run / CONFIG_FILE).exists() else []
+    if not is_run and start not in checkpoints:
+        known = f"{run} has {', '.join(path.name for path in checkpoints)}"
+        move = known if checkpoints else "use auto, never, or a path like runs/default/checkpoint-50"
+        raise ConfigError(f"--resume {start}: is no run and no checkpoint of one; {move}")
+    if folder.resolve() == run.resolve():
+        if not is_run and start != checkpoints[0]:
+            last = run_files.step_of(checkpoints[0])
+            raise ConfigError(
+                f"--resume {start}: the run continued to step {last} from there; leave --resume out to resume it, or "
+                "give a new --output-dir to start again from that checkpoint"
+            )
+        return _decide_explicit(config)
+    if is_run:
+        move = "give one of its checkpoints, or leave --output-dir out"
+        raise ConfigError(f"--resume {start}: a run resumes in its own folder; {move}")
+    if not is_fresh(folder):
+        raise ConfigError(f"--output-dir {folder}: holds what did not start from {start}; give a new folder")
+    notes = _check_options(config, run_files.load_config(run)[0], run)
+    return Run(config, {"origin": str(start.resolve())}, notes=[*notes, f"starting {folder} from {start}"])
+
+
+def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) -> list[str]:
+    """A note of changed options where --allow-changed allows them; else ConfigError."""
+    changed = "; ".join(changed_fields(config, saved))
+    if _changes(config, saved, OF_THE_WEIGHTS) or (changed and not config.allow_changed):
+        preset = f"; it was started with --preset {saved.preset}" if saved.preset != config.preset else ""
+        raise ConfigError(
+            f"--output-dir {folder}: holds a run with another config ({changed}); give a new folder, the old options "
+            f"to resume it, or --allow-changed (not for {', '.join(OF_THE_WEIGHTS)}){preset}"
+        )
+    return [f"changed, as --allow-changed says: {changed}"] if changed else []
+
+
+def is_fresh(folder: Path) -> bool:
+    """True if nothing is there but, maybe, the log and lock of a start that failed."""
+    left = {LOG_FILE, run_files.LOCK_FILE, f"{CONFIG_FILE}.draft"}
+    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
+
+
+def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
+    """`name: old -> new` of every option that changes what a run computes."""
+    changed = _changes(new, old, _option_names(resumable=False))
+    # Fewer steps, or epochs where steps do not decide, would end over a longer run that is still to be done.
+    same_kind = (new.max_steps > 0) == (old.max_steps > 0)
+    name = "max_steps" if new.max_steps > 0 else "num_train_epochs"
+    if not same_kind or getattr(new, name) < getattr(old, name):
+        changed += _changes(new, old, ["max_steps", "num_train_epochs"])
+    if new.effective_batch_size != old.effective_batch_size:
+        changed.append(f"global batch size: {old.effective_batch_size} -> {new.effective_batch_size}")
+    return changed
+
+
+def _option_names(resumable: bool) -> list[str]:
+    options = [option for option in dataclasses.fields(TrainingConfig) if option.name not in NOT_COMPARED]
+    return [option.name for option in options if option.metadata["resumable"] == resumable]
+
+
+def _changes(new: TrainingConfig, old: TrainingConfig, names: list[str]) -> list[str]:
+    values = [(name, getattr(old, name), getattr(new, name)) for name in names]
+    return [f"{name}: {before} -> {after}" for name, before, after in values if before != after]
+
+
+def check_same_facts(facts: dict, folder: Path, allow_changed: bool = False) -> list[str]:
+    """A note of facts that the run in `folder` recorded differently, where that is allowed; else ConfigError."""
+    _, recorded = run_files.load_config(folder)
+    changed = " and ".join(
+        f"{words} ({recorded.get(name)} -> {facts[name]})" if shows_values else words
+        for name, (words, shows_values) in SAME_ON_RESUME.items()
+        if facts[name] != recorded.get(name)
+    )
+    if changed and not allow_changed:
+        raise ConfigError(
+            f"{folder}: cannot resume, {changed} changed since the run started; restore what it started with, resume "
+            "anyway with --allow-changed, or start a new run with another --output-dir"
+        )
+    return [f"changed since the run started, as --allow-changed says: {changed}"] if changed else []

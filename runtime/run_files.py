@@ -29,22 +29,17 @@ def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> N
 
 
 def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
-    """The config and the recorded facts of a run folder.
-
-    Raises ConfigError where the file is missing, torn, or of another version of this program.
-    """
+    """The config and recorded facts of a run; ConfigError where they are missing, torn, or of another version."""
     path = Path(folder) / CONFIG_FILE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+        saved = read_json(path)
         config, recorded = config_from_dict(dict(saved["config"])), dict(saved["recorded"])
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{folder}: not a run, {CONFIG_FILE} is missing. Start one with: python train.py --preset tiny"
-        ) from None
+        move = "Start one with: python train.py --preset tiny"
+        raise ConfigError(f"{folder}: not a run, {CONFIG_FILE} is missing. {move}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a run's config ({error}); restore the file, or use another --output-dir"
-        ) from error
+        move = "restore the file, or use another --output-dir"
+        raise ConfigError(f"{path}: cannot be read as a run's config ({error}); {move}") from error
     if "images" in recorded:
         recorded["data_fingerprint"] = recorded.pop("images")
     return config, recorded
@@ -69,18 +64,8 @@ def is_completed(folder: str | Path) -> bool:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl, without lines that a kill or a crash tore."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [entry for entry in map(_read_line, lines) if entry is not None]
-
-
-def _read_line(line: str) -> dict | None:
-    try:
-        entry = json.loads(line, object_hook=renamed)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    """The lines of metrics.jsonl."""
+    return [line for line in read_lines(Path(folder) / METRICS_FILE) if isinstance(line.get("step"), int)]
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:
@@ -94,22 +79,15 @@ def append_metrics(folder: str | Path, entry: dict) -> None:
 
 def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
     """metrics.jsonl of `folder` becomes that of `source` up to a step, with or without the evaluation at that step."""
-    kept = [
-        line
-        for line in read_metrics(source)
-        if line["step"] <= step
-        and not line.get("completed")
-        and (keep_eval or line["step"] < step or "eval_loss" not in line)
-    ]
+    kept = [line for line in read_metrics(source) if line["step"] <= step and not line.get("completed")]
+    if not keep_eval:
+        kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
     write_file(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """One training at a time writes to a run folder. The lock goes with its process, however that ends.
-
-    Raises UserError with the process that holds it.
-    """
+    """One training at a time writes to a run folder, until its process ends. Raises UserError with that process."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,18 +98,29 @@ def lock_folder(folder: Path) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         holder = path.read_text(encoding="utf-8") or "that has just started"
-        raise UserError(
-            f"{folder}: another training, process {holder}, writes to it; wait for it to end, or use another "
-            "--output-dir"
-        ) from error
+        move = "wait for it to end, or use another --output-dir"
+        raise UserError(f"{folder}: another training, process {holder}, writes to it; {move}") from error
 
 
-def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
-    """(header, entries) of a cache, without lines that a kill tore; (None, []) where there is none."""
+# ---- readers
+
+
+def read_json(path: Path) -> dict:
+    """An object that a run wrote, under today's keys."""
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file with one on each line, without lines that a kill or a crash tore; [] without the file."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     objects = []
     for line in lines:
         with contextlib.suppress(ValueError):
             objects.append(json.loads(line, object_hook=renamed))
-    objects = [entry for entry in objects if isinstance(entry, dict)]
-    return (objects[0], [entry for entry in objects[1:] if "image" in entry]) if objects else (None, [])
+    return [entry for entry in objects if isinstance(entry, dict)]
+
+
+def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
+    """(header, entries) of a cache; (None, []) where there is none."""
+    lines = read_lines(path)
+    return (lines[0] if lines else None), [entry for entry in lines[1:] if "image" in entry]

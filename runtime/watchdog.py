@@ -5,7 +5,6 @@ says which rank failed or why.
 """
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -19,6 +18,16 @@ DONE = "done"  # heartbeat of a rank that ended well
 RESUME = "Re-run the same command to resume."
 INTERRUPTED = f"interrupted. {RESUME}"
 STORE_GONE = f"the store that connects the ranks is gone, with the launcher or machine that hosted it. {RESUME}"
+
+
+def heartbeat_key(rank: int) -> str:
+    return f"heartbeat {rank}"
+
+
+def exit_at_once(message: str) -> None:
+    """Whatever other threads are waiting for."""
+    logger.error(message)
+    os._exit(1)
 
 
 class Watchdog:
@@ -52,13 +61,13 @@ class Watchdog:
     def _is_needed(self) -> bool:
         """Rank 0 may host the store, and other ranks that lose it before they are done count as failed."""
         with contextlib.suppress(RuntimeError):
-            are_done = all(self.store.get(f"heartbeat {rank}") == DONE.encode() for rank in self.others)
+            are_done = all(self.store.get(heartbeat_key(rank)) == DONE.encode() for rank in self.others)
             return not are_done and self.read_failure() is None
         return False
 
     def heartbeat(self, value: str) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"heartbeat {self.rank}", value)
+            self.store.set(heartbeat_key(self.rank), value)
 
     def fail(self, message: str) -> None:
         """Tell all ranks, which then exit with this message."""
@@ -73,25 +82,18 @@ class Watchdog:
 
     def log_failure(self, message: str) -> None:
         """To the log file; to the screen too, unless the failed rank wrote it on the same one."""
-        if not self.shares_screen or message == STORE_GONE or message.endswith(INTERRUPTED):
-            logger.error(message)
-            return
-        record = logger.makeRecord(logger.name, logging.ERROR, "", 0, message, (), None)
-        for handler in logger.handlers:
-            if isinstance(handler, logging.FileHandler):
-                handler.handle(record)
+        is_on_screen = self.shares_screen and message != STORE_GONE and not message.endswith(INTERRUPTED)
+        logger.error(message, extra={"file_only": is_on_screen})
 
     def _watch(self) -> None:
-        seen: dict[int, tuple[str, int]] = {}
+        seen = dict.fromkeys(self.others, ("", 0))
         while not self._stop.wait(POLL_S):
             self._beats += 1
             self.heartbeat(f"{self._beats}")
             message = self.read_failure()
-            if message is None:
-                message = self._find_stalled_rank(seen)
-                if message is not None:
-                    logger.error(message)
-                    self.fail(message)
+            if message is None and (message := self._find_stalled_rank(seen)) is not None:
+                self.shares_screen = False  # this rank is the first to say so
+                self.fail(message)
             if message is not None and not self._stop.is_set():
                 self.log_failure(message)
                 os._exit(1)  # the main thread may be waiting in a collective, which nothing interrupts
@@ -99,18 +101,15 @@ class Watchdog:
     def _find_stalled_rank(self, seen: dict[int, tuple[str, int]]) -> str | None:
         """A sentence about a rank without a heartbeat for STALLED_S. `seen`: last heartbeat of each, times seen.
 
-        Rank 0 watches all others, and they watch rank 0. Looks are counted and not seconds, which also pass while a job
-        is suspended.
+        Looks are counted and not seconds, which also pass while a job is suspended.
         """
-        for rank in self.others:
+        for rank, (last, times) in seen.items():
             with contextlib.suppress(RuntimeError):
-                beat = self.store.get(f"heartbeat {rank}").decode()
-                last, times = seen.get(rank, (beat, 0))
+                beat = self.store.get(heartbeat_key(rank)).decode()
                 seen[rank] = beat, times + 1 if beat == last else 0
                 if beat != DONE and seen[rank][1] * POLL_S > STALLED_S:
-                    return (
-                        f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network. {RESUME}"
-                    )
+                    reason = f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network."
+                    return f"{reason} {RESUME}"
         return None
 
     def _watch_watchdog(self) -> None:
@@ -122,8 +121,5 @@ class Watchdog:
                 self._exit_without_store()
 
     def _exit_without_store(self) -> None:
-        logger.error(
-            f"the store that connects the ranks did not answer for {STALLED_S} s. Check the first machine and the "
-            f"network. {RESUME}"
-        )
-        os._exit(1)
+        problem = f"the store that connects the ranks did not answer for {STALLED_S} s"
+        exit_at_once(f"{problem}. Check the first machine and the network. {RESUME}")

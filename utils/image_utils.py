@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageEnhance, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  registers two formats that PIL loads late
 
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, printable
 
 try:
     import pillow_heif
@@ -201,11 +201,6 @@ def gray_image(size: tuple[int, int]) -> dict:
     return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
 
 
-def printable(name: str) -> str:
-    """A file name that stays on one line of the log."""
-    return name if name.isprintable() else repr(name)
-
-
 def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image.Image]:
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
@@ -213,8 +208,6 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     try:
         if contents is None:
             contents = _read_file(Path(path or ""), name)
-    except ImageError:
-        raise
     except (OSError, TypeError, ValueError) as error:
         raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not contents:
@@ -229,9 +222,8 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
         raise ImageError(f"{name}: its header cannot be read ({error})") from error
     _decode_smaller(image, max_pixels)
     if image.width * image.height > max_pixels:
-        raise ImageError(
-            f"{name}: {image.width} x {image.height} is above the limit of {max_pixels:,} pixels; make it smaller"
-        )
+        size = f"{image.width} x {image.height}"
+        raise ImageError(f"{name}: {size} is above the limit of {max_pixels:,} pixels; make it smaller")
     return name, image
 
 
@@ -250,9 +242,8 @@ def _read_file(path: Path, name: str) -> bytes:
     """The bytes of a regular file: reading a pipe would wait for ever, and a device has no end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(
-            f"{name}: cannot be read (it is a {'folder' if path.is_dir() else 'device or pipe'}, not a file)"
-        )
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ImageError(f"{name}: cannot be read (it is a {kind}, not a file)")
     if status.st_size > MAX_BYTES:
         raise ImageError(f"{name}: {status.st_size:,} bytes are above the limit of {MAX_BYTES:,}; make it smaller")
     return path.read_bytes()
@@ -281,8 +272,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.nan_to_num(values, copy=False)
         low, high = float(values.min()), float(values.max())
-        values /= max(high / 2 - low / 2, 1e-12)  # halves: high - low may overflow
-        values -= low / max(high / 2 - low / 2, 1e-12)
+        half = max(high / 2 - low / 2, 1e-12)  # high - low may overflow
+        values /= half
+        values -= low / half
         values *= 65535 / 2
     np.clip(values, 0, 65535, out=values)
     values /= 257

@@ -22,6 +22,8 @@ from typing import TextIO
 LOG_FILE = "train.log"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+FREE_SPACE = "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
+CHOOSE_PLACE = "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"
 FULL_BYTES = 20e6  # a disk with less free space is why a save failed
 GRACE_S = 10  # seconds between SIGTERM and an exit without cleanup
 HOW_TO_RESUME = (
@@ -32,6 +34,11 @@ logger = logging.getLogger("llava_plants")
 
 class UserError(Exception):
     """Something the user can fix, in one message: the value, the reason, the next move."""
+
+
+def printable(name: str) -> str:
+    """A file name that stays on one line of the log."""
+    return name if name.isprintable() else repr(name)
 
 
 def first_line(error: BaseException) -> str:
@@ -60,19 +67,18 @@ def set_environment() -> None:
 
 
 def _log_unraisable(error) -> None:
-    """sys.unraisablehook: one line on the screen, the traceback only in the log file.
-
-    torch raises that a loader's worker was killed wherever the run is just then; the loader itself raises it again.
-    """
-    trace = (error.exc_type, error.exc_value, error.exc_traceback)
+    """sys.unraisablehook, such as for a killed worker, which its loader raises again: a traceback in the log alone."""
     message = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
+    trace = (error.exc_type, error.exc_value, error.exc_traceback)
     logger.warning(message, exc_info=trace, extra={"message_only": True})
 
 
 # ---- lines
 
 
-def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None) -> None:
+def setup_logging(
+    folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None, prefix: str = ""
+) -> None:
     """Lines to `stream` (stdout by default) at INFO; with a folder also to its log, with times and full tracebacks."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -81,7 +87,8 @@ def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream
         logger.removeHandler(handler)
         handler.close()
     screen = _ScreenHandler(stream or sys.stdout)
-    screen.setFormatter(_ScreenFormatter("%(message)s"))
+    screen.setFormatter(_ScreenFormatter(f"{prefix}%(message)s"))
+    screen.addFilter(lambda record: not getattr(record, "file_only", False))
     logger.addHandler(screen)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -91,16 +98,10 @@ def setup_logging(folder: str | Path | None = None, name: str = LOG_FILE, stream
 
 
 def report_as_rank(rank: int) -> None:
-    """Of several ranks, rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
-    if rank == 0:
-        return
-    logger.setLevel(logging.ERROR)
-    for handler in list(logger.handlers):
-        if isinstance(handler, logging.FileHandler):
-            logger.removeHandler(handler)
-            handler.close()
-        else:
-            handler.setFormatter(_ScreenFormatter(f"rank {rank}: %(message)s"))
+    """Rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
+    if rank != 0:
+        setup_logging(prefix=f"rank {rank}: ")
+        logger.setLevel(logging.ERROR)
 
 
 def is_watched() -> bool:
@@ -167,7 +168,9 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
             sys.exit(128 + signal.SIGPIPE)
         message = _disk_message(error) or _worker_message(error)
         if message is None and isinstance(error, (UserError, *kinds)):
-            message = _user_message(error)
+            message = str(error)
+            if message.startswith("Caught "):  # in a loader's worker: its traceback, as torch passes it on
+                message = message.strip().splitlines()[-1].partition(": ")[2]
         if message:
             logger.error(message, exc_info=True, extra={"message_only": True})
         else:
@@ -218,12 +221,6 @@ def _has_no_reader(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _user_message(error: Exception) -> str:
-    """The error's own; from a DataLoader's worker it is the last line of a traceback that torch made its message."""
-    text = str(error)
-    return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-
-
 def _worker_message(error: Exception) -> str | None:
     """A loader's worker that is gone, in torch's words "DataLoader worker (pid 7) is killed by signal: Killed. "."""
     text = str(error)
@@ -245,17 +242,12 @@ def _disk_message(error: BaseException) -> str | None:
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.errno in (FULL if is_ours else (*FULL, *FORBIDDEN)):
-            return f"{link.filename or 'the disk'}: {link.strerror}; {_disk_move(link.errno)}"
+            move = FREE_SPACE if link.errno in FULL else CHOOSE_PLACE
+            return f"{link.filename or 'the disk'}: {link.strerror}; {move}"
         link = link.__cause__ or link.__context__
     for handler in () if is_ours else logger.handlers:
         if isinstance(handler, logging.FileHandler):
             folder = Path(handler.baseFilename).parent
             if shutil.disk_usage(folder).free < FULL_BYTES:
-                return f"{folder}: its disk is full ({type(error).__name__}); {_disk_move(errno.ENOSPC)}"
+                return f"{folder}: its disk is full ({type(error).__name__}); {FREE_SPACE}"
     return None
-
-
-def _disk_move(number: int | None) -> str:
-    if number in FULL:
-        return "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
-    return "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"

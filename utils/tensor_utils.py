@@ -17,9 +17,7 @@ def check_tensor(
         raise UserError(f"{name}: {type(tensor).__name__}, expected a tensor")
     if tensor.dim() != len(shape) or any(size not in (None, found) for size, found in zip(shape, tensor.shape)):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise UserError(
-            f"{name}: shape {tuple(tensor.shape)}, expected ({expected}); was the batch built by data/collator.py?"
-        )
+        raise UserError(f"{name}: shape {tuple(tensor.shape)}, expected ({expected}); is it from data/collator.py?")
     if tensor.dtype != dtype:
         raise UserError(f"{name}: {tensor.dtype}, expected {dtype}")
     # mps and mps:0 are the same device, but unequal to torch.

@@ -37,8 +37,7 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     dialog = processor.apply_chat_template([user, reply])
     if not dialog.startswith(prompt) or answer not in dialog[len(prompt) :]:
         raise UserError(
-            f"the chat template gives {dialog!r}, which does not continue its generation prompt {prompt!r}; use a "
-            "checkpoint whose template does"
+            f"the chat template's {dialog!r} does not continue its prompt {prompt!r}; use another checkpoint"
         )
     response_prefix, _, tail = dialog[len(prompt) :].partition(answer)
     stripped = prompt.rstrip(" ")  # a prompt that ends in a space is tokenized unlike the same text inside an answer
@@ -46,24 +45,13 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         prompt = prompt.removeprefix(tokenizer.bos_token)  # the tokenizer adds its own
     if (count := prompt.count(processor.image_token)) != 1:
-        raise UserError(
-            f"the chat template puts {count} image tokens into {prompt!r}, expected 1; use a checkpoint whose template "
-            "does"
-        )
-    eos_id = _find_eos(tokenizer, tail, stop_ids)
-    return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(eos_id), eos_id)
-
-
-def _find_eos(tokenizer, tail: str, stop_ids: list[int]) -> int:
+        raise UserError(f"the chat template puts {count} image tokens into {prompt!r}, not 1; use another checkpoint")
     if not stop_ids:
-        raise UserError(
-            "the checkpoint has no eos_token_id, so no answer could be trained to end; set it in its "
-            "generation_config.json"
-        )
-    for stop_id in stop_ids:
-        if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop_id)):
-            return stop_id
-    return tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
+        raise UserError("the checkpoint has no eos_token_id, so no answer could end; set it in generation_config.json")
+    fallback = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
+    template_eos = (stop for stop in stop_ids if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop)))
+    eos_id = next(template_eos, fallback)
+    return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(eos_id), eos_id)
 
 
 def tokenizer_probe(tokenizer) -> list[int]:

@@ -182,9 +182,9 @@ def test_killed_ranks_end_all_and_the_run_resumes(here, single):
 
 def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
     """SIGTERM to rank 0 alone."""
-    from models import callbacks, trainer
+    from models import trainer
 
-    write_manifest, score_batch = callbacks.write_manifest, trainer.score_batch
+    write_manifest, score_batch = trainer.write_manifest, trainer.score_batch
 
     def write_slowly(folder):
         time.sleep(2)
@@ -197,7 +197,7 @@ def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
 
     trainer.score_batch = stopped
     if saves_slowly:
-        callbacks.write_manifest = write_slowly
+        trainer.write_manifest = write_slowly
 
 
 def run_out_of_memory(rank: int) -> None:
@@ -462,9 +462,9 @@ def test_out_of_memory_of_a_rank_ends_all_that_share_its_weights(here, quantized
 
 
 def alter_sharded_weights(rank: int) -> None:
-    from models import memory
+    from models import trainer
 
-    shard_frozen_parameters = memory.shard_frozen_parameters
+    shard_frozen_parameters = trainer.shard_frozen_parameters
 
     def altered(base):
         fsdp_modules = shard_frozen_parameters(base)
@@ -473,7 +473,7 @@ def alter_sharded_weights(rank: int) -> None:
             weight.to_local().view(torch.int32)[7] += 1
         return fsdp_modules
 
-    memory.shard_frozen_parameters = altered
+    trainer.shard_frozen_parameters = altered
 
 
 def test_weights_that_sharding_alters_are_not_trained_with(here, quantized):

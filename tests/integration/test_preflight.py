@@ -50,6 +50,7 @@ def test_a_checkpoint_folder_with_images_at_their_own_size(checkpoint, image_fol
     assert status == 0 and "18 assertions hold" in lines["model"]
     lowest, highest = re.search(r"lengths: ([\d,]+) to ([\d,]+) tokens", lines["lengths"]).groups()
     assert int(lowest) < int(highest)
+    assert "90x30" in lines["lengths"]
     assert "of padding" in lines["padding"] and ", 0 to 0 of padding" not in lines["padding"]
 
 
@@ -103,12 +104,18 @@ def broken_images(root):
         image.write_bytes(b"")
 
 
+def all_broken(root):
+    for image in root.rglob("*.*"):
+        image.write_bytes(b"")
+
+
 def no_folder(root):
     root.rename(root.with_name("elsewhere"))
 
 
 BAD_INPUT = [
     (broken_images, [], "lengths", "images cannot be opened, above"),
+    (all_broken, ["--max-unreadable-fraction", "1"], "lengths", "images can be opened: "),
     (no_folder, [], "data", "no such folder"),
     (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA GPU"),
     (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA GPU"),

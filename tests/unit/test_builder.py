@@ -181,7 +181,7 @@ def test_the_frozen_tower_runs_without_autograd(checkpoint, batch_of):
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_recomputing_activations_changes_no_gradient(is_fused, checkpoint, batch_of, monkeypatch):
     monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
-    monkeypatch.setattr(builder, "can_fuse", lambda layers: is_fused)
+    monkeypatch.setattr("models.fused_layers.can_fuse", lambda layers: is_fused)
     gradients = []
     for recompute in ("false", "true", "offload"):
         torch.manual_seed(0)
@@ -220,17 +220,17 @@ def test_weights_are_read_and_not_mapped(checkpoint, monkeypatch):
     built(checkpoint())
     assert opened == ["pread"]
     with pytest.raises(UserError):
-        builder.load_base("/nowhere", None, False, torch.float32, CPU)
+        builder.build_base(TrainingConfig(model="/nowhere"), None, CPU, torch.float32)
     assert builder.modeling_utils.safe_open is not real  # the test's own is back
 
 
 @pytest.mark.parametrize("load_in_4bit", [True, False])
 def test_random_weights_of_the_full_shape_pass_the_assertions(load_in_4bit, monkeypatch, tiny):
     """Two layers of it, a sixteenth as wide."""
-    real = builder.full_config
+    real = builder.build_config
 
-    def small(processor):
-        config = real(processor)
+    def small(processor, size):
+        config = real(processor, size)
         for part, heads in ((config.text_config, 8), (config.vision_config, 4)):
             part.hidden_size, part.intermediate_size, part.num_hidden_layers = 256, 512, 2
             part.num_attention_heads = heads
@@ -238,7 +238,7 @@ def test_random_weights_of_the_full_shape_pass_the_assertions(load_in_4bit, monk
         config.text_config.head_dim = 32
         return config
 
-    monkeypatch.setattr(builder, "full_config", small)
+    monkeypatch.setattr(builder, "build_config", small)
     config = TrainingConfig(model="full", load_in_4bit=load_in_4bit)
     processor, prompt = build_processor(config, NAMES)
     model = build_model(config, processor, CPU, "no")

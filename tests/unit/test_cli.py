@@ -183,11 +183,12 @@ def test_help_shows_the_flags_that_the_run_does_not_fix(capsys):
 
 
 def test_a_base_model_is_evaluated_with_any_option_and_the_published_question(here):
-    found = evaluate.parse_evaluation(["--model", "me/base", "--mixed-precision", "no", "--split", "test"])
-    config = found.run.config
-    assert config.question == "What type of object is in this photo?" and config.model == "me/base"
-    assert f"{found.run.folder}" == "runs/base-base" and found.run.is_base_model
-    assert (found.other, found.options.split) == (None, "test")
+    run, other, options = evaluate.parse_evaluation(
+        ["--model", "me/base", "--mixed-precision", "no", "--split", "test"]
+    )
+    assert run.config.question == "What type of object is in this photo?" and run.config.model == "me/base"
+    assert f"{run.folder}" == "runs/base-base" and run.is_base_model
+    assert (other, options.split) == (None, "test")
 
 
 def test_a_benchmark_offers_no_option_without_an_effect(capsys):

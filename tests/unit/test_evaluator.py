@@ -14,7 +14,7 @@ import evaluation.evaluator
 from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
-from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct, score_with_cache
+from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct
 from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
 from evaluation.report import result_lines
 from models.builder import PlantModel
@@ -35,6 +35,11 @@ def rows(tiny, count):
 def make(tiny, folder, **method):
     plant = PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", torch.device("cpu"))
     return Evaluator(plant, folder, {"model": "m", "adapter": None, "question": "q"}, method=Method(**method))
+
+
+def score_with_cache(rows, compute, path, header, max_unreadable_fraction=1.0):
+    evaluator = Evaluator(None, path.parent, {}, max_unreadable_fraction=max_unreadable_fraction)
+    return evaluator.score_with_cache(rows, compute, path.name, header)
 
 
 def under_old_keys(text):

@@ -134,7 +134,7 @@ def test_layers_without_lora_and_with_frozen_lora():
 
 def test_a_checkpointed_layer_saves_its_input_alone():
     """Bytes saved between forward and backward, against what memory.py counts on."""
-    from models.memory import LayerShape
+    from models.memory import step_cost
 
     config = language_model().config
     found = {}
@@ -148,7 +148,7 @@ def test_a_checkpointed_layer_saves_its_input_alone():
         saved = node.saved or []
         tensors = [tensor for part in saved for tensor in (part if isinstance(part, list) else [part])]
         found[keep] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    expected, _ = LayerShape(config, 64, 4, compiled=True).bytes_per_token()
+    expected = step_cost(config, 64, 4, compiled=True, tokens=1, held=0).activation
     assert found[0] == 0
     assert found[3] == pytest.approx(80 * (expected - 4 * 8), rel=0.01)  # the log-sum is attention's own
 

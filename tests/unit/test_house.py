@@ -29,7 +29,7 @@ CORE = [
 ]
 ROOMS = ("config", "data", "models", "evaluation", "runtime", "utils", "benchmarks")
 SEES_CONFIG = ("build_", "from_", "open_run", "init_distributed")
-KEEPS_CONFIG = ("config/", "runtime/run_files.py", "runtime/run_dir.py", "runtime/resume.py")  # read, write, compare it
+KEEPS_CONFIG = ("config/", "runtime/run_files.py", "runtime/run_dir.py")  # read, write, compare it
 FRAMEWORK = {"forward", "backward", "jvp", "setup_context"}  # of autograd functions; their signatures are torch's
 
 

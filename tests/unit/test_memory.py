@@ -7,10 +7,8 @@ import torch
 
 from models.memory import (
     Cost,
-    LayerShape,
     MemoryOptions,
     MicroBatcher,
-    Step,
     choose_plan,
     is_worth_compiling,
     optimizer_bytes,
@@ -26,11 +24,11 @@ MISTRAL = SimpleNamespace(
     hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=32
 )  # of llava-v1.6-mistral-7b
 TRAINABLE = 41_943_040  # parameters of LoRA at rank 16
-STEP = Step(16, 1199, 32)
+IMAGES = 16  # of a step
 
 
 def cost_of(tokens: int, compiled: bool = True) -> Cost:
-    return step_cost(LayerShape(MISTRAL, 64, 2, compiled), tokens, 4.61 * GIB + 4 * TRAINABLE + 65e6)
+    return step_cost(MISTRAL, 64, 2, compiled, tokens, 4.61 * GIB + 4 * TRAINABLE + 65e6)
 
 
 # tokens, micro-batch size, layers without checkpointing, offload, compiled, GiB measured on an H100 (docs/LOG.md)
@@ -56,7 +54,7 @@ def test_the_plan_for_gpus_of_many_sizes():
     """More memory never makes a slower plan, and no plan is above its budget unless nothing fits."""
     last = 0.0
     for room in (5, 6, 7, 8, 11, 13, 20, 40, 68, 130):
-        plan = choose_plan(cost_of(1199), STEP, room * GIB)
+        plan = choose_plan(cost_of(1199), IMAGES, room * GIB)
         speed = plan.micro_batch_size * 100 + plan.kept
         assert plan.peak <= room * GIB or (plan.micro_batch_size, plan.kept, plan.offload) == (1, 0, True)
         assert plan.kept > 0 or room < 8
@@ -68,12 +66,12 @@ def test_the_plan_for_gpus_of_many_sizes():
     "checkpointing, expected", [("true", (16, 0, False)), ("offload", (16, 0, True)), ("false", (16, 32, False))]
 )
 def test_activation_checkpointing_can_be_fixed(checkpointing, expected):
-    assert choose_plan(cost_of(1199), STEP, 75 * GIB, checkpointing)[:3] == expected
+    assert choose_plan(cost_of(1199), IMAGES, 75 * GIB, checkpointing)[:3] == expected
 
 
 @pytest.mark.parametrize("checkpointing, offload, kept", [("auto", True, 0), ("true", False, 0), ("false", False, 32)])
 def test_where_nothing_fits_the_smallest_is_tried(checkpointing, offload, kept):
-    plan = choose_plan(cost_of(1199), STEP, 1 * GIB, checkpointing)
+    plan = choose_plan(cost_of(1199), IMAGES, 1 * GIB, checkpointing)
     assert (plan.micro_batch_size, plan.kept, plan.offload) == (1, kept, offload) and plan.peak > 1 * GIB
 
 
@@ -81,7 +79,7 @@ def test_where_nothing_fits_the_smallest_is_tried(checkpointing, offload, kept):
 def test_micro_batches_are_as_equal_as_they_can_be(images):
     """Never 16 images as 15 and 1: the last micro-batch would cost as much as the first."""
     for room in range(6, 70):
-        size = choose_plan(cost_of(1199), Step(images, 1199, 32), room * GIB).micro_batch_size
+        size = choose_plan(cost_of(1199), images, room * GIB).micro_batch_size
         assert size == -(-images // -(-images // size))
 
 
@@ -91,14 +89,14 @@ def test_optimizer_state_by_name():
 
 
 def test_eager_kernels_need_more_transient_memory():
-    compiled, eager = (LayerShape(MISTRAL, 64, 2, compiled).bytes_per_token() for compiled in (True, False))
-    assert compiled[0] == eager[0] and eager[1] > 2 * compiled[1]
+    compiled, eager = cost_of(1199, True), cost_of(1199, False)
+    assert compiled.activation == eager.activation and eager.transient > 2 * compiled.transient
 
 
 def test_offloaded_inputs_must_fit_the_host():
     cost = cost_of(1199)
-    assert choose_plan(cost, STEP, 60 * GIB, "offload").micro_batch_size == 16
-    assert choose_plan(cost, STEP, 60 * GIB, "offload", host=5 * cost.checkpoint).micro_batch_size == 4
+    assert choose_plan(cost, IMAGES, 60 * GIB, "offload").micro_batch_size == 16
+    assert choose_plan(cost, IMAGES, 60 * GIB, "offload", host=5 * cost.checkpoint).micro_batch_size == 4
 
 
 @pytest.mark.parametrize("size, sizes", [(16, [8, 4, 2, 1]), (7, [3, 1])])
@@ -137,7 +135,8 @@ def test_every_wording_of_out_of_memory(error, is_it):
 
 
 def plan(trainer, tiny, steps_left=4, **options):
-    plan_memory(trainer, MemoryOptions(**options), tiny.collator.largest_row(tiny.rows(4)), steps_left)
+    trainer.memory_options = MemoryOptions(**options)
+    plan_memory(trainer, tiny.collator.largest_row(tiny.rows(4)), steps_left)
 
 
 def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, capsys, simulated_gpu):

@@ -1,5 +1,6 @@
 """Where a run goes, and whether it resumes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,7 @@ import pytest
 from config.cli import parse_config
 from config.training_config import ConfigError
 from runtime.distributed import Distributed
-from runtime.resume import check_same_facts, decide_run
-from runtime.run_dir import Run, open_run
+from runtime.run_dir import Run, check_same_facts, decide_run, open_run
 from runtime.run_files import append_metrics, read_metrics, save_config, truncate_metrics
 
 
@@ -21,27 +21,31 @@ def in_tmp(tmp_path, monkeypatch):
 
 def start(argv):
     """A run that was started with these flags and left."""
-    chosen = decide_run(parse_config(argv))
-    folder = chosen.config.output_dir
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_config(chosen.config, folder, {})
-    return folder
+    return save(parse_config(argv))
+
+
+def save(config) -> str:
+    """The folder of this config's run, with the config in it."""
+    folder = decide_run(config).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(dataclasses.replace(config, output_dir=str(folder)), folder, {})
+    return str(folder)
 
 
 def test_default_folder_is_fresh_then_resumed_then_numbered():
     assert start(["--preset", "tiny"]) == "runs/tiny"
     again = decide_run(parse_config(["--preset", "tiny"]))
-    assert (again.state, again.config.output_dir) == ("interrupted", "runs/tiny")
+    assert (again.state, str(again.folder)) == ("interrupted", "runs/tiny")
     append_metrics("runs/tiny", {"step": 1, "completed": True})
     third = decide_run(parse_config(["--preset", "tiny"]))
-    assert (third.state, third.config.output_dir) == ("new", "runs/tiny-2")
+    assert (third.state, str(third.folder)) == ("new", "runs/tiny-2")
     assert third.notes == ["runs/tiny is complete", "using runs/tiny-2"]
 
 
 def test_another_config_takes_the_next_folder_and_says_why():
     start(["--preset", "tiny"])
     chosen = decide_run(parse_config(["--preset", "tiny", "--seed", "7"]))
-    assert chosen.config.output_dir == "runs/tiny-2"
+    assert str(chosen.folder) == "runs/tiny-2"
     assert chosen.notes == ["runs/tiny has another config (seed: 42 -> 7)", "using runs/tiny-2"]
 
 
@@ -106,13 +110,13 @@ def test_an_incomplete_last_line_of_metrics_is_skipped(in_tmp):
 def test_a_shorter_run_does_not_take_over_a_longer_one(before, after, resumes):
     start([*before, "--output-dir", "runs/default"])
     chosen = decide_run(parse_config(after))
-    assert chosen.config.output_dir == ("runs/default" if resumes else "runs/default-2")
+    assert str(chosen.folder) == ("runs/default" if resumes else "runs/default-2")
 
 
 def test_a_run_folder_that_is_a_file_is_passed_over():
     Path("runs").mkdir()
     Path("runs/default").write_text("x")
-    assert decide_run(parse_config([])).config.output_dir == "runs/default-2"
+    assert str(decide_run(parse_config([])).folder) == "runs/default-2"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def checkpoint_of(run: str, step: int) -> str:
 def test_never_begins_a_new_run():
     start(["--preset", "tiny"])
     chosen = decide_run(parse_config(["--preset", "tiny", "--resume", "never"]))
-    assert (chosen.state, chosen.config.output_dir) == ("new", "runs/tiny-2")
+    assert (chosen.state, str(chosen.folder)) == ("new", "runs/tiny-2")
     assert chosen.notes == ["runs/tiny is kept (--resume never)", "using runs/tiny-2"]
     with pytest.raises(ConfigError, match="holds a run, and --resume never starts a new one; give a new folder"):
         decide_run(parse_config(["--preset", "tiny", "--resume", "never", "--output-dir", "runs/tiny"]))
@@ -177,7 +181,7 @@ def test_a_given_run_or_its_newest_checkpoint_resumes_in_its_folder(start_from):
     for step in (9, 50):
         checkpoint_of("mine", step)
     chosen = decide_run(parse_config(["--resume", start_from]))
-    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("interrupted", "mine", None)
+    assert (chosen.state, str(chosen.folder), chosen.recorded.get("origin")) == ("interrupted", "mine", None)
     with pytest.raises(ConfigError, match="another config .seed: 42 -> 7"):
         decide_run(parse_config(["--resume", start_from, "--seed", "7"]))
     with pytest.raises(ConfigError, match=r"or --allow-changed .not for model, trainable, lora_r, optim."):
@@ -192,12 +196,12 @@ def test_a_checkpoint_forks_a_run_and_the_same_command_resumes_the_fork():
     checkpoint_of("mine", 100)
     flags = ["--resume", start_from, "--output-dir", "other"]
     chosen = decide_run(parse_config(flags))
-    assert (chosen.state, chosen.config.output_dir, chosen.fork_from) == ("new", "other", Path(start_from))
-    Path("other").mkdir()
-    save_config(chosen.config, "other", {})
+    assert (chosen.state, str(chosen.folder)) == ("new", "other")
+    assert chosen.recorded["origin"] == str(Path(start_from).resolve())
+    assert save(parse_config(flags)) == "other"
     Path(start_from).rmdir()  # rotated by the old run, which continues
     again = decide_run(parse_config(flags))
-    assert (again.state, again.config.output_dir) == ("interrupted", "other")
+    assert (again.state, str(again.folder)) == ("interrupted", "other")
     with pytest.raises(ConfigError, match="holds what did not start from mine/checkpoint-100; give a new folder"):
         decide_run(parse_config(["--resume", "mine/checkpoint-100", "--output-dir", "other"]))
 
@@ -205,7 +209,7 @@ def test_a_checkpoint_forks_a_run_and_the_same_command_resumes_the_fork():
 def test_the_same_command_resumes_a_run_that_is_past_the_given_checkpoint():
     start(["--output-dir", "mine"])
     command = parse_config(["--resume", checkpoint_of("mine", 50)])
-    save_config(decide_run(command).config, "mine", {})
+    assert save(command) == "mine"
     checkpoint_of("mine", 100)
     assert decide_run(command).state == "interrupted"
 

@@ -11,10 +11,10 @@ from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
 from data.labels import CLASS_NAMES
-from models.builder import build_processor, load_base, set_trainable
+from models.builder import PlantModel, build_base, build_processor, set_trainable
 from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher
-from models.scoring import build_tries, generate_batches, score_batch, score_rows
+from models.scoring import build_tries, score_batch
 from tests.conftest import FLOWERS
 from tests.unit.test_collator import SIZES, rows_of
 from utils.logging_utils import UserError, setup_logging
@@ -43,10 +43,10 @@ def one_by_one(model, collator, row) -> torch.Tensor:
 def flowers(checkpoint):
     """collator(names) over the processor of a checkpoint, images at their own sizes; and its model."""
 
-    def make(names, family="mistral", **settings):
-        processor, prompt = build_processor(TrainingConfig(model=checkpoint(family)), names)
-        model = load_base(checkpoint(family), None, settings.get("load_in_4bit", False), torch.float32, CPU)
-        return PlantCollator(processor, prompt, names, None), model.eval()
+    def make(names, family="mistral", load_in_4bit=False):
+        config = TrainingConfig(model=checkpoint(family), load_in_4bit=load_in_4bit)
+        processor, prompt = build_processor(config, names)
+        return PlantCollator(processor, prompt, names, None), build_base(config, processor, CPU, torch.float32).eval()
 
     return make
 
@@ -195,28 +195,26 @@ def test_out_of_memory_halves_the_micro_batch_until_one_image_does_not_fit(tiny,
         score_batch(model, batch, tries, micro_batcher)
 
 
-def test_unreadable_images_are_skipped_and_logged(tiny, capsys):
-    setup_logging()
+def plant_of(tiny, **loading):
+    return PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", torch.device("cpu"), **loading)
+
+
+def test_unreadable_images_are_skipped_and_reported(tiny):
     listed = tiny.rows(5)
     listed[2] = listed[2] | {"image": {"bytes": b"", "path": "gone.jpg"}}
-    rows = Dataset.from_list(listed, features=ROW)
-    scores = list(score_rows(tiny.model(), tiny.collator, rows, 2, 0, torch.float32))
-    assert sorted(score.id for score in scores) == sorted(row["id"] for index, row in enumerate(listed) if index != 2)
-    assert all(len(score.values) == len(tiny.names) for score in scores)
-    assert f"unreadable image skipped: {listed[2]['id']}: " in capsys.readouterr().out
+    batches = list(plant_of(tiny, eval_batch_size=2).score(Dataset.from_list(listed, features=ROW)))
+    scores = [found for scores, _ in batches for found in scores]
+    assert sorted(sample.id for sample, _ in scores) == [row["id"] for index, row in enumerate(listed) if index != 2]
+    assert all(len(values) == len(tiny.names) for _, values in scores)
+    assert [unreadable for _, unreadable in batches] == [[], [f"{listed[2]['id']}: gone.jpg: is empty (0 bytes)"], []]
 
 
-def rows_with_ids(tiny, count):
-    return Dataset.from_list(tiny.rows(count), features=ROW)
-
-
-def replies(tiny, model, some, batch_size):
-    batches = generate_batches(model, tiny.collator, some, batch_size, 0, torch.float32, 6)
-    return [reply for batch, _ in batches for reply in batch]
+def replies(tiny, rows, batch_size):
+    batches = plant_of(tiny, eval_batch_size=batch_size).generate(rows, max_new_tokens=6)
+    return [(sample.id, reply) for replies, _ in batches for sample, reply in replies]
 
 
 def test_replies_do_not_depend_on_the_batch(tiny):
-    model = tiny.model()
-    some = rows_with_ids(tiny, 7)
-    assert replies(tiny, model, some, 1) == replies(tiny, model, some, 4)
-    assert [reply.id for reply in replies(tiny, model, some, 3)] == some["id"]
+    rows = Dataset.from_list(tiny.rows(7), features=ROW)
+    assert replies(tiny, rows, 1) == replies(tiny, rows, 4)
+    assert [sample for sample, _ in replies(tiny, rows, 3)] == rows["id"]

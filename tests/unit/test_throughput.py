@@ -5,12 +5,12 @@ import torch
 from transformers import LlavaNextForConditionalGeneration
 
 from models.throughput import FlopCounter, measure_matmul_rate
-from models.tiny import SIZES, build_tiny_processor, full_config
+from models.tiny import SIZES, build_config, build_tiny_processor
 
 
 def test_flops_of_an_image_are_those_of_the_full_size_shape():
     """By hand: 4 FLOP per token and weight of 6.98 billion, attention, and a frozen vision tower."""
-    config = full_config(build_tiny_processor(["rose"], SIZES["full"]))
+    config = build_config(build_tiny_processor(["rose"], SIZES["full"]), SIZES["full"])
     with torch.device("meta"):
         model = LlavaNextForConditionalGeneration(config).requires_grad_(False)
     by_hand = 1197 * 4 * 32 * 218_103_808 + 3.5 * 2 * 1197**2 * 4096 * 32 + 2 * 303.5e6 * 3 * 577
