@@ -51,17 +51,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """(file, or a word that stands for none, and why): files as named, images below folders, matches of patterns."""
-    from utils.image_utils import SUFFIXES, files_below, is_image_name
+    from data.survey import survey
 
     for word in words:
         reason = None
         if os.path.isdir(word):  # pathlib would raise for a name that is too long
-            files = files_below(Path(word))
-            found = [str(file) for file in files if is_image_name(file)]
-            others = [str(file) for file in files if not is_image_name(file)]
-            if found and others:
-                logger.warning(f"{printable(word)}: {len(others):,} files are not read ({printable(others[0])}, ...)")
-            reason = f"{printable(word)}: holds no images; those are files that end in {' '.join(SUFFIXES)}"
+            folder, excluded = survey(Path(word))
+            found = [str(below.path / file.name) for below in folder.walk() for file in below.images]
+            for line in excluded.lines() if found else ():
+                logger.warning(f"{printable(word)}: {line}")
+            reason = f"{printable(word)}: {'; '.join(['holds no images', *excluded.lines()])}"
         elif glob.has_magic(word) and not os.path.exists(word):
             found = sorted(path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
             reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"

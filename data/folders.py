@@ -6,16 +6,16 @@ from pathlib import Path
 
 from data.class_names import find_groups
 from data.layout import ClassFolder, Layout
-from data.naming import name_classes
+from data.labeling import name_classes
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
-from data.survey import Folder, LeftOut, is_utf8
+from data.survey import Folder, Excluded, is_utf8
 from data.tables import LabelRow, read_label_tables
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 
 
-def load_class_folders(layout: Layout, left_out: LeftOut, reading: Reading) -> Source:
-    """The images of a layout's class folders. Raises UserError for folders that cannot be used, all of a kind at once."""
+def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> Source:
+    """The images of a layout's class folders. Raises UserError with all folders that cannot be used."""
     root = layout.root.path
     if odd := [name for name in layout.names if not is_utf8(name)]:
         raise UserError(f"{root}: names of class folders are not UTF-8: {', '.join(map(repr, odd[:5]))}; rename them")
@@ -31,13 +31,13 @@ def load_class_folders(layout: Layout, left_out: LeftOut, reading: Reading) -> S
         groups, table = found
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
-    return _build_source(rows, layout.root, notes, left_out, reading)
+    return _build_source(rows, layout.root, notes, excluded, reading)
 
 
-def load_tables(tables: list[Path], folder: Folder, left_out: LeftOut, reading: Reading) -> Source:
+def load_tables(tables: list[Path], folder: Folder, excluded: Excluded, reading: Reading) -> Source:
     """The images of a folder that tables of file names and labels list."""
     found = read_label_tables(tables, folder, reading.label_column)
-    source = _build_source(found.rows, folder, found.notes, left_out, reading, tables)
+    source = _build_source(found.rows, folder, found.notes, excluded, reading, tables)
     return source._replace(warnings=[*source.warnings, *found.warnings])
 
 
@@ -45,7 +45,7 @@ def _build_source(
     rows: list[LabelRow],
     folder: Folder,
     notes: list[str],
-    left_out: LeftOut,
+    excluded: Excluded,
     reading: Reading,
     used: Iterable[Path] = (),
 ) -> Source:
@@ -53,19 +53,19 @@ def _build_source(
     if not is_utf8(str(root)):
         raise UserError(f"--dataset {str(root)!r}: the path is not UTF-8, which Arrow needs; rename its folders")
     counts = Counter(row.class_name for row in rows)
-    naming = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
-    _add_unused(folder, {naming.table, *used}, left_out)
+    labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
+    _add_unused(folder, {labeling.table, *used}, excluded)
     splits = {
         split: build_rows(
-            ImageRow(row.path, naming.labels[row.class_name], row.id, row.group)
+            ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
             for row in rows
             if (row.split or "train") == split
         )
         for split in SPLITS
         if split in {row.split or "train" for row in rows}
     }
-    warnings = [*naming.warnings, *left_out.lines()]
-    return Source(splits, naming.names, f"image folder {root}", [*notes, *naming.notes], warnings)
+    warnings = [*labeling.warnings, *excluded.lines()]
+    return Source(splits, labeling.names, f"image folder {root}", [*notes, *labeling.notes], warnings)
 
 
 def _beside(root: Path) -> list[Path]:
@@ -103,10 +103,10 @@ def _check_unread_classes(layout: Layout) -> None:
         raise UserError(f"{layout.root.path}: class folders without an image that can be read: {'; '.join(problems)}")
 
 
-def _add_unused(root: Folder, used: set[Path | None], left_out: LeftOut) -> None:
+def _add_unused(root: Folder, used: set[Path | None], excluded: Excluded) -> None:
     """Tell of the files that other layouts would have used."""
     for folder in root.walk():
         for kind in ("arrow", "archive", "mat", "parquet", "raw", "table"):
             for name in folder.files.get(kind, ()):
                 if folder.path / name not in used:
-                    left_out.add(f"{Path(name).suffix.lower()} files", folder.path / name)
+                    excluded.add(f"{Path(name).suffix.lower()} files", folder.path / name)

@@ -75,7 +75,7 @@ FILLERS = (
 
 
 def split_of(name: str) -> str | None:
-    """train, validation or test if a name is a word for it: Training, train_images, seg_test, valset, test2; else None."""
+    """train, validation or test if a name is a word for it: Training, train_images, seg_test, valset; else None."""
     found = set()
     for word in re.findall(r"[a-z]+", name.lower()):
         if word not in FILLERS:

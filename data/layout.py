@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from data.labels import name_key, split_of
 from data.rows import SPLITS
-from data.survey import Folder, LeftOut
+from data.survey import Folder, Excluded
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 
@@ -30,7 +30,7 @@ SPECIMEN = re.compile(  # plant_01, 2024-05-01, may 2024, 100APPLE
 )
 # Folders that hold no class where others do.
 ASIDE = {
-    *("annotations", "assets", "doc", "docs", "example", "examples", "figures", "labels", "mask", "masks", "output"),
+    *("annotations", "assets", "doc", "docs", "example", "examples", "labels", "mask", "masks", "output"),
     *("outputs", "preview", "previews", "results", "sample", "samples", "screenshots", "thumbnails", "thumbs"),
 }
 GENUS = re.compile(r"[A-Z][a-z]+")
@@ -58,10 +58,10 @@ class Layout:
         return sorted({entry.name for entries in self.splits.values() for entry in entries})
 
 
-def read_layout(top: Folder, left_out: LeftOut) -> Layout:
+def read_layout(top: Folder, excluded: Excluded) -> Layout:
     """Classes and splits of the folders below `top`; no class if its images lie flat. Raises UserError."""
     layout = Layout(top)
-    while (inner := _only_way_down(layout.root, left_out)) is not None:
+    while (inner := _only_way_down(layout.root, excluded)) is not None:
         layout.root = inner
     root = layout.root
     if root is not top:
@@ -79,11 +79,11 @@ def read_layout(top: Folder, left_out: LeftOut) -> Layout:
         if not others:
             listed = " and ".join(printable(folder.name) for folder in splits.values())
             raise UserError(
-                f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of class folders"
+                f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
             )
         if any(not folder.filled for folder in splits.values()):  # classes beside images without labels
             for split in [split for split, folder in splits.items() if not folder.filled]:
-                left_out.add(
+                excluded.add(
                     "images in a folder without class folders", splits[split].path, splits.pop(split).num_images
                 )
         if splits:
@@ -91,9 +91,9 @@ def read_layout(top: Folder, left_out: LeftOut) -> Layout:
         splits["train"] = Folder(root.path, folders=others, num_images=sum(folder.num_images for folder in others))
         others = []
     for folder in others if splits else ():
-        left_out.add("images beside the split folders", folder.path, folder.num_images)
+        excluded.add("images beside the split folders", folder.path, folder.num_images)
     counts = [
-        _read_split(layout, split, folder, left_out)
+        _read_split(layout, split, folder, excluded)
         for split, folder in sorted((splits or {"train": root}).items(), key=lambda item: SPLITS.index(item[0]))
     ]
     if layout.names:
@@ -101,27 +101,27 @@ def read_layout(top: Folder, left_out: LeftOut) -> Layout:
     return layout
 
 
-def _read_split(layout: Layout, split: str, folder: Folder, left_out: LeftOut) -> str:
+def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) -> str:
     """Add a split's class folders to the layout; returns their number and place for the log."""
     while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
         folder = folder.filled[0]
-    entries = find_classes(folder, left_out)
+    entries = find_classes(folder, excluded)
     if not entries and split != "train":
-        left_out.add(
+        excluded.add(
             f"images of {printable(folder.name)} without class folders, so they cannot be scored",
             folder.path,
             folder.num_images,
         )
         return ""
     if entries and folder.images:
-        left_out.add("images in no class folder", folder.path / folder.images[0].name, len(folder.images))
+        excluded.add("images in no class folder", folder.path / folder.images[0].name, len(folder.images))
     for empty in folder.folders:
         if not empty.num_images:
-            left_out.add("folders without images", empty.path)
+            excluded.add("folders without images", empty.path)
     layout.splits[split] = entries
-    named = folder.path.relative_to(layout.root.path).as_posix()
+    place = folder.path.relative_to(layout.root.path).as_posix()
     nested = ", nested" if any(entry.folder not in folder.folders for entry in entries) else ""
-    return f"{len(entries)}{nested}" + (f" in {printable(named)}/ ({split})" if named != "." else "")
+    return f"{len(entries)}{nested}" + (f" in {printable(place)}/ ({split})" if place != "." else "")
 
 
 def find_splits(folder: Folder) -> dict[str, Folder]:
@@ -137,7 +137,7 @@ def find_splits(folder: Folder) -> dict[str, Folder]:
     return {split: folders[0] for split, folders in found.items()}
 
 
-def _only_way_down(folder: Folder, left_out: LeftOut) -> Folder | None:
+def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
     """The subfolder that must be meant, as no other holds classes; None if it is this folder."""
     children = [child for child in folder.filled if child.name.lower() not in ASIDE]
     if folder.images or any(split_of(child.name) == "train" for child in children):
@@ -153,7 +153,7 @@ def _only_way_down(folder: Folder, left_out: LeftOut) -> Folder | None:
         raise UserError(f"{folder.path}: holds {len(inner)} data sets; {give_one(below.path for below in inner)}")
     for child in folder.filled if inner else ():
         if child.path != inner[0].path and child.path not in inner[0].path.parents:
-            left_out.add("images beside the data set", child.path, child.num_images)
+            excluded.add("images beside the data set", child.path, child.num_images)
     return inner[0] if inner else None
 
 
@@ -182,12 +182,12 @@ def give_one(paths: Iterable[Path]) -> str:
     return "give one of them: " + ", ".join(f"--dataset {printable(str(path))!r}" for path in paths)
 
 
-def find_classes(top: Folder, left_out: LeftOut) -> list[ClassFolder]:
+def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     """The class folders below; a nested one whose name is a species' is "Genus species". Raises UserError."""
     aside = [child for child in top.filled if child.name.lower() in ASIDE]
     children = [child for child in top.filled if child not in aside] or aside
     for child in aside if children is not aside else ():
-        left_out.add("images in folders that name no class", child.path, child.num_images)
+        excluded.add("images in folders that name no class", child.path, child.num_images)
     groups = [child for child in children if not child.images and not _is_one_class(child)]
     plain = [child for child in children if child not in groups]
     if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
@@ -200,18 +200,18 @@ def find_classes(top: Folder, left_out: LeftOut) -> list[ClassFolder]:
         deep = bool(child.filled) and _is_one_class(child)
         entries.append(ClassFolder(child.name, child, deep, deep and _are_specimens(child)))
         for below in child.filled if not deep else ():
-            left_out.add("images in a folder inside a class folder", below.path, below.num_images)
+            excluded.add("images in a folder inside a class folder", below.path, below.num_images)
     keys = {name_key(child.name) for child in plain}
     for group in groups:
         if plain and any(split_of(below.name) == "train" for inner in group.walk() for below in inner.filled):
-            left_out.add("images of a data set among the class folders", group.path, group.num_images)
+            excluded.add("images of a data set among the class folders", group.path, group.num_images)
             continue
-        inner = find_classes(group, left_out)
+        inner = find_classes(group, excluded)
         if plain and sum(name_key(entry.name) in keys for entry in inner) * 2 > len(inner):
-            left_out.add("images in a folder with the same classes again", group.path, group.num_images)
+            excluded.add("images in a folder with the same classes again", group.path, group.num_images)
             continue
         if group.images:
-            left_out.add("images in no class folder", group.path, len(group.images))
+            excluded.add("images in no class folder", group.path, len(group.images))
         nested += [(group.name, entry) for entry in inner]
     return entries + _name_nested(nested, entries)
 
@@ -251,7 +251,7 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
         return  # two genera with an epithet in common, which the species' names tell apart
     if len(shared) * 2 > len(seen):
         raise UserError(
-            f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}, ...); "
+            f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}); "
             f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into it"
         )
 
@@ -269,7 +269,7 @@ def describe_flat(folder: Folder) -> str:
     ]
     if folder.num_images and boxes:
         return (
-            f"{folder.path}: looks like a detection data set (bounding boxes in {printable(str(boxes[0]))}), whose images "
+            f"{folder.path}: looks like a detection data set (boxes in {printable(str(boxes[0]))}), whose images "
             "have no class of their own; cut the boxes out into <class name>/photo.jpg"
         )
     if folder.num_images:

@@ -43,7 +43,7 @@ class Source(NamedTuple):
     class_names: list[str]
     description: str
     notes: Sequence[str] = ()  # what was taken for a class, a split, a name
-    warnings: Sequence[str] = ()  # what was left out, and why
+    warnings: Sequence[str] = ()  # what was excluded, and why
     revision: str | None = None  # commit of a hub data set
 
 

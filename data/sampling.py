@@ -26,7 +26,7 @@ class TrainRows(torch.utils.data.Dataset):
 
 
 class TrainSampler(Sampler):
-    """Indices of an epoch: each once in random order, or with `is_balanced` drawn so that all classes come equally often.
+    """Indices of an epoch: each once in random order, or with `is_balanced` drawn so that classes come equally often.
 
     A sampler of its own, because accelerate tells only the sampler which epoch begins, and TrainRows must know it.
     """

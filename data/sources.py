@@ -1,7 +1,7 @@
 """Where images come from: the source that a path or name refers to.
 
-A folder is looked at once (data/survey.py); its contents tell whether it is the official release of Oxford Flowers 102,
-parquet files, a saved data set, a table of labels, or class folders. What a source does not use is told, with the reason.
+A folder is looked at once (data/survey.py); its contents tell whether it is the official release of Oxford Flowers
+102, parquet files, a saved data set, a table of labels, or class folders. What is not used is reported, with the reason.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, give_one, read_layout, unpack_command
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
 from data.rows import ROW, ImageRow, Reading, Source, build_rows
-from data.survey import ARCHIVES, TABLES, Folder, LeftOut, survey
+from data.survey import ARCHIVES, TABLES, Folder, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
-from utils.image_utils import images_below, is_image_name, printable
-from utils.logging_utils import UserError, logger
+from utils.image_utils import is_image_name, printable
+from utils.logging_utils import UserError
 
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
@@ -76,10 +76,10 @@ def load_file(path: Path, reading: Reading) -> Source:
     if suffix == ".parquet":
         return load_parquet_files(path.parent, [path], reading)
     if suffix in TABLES:
-        folder, left_out = survey(path.parent)
+        folder, excluded = survey(path.parent)
         if not folder.num_images:  # annotations/labels.csv beside images/
-            folder, left_out = survey(path.absolute().parent.parent)
-        return load_tables([path], folder, left_out, reading)
+            folder, excluded = survey(path.absolute().parent.parent)
+        return load_tables([path], folder, excluded, reading)
     if suffix in ARCHIVES:
         raise UserError(
             f"--dataset {path}: is an archive; unpack it first: {unpack_command(path)}, and give the folder it makes"
@@ -89,7 +89,7 @@ def load_file(path: Path, reading: Reading) -> Source:
 
 
 def load_folder(path: Path, reading: Reading) -> Source:
-    folder, left_out = survey(path)
+    folder, excluded = survey(path)
     if reading.streaming:
         return stream_parquet_folder(folder, reading)
     if folder.find("arrow"):
@@ -99,7 +99,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
         source = load_official_release(release.path, reading.allow_missing)
         return source._replace(notes=[*note, *source.notes])
     parquet = [file for file in folder.find("parquet") if has_images(file)]
-    not_in_classes = copy.deepcopy(left_out)
+    not_in_classes = copy.deepcopy(excluded)
     try:
         layout = read_layout(folder, not_in_classes)
     except UserError:
@@ -118,7 +118,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
     if not has_classes:
         for place in (layout.root, _with_parent_tables(layout.root)):
             if tables := find_label_tables(place):
-                return load_tables(tables, place, left_out, reading)
+                return load_tables(tables, place, excluded, reading)
         if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
             return load_parquet_files(path, others, reading)  # raises with the columns that there are
         if not layout.names:

@@ -1,4 +1,4 @@
-"""What lies below a path, looked at once: images, tables, archives and other files by folder, and what is left out.
+"""What lies below a path, looked at once: images, tables, archives and other files by folder, and what is excluded.
 
 Nothing is decided here; data/layout.py takes a survey and decides what is a class, a split or a table.
 """
@@ -68,7 +68,7 @@ class Folder:
 
 
 @dataclass
-class LeftOut:
+class Excluded:
     """What is not used: for each reason how many files, and the first three places."""
 
     root: Path
@@ -88,25 +88,25 @@ class LeftOut:
         ]
 
 
-def survey(path: Path) -> tuple[Folder, LeftOut]:
-    """What lies in a folder and below, and what of it is left out. Raises UserError if it cannot be listed."""
-    left_out = LeftOut(path)
+def survey(path: Path) -> tuple[Folder, Excluded]:
+    """What lies in a folder and below, and what of it is excluded. Raises UserError if it cannot be listed."""
+    excluded = Excluded(path)
     try:
         status = os.stat(path)
         os.scandir(path).close()
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({error.strerror}); check the path and its permissions") from error
-    return _look(path, left_out, {(status.st_dev, status.st_ino)}, 0), left_out
+    return _look(path, excluded, {(status.st_dev, status.st_ino)}, 0), excluded
 
 
-def _look(path: Path, left_out: LeftOut, seen: set[tuple[int, int]], depth: int) -> Folder:
+def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int) -> Folder:
     """`seen`: device and inode of each folder met, so that links neither loop nor show a folder twice."""
     folder = Folder(path)
     try:
         with os.scandir(path) as listing:
             entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
-        left_out.add(f"folders that cannot be opened: {error.strerror}", path)
+        excluded.add(f"folders that cannot be opened: {error.strerror}", path)
         return folder
     for entry in entries:
         if entry.name.startswith(".") or entry.name.lower() in JUNK:
@@ -116,29 +116,29 @@ def _look(path: Path, left_out: LeftOut, seen: set[tuple[int, int]], depth: int)
             status = entry.stat()
         except OSError as error:
             reason = "links to nowhere" if entry.is_symlink() else f"files that cannot be read: {error.strerror}"
-            left_out.add(reason, entry_path)
+            excluded.add(reason, entry_path)
             continue
         if stat.S_ISDIR(status.st_mode):
             if (status.st_dev, status.st_ino) in seen:
-                left_out.add("links to a folder that is read already", entry_path)
+                excluded.add("links to a folder that is read already", entry_path)
             elif depth == MAX_DEPTH:
-                left_out.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
+                excluded.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
             elif reason := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
-                left_out.add(f"folders that are {reason}", entry_path)
+                excluded.add(f"folders that are {reason}", entry_path)
             else:
                 seen.add((status.st_dev, status.st_ino))
-                folder.folders.append(_look(entry_path, left_out, seen, depth + 1))
+                folder.folders.append(_look(entry_path, excluded, seen, depth + 1))
         elif not stat.S_ISREG(status.st_mode):
-            left_out.add("devices or pipes", entry_path)
+            excluded.add("devices or pipes", entry_path)
         else:
-            _add_file(folder, entry_path, status, left_out)
+            _add_file(folder, entry_path, status, excluded)
     folder.folders.sort(key=lambda below: below.name)
     folder.images.sort()
     folder.num_images = len(folder.images) + sum(below.num_images for below in folder.folders)
     return folder
 
 
-def _add_file(folder: Folder, path: Path, status: os.stat_result, left_out: LeftOut) -> None:
+def _add_file(folder: Folder, path: Path, status: os.stat_result, excluded: Excluded) -> None:
     suffix = path.suffix.lower()
     kinds = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | dict.fromkeys(ARCHIVES, "archive")
     kinds |= dict.fromkeys(TABLES, "table") | dict.fromkeys(CAMERA_RAW, "raw")
@@ -149,14 +149,14 @@ def _add_file(folder: Folder, path: Path, status: os.stat_result, left_out: Left
         kind = kinds.get(suffix, "other")
         folder.files[kind].append(path.name)
         if kind == "other":
-            left_out.add(f"{suffix or 'nameless'} files", path)
+            excluded.add(f"{suffix or 'nameless'} files", path)
     elif not status.st_size:
-        left_out.add("empty image files (0 bytes)", path)
+        excluded.add("empty image files (0 bytes)", path)
     elif not is_utf8(path.name):
-        left_out.add("images whose name is not UTF-8", path)
+        excluded.add("images whose name is not UTF-8", path)
     elif suffix in HEIF_SUFFIXES and not reads_heif():
         folder.files["heif"].append(path.name)
-        left_out.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
+        excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
     else:
         folder.images.append(File(path.name, status.st_size, status.st_mtime_ns))
 

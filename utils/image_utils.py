@@ -80,20 +80,6 @@ def reads_heif() -> bool:
     return "HEIF" in Image.registered_extensions().values()
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Image files in a folder and its subfolders, sorted by path, without hidden ones."""
-    return [path for path in files_below(folder) if is_image_name(path)]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Files in a folder and its subfolders, sorted by path, without hidden ones."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
 def open_image(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The upright RGB image: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
 

@@ -1,4 +1,4 @@
-"""Folders as people have them: what is taken for a class, a split, a name, and what is left out."""
+"""Folders as people have them: what is taken for a class, a split, a name, and what is excluded."""
 
 import os
 import random
@@ -80,7 +80,7 @@ def test_classes_and_splits(folders, names, splits, tree):
     [
         (in_each("color", "grayscale", "segmented"),
          r"3 folders hold folders of the same names.*--dataset '.*/my plants/color', --dataset '.*/grayscale', --data"),
-        (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --dataset '.*/lab"),
+        (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --data"),
         (in_each("train", "Training"), "'Training' and 'train' are both taken for train; rename one"),
         (in_each("val", "test"), "has test and val, and no train folder to learn from; add one"),
         (["train"], "3 images lie here, none in a class folder; move them to <class name>/photo.jpg, or give a table"),
@@ -93,7 +93,7 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folde
 
 
 @pytest.mark.parametrize(
-    ("folders", "told"),
+    ("folders", "reported"),
     [
         ([*in_each("train"), "orchid"], "images beside the split folders: 3 (orchid)"),
         ([*in_each("train"), "test"], "images of test without class folders, so they cannot be scored: 3 (test)"),
@@ -106,9 +106,9 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folde
         ([*CLASSES, "."], "images in no class folder: 3 (0.png)"),
     ],
 )
-def test_images_that_are_not_used_are_told(folders, told, tree):
+def test_images_that_are_not_used_are_reported(folders, reported, tree):
     source = tree(*folders)()
-    assert tuple(source.class_names) == CLASSES and f"not used: {told}" in source.warnings
+    assert tuple(source.class_names) == CLASSES and f"not used: {reported}" in source.warnings
 
 
 def test_notes_say_what_was_taken_for_what(tree):
@@ -152,7 +152,7 @@ def test_junk_and_runs_are_no_classes(tree, monkeypatch):
     assert here.splits["train"]["id"] == source.splits["train"]["id"]
 
 
-def test_images_are_known_by_content_and_other_files_are_told_by_kind(tree):
+def test_images_are_known_by_content_and_other_files_are_reported_by_kind(tree):
     read = tree(*CLASSES)
     draw(tree.root / "rose" / "no suffix")
     draw(tree.root / "rose" / "page.jpg_large", "JPEG")
@@ -186,12 +186,12 @@ def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
     ]
 
 
-def test_folders_far_down_are_left_out(tree):
+def test_folders_far_down_are_excluded(tree):
     tree(*CLASSES)
     folder = tree.root / "daisy" / "/".join("d" * (MAX_DEPTH + 2))
     draw(folder / "0.png")
-    found, left_out = survey(tree.root)
-    assert found.num_images == 6 and f"folders more than {MAX_DEPTH} levels down" in left_out.lines()[0]
+    found, excluded = survey(tree.root)
+    assert found.num_images == 6 and f"folders more than {MAX_DEPTH} levels down" in excluded.lines()[0]
 
 
 def test_a_class_whose_images_cannot_be_read_is_refused(tree):
@@ -241,7 +241,7 @@ def test_archives_alone_and_boxes(tree):
     read = tree("train/images")
     (tree.root / "train/labels").mkdir()
     (tree.root / "train/labels/0.txt").write_text("0 .5 .5 1 1")
-    with pytest.raises(UserError, match=r"looks like a detection data set \(bounding boxes in .*0.txt\)"):
+    with pytest.raises(UserError, match=r"looks like a detection data set \(boxes in .*0.txt\)"):
         read()
 
 

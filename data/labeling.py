@@ -12,7 +12,7 @@ from utils.logging_utils import UserError
 
 
 @dataclass
-class Naming:
+class Labeling:
     """Class names, the class of each label as written, and where the names come from."""
 
     names: list[str] = field(default_factory=list)
@@ -24,14 +24,14 @@ class Naming:
 
 def name_classes(
     written: Sequence[str], class_names: str | None, beside: Sequence[Path], counts: Mapping[str, int] | None = None
-) -> Naming:
+) -> Labeling:
     """Classes in the order of `written`; of several spellings of one, the name is the one of most images (`counts`).
 
     `class_names`: a file of names for them; `beside`: folders in which such a file is looked for, if the labels are
     numbers or codes. Raises UserError for a file that lacks some, and for empty names.
     """
-    naming = Naming()
-    called = _call(written, class_names, beside, naming)
+    labeling = Labeling()
+    called = _call(written, class_names, beside, labeling)
     by_key: dict[str, list[str]] = defaultdict(list)
     for label in written:
         by_key[name_key(called[label]) or called[label]].append(label)
@@ -41,31 +41,31 @@ def name_classes(
         )
     for number, labels in enumerate(by_key.values()):
         best = max(labels, key=lambda label: counts[label]) if counts else labels[0]
-        naming.names.append(called[best])
-        naming.labels.update(dict.fromkeys(labels, number))
+        labeling.names.append(called[best])
+        labeling.labels.update(dict.fromkeys(labels, number))
         if len(labels) > 1:
             listed = " and ".join(map(repr, labels[:5]))
-            naming.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
-    return naming
+            labeling.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
+    return labeling
 
 
-def _call(written: Sequence[str], class_names: str | None, beside: Sequence[Path], naming: Naming) -> Mapping[str, str]:
+def _call(written: Sequence[str], class_names: str | None, beside: Sequence[Path], labeling: Labeling) -> Mapping[str, str]:
     found: tuple[Mapping[str, str], Path] | None = None
     if class_names is not None:
         found = read_class_names(Path(class_names), written), Path(class_names)
     elif (plain := without_numbers(written)) is not None:
-        naming.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
+        labeling.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
         return {label: tidy_name(name) for label, name in zip(written, plain)}
     elif are_codes(written):
         found = find_class_names(written, beside)
         if found is None:
             listed = ", ".join(map(printable, written[:3])) + (", ..." if len(written) > 3 else "")
-            naming.warnings.append(
+            labeling.warnings.append(
                 f"classes are called {listed}, and the model would answer with that; a json or csv file of code and "
                 "name gives them names: --class-names FILE"
             )
     if found is None:
         return {label: tidy_name(label) for label in written}
-    names, naming.table = found
-    naming.notes.append(f"names from {naming.table}: {written[0]} is {tidy_name(names[written[0]])}")
+    names, labeling.table = found
+    labeling.notes.append(f"names from {labeling.table}: {written[0]} is {tidy_name(names[written[0]])}")
     return {label: tidy_name(names[label]) for label in written}
