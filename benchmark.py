@@ -42,7 +42,7 @@ REFUSED = {
         (
             (
                 "dataset dataset_revision streaming train_on_val sample_fraction val_fraction test_fraction "
-                "allow_missing max_unreadable_fraction"
+                "group_by min_images allow_missing max_unreadable_fraction"
             ),
             "has no effect, images are generated; use --image WIDTHxHEIGHT",
         ),

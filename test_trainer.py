@@ -244,8 +244,10 @@ def check_lengths(found: PreFlight) -> str:
 
 
 def check_sample(found: PreFlight) -> str:
+    from evaluation.verify import first_readable
+
     processor = found.collator.processor
-    batch = found.collator([found.rows[0]])
+    batch = found.collator(first_readable(found.collator, found.rows, 1))
     (sample,), ids = batch.samples, batch["input_ids"][0].tolist()
     placeholders = processor.image_token * sample.image_tokens
     prompt = processor.tokenizer.decode(ids[: sample.prompt_length])

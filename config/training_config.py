@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -110,8 +111,14 @@ class TrainingConfig:
     streaming: bool = option(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = option(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = option(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
-    val_fraction: float = option(0.1, "of an image folder without a val split", above=0, high=0.5)
-    test_fraction: float = option(0.1, "of an image folder without a test split", above=0, high=0.5)
+    val_fraction: float = option(0.1, "of each class, for a data set without a val split", above=0, high=0.5)
+    test_fraction: float = option(0.1, "of each class, for a data set without a test split", above=0, high=0.5)
+    group_by: str | None = option(
+        None,
+        "regular expression of what the file names (or paths) of images of one plant have in common, which one split "
+        "gets: its first group, or all that it matches; none: what the data says, or plain file names",
+    )
+    min_images: int = option(1, "classes with fewer images are not used", low=1)
     allow_missing: bool = option(False, "continue although images that the data set lists are not on disk")
     max_unreadable_fraction: float = option(
         0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1, resumable=True
@@ -241,17 +248,34 @@ def _find_conflicts(config: TrainingConfig) -> Iterator[str]:
             f"question={config.question!r}: empty, or with leading, trailing or double spaces, which tokenizers treat "
             "differently; use single spaces between words"
         )
+    if (reason := _why_no_pattern(config.group_by)) is not None:
+        yield f"group_by={config.group_by!r}: not a regular expression ({reason}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
     if not all(name.replace("_", "").isalnum() for name in config.report_to.split(",")):
         yield f"report_to={config.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
     if streaming and config.max_steps <= 0:
         yield f"streaming=true with max_steps={config.max_steps}: a stream has no length; set --max-steps"
     if streaming and config.dataset in SOURCES:
         yield f"streaming=true with dataset={config.dataset}: only a folder of parquet files is streamed; use false"
+    if streaming and (config.group_by is not None or config.min_images > 1):
+        yield (
+            f"streaming=true with group_by={format_value(config.group_by)} and min_images={config.min_images}: both "
+            "need all images at once; use none and 1, or --streaming false"
+        )
     if streaming and (config.sample_fraction < 1 or train_on_val):
         yield (
             f"streaming=true with sample_fraction={config.sample_fraction} and train_on_val="
             f"{format_value(train_on_val)}: both need all images at once; use 1 and false, or --streaming false"
         )
+
+
+def _why_no_pattern(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{error}"
+    return None if text else "it is empty"
 
 
 def find_range_problems(options) -> Iterator[str]:
