@@ -37,7 +37,8 @@ LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
 DATA_OPTIONS = (
     "dataset", "dataset_revision", "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction",
-    "allow_missing", "max_unreadable_fraction",
+    "group_by", "min_images", "label_column", "class_names", "class_balance", "augmentation", "allow_missing",
+    "max_unreadable_fraction",
 )  # fmt: skip
 RUN_OPTIONS = (
     "output_dir", "resume", "allow_changed", "num_train_epochs", "max_steps", "eval_steps", "early_stopping_patience",

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -101,8 +102,18 @@ class TrainingConfig:
     streaming: bool = fixed(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = fixed(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = fixed(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
-    val_fraction: float = fixed(0.1, "of an image folder without a val split", above=0, high=0.5)
-    test_fraction: float = fixed(0.1, "of an image folder without a test split", above=0, high=0.5)
+    val_fraction: float = fixed(0.1, "of each class, for a data set without a val split", above=0, high=0.5)
+    test_fraction: float = fixed(0.1, "of each class, for a data set without a test split", above=0, high=0.5)
+    group_by: str | None = fixed(
+        None,
+        "regular expression of what the file names (or paths) of images of one plant have in common, which one split "
+        "gets: its first group, or all that it matches; none: what the data says, or plain file names",
+    )
+    min_images: int = fixed(1, "classes with fewer images are not used", low=1)
+    class_balance: bool = fixed(False, "draw train images so that all classes come equally often")
+    augmentation: str = fixed(
+        "none", "light: train images are cropped, flipped, their light changed", choices=("none", "light")
+    )
     allow_missing: bool = fixed(False, "continue although images that the data set lists are not on disk")
     max_unreadable_fraction: float = option(
         0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1
@@ -177,6 +188,15 @@ class TrainingConfig:
             )
         if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
             yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
+        if (reason := _why_no_pattern(self.group_by)) is not None:
+            yield (
+                f"group_by={self.group_by!r}: not a regular expression ({reason}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
+            )
+        if self.streaming and (self.group_by is not None or self.min_images > 1 or self.class_balance):
+            yield (
+                f"streaming=true with group_by={format_value(self.group_by)}, min_images={self.min_images} and "
+                f"class_balance={format_value(self.class_balance)}: they need all images at once; use none, 1 and false"
+            )
         if self.streaming and self.max_steps <= 0:
             yield f"streaming=true with max_steps={self.max_steps}: a stream has no length; set --max-steps"
         if self.streaming and self.dataset in SOURCES:
@@ -226,6 +246,16 @@ def find_problems(options) -> Iterator[str]:
     """A sentence per value of a dataclass of options that cannot work: name and value, reason, next move."""
     yield from find_range_problems(options)
     yield from getattr(options, "find_conflicts", tuple)()
+
+
+def _why_no_pattern(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"{error}"
+    return None if text else "it is empty"
 
 
 def find_range_problems(options) -> Iterator[str]:

@@ -76,7 +76,8 @@ def read_tables(
     warnings += files.check(where, reading.allow_missing)
     if classes.names == list(CLASS_NAMES):
         check_official_counts(splits, where)
-    return Source(splits, classes.names, where, [*notes, *classes.notes], [*classes.warnings, *warnings])
+    source = Source(splits, classes.names, where, [*notes, *classes.notes], [*classes.warnings, *warnings])
+    return source._replace(is_published=classes.names == list(CLASS_NAMES))
 
 
 def _drop_unlabeled(

@@ -12,18 +12,20 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from config.training_config import TrainingConfig
 from data.labels import KNOWN_DUPLICATES
 from data.rows import ROW, SPLITS, Reading, count_images
 from data.sources import load_source
+from data.splits import split_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, logger
 
 SAMPLED = 2000  # images that stand for all of a split where reading each would take long
+FEW_UNREADABLE = 2  # images of a split: of sixty images one is more than 1 %
 STREAM_SAMPLED = 500  # of a stream, whose first rows are held in memory
 
 
@@ -54,7 +56,7 @@ class PlantData:
             if isinstance(rows, Stream):
                 pairs = [(file.name, file.stat().st_size) for file in rows.files]
             else:
-                pairs = list(zip(rows["id"], rows["label"])) if rows else []
+                pairs = list(zip(rows["id"][:], rows["label"][:])) if rows else []
             digest.update(json.dumps(sorted(pairs)).encode())
         return digest.hexdigest()
 
@@ -66,14 +68,14 @@ class PlantData:
             if (len(held[split]) if split in held else self.num_train) == 0:
                 raise UserError(f"{self.source}: split {split} has no images; add some, or use another --dataset")
         # The labels of a stream are not known before it is read.
-        if len(self.class_names) < 2 or ("train" in held and len(set(self.train["label"])) < 2):
+        if len(self.class_names) < 2 or ("train" in held and len(set(self.train["label"][:])) < 2):
             raise UserError(
                 f"{self.source}: only one class ({self.class_names[0]!r}); there is nothing to classify, add a second"
             )
         for name, count in Counter(self.class_names).items():
             if count > 1 or not name:
                 raise UserError(f"{self.source}: class name {name!r} is empty or used by two classes; rename one")
-        for image_id, count in Counter(itertools.chain(*(rows["id"] for rows in held.values()))).items():
+        for image_id, count in Counter(itertools.chain(*(rows["id"][:] for rows in held.values()))).items():
             if count > 1:
                 raise UserError(
                     f"{self.source}: image {image_id} is in two splits, or twice in one; remove all but one"
@@ -107,21 +109,26 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         config.label_column,
         config.class_names,
     )
-    source = load_source(config.dataset, reading)
-    splits, class_names, description = source[:3]
-    total = count_images(splits["train"]) if len(splits) < len(SPLITS) else 0
-    for split, fraction in (("validation", config.val_fraction), ("test", config.test_fraction)):
-        if split not in splits:
-            splits["train"], splits[split] = split_off(
-                splits["train"], round(fraction * total), config.seed, class_names
-            )
+    source = split_source(
+        load_source(config.dataset, reading),
+        {"validation": config.val_fraction, "test": config.test_fraction},
+        config.seed,
+        config.group_by,
+        config.min_images,
+    )
+    for note in source.notes:
+        logger.info("data | %s", note)
+    for warning in source.warnings:
+        logger.warning("%s", warning)
     data = PlantData(
-        **splits,
-        class_names=class_names,
-        source=description,
-        notes=list(source.notes),
-        warnings=list(source.warnings),
-        revision=source.revision,
+        source.splits["train"],
+        source.splits["validation"],
+        source.splits["test"],
+        source.class_names,
+        source.description,
+        list(source.notes),
+        list(source.warnings),
+        source.revision,
     )
     data.validate()
     train, validation = data.train, data.validation
@@ -139,26 +146,10 @@ def sample_rows(rows: Dataset | Stream, count: int = SAMPLED) -> Dataset:
     return rows.select(range(0, len(rows), max(-(-len(rows) // count), 1)))
 
 
-def split_off(rows: Dataset, count: int, seed: int, classes: Sequence[str]) -> tuple[Dataset, Dataset]:
-    """(the rest, `count` seeded rows or one of each class), stratified by class."""
-    counts = Counter(rows["label"])
-    rarest, size = min(counts.items(), key=lambda item: item[1])
-    if size < 2:
-        raise UserError(
-            f"class {classes[rarest]!r} has too few images to split into train, val and test; it needs 3 or more"
-        )
-    # Row numbers are split, so that no image is copied.
-    labels = list(rows["label"])
-    features = Features({"row": Value("int64"), "label": ClassLabel(num_classes=max(labels) + 1)})
-    numbers = Dataset.from_dict({"row": list(range(len(rows))), "label": labels}, features=features)
-    parts = numbers.train_test_split(stratify_by_column="label", seed=seed, test_size=max(count, len(counts)))
-    return rows.select(parts["train"]["row"]), rows.select(parts["test"]["row"])
-
-
 def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
     """A seeded fraction of each class, at least one image of each, in the order of the rows."""
     by_class = defaultdict(list)
-    for index, label in enumerate(rows["label"]):
+    for index, label in enumerate(rows["label"][:]):
         by_class[label].append(index)
     draw = random.Random(seed)
     kept = [draw.sample(indices, max(round(fraction * len(indices)), 1)) for _, indices in sorted(by_class.items())]
@@ -178,8 +169,14 @@ def known_duplicates(ids: Collection[str]) -> list[str]:
 
 
 def check_unreadable_fraction(unreadable: Collection[str], images: int, max_unreadable_fraction: float) -> None:
-    """Raise ImageError if more than this fraction of so many images is in `unreadable`, "id: reason" for each."""
-    if len(unreadable) > max_unreadable_fraction * images:
+    """Raise ImageError if more than this fraction of so many images is in `unreadable`, "id: reason" for each.
+
+    One or two stop nothing, unless they are all there are or the fraction is 0.
+    """
+    limit = max_unreadable_fraction * images
+    if 0 < max_unreadable_fraction < 1:
+        limit = min(max(limit, FEW_UNREADABLE), images - 1)
+    if len(unreadable) > limit:
         raise ImageError(
             f"{len(unreadable)} of {images} images cannot be opened, above "
             f"max_unreadable_fraction={max_unreadable_fraction} ({'; '.join(sorted(unreadable)[:5])}); repair or "

@@ -49,7 +49,9 @@ def name_classes(
     return labeling
 
 
-def _call(written: Sequence[str], class_names: str | None, beside: Sequence[Path], labeling: Labeling) -> Mapping[str, str]:
+def _call(
+    written: Sequence[str], class_names: str | None, beside: Sequence[Path], labeling: Labeling
+) -> Mapping[str, str]:
     found: tuple[Mapping[str, str], Path] | None = None
     if class_names is not None:
         found = read_class_names(Path(class_names), written), Path(class_names)

@@ -45,6 +45,7 @@ class Source(NamedTuple):
     notes: Sequence[str] = ()  # what was taken for a class, a split, a name
     warnings: Sequence[str] = ()  # what was excluded, and why
     revision: str | None = None  # commit of a hub data set
+    is_published: bool = False  # its splits are those that others report on: used as they are, copies and all
 
 
 def count_images(rows: Dataset | Stream) -> int:

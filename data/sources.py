@@ -146,7 +146,7 @@ def _find_release(folder: Folder) -> Folder | None:
 
 def load_synthetic() -> Source:
     splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
-    return Source(splits, list(SPECIES), "synthetic flowers of ten invented species")
+    return Source(splits, list(SPECIES), "synthetic flowers of ten invented species", is_published=True)
 
 
 def load_official_release(folder: Path, allow_missing: bool) -> Source:
@@ -180,7 +180,7 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
         if not allow_missing:
             raise UserError(f"{message}; unpack 102flowers.tgz again, or continue without them: --allow-missing true")
         warnings.append(f"{message}; continuing without them")
-    return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}", warnings=warnings)
+    return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}", warnings=warnings, is_published=True)
 
 
 def load_ood_images(folder: Path) -> Dataset:

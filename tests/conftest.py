@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import sys
+import zlib
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -147,16 +148,19 @@ def simulated_gpu(monkeypatch):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """image_folder({class: count}, split="") makes <tmp>/images[/<split>]/<class>/<n>.png and returns the root."""
+    """image_folder({class: count}, split="") makes <tmp>/images[/<split>]/<class>/<n>.png and returns the root.
+
+    No two images are the same, also of two splits.
+    """
     from PIL import Image
 
     def make(counts: dict[str, int], split: str = "") -> Path:
-        root = tmp_path / "images"
+        root, blue = tmp_path / "images", (90 + zlib.crc32(split.encode())) % 256
         for index, (name, count) in enumerate(counts.items()):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for image in range(count):
-                Image.new("RGB", (40 + image, 30), (40 * index, 10 * image, 90)).save(folder / f"{image}.png")
+                Image.new("RGB", (40 + image, 30), (40 * index, 10 * image, blue)).save(folder / f"{image}.png")
         return root
 
     return make

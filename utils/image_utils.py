@@ -73,6 +73,11 @@ def looks_like_image(path: Path) -> bool:
 
 def is_image_start(start: bytes) -> bool:
     """Whether the first 16 bytes of a file are those of an image format."""
+    return begins_as_image(start)
+
+
+def begins_as_image(start: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of one of the image formats."""
     return any(start[offset:].startswith(signature) for offset, signature in SIGNATURES)
 
 

@@ -44,14 +44,23 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits,
 
 def test_a_checkpoint_folder_with_images_at_their_own_size(checkpoint, image_folder, capsys):
     root = image_folder({"oak": 8, "ash": 8})
-    for image in (root / "oak").iterdir():
-        Image.new("RGB", (90, 30), "green").save(image)
+    for number, image in enumerate((root / "oak").iterdir()):
+        Image.new("RGB", (90, 30), (0, 20 * number, 0)).save(image)
     status, lines = run(capsys, "--model", checkpoint(), "--dataset", str(root), "--image-size", "none")
     assert status == 0 and "18 assertions hold" in lines["model"]
     lowest, highest = re.search(r"lengths: ([\d,]+) to ([\d,]+) tokens", lines["lengths"]).groups()
     assert int(lowest) < int(highest)
     assert "90x30" in lines["lengths"]
     assert "of padding" in lines["padding"] and ", 0 to 0 of padding" not in lines["padding"]
+
+
+def test_the_first_image_is_unreadable(image_folder, capsys):
+    """One or two of a split stop nothing."""
+    for split in ("train", "val", "test"):
+        root = image_folder({"oak": 4, "ash": 4}, split)
+    (root / "train" / "ash" / "0.png").write_bytes(b"\x89PNG\r\n but no more")
+    _, lines = run(capsys, *TINY, "--dataset", str(root))
+    assert "1 unreadable" in lines["lengths"] and "supervised" in lines["sample"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

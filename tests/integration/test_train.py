@@ -312,7 +312,8 @@ def places(here, image_folder, checkpoint):
         shutil.copytree(found["images"], here / name, dirs_exist_ok=True)
     (here / "hollow" / "elm").mkdir()
     (here / "broken" / "oak" / "3.png").write_bytes(b"\x89PNG but no more")
-    (here / "broken" / "ash" / "4.png").write_bytes(b"")
+    for name in ("4.png", "5.png", "6.png", "7.png"):
+        (here / "broken" / "ash" / name).write_bytes(b"\x89PNG but no more")
     for image in (here / "zero").rglob("*.png"):
         image.write_bytes(b"")
     (here / "file").write_text("x")

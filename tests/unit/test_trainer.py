@@ -301,6 +301,7 @@ def test_unreadable_training_images_are_logged_once_up_to_a_fraction(tiny, tmp_p
     assert output.count("image skipped") == 2 and "(2 of train so far)" in output
     assert "test-00003.jpg: is not an image" in output
     assert sum(step["images"] for step in steps_of(tmp_path / "few")) == 60
+    samples = unreadable(tiny, 32, 3, 9, 12, 15)
     with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_unreadable_fraction=0.01"):
         make_trainer(tiny, tmp_path / "many", samples).train()
 
@@ -313,13 +314,13 @@ def test_a_step_without_a_readable_image_is_an_error(tiny, tmp_path):
 
 def test_unreadable_validation_images_are_logged_up_to_a_fraction(tiny, tmp_path, capsys):
     setup_logging()
-    samples = unreadable(tiny, 10, 9)
+    samples = unreadable(tiny, 10, 7, 8, 9)
     settings = {"val_rows": samples, "per_device_eval_batch_size": 1}
     assert (
-        make_trainer(tiny, tmp_path, max_unreadable_fraction=0.2, **settings).evaluate()["eval_unreadable_images"] == 1
+        make_trainer(tiny, tmp_path, max_unreadable_fraction=0.3, **settings).evaluate()["eval_unreadable_images"] == 3
     )
-    assert "image skipped (1 of val so far): test-00009: test-00009.jpg: is not an image" in capsys.readouterr().out
-    with pytest.raises(ImageError, match="1 of 10 images cannot be opened, above max_unreadable_fraction=0.05 .test-"):
+    assert "image skipped (3 of val so far): test-00009: test-00009.jpg: is not an image" in capsys.readouterr().out
+    with pytest.raises(ImageError, match="3 of 10 images cannot be opened, above max_unreadable_fraction=0.05 .test-"):
         make_trainer(tiny, tmp_path, max_unreadable_fraction=0.05, **settings).evaluate()
 
 

@@ -1,0 +1,145 @@
+"""Images with the same content: only those of equal size are read, and a file's hash is kept from start to start."""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import datasets
+import pyarrow
+import pyarrow.compute
+
+from utils.image_utils import begins_as_image
+
+CACHE_FILE = "image_hashes.sqlite3"  # in the library's cache folder
+BLOCK = 2**16  # bytes read at a time
+TASK = 100  # files that a thread hashes in one go
+READERS = 8  # threads: hashing and reading release the GIL, and a network disk answers several at once
+NOT_AN_IMAGE = b""  # in place of a hash: equal broken files are unreadable images, not copies of a plant
+SELECT = "SELECT hash FROM hashes WHERE path = ? AND size = ? AND modified_ns = ?"
+CREATE = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER, modified_ns INTEGER, hash BLOB)"
+
+
+class ImageFile(NamedTuple):
+    path: str
+    size: int  # bytes
+    modified_ns: int
+
+
+def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
+    """The numbers of the images of each content that occurs twice; images are counted over all splits.
+
+    Images in files are read once: path, size and time of change tell whether a file is still the same.
+    """
+    splits = list(splits)
+    sizes, files = _read_sizes(splits)
+    counts = Counter(sizes)
+    shared = [number for number, size in enumerate(sizes) if size and counts[size] > 1]
+    hashes = hash_files({number: files[number] for number in shared if number in files})
+    hashes |= _hash_rows(splits, {number for number in shared if number not in files})
+    same = defaultdict(list)
+    for number in shared:
+        if hashes.get(number, NOT_AN_IMAGE) != NOT_AN_IMAGE:
+            same[hashes[number]].append(number)
+    return [numbers for numbers in same.values() if len(numbers) > 1]
+
+
+def _read_sizes(splits: Sequence[datasets.Dataset]) -> tuple[list[int], dict[int, ImageFile]]:
+    """Bytes of each image, 0 if it cannot be found; the images that are files."""
+    sizes: list[int] = []
+    files = {}
+    for contents, paths in _batches(splits):
+        for size, path in zip(pyarrow.compute.binary_length(contents).to_pylist(), paths.to_pylist()):
+            if size is None and path:
+                with contextlib.suppress(OSError, ValueError):
+                    path = path if os.path.isabs(path) else os.path.abspath(path)
+                    status = os.stat(path)
+                    size = status.st_size
+                    files[len(sizes)] = ImageFile(path, size, status.st_mtime_ns)
+            sizes.append(size or 0)
+    return sizes, files
+
+
+def _batches(splits: Iterable[datasets.Dataset]) -> Iterator[tuple[pyarrow.Array, pyarrow.Array]]:
+    """(contents, paths) of a thousand rows at a time, as they lie in the memory-mapped files."""
+    for rows in splits:
+        for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
+            for images in table.column("image").chunks:
+                yield (pyarrow.compute.struct_field(images, "bytes"), pyarrow.compute.struct_field(images, "path"))
+
+
+def _hash_rows(splits: Sequence[datasets.Dataset], wanted: set[int]) -> dict[int, bytes]:
+    """Hashes of images whose bytes are in the rows; one at a time is read."""
+    hashes, first = {}, 0
+    for contents, _ in _batches(splits) if wanted else ():
+        for index in range(len(contents)):
+            if first + index in wanted:
+                content = contents[index].as_buffer()
+                is_image = begins_as_image(content[:16].to_pybytes())
+                hashes[first + index] = hashlib.sha256(content).digest() if is_image else NOT_AN_IMAGE
+        first += len(contents)
+    return hashes
+
+
+def hash_files(files: dict[int, ImageFile]) -> dict[int, bytes]:
+    """sha256 of each file that can be read, NOT_AN_IMAGE for one of another kind. Keys are those of `files`."""
+    hashes = _read_cache(files)
+    missing = {number: file for number, file in files.items() if number not in hashes}
+    if missing:
+        paths = [file.path for file in missing.values()]
+        tasks = [paths[start : start + TASK] for start in range(0, len(paths), TASK)]
+        with ThreadPoolExecutor(READERS) as pool:
+            contents = itertools.chain(*pool.map(_hash_paths, tasks))
+            found = {number: content for number, content in zip(missing, contents) if content is not None}
+        _write_cache([(*missing[number], content) for number, content in found.items()])
+        hashes |= found
+    return hashes
+
+
+def _hash_paths(paths: list[str]) -> list[bytes | None]:
+    return [_hash_file(path) for path in paths]
+
+
+def _hash_file(path: str) -> bytes | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            block = file.read(BLOCK)
+            if not begins_as_image(block[:16]):
+                return NOT_AN_IMAGE
+            digest = hashlib.sha256()
+            while block:
+                digest.update(block)
+                block = file.read(BLOCK)
+            return digest.digest()
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _open_cache() -> Iterator[sqlite3.Connection]:
+    folder = f"{datasets.config.HF_DATASETS_CACHE}"
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(os.path.join(folder, CACHE_FILE), timeout=5)) as cache:
+        cache.execute(CREATE)
+        yield cache
+
+
+def _read_cache(files: dict[int, ImageFile]) -> dict[int, bytes]:
+    """The hashes that are kept; a cache that cannot be used only makes the start slower."""
+    hashes = {}
+    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache:
+        for number, file in files.items():
+            kept = cache.execute(SELECT, file).fetchone()
+            if kept and isinstance(kept[0], bytes):
+                hashes[number] = kept[0]
+    return hashes
+
+
+def _write_cache(entries: list[tuple[str, int, int, bytes]]) -> None:
+    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache, cache:
+        cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", entries)

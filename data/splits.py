@@ -1,0 +1,296 @@
+"""Honest splits of a source: copies and images of one plant on one side, what is missing cut from train, few images.
+
+The place of an image in a cut is a hash of the seed and its id, so that images that are added later move no other.
+"""
+
+import difflib
+import hashlib
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from data.copies import find_copies
+from data.groups import group_by_name, group_by_pattern
+from data.rows import SPLITS, Source
+from data.streaming import Stream
+from utils.logging_utils import UserError
+
+NOWHERE = -1  # the side of an image that is not used; else it is a place in SPLITS
+LISTED = 10  # class names in a sentence
+
+
+def split_source(
+    source: Source, fractions: dict[str, float], seed: int, group_by: str | None = None, min_images: int = 1
+) -> Source:
+    """The source with all three splits; `fractions` are those of validation and test, for a source without them.
+
+    `group_by` is a regular expression of what the ids of images of one plant have in common, `min_images` the least
+    number of images of a class, over all splits. What was done is added to notes and warnings. Raises UserError.
+    """
+    missing = [split for split in SPLITS if split not in source.splits]
+    if any(isinstance(rows, Stream) for rows in source.splits.values()):
+        if missing:
+            raise UserError(
+                f"{source.description}: has no split {' and '.join(missing)}, and a stream is not split; give files "
+                "for each, or use --streaming false"
+            )
+        return source
+    if source.is_published and not missing and group_by is None and min_images == 1:
+        return source
+    images = _Images(source, missing)
+    images.skip_copies()
+    images.skip_rare_classes(min_images)
+    images.find_groups(group_by)
+    if missing:
+        images.split_off({split: fractions[split] for split in missing}, seed)
+    images.skip_untrained_classes()
+    return images.build()
+
+
+class _Images:
+    """The images of all splits of a source in one row, and what is found out about them."""
+
+    def __init__(self, source: Source, missing: list[str]):
+        self.source, self.missing = source, missing
+        self.splits = {split: rows for split, rows in source.splits.items() if not isinstance(rows, Stream)}
+        self.ids: list[str] = [image_id for rows in self.splits.values() for image_id in rows["id"][:]]
+        self.labels = np.concatenate([np.array(rows["label"][:], dtype=np.int64) for rows in self.splits.values()])
+        sizes = [len(rows) for rows in self.splits.values()]
+        self.sides = np.repeat([SPLITS.index(split) for split in self.splits], sizes)
+        self.plants = np.arange(len(self.ids))  # equal numbers: images of one plant, or copies
+        self.copies: list[list[int]] = []
+        self.rare: set[int] = set()  # labels of classes below min_images
+        self.notes, self.warnings = list(source.notes), list(source.warnings)
+
+    def skip_copies(self) -> None:
+        """Skip copies in two classes and copies of images of a later split; remember all that stay."""
+        in_two_classes, leaked, pairs = [], [], []
+        for copies in find_copies(self.splits.values()):
+            highest = self.sides[copies].max()
+            lower = [number for number in copies if self.sides[number] < highest]
+            if len(set(self.labels[copies])) > 1:
+                in_two_classes.append(copies)
+            elif lower:
+                leaked.append((lower, next(number for number in copies if self.sides[number] == highest)))
+            else:
+                self.copies.append(copies)
+                original, copied = sorted((self.ids[number] for number in copies), key=lambda name: (len(name), name))[
+                    :2
+                ]
+                pairs.append(f"{copied} of {original}")
+        if in_two_classes:
+            self._skip_contradictions(in_two_classes)
+        if leaked:
+            self._skip_leaked(leaked)
+        if pairs and self.missing:
+            count = sum(map(len, self.copies)) - len(self.copies)
+            number = _count(count, "copy", "copies")
+            self.notes.append(f"{number} of images ({_some(pairs)}): all copies of an image stay in one split")
+
+    def _skip_contradictions(self, found: list[list[int]]) -> None:
+        numbers = [number for copies in found for number in copies]
+        self.sides[numbers] = NOWHERE
+        examples = "; ".join(" and ".join(self.ids[number] for number in copies[:3]) for copies in found[:3])
+        more = f"; and {len(found) - 3:,} more" if len(found) > 3 else ""
+        all_of_them = "both" if len(numbers) == 2 else f"all {len(numbers):,} images"
+        self.warnings.append(f"{examples}{more} are the same file in two classes; {all_of_them} are not used")
+
+    def _skip_leaked(self, found: list[tuple[list[int], int]]) -> None:
+        numbers = [number for lower, _ in found for number in lower]
+        was_trained = (self.sides == 0).any()
+        self.sides[numbers] = NOWHERE
+        if was_trained and not (self.sides == 0).any():
+            raise UserError(
+                f"{self.source.description}: all {len(numbers):,} images of train are copies of images of validation "
+                "or test, so nothing is left to learn from; move these elsewhere, and they are cut from train"
+            )
+        examples = [f"{self.ids[lower[0]]} of {self.ids[scored]}" for lower, scored in found]
+        copies = _count(len(numbers), "copy", "copies")
+        self.warnings.append(
+            f"{copies} of images of a split that is scored ({_some(examples)}): not used for training or selection"
+        )
+
+    def skip_rare_classes(self, min_images: int) -> None:
+        counts = np.bincount(self.labels[self.sides != NOWHERE], minlength=len(self.source.class_names))
+        rare = np.flatnonzero((counts < min_images) & (counts > 0))
+        if not len(rare):
+            return
+        if np.count_nonzero(counts) - len(rare) < 2:
+            raise UserError(
+                f"--min-images {min_images}: {len(rare)} of {np.count_nonzero(counts)} classes have fewer images, and "
+                f"two classes or more are needed; use --min-images {np.sort(counts)[-2]} or less, or add images"
+            )
+        self.rare = set(rare.tolist())
+        self.sides[np.isin(self.labels, rare)] = NOWHERE
+        names = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
+        self.warnings.append(
+            f"{_count(len(rare), 'class has', 'classes have')} fewer than {min_images} images and "
+            f"{'is' if len(rare) == 1 else 'are'} not used (--min-images {min_images}): {_some(names, LISTED)}"
+        )
+
+    def find_groups(self, pattern: str | None) -> None:
+        """Give images of one plant one number; copies are of one plant."""
+        groups, rule = self._read_groups(pattern)
+        members = defaultdict(list)
+        for number in np.flatnonzero(self.sides != NOWHERE).tolist():
+            if groups[number]:
+                members[self.labels[number], groups[number]].append(number)
+        several = [numbers for numbers in members.values() if len(numbers) > 1]
+        content = np.arange(len(self.ids))
+        for copies in self.copies:
+            content[copies] = copies[0]
+        differing = [numbers for numbers in several if len(set(content[numbers])) > 1]
+        self._report_groups(differing, rule)
+        pairs = [(group[0], other) for group in several + self.copies for other in group[1:]]
+        if pairs:
+            first, second = np.array(pairs).T
+            shape = (len(self.ids), len(self.ids))
+            self.plants = connected_components(coo_array((np.ones(len(first)), (first, second)), shape))[1]
+
+    def _read_groups(self, pattern: str | None) -> tuple[list[str], str]:
+        """(the group of each image, by which rule)"""
+        if pattern is not None:
+            return group_by_pattern(self.ids, pattern), "--group-by"
+        given = [
+            group or ""
+            for rows in self.splits.values()
+            for group in (rows["group"][:] if "group" in rows.column_names else [""] * len(rows))
+        ]
+        if any(given):
+            return given, "plant, as the data has it"
+        return group_by_name(self.ids, self.labels.tolist()), "file name"
+
+    def _report_groups(self, groups: list[list[int]], rule: str) -> None:
+        if groups and self.missing:
+            images = sum(map(len, groups))
+            another = "" if rule == "--group-by" else "; --group-by sets another rule"
+            self.notes.append(
+                f"{images:,} images in {_count(len(groups), 'group', 'groups')} by {rule} "
+                f"({_some([self.ids[number] for number in groups[0]], 2)}): a group stays in one split{another}"
+            )
+        divided = [numbers for numbers in groups if len(set(self.sides[numbers])) > 1]
+        if divided:
+            first = divided[0]
+            other = next(number for number in first if self.sides[number] != self.sides[first[0]])
+            self.warnings.append(
+                f"{_count(len(divided), 'group', 'groups')} of images of one plant by {rule} "
+                f"({self.ids[first[0]]}, {self.ids[other]}): in two splits as they are given, so scores come out too "
+                "high; put a plant's images into one split"
+            )
+
+    def split_off(self, fractions: dict[str, float], seed: int) -> None:
+        """Move images from train into the splits of `fractions`, each its share of each class and at least a group."""
+        needed = len(fractions) + 1
+        few: dict[str, list[str]] = {"images": [], "groups of images": []}
+        numbers_of = defaultdict(list)
+        for number in np.flatnonzero(self.sides == 0).tolist():
+            numbers_of[int(self.labels[number])].append(number)
+        for label, numbers in sorted(numbers_of.items()):
+            places: dict[int, float] = defaultdict(lambda: 1.0)
+            for number in numbers:
+                plant = self.plants[number]
+                places[plant] = min(places[plant], _place(self.ids[number], seed))
+            if len(places) < needed:
+                few["images" if len(numbers) < needed else "groups of images"].append(self.source.class_names[label])
+                continue
+            ordered = sorted(places, key=places.__getitem__)
+            side_of = dict(zip(ordered, _sides(sorted(places.values()), fractions)))
+            for number in numbers:
+                self.sides[number] = side_of.get(self.plants[number], 0)
+        if sum(map(len, few.values())) == len(numbers_of):
+            self._refuse(few, needed)
+        self.notes.append(
+            " and ".join(f"{split} ({fraction:.0%} of each class)" for split, fraction in fractions.items())
+            + f" cut from train, with --seed {seed}"
+        )
+        for what, names in few.items():
+            if names:
+                leave = f"; --min-images {needed} leaves them out" if what == "images" else ""
+                self.warnings.append(
+                    f"{_count(len(names), 'class has', 'classes have')} fewer than {needed} {what} "
+                    f"({_some(names, LISTED)}): they are learned, not scored{leave}"
+                )
+
+    def _refuse(self, few: dict[str, list[str]], needed: int) -> None:
+        what, regroup = "images", ""
+        if few["groups of images"]:
+            what, regroup = "groups of images", "group them otherwise with --group-by, "
+        raise UserError(
+            f"{self.source.description}: no class has {needed} {what}, one each for train and "
+            f"{' and '.join(self.missing)}; add images, {regroup}or give folders train, validation and test"
+        )
+
+    def skip_untrained_classes(self) -> None:
+        """Skip the classes that train has no image of: no answer could be right."""
+        names = self.source.class_names
+        trained = set(self.labels[self.sides == 0].tolist())
+        untrained = sorted(set(range(len(names))) - trained - self.rare)
+        if not untrained or not trained:
+            return
+        before = set(self.sides.tolist())
+        self.sides[np.isin(self.labels, untrained)] = NOWHERE
+        known = {names[label].lower(): names[label] for label in trained}
+        hints = []
+        for label in untrained:
+            close = difflib.get_close_matches(names[label].lower(), known, n=1, cutoff=0.8)
+            hints.append(names[label] + (f" (train has {known[close[0]]})" if close else ""))
+        for side in sorted(before - set(self.sides.tolist()) - {NOWHERE}):
+            raise UserError(
+                f"{self.source.description}: no class of {SPLITS[side]} is one of train ({_some(hints)}; train has "
+                f"{_some(sorted(known.values()))}); call the classes of both the same"
+            )
+        self.warnings.append(
+            f"{_count(len(untrained), 'class has', 'classes have')} no images in train and "
+            f"{'is' if len(untrained) == 1 else 'are'} not used: {_some(hints, LISTED)}"
+        )
+
+    def build(self) -> Source:
+        """The source of the images that are used, each in its split, without a column of groups."""
+        kept = sorted(set(self.labels[self.sides != NOWHERE].tolist()))
+        new_labels = np.full(len(self.source.class_names), -1)
+        new_labels[kept] = np.arange(len(kept))
+        is_renumbered = len(kept) < len(self.source.class_names)
+        parts, first = {}, 0
+        for split, rows in self.splits.items():
+            sides = self.sides[first : first + len(rows)]
+            if is_renumbered:
+                labels = new_labels[self.labels[first : first + len(rows)]]
+                rows = rows.remove_columns("label").add_column("label", labels)
+            rows = rows.select_columns(["image", "label", "id"])
+            for name in (split, *self.missing) if split == "train" else (split,):
+                chosen = np.flatnonzero(sides == SPLITS.index(name))
+                parts[name] = rows if len(chosen) == len(rows) else rows.select(chosen)
+            first += len(sides)
+        class_names = [self.source.class_names[label] for label in kept]
+        splits = {split: parts[split] for split in SPLITS}
+        return self.source._replace(splits=splits, class_names=class_names, notes=self.notes, warnings=self.warnings)
+
+
+def _place(image_id: str, seed: int) -> float:
+    """In [0, 1), the same on every machine and whatever other images there are."""
+    digest = hashlib.sha256(f"{seed} {image_id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _sides(places: list[float], fractions: dict[str, float]) -> Iterator[int]:
+    """The splits of groups at these sorted places: each split in turn gets those below its bound, at least one."""
+    taken, bound = 0, 0.0
+    for index, (split, fraction) in enumerate(fractions.items()):
+        bound += fraction
+        needed_later = len(fractions) - index  # one for each later split and for train
+        end = min(max(bisect_left(places, bound), taken + 1), len(places) - needed_later)
+        yield from [SPLITS.index(split)] * (end - taken)
+        taken = end
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
