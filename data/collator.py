@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import ImageError, count_image_tokens, fit_image, gray_image, open_image, read_image_size
+from utils.image_utils import (
+    ImageError,
+    augment_image,
+    count_image_tokens,
+    fit_image,
+    gray_image,
+    open_image,
+    read_image_size,
+)
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt
@@ -242,10 +250,13 @@ class PlantCollator:
         images, samples, unreadable = [], [], []
         for row in rows:
             try:
-                image = fit_image(open_image(row["image"]), self.image_size)
+                image = open_image(row["image"])
             except ImageError as error:
                 unreadable.append(f"{row['id']}: {error}")
                 continue
+            if (seed := row.get("augmentation_seed")) is not None:
+                image = augment_image(image, seed)
+            image = fit_image(image, self.image_size)
             images.append(image)
             samples.append(self.describe(row, (image.height, image.width)))
         return images, samples, unreadable

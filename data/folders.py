@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.class_names import find_groups
-from data.layout import ClassFolder, Layout
 from data.labeling import name_classes
+from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
-from data.survey import Folder, Excluded, is_utf8
+from data.survey import Excluded, Folder, is_utf8
 from data.tables import LabelRow, read_label_tables
 from utils.image_utils import printable
 from utils.logging_utils import UserError

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from data.labels import name_key, split_of
 from data.rows import SPLITS
-from data.survey import Folder, Excluded
+from data.survey import Excluded, Folder
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 

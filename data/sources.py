@@ -1,7 +1,7 @@
 """Where images come from: the source that a path or name refers to.
 
 A folder is looked at once (data/survey.py); its contents tell whether it is the official release of Oxford Flowers
-102, parquet files, a saved data set, a table of labels, or class folders. What is not used is reported, with the reason.
+102, parquet files, a saved data set, a table of labels, or class folders. What is not used is reported.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
     near = get_close_matches(path.name, _names_in(path.parent), n=1)
     hint = f"; did you mean {printable(str(path.parent / near[0]))}?" if near else ""
     raise UserError(
-        f"--dataset {dataset}: no such folder or file; give a folder, a table, owner/name of the hub, oxford_flowers102 "
-        f"or synthetic{hint}"
+        f"--dataset {dataset}: no such folder or file; give a folder, a table, owner/name of the hub, "
+        f"oxford_flowers102 or synthetic{hint}"
     )
 
 
@@ -110,8 +110,8 @@ def load_folder(path: Path, reading: Reading) -> Source:
     parquet = [file for file in parquet if not has_classes or has_images(file, by_path=False)]
     if parquet and has_classes:
         raise UserError(
-            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move one "
-            "of the two elsewhere, or " + give_one([layout.root.path, parquet[0].parent])
+            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move "
+            "one of the two elsewhere, or " + give_one([layout.root.path, parquet[0].parent])
         )
     if parquet:
         return load_parquet_files(path, parquet, reading)

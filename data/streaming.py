@@ -12,6 +12,7 @@ from accelerate.data_loader import DataLoaderShard
 from datasets import Image, load_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
+from data.sampling import augmentation_seed
 from utils.logging_utils import UserError
 
 SHUFFLE_BUFFER = 1000  # rows, not decoded, out of which the next is drawn; in each loader worker
@@ -28,6 +29,7 @@ class Stream(IterableDataset):
         rows = {file: pyarrow.parquet.read_metadata(file).num_rows for file in files}
         self.files = [file for file in files if rows[file]] or list(files)  # a reader of empty ones would find nothing
         self.seed = seed
+        self.is_augmented = False
         self.columns = columns  # of images and labels
         self.num_images = sum(rows.values())
         self.set_rank(0, 1, 1)
@@ -77,8 +79,10 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        batches_done = self.steps_done // (info.num_workers if info else 1)
-        yield from map(_with_id, itertools.islice(self._repeat(), batches_done * self.batch_size, None))
+        skipped = self.steps_done // (info.num_workers if info else 1) * self.batch_size
+        for number, row in enumerate(map(_with_id, itertools.islice(self._repeat(), skipped, None)), skipped):
+            seed = augmentation_seed(self.seed, number, row["id"]) if self.is_augmented else None
+            yield row if seed is None else row | {"augmentation_seed": seed}
 
     def _repeat(self) -> Iterator[dict]:
         rows = self._open()

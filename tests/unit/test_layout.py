@@ -48,7 +48,8 @@ def in_each(*parents):
         (in_each("set/images/train", "set/images/eval"), CLASSES, {"train": 6, "test": 6}),
         (["daisy/train", "daisy/test", "rose/train"], CLASSES, {"train": 6, "test": 3}),
         ([*in_each("test"), *CLASSES], CLASSES, {"train": 6, "test": 6}),
-        (["Acer/campestre", "Acer/rubrum", "Salix/alba"], ("Acer campestre", "Acer rubrum", "Salix alba"), {"train": 9}),
+        (["Acer/campestre", "Acer/rubrum", "Salix/alba"], ("Acer campestre", "Acer rubrum", "Salix alba"),
+         {"train": 9}),
         (["Salix/alba", "Populus/alba"], ("Populus alba", "Salix alba"), {"train": 6}),
         (["Rosaceae/Rosa/canina", "Fagaceae/Fagus/sylvatica"], ("Fagus sylvatica", "Rosa canina"), {"train": 6}),
         (["Climbers/ivy", "Trees/oak", "moss"], ("ivy", "moss", "oak"), {"train": 9}),
@@ -145,7 +146,8 @@ def test_junk_and_runs_are_no_classes(tree, monkeypatch):
     source = read()
     assert tuple(source.class_names) == CLASSES and len(source.splits["train"]) == 6
     assert source.warnings == [
-        "not used: folders that are a training run: 1 (runs/tiny)", "not used: folders without images: 2 (New folder, runs)"
+        "not used: folders that are a training run: 1 (runs/tiny)",
+        "not used: folders without images: 2 (New folder, runs)",
     ]  # fmt: skip
     monkeypatch.chdir(tree.root)
     here = load_source(".", Reading("", False, 0, False, None, None))

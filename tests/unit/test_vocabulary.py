@@ -34,7 +34,8 @@ class Rule(NamedTuple):
 WEB_DEMO = r"^web/|(^|_)app\.py$|^docs/own_images\.md$"
 
 RULES = [
-    Rule(r"(?<!in this )photos?(?!\.\w|/)", "image, sample", allowed=WEB_DEMO + r"|^data/(columns|labels|layout)"),  # names people use
+    # In the data room, where it is among the words that people use in names of folders and columns.
+    Rule(r"(?<!in this )photos?(?!\.\w|/)", "image, sample", allowed=WEB_DEMO + r"|^data/(columns|labels|layout)"),
     Rule(r"(?<!model )cards?", "GPU; `model card`", allowed=r"model_card|^web/"),
     # training
     Rule(r"(images|photos|samples) at a time", "micro-batch"),
