@@ -91,7 +91,7 @@ class TrainingConfig:
     # ---- data
     dataset: str = fixed(
         "oxford_flowers102",
-        "oxford_flowers102 (hub), synthetic, or a folder: the official VGG release, parquet, or class folders",
+        "oxford_flowers102, synthetic, a folder, a table of labels, a parquet file, or owner/name of the hub",
     )
     dataset_revision: str = fixed(
         "7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",

@@ -71,6 +71,7 @@ class PlantData:
         if len(self.class_names) < 2 or ("train" in held and len(set(self.train["label"][:])) < 2):
             raise UserError(
                 f"{self.source}: only one class ({self.class_names[0]!r}); there is nothing to classify, add a second"
+                + "".join(f"; {warning}" for warning in self.warnings)
             )
         for name, count in Counter(self.class_names).items():
             if count > 1 or not name:

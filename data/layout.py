@@ -92,6 +92,9 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
         others = []
     for folder in others if splits else ():
         excluded.add("images beside the split folders", folder.path, folder.num_images)
+    for folder in root.folders if splits else ():
+        if not folder.num_images:
+            excluded.add("folders without images", folder.path)
     counts = [
         _read_split(layout, split, folder, excluded)
         for split, folder in sorted((splits or {"train": root}).items(), key=lambda item: SPLITS.index(item[0]))
@@ -121,7 +124,8 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
     layout.splits[split] = entries
     place = folder.path.relative_to(layout.root.path).as_posix()
     nested = ", nested" if any(entry.folder not in folder.folders for entry in entries) else ""
-    return f"{len(entries)}{nested}" + (f" in {printable(place)}/ ({split})" if place != "." else "")
+    where = "" if place == "." else f" in {printable(place)}/" + ("" if place == split else f" ({split})")
+    return f"{len(entries)}{nested}{where}"
 
 
 def find_splits(folder: Folder) -> dict[str, Folder]:

@@ -3,10 +3,16 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+
+
+class Sampling(NamedTuple):
+    is_balanced: bool  # classes come equally often
+    is_augmented: bool
 
 
 class TrainRows(torch.utils.data.Dataset):

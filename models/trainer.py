@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data.collator import IGNORED, Batch
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
+from data.sampling import Sampling, TrainRows, TrainSampler
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import BestCheckpoint, EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
@@ -89,6 +90,7 @@ class PlantTrainer(Trainer):
         self.eval_micro_batcher = MicroBatcher(self.args.per_device_eval_batch_size)
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
+        self.sampling: Sampling | None = None  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
         self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_unreadable_fraction)
         self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_unreadable_fraction)
@@ -402,9 +404,20 @@ class PlantTrainer(Trainer):
             write_manifest(folder)
             rotate(self.run.folder, self.run.run_id, self.save_total_limit)
 
+    def _get_train_sampler(self, train_dataset=None):
+        """`train_dataset` are the rows of the loader, which know the epoch from the sampler."""
+        if self.sampling is None:
+            return super()._get_train_sampler(train_dataset)
+        return TrainSampler(train_dataset, self.train_dataset["label"][:], self.args.seed, self.sampling.is_balanced)
+
     def get_train_dataloader(self):
         if not self.streams:
-            return super().get_train_dataloader()
+            rows = self.train_dataset
+            if self.sampling is not None and self.sampling.is_augmented:
+                rows = TrainRows(rows, self.args.seed)
+            return self._get_dataloader(
+                rows, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
+            )
         return self.train_dataset.build_loader(
             self.args.dataloader_num_workers,
             self.args.device,
@@ -504,6 +517,11 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
         if "Callback requires" not in str(error) and "is not supported, only" not in str(error):
             raise
         raise UserError(f"--report-to {config.report_to}: {error}") from error
+    is_augmented = config.augmentation != "none"
+    if trainer.streams:
+        data.train.is_augmented = is_augmented
+    elif is_augmented or config.class_balance:
+        trainer.sampling = Sampling(config.class_balance, is_augmented)
     trainer.remove_callback(PrinterCallback)  # of raw dictionaries
     trainer.add_callback(RunLog(trainer))
     trainer.add_callback(MemoryCollector())

@@ -115,7 +115,7 @@ def test_images_that_are_not_used_are_reported(folders, reported, tree):
 def test_notes_say_what_was_taken_for_what(tree):
     source = tree(*in_each("set/train", "set/val"))()
     assert source.notes == [
-        f"{tree.root} holds one data set, set: it is used", "class folders: 2 in train/ (train); 2 in val/ (validation)"
+        f"{tree.root} holds one data set, set: it is used", "class folders: 2 in train/; 2 in val/ (validation)"
     ]  # fmt: skip
 
 
