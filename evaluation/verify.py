@@ -145,16 +145,6 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
         yield
 
 
-def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch.Tensor, float | None]:
-    """(logits of the base model with the adapter; how far those without it differ, None: there is no adapter)."""
-    without = logits_of(plant, rows)
-    if adapter is None:
-        return without, None
-    with attach_adapter(plant.model, adapter, plant.device):
-        found = logits_of(plant, rows)
-    return found, relative_difference(without, found)
-
-
 def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
     """McNemar's test of the validated model, first, and of this one on the same images. Raises UserError for none."""
     correct = {
