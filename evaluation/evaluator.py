@@ -252,9 +252,8 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); make it again: python evaluate.py {folder}"
-        ) from error
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}; make it again: python evaluate.py {folder}") from error
 
 
 def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
