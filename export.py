@@ -8,23 +8,15 @@ The folder appears only after it was loaded afresh, reproduced the logits of bas
 reached the validated accuracy. Needs a GPU for what does not fit the CPU, and disk space for the merged weights.
 """
 
-import contextlib
-import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
-from config.training_config import RANDOM_MODELS, ConfigError, option
+from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, first_line, logger, report_errors, set_environment, setup_logging
-
-MARGIN_BYTES = 50e6  # processor and model card
-PUBLIC_MODE = 0o644  # safetensors writes 0600
+from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
 
 @dataclass(frozen=True)
@@ -44,15 +36,15 @@ class ExportOptions:
 def main(argv: list[str] | None = None) -> int:
     fields = (*COMPUTE_FIELDS, *DATA_FIELDS)
     run, words, options = parse_run_command(argv, __doc__, ExportOptions, fields, Run.load, "OUT")
-    out, repository = Path(words[0]), options.push_to_hub
+    out, adapter_only, repository = Path(words[0]), options.adapter_only, options.push_to_hub
     set_environment()
     setup_logging()
     with report_errors(ConfigError, when_interrupted="nothing was exported"):
-        check_can_export(run, options, out)
+        from evaluation.exporter import check_can_export, export_run, open_hub, staging_dir
+
+        check_can_export(run, out, adapter_only, repository)
         with staging_dir(out) as draft:
-            export_run(run, options, draft)
-            for path in draft.iterdir():
-                path.chmod(PUBLIC_MODE)
+            export_run(run, draft, options.dtype, adapter_only, options.limit)
         size = sum(path.stat().st_size for path in out.iterdir())
         logger.info(f"saved | {out} | {size / 1e6:,.1f} MB | see its README.md")
     if repository:
@@ -62,208 +54,6 @@ def main(argv: list[str] | None = None) -> int:
             commit = hub.upload_folder(repo_id=repository, folder_path=out, commit_message=message)
             logger.info(f"saved | {commit.commit_url}")
     return 0
-
-
-def check_can_export(run: Run, options: ExportOptions, out: Path) -> None:
-    """What can be checked before any weight is read. Raises UserError."""
-    from runtime.checkpoint import describe_best
-    from runtime.device import refuse_several_ranks
-
-    refuse_several_ranks()  # before they contend for the staging directory
-    folder, is_whole = run.folder, run.config.trainable == "everything"
-    if run.is_base_model:
-        raise UserError(f"{folder}: is a base model, nothing was trained; export a run of train.py")
-    if out.name in ("", "..") or out.is_symlink() or out.is_mount():
-        raise UserError(f"{out}: is a link, a disk or the working directory; use a folder that does not exist yet")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; use a new folder")
-    describe_best(run.best_folder)
-    if not run.completed:
-        logger.warning(f"{folder}: is not completed; its best weights so far are exported")
-    if options.adapter_only and is_whole:
-        raise UserError(f"{folder}: all weights were trained, there is no adapter; leave out --adapter-only")
-    if options.adapter_only and run.config.model in RANDOM_MODELS:
-        raise UserError(f"{folder}: an adapter is of no use without its random base model; leave out --adapter-only")
-    if run.config.model == "full" and not is_whole:
-        raise UserError(f"{folder}: its randomly initialized base model existed on a GPU only; nothing can be exported")
-    if options.push_to_hub:
-        with open_hub(options.push_to_hub, "check the name, the network, and that HF_TOKEN may write there") as hub:
-            hub.create_repo(options.push_to_hub, private=True, exist_ok=True)  # fails now, not after an hour
-
-
-@contextlib.contextmanager
-def staging_dir(out: Path) -> Iterator[Path]:
-    """A directory that becomes `out`, or is removed if anything is raised. Raises UserError if one is in the way."""
-    import filelock
-
-    from runtime.atomic import beside, replace_dir
-
-    draft, lock = beside(out)[0], out.with_name(f"{out.name}.lock")
-    if draft.exists() and not lock.exists():
-        raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(lock, timeout=0), contextlib.ExitStack() as stack:
-            stack.callback(lock.unlink)
-            yield stack.enter_context(replace_dir(out))
-            if out.exists():
-                out.rmdir()  # fails unless it is empty
-    except filelock.Timeout as error:
-        raise UserError(f"{draft}: another export writes to it; wait for its end, or use another OUT") from error
-
-
-def export_run(run: Run, options: ExportOptions, draft: Path) -> None:
-    """Write model, processor, class names and model card to `draft`, and verify the model. Raises UserError."""
-    from evaluation import verify
-    from evaluation.model_card import build_model_card
-    from models.builder import PlantModel
-    from runtime.checkpoint import MODEL_CARD
-    from runtime.device import choose_device
-
-    device = choose_device(run.config.model, run.config.gpu_memory_fraction)
-    rows, validated = load_validation(run, options.limit)
-    if options.adapter_only:
-        plant, save = PlantModel.from_run(run, device), save_adapter
-    else:
-        logger.info(f"model | merging {run.best_folder} into {run.config.model} | {options.dtype}")
-        precision = "no" if options.dtype == "fp32" else options.dtype
-        plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
-        save = save_merged
-    images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
-    save_classes(run, plant.prompt, draft)
-    expected, base_difference = save(run, plant, draft, images)
-    rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
-    if options.adapter_only:
-        found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
-    else:
-        metrics = None if validated is None else verify.compare_with_validated(validated, plant, rows)
-        advice = "" if options.dtype == "fp32" else "; try --dtype fp32"
-        found = verify.check_merge(rounding, base_difference, plant.dtype, metrics, advice)
-        if metrics is None:
-            found += "; its accuracy is unknown, since the run was trained on val"
-        verification = f"Merged in {options.dtype} and loaded afresh: {found}."
-    logger.info(f"result | verified: {found}")
-    saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
-    model_card = build_model_card(saved, plant.prompt, verification, is_merged=not options.adapter_only)
-    (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
-
-
-def save_merged(run: Run, plant, draft: Path, images) -> tuple[Any, float | None]:
-    """Save the merged model, and load it afresh into `plant`.
-
-    Returns (logits of the run's weights, how far those of the base model differ; None: all weights were trained).
-    """
-    import torch
-    from transformers import AutoProcessor
-
-    from data.collator import PlantCollator
-    from evaluation.verify import load_whole, logits_with
-    from models.builder import check_same_base, weights_fingerprint
-    from models.merging import merge_into, read_adapter, save_settings, weights_bytes
-    from runtime.atomic import require_disk_space
-    from runtime.device import collect_memory
-    from utils.tokenizer_utils import tokenizer_probe
-
-    config, device = run.config, plant.device
-    files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
-    check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
-    adapter = None if config.trainable == "everything" else read_adapter(run.best_folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = find_base(run, plant.processor, Path(scratch))
-        needed = weights_bytes(base, plant.dtype) + MARGIN_BYTES
-        require_disk_space(draft, needed, "the merged weights need", "use an OUT on another disk")
-        save_settings(base, plant.processor, plant.prompt, plant.dtype, draft)
-        merge_into(base, adapter, draft, plant.dtype)
-        # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
-        plant.model = load_whole(base, plant.dtype if adapter else torch.float32, device)
-        found = logits_with(adapter, plant, images)
-    plant.model = None  # the GPU has room for one model
-    collect_memory(device)
-    plant.model = load_whole(draft, plant.dtype, device)
-    saved_processor = AutoProcessor.from_pretrained(draft)
-    plant.collator = PlantCollator(saved_processor, plant.prompt, plant.class_names, config.image_size)
-    return found
-
-
-def save_adapter(run: Run, plant, draft: Path, images) -> tuple[Any, float | None]:
-    """The same of the adapter, which PEFT attaches to a fresh base model."""
-    from peft import PeftModel
-
-    from evaluation.model_card import base_name
-    from evaluation.verify import logits_of, relative_difference
-    from models.builder import build_base
-    from models.merging import save_processor
-    from runtime.device import collect_memory
-
-    config = run.config
-    shutil.copyfile(run.best_folder / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    settings = json.loads((run.best_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
-    (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_processor(plant.processor, draft)
-    expected = logits_of(plant, images)
-    plant.model = None
-    collect_memory(plant.device)
-    plant.model = PeftModel.from_pretrained(build_base(config, plant.processor, plant.device, plant.dtype), draft)
-    with plant.model.disable_adapter():
-        return expected, relative_difference(logits_of(plant, images), expected)
-
-
-def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] | None]:
-    """(val rows, by image whether the validated prediction was correct); (train rows, None) if val was trained on."""
-    from data.dataset import build_datasets, take
-    from evaluation.evaluator import read_correct
-    from evaluation.verify import check_same_data
-
-    data = build_datasets(run.data_config)
-    check_same_data(data, run)
-    if data.validation is None:
-        return take(data.train, 100), None
-    return take(data.validation, limit), read_correct(run, "val")[1]
-
-
-def find_base(run: Run, processor, scratch: Path) -> Path:
-    """The folder that is merged into: the base model's safetensors, or best/ of a full fine-tune."""
-    import torch
-
-    from models.builder import build_base
-
-    config = run.config
-    if config.trainable == "everything":
-        return run.best_folder
-    if config.model in RANDOM_MODELS:
-        build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(scratch)
-        return scratch
-    if Path(config.model).is_dir():
-        return Path(config.model)
-    with open_hub(config.model, "check the network, and that HF_TOKEN may read it") as hub:
-        patterns = ["*.safetensors", "*.json"]
-        return Path(hub.snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns))
-
-
-def save_classes(run: Run, prompt, draft: Path) -> None:
-    """class_names.json: all that is needed to predict as this project does."""
-    from evaluation.evaluator import read_calibration
-    from runtime.checkpoint import describe_best
-
-    facts = {"class_names": run.recorded["class_names"], "question": run.config.question, **prompt._asdict()}
-    facts["image_size"] = run.config.image_size
-    calibration = read_calibration(run.folder, describe_best(run.best_folder))
-    if calibration is not None:
-        facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
-    (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def open_hub(name: str, next_move: str) -> Iterator[Any]:
-    """The hub's HfApi; what it refuses, or a failure of the network, becomes a UserError."""
-    import httpx
-    from huggingface_hub import HfApi
-
-    try:
-        yield HfApi()
-    except (httpx.HTTPError, OSError, ValueError) as error:  # the hub's own errors are among these
-        raise UserError(f"{name}: the hub refuses ({first_line(error)}); {next_move}") from error
 
 
 if __name__ == "__main__":

@@ -101,10 +101,8 @@ def check_packages(found: PreFlight) -> str:
     except ImportError:
         raise UserError("no packages in this environment; run: pip install -r requirements.txt") from None
     installed, untested, missing = [], [], []
-    for line in (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        if not line.partition("#")[0].strip():
-            continue
-        requirement = Requirement(line.partition("#")[0])
+    lines = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for requirement in map(Requirement, filter(None, (line.partition("#")[0].strip() for line in lines))):
         try:
             installed.append(f"{requirement.name} {version(requirement.name)}")
         except PackageNotFoundError:

@@ -161,9 +161,8 @@ def _build_parser(description: str, fields: list[dataclasses.Field], words: str,
         choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
         text = f"{field.metadata['help']}{choices} [{format_value(field.default)}]".replace("%", "%%")
         shown = argparse.SUPPRESS if field.name in refused else text
-        parser.add_argument(_flag(field.name), dest=field.name, nargs="?", const=const, help=shown)
-        if "_" in field.name:
-            parser.add_argument(f"--{field.name}", dest=field.name, nargs="?", const=const, help=argparse.SUPPRESS)
+        for flag, text in {f"--{field.name}": argparse.SUPPRESS, _flag(field.name): shown}.items():
+            parser.add_argument(flag, dest=field.name, nargs="?", const=const, help=text)
     return parser
 
 

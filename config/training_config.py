@@ -7,6 +7,7 @@ tenth of a second and not the import of torch.
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import re
 import types
@@ -166,26 +167,23 @@ class TrainingConfig:
             yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
         for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
             if getattr(self, name) == value and (self.lora_dropout > 0 or everything):
-                yield (
-                    f"{name}={value}: has no effect with lora_dropout above 0 or trainable=everything, which do not "
-                    f"use fused layers; use {name}=auto, or --lora-dropout 0 and an adapter"
-                )
+                reason = "has no effect with lora_dropout above 0 or trainable=everything, which use no fused layers"
+                yield f"{name}={value}: {reason}; use {name}=auto, or --lora-dropout 0 and an adapter"
         if rate is not None and "projector" not in kind:
             yield f"projector_learning_rate={rate}: trainable={kind} freezes the projector; use adapter+projector"
         if self.train_on_val and steps is not None:
             yield f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use none"
         if self.early_stopping_patience is not None and steps is None:
-            yield (
-                f"early_stopping_patience={self.early_stopping_patience} with eval_steps=none: nothing is measured "
-                "during training; use --early-stopping-patience none, or set --eval-steps (not with train_on_val=true)"
+            given, move = (
+                f"early_stopping_patience={self.early_stopping_patience}",
+                "set --eval-steps, not train_on_val",
             )
+            yield f"{given} with eval_steps=none: nothing is measured during training; use none, or {move}"
         if self.max_steps == 0:
             yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
         if not self.question or self.question != self.question.strip() or "  " in self.question:
-            yield (
-                f"question={self.question!r}: empty, or with leading, trailing or double spaces, which tokenizers "
-                "treat differently; use single spaces between words"
-            )
+            reason = "empty, or with leading, trailing or double spaces, which tokenizers treat differently"
+            yield f"question={self.question!r}: {reason}; use single spaces between words"
         if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
             yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
         if (reason := _why_no_pattern(self.group_by)) is not None:
@@ -202,10 +200,8 @@ class TrainingConfig:
         if self.streaming and self.dataset in SOURCES:
             yield f"streaming=true with dataset={self.dataset}: only a folder of parquet files is streamed; use false"
         if self.streaming and (self.sample_fraction < 1 or self.train_on_val):
-            yield (
-                f"streaming=true with sample_fraction={self.sample_fraction} and train_on_val="
-                f"{format_value(self.train_on_val)}: both need all images at once; use 1 and false, or streaming=false"
-            )
+            given = f"sample_fraction={self.sample_fraction} and train_on_val={format_value(self.train_on_val)}"
+            yield f"streaming=true with {given}: both need all images at once; use 1 and false, or streaming=false"
 
 
 PRESETS: dict[str, dict] = {
@@ -241,6 +237,8 @@ PRESETS: dict[str, dict] = {
 
 # ---- validation
 
+BOUNDS = {"low": ("at least", operator.ge), "above": ("above", operator.gt), "high": ("at most", operator.le)}
+
 
 def find_problems(options) -> Iterator[str]:
     """A sentence per value of a dataclass of options that cannot work: name and value, reason, next move."""
@@ -271,15 +269,11 @@ def find_range_problems(options) -> Iterator[str]:
             yield f"{name}={value!r}: {describe_type(field)} is needed; {default}"
         elif (choices := limits["choices"]) and value not in choices:
             yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(str(value), choices)}"
-        elif isinstance(value, (int, float)) and not (
-            math.isfinite(value)
-            and (limits["low"] is None or value >= limits["low"])
-            and (limits["above"] is None or value > limits["above"])
-            and (limits["high"] is None or value <= limits["high"])
-        ):
-            words = {"low": "at least", "above": "above", "high": "at most"}
-            bounds = [f"{word} {limits[key]}" for key, word in words.items() if limits[key] is not None]
-            yield f"{name}={format_value(value)}: must be {' and '.join(bounds) or 'finite'}; {default}"
+        elif isinstance(value, (int, float)):
+            bounds = {bound: limit for bound in BOUNDS if (limit := limits[bound]) is not None}
+            if not (math.isfinite(value) and all(BOUNDS[bound][1](value, limit) for bound, limit in bounds.items())):
+                words = " and ".join(f"{BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
+                yield f"{name}={format_value(value)}: must be {words or 'finite'}; {default}"
 
 
 def field_types(field: dataclasses.Field) -> tuple[type, ...]:

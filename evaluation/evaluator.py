@@ -79,7 +79,7 @@ class Evaluator:
     dist: Distributed = field(default_factory=Distributed)
     method: Method = Method()
     max_unreadable_fraction: float = 1.0
-    prior: list[float] | None = field(default=None, init=False)
+    prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
 
     def __post_init__(self) -> None:
         if self.method.prior_calibration:
@@ -157,7 +157,7 @@ class Evaluator:
         return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
-        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else None
+        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else 1
         scores = adjust_scores(np.array([entry["scores"] for entry in entries]), lengths, self.prior)
         return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
@@ -252,9 +252,8 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); make it again: python evaluate.py {folder}"
-        ) from error
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}; make it again: python evaluate.py {folder}") from error
 
 
 def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:

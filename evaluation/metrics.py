@@ -90,14 +90,14 @@ def per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> d
     }
 
 
-def confusions(scores: np.ndarray, labels: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """(class, other class, images of either that are predicted as the other), worst first, where there are any."""
+def confusions(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict]:
+    """{"names", "confused": images of either class that are predicted as the other} of pairs with any, worst first."""
     table = np.zeros((scores.shape[1],) * 2, dtype=int)
     np.add.at(table, (labels, scores.argmax(axis=1)), 1)
     both = np.triu(table + table.T, k=1)
-    worst = np.argsort(both, axis=None, kind="stable")[::-1][:most]
-    pairs = [(int(place // len(both)), int(place % len(both))) for place in worst]
-    return [(first, second, int(both[first, second])) for first, second in pairs if both[first, second]]
+    worst = np.argsort(both, axis=None, kind="stable")[::-1][:MAX_CONFUSIONS]
+    pairs = [pair for pair in zip(*np.unravel_index(worst, both.shape)) if both[pair]]
+    return [{"names": [names[label] for label in pair], "confused": int(both[pair])} for pair in pairs]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
@@ -118,12 +118,9 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 # ---- confidence
 
 
-def adjust_scores(
-    scores: np.ndarray, lengths: Sequence[int] | None = None, prior: Sequence[float] | None = None
-) -> np.ndarray:
-    """Scores minus the content-free prior (C,), divided by the number of tokens of each name (C,)."""
-    scores = scores if prior is None else scores - np.asarray(prior)
-    return scores if lengths is None else scores / np.asarray(lengths)
+def adjust_scores(scores: np.ndarray, lengths: Sequence[int] | int = 1, prior: Sequence[float] | float = 0):
+    """Scores (n, C) minus the content-free prior (C,), divided by the number of tokens of each name (C,)."""
+    return (scores - np.asarray(prior)) / np.asarray(lengths)
 
 
 def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
@@ -203,9 +200,6 @@ def measure_split(split: SplitScores, calibration: Calibration | None, names: Se
         "ece": expected_calibration_error(confidences, split.correct),
         **selective,
         "calibration": None if calibration is None else calibration._asdict(),
-        "confusions": [
-            {"names": [names[first], names[second]], "confused": count}
-            for first, second, count in confusions(split.scores, split.labels, MAX_CONFUSIONS)
-        ],
+        "confusions": confusions(split.scores, split.labels, names),
         "per_class": per_class(split.scores, split.labels, names),
     }

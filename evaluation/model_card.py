@@ -49,13 +49,6 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
         eval_results=results or None,
     )
     steps = [entry for entry in read_metrics(folder) if "loss" in entry]
-    training = {
-        "best_step": (read_best(run.best_folder) or {}).get("step"),
-        "steps": len(steps),
-        "batch_size": config.effective_batch_size,
-        "minutes": sum(entry["seconds"] for entry in steps) / 60,
-        "peak_gib": max((entry["peak_gib"] for entry in steps), default=0.0),
-    }
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
@@ -70,7 +63,9 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
         dataset=dataset,
         reports=reports,
         report=next(reversed(reports.values()), None),  # of test, if that was measured
-        training=training,
+        steps=steps,
+        best_step=(read_best(run.best_folder) or {}).get("step"),
+        batch_size=config.effective_batch_size,
         verification=verification,
     )
     return str(ModelCard(text))  # raises ValueError unless the front matter is that of a model card

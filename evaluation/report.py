@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from evaluation.metrics import SplitScores, calibration_bins, confidence, confusions
+from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
 from utils.image_utils import open_image
 from utils.logging_utils import logger
@@ -68,14 +68,14 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     def image_of(index: int) -> Image.Image:
         return open_image(rows[place[split.ids[index]]]["image"])
 
-    def first_of(label: int) -> Image.Image | None:
-        found = np.flatnonzero(split.labels == label)
+    def first_of(name: str) -> Image.Image | None:
+        found = np.flatnonzero(split.labels == names.index(name))
         return image_of(found[0]) if len(found) else None
 
     pairs, mistakes, answers = [], [], []
-    for first, second, count in confusions(split.scores, split.labels, PAIRS):
-        pairs.append(Tile(first_of(first), f"{shorten(names[first])}\nconfused with the next: {count}", "black"))
-        pairs.append(Tile(first_of(second), f"{shorten(names[second])}\n", "black"))
+    for pair in report["confusions"][:PAIRS]:
+        for name, note in zip(pair["names"], (f"confused with the next: {pair['confused']}", "")):
+            pairs.append(Tile(first_of(name), f"{shorten(name)}\n{note}", "black"))
     wrong = np.flatnonzero(~split.correct)
     for index in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:  # most confident first
         probabilities = softmax(split.scores[index] / temperature)
@@ -88,8 +88,8 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     shown = sorted(random.Random(0).sample(range(len(split.ids)), min(SHOWN, len(split.ids))))
     for index in shown:
         predicted, truth = names[split.scores[index].argmax()], names[split.labels[index]]
-        caption = truth if split.correct[index] else f"{shorten(predicted)}\nis: {truth}"
-        answers.append(Tile(image_of(index), caption, "darkgreen" if split.correct[index] else "darkred"))
+        caption = truth if predicted == truth else f"{shorten(predicted)}\nis: {truth}"
+        answers.append(Tile(image_of(index), caption, "darkgreen" if predicted == truth else "darkred"))
     plot_tiles(answers, f"{stem}_images.png")
     if report["split"] == "val":
         _keep_examples([(names[split.labels[index]], image_of(index)) for index in shown[:EXAMPLES]], folder)
@@ -119,16 +119,14 @@ def result_lines(report: dict) -> Iterator[str]:
     if report["calibration"] is None:
         yield f"not calibrated: {report['not_calibrated']}"
         return
-    fitted_on = "these same images" if report["split"] == "val" else "val"
     yield (
         f"calibration error {report['ece']:.3f}, {report['ece_uncalibrated']:.3f} before temperature scaling | "
         f"coverage {report['coverage']:.0%} | selective accuracy {format_number(report['selective_accuracy'])} | "
-        f"fitted on {fitted_on}"
+        f"fitted on {'these same images' if report['split'] == 'val' else 'val'}"
     )
-    rates = {kind: found["abstention_rate"] for kind, found in report["ood"].items()}
-    if rates:
-        kinds = ", ".join(f"{kind} {rate:.0%} of {report['ood'][kind]['n']}" for kind, rate in rates.items())
-        rejected = 1 - report["coverage"]
-        missed = [kind for kind, rate in rates.items() if rate <= rejected < 1]
+    ood, rejected = report["ood"], 1 - report["coverage"]
+    if ood:
+        kinds = ", ".join(f"{kind} {found['abstention_rate']:.0%} of {found['n']}" for kind, found in ood.items())
+        missed = [kind for kind, found in ood.items() if found["abstention_rate"] <= rejected < 1]
         doubt = f" | do not rely on it: {', '.join(missed)} no more than the split's own images" if missed else ""
         yield f'"not sure" of out-of-distribution images: {kinds}{doubt}'

@@ -145,16 +145,6 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
         yield
 
 
-def logits_with(adapter: Adapter | None, plant: PlantModel, rows) -> tuple[torch.Tensor, float | None]:
-    """(logits of the base model with the adapter; how far those without it differ, None: there is no adapter)."""
-    without = logits_of(plant, rows)
-    if adapter is None:
-        return without, None
-    with attach_adapter(plant.model, adapter, plant.device):
-        found = logits_of(plant, rows)
-    return found, relative_difference(without, found)
-
-
 def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
     """McNemar's test of the validated model, first, and of this one on the same images. Raises UserError for none."""
     correct = {
@@ -178,17 +168,13 @@ def check_merge(
     """
     sentence = f"its logits differ by {rounding:.2%} from those of the run's weights"
     if not rounding <= ROUNDING[dtype]:
-        raise UserError(
-            f"what was saved is not what was trained: {sentence}, where rounding to {dtype} makes "
-            f"{ROUNDING[dtype]:.2%} at most; nothing was exported{advice}"
-        )
+        sentence += f", where rounding to {dtype} makes {ROUNDING[dtype]:.2%} at most"
+        raise UserError(f"what was saved is not what was trained: {sentence}; nothing was exported{advice}")
     if base_difference is not None:
         sentence += f" (the base model without the adapter: {base_difference:.2%})"
     if metrics is not None:
-        sentence += (
-            f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, {metrics['first']:.3f} was validated "
-            f"(p = {metrics['p']:.2g}, McNemar)"
-        )
+        sentence += f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, "
+        sentence += f"{metrics['first']:.3f} was validated (p = {metrics['p']:.2g}, McNemar)"
         if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
             raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
     return sentence

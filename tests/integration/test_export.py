@@ -372,7 +372,7 @@ def test_bad_input(corrupt, argv, words, trained, here, image_folder, capsys):
 
 
 def test_a_full_disk_is_reported_before_any_work(trained, here, monkeypatch, capsys):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     status, output = run(capsys, "one", "out", *FAST)
     assert status == 1 and "its disk has 0.0 GB free, the merged weights need 0.1 GB; free space" in output
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation.metrics import (
+    MAX_CONFUSIONS,
     adjust_scores,
     calibration_bins,
     choose_threshold,
@@ -42,8 +43,10 @@ def test_top5_counts_what_stands_before_the_truth():
 
 
 def test_confusions_add_up_both_ways():
-    assert confusions(SCORES, LABELS, 5) == [(0, 1, 2)]
-    assert confusions(SCORES, LABELS, 0) == []
+    assert confusions(SCORES, LABELS, "abc") == [{"names": ["a", "b"], "confused": 2}]
+    assert confusions(SCORES[[0, 4]], LABELS[[0, 4]], "abc") == []  # both right
+    every_pair = np.array([[a, b] for a in range(7) for b in range(7) if a < b]).T
+    assert len(confusions(np.eye(7)[every_pair[0]], every_pair[1], "abcdefg")) == MAX_CONFUSIONS < every_pair.shape[1]
 
 
 def test_replies_are_matched_exactly_and_as_substring():
