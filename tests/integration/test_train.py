@@ -153,8 +153,12 @@ class Killed(KeyboardInterrupt):
 
 @pytest.mark.parametrize(
     "settings",
-    [["--trainable", "adapter", "--lora-dropout", "0.2"], ["--trainable", "everything"]],
-    ids=["lora", "full"],
+    [
+        ["--trainable", "adapter", "--lora-dropout", "0.2"],
+        ["--trainable", "everything"],
+        ["--augmentation", "light", "--class-balance", "true"],
+    ],
+    ids=["lora", "full", "sampling"],
 )
 def test_an_interrupted_run_resumes_and_ends_bit_identical(settings, here, small_splits, capsys, monkeypatch):
     assert run(capsys, *TINY, *settings, "--output-dir", "undisturbed")[0] == 0
