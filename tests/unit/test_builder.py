@@ -181,7 +181,7 @@ def test_the_frozen_tower_runs_without_autograd(checkpoint, batch_of):
 @pytest.mark.parametrize("is_fused", [True, False])
 def test_recomputing_activations_changes_no_gradient(is_fused, checkpoint, batch_of, monkeypatch):
     monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
-    monkeypatch.setattr("models.fused_layers.can_fuse", lambda layers: is_fused)
+    monkeypatch.setattr("models.fused_layers.can_fuse", lambda layer: is_fused)
     gradients = []
     for recompute in ("false", "true", "offload"):
         torch.manual_seed(0)
