@@ -43,13 +43,13 @@ class MicroBatcher:
     """The number of images in a forward pass, halved for good when they do not fit."""
 
     def __init__(self, size: int):
-        self.size = size
+        self.size, self.smallest = size, 1
 
     def halve(self, error: RuntimeError, message: str) -> None:
-        """After an out-of-memory. Raises any other `error` again, and UserError(message) at size 1."""
+        """After an out-of-memory. Raises any other `error` again, and UserError(message) at the smallest size."""
         if not is_out_of_memory(error):
             raise error
-        if self.size == 1:
+        if self.size == self.smallest:
             raise UserError(message) from error
         self.size //= 2
 
