@@ -198,9 +198,8 @@ PRESETS: dict[str, dict] = {
     # The setting of arXiv 2405.18415. It trains on val, so it runs its fixed length and nothing is chosen on val.
     "published": dict(
         trainable="adapter+projector", lora_r=128, lora_alpha=256,
-        train_on_val=True, question="What type of object is in this photo?",
+        train_on_val=True, eval_steps=None, question="What type of object is in this photo?",
         gradient_accumulation_steps=64, learning_rate=2e-4, projector_learning_rate=2e-5, num_train_epochs=50.0,
-        eval_steps=None,
     ),
 }  # fmt: skip
 

@@ -158,11 +158,10 @@ class PlantCollator:
             reason = "is missing; the model would train on text alone, check the processor"
             raise UserError(f"{given}: {min(missing)} {reason}")
         for index, sample in enumerate(batch.samples):
-            if reason := self._find_fault(batch, index):
-                raise UserError(
-                    f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
-                    f"{reason}; check that processor and model are of the same checkpoint (python test_trainer.py)"
-                )
+            if fault := self._find_fault(batch, index):
+                image = f"image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles"
+                move = "check that processor and model are of the same checkpoint (python test_trainer.py)"
+                raise UserError(f"sample {sample.id}, {image}: {fault}; {move}")
 
     def _find_fault(self, batch: Batch, index: int) -> str | None:
         sample, ids, size = batch.samples[index], batch["input_ids"][index], tuple(batch["image_sizes"][index].tolist())
