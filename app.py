@@ -8,13 +8,11 @@
 Drop or paste a photo, or take one. Photos are classified one by one, kept for an hour, and sent nowhere.
 """
 
-import contextlib
 import os
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     run, _, options = parse_run_command(argv, __doc__, PageOptions, COMPUTE_FIELDS, Run.load)
     set_environment()
     setup_logging()
-    with report_errors(ConfigError, when_interrupted="the page is closed"), private_cache():
+    uploads = tempfile.TemporaryDirectory(prefix="llava_plants_")  # gradio's own folder is shared by all users
+    with report_errors(ConfigError, when_interrupted="the page is closed"), uploads as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             import gradio  # noqa: F401  tell at once if it is missing
         except ImportError as error:
@@ -52,14 +52,6 @@ def main(argv: list[str] | None = None) -> int:
 
         serve(build_page(load_predictor(run), run), options)
     return 0
-
-
-@contextlib.contextmanager
-def private_cache() -> Iterator[None]:
-    """Uploads go where no one else reads, and away with the page; gradio's own folder is shared by all users."""
-    with tempfile.TemporaryDirectory(prefix="llava_plants_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
 
 
 def find_port(host: str, port: int) -> int:

@@ -15,9 +15,7 @@ import itertools
 import math
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
-from config.cli import CommandLine
+from config.cli import DATA_FIELDS, CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
 from runtime.run_dir import Run
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
@@ -35,11 +33,8 @@ WARM_UP = 2  # steps that are not timed: libraries start, the optimizer allocate
 IMAGES = 64  # different ones, used in turn
 LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
-DATA_OPTIONS = (
-    "dataset", "dataset_revision", "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction",
-    "group_by", "min_images", "label_column", "class_names", "class_balance", "augmentation", "allow_missing",
-    "max_unreadable_fraction",
-)  # fmt: skip
+DATA_OPTIONS = (*DATA_FIELDS, "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction")
+DATA_OPTIONS += ("class_balance", "augmentation")
 RUN_OPTIONS = (
     "output_dir", "resume", "allow_changed", "num_train_epochs", "max_steps", "eval_steps", "early_stopping_patience",
     "early_stopping_min_gain", "save_steps", "save_total_limit", "max_skipped_steps", "report_to",
@@ -142,13 +137,13 @@ def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
 
 def describe_machine(device) -> str:
     import torch
+    from torch.utils import collect_env
 
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which(query[0]) else "unknown"
-        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, driver {driver.split()[0]}, CUDA {torch.version.cuda}"
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # None without nvidia-smi
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, driver {driver}, CUDA {torch.version.cuda}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     return f"{name} | {packages}, Python {platform.python_version()}"
 
@@ -161,7 +156,8 @@ def train_ours(run: Run, plant, data) -> Result:
     trainer.args.save_strategy = "no"
     began = time.perf_counter()
     trainer.plan_memory(steps_left=math.inf)  # a run long enough to compile for
-    result, marks = time_training(trainer, "this project", run.config.effective_batch_size)
+    rates, marks = time_training(trainer, run.config.effective_batch_size)
+    memory = read_memory(plant.device)  # before the loader's workers take some
     print(f"first step after {marks[3] - began:.1f} s, planning included", flush=True)
     print(f"loader alone {load_rate(trainer):.1f} images/s")
     gaps = [1000 * (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :])]
@@ -172,7 +168,7 @@ def train_ours(run: Run, plant, data) -> Result:
         checkpointed = sum(not layer.keep for layer in trainer.fused)
         note += f", activation checkpointing {checkpointed}/{len(trainer.fused)} layers"
     trainer.accelerator.free_memory()
-    return result._replace(note=note)
+    return Result("this project", rates, *memory, note)
 
 
 def train_stock(run: Run, plant, data) -> list[Result]:
@@ -185,8 +181,8 @@ def train_stock(run: Run, plant, data) -> list[Result]:
     note = f"micro-batch {run.config.per_device_train_batch_size}"
     try:
         trainer = build_stock_trainer(run.config, plant, data.train)
-        result, _ = time_training(trainer, "stock Trainer", run.config.effective_batch_size)
-        return [result._replace(note=note)]
+        rates, _ = time_training(trainer, run.config.effective_batch_size)
+        return [Result("stock Trainer", rates, *read_memory(plant.device), note)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -209,8 +205,8 @@ def score_ours(plant, rows) -> Result:
     return Result(f"scoring {len(plant.class_names)} names", rates, *read_memory(plant.device), f"batch {size}")
 
 
-def time_training(trainer, system: str, batch_size: int) -> tuple[Result, list[float]]:
-    """(its result without a note; seconds at its start and, of each step, when images, gradients and it are there)."""
+def time_training(trainer, batch_size: int) -> tuple[list[float], list[float]]:
+    """(images/s of each timed step; seconds at the start, then when each step's images, gradients and it are there)."""
     from transformers import TrainerCallback
 
     from runtime.device import reset_peak_memory, synchronize
@@ -227,8 +223,7 @@ def time_training(trainer, system: str, batch_size: int) -> tuple[Result, list[f
     trainer.add_callback(Clock)
     reset_peak_memory(device)
     trainer.train()
-    rates = [batch_size / (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :: 3])]
-    return Result(system, rates, *read_memory(device), ""), marks
+    return [batch_size / (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :: 3])], marks
 
 
 def read_memory(device) -> tuple[float, float]:

@@ -39,7 +39,6 @@ class PreFlight:
     """What the checks have found so far, for the checks that need it."""
 
     config: TrainingConfig
-    passed: set[str] = field(default_factory=set)  # names of checks
     device: Any = None  # torch.device
     data: Any = None  # data.dataset.PlantData
     rows: Any = None  # train rows that stand for all
@@ -62,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_checks(found: PreFlight) -> int:
     """Print a line for each check; returns the exit status."""
-    failed = []
+    passed, failed = [], []
     for check, needs in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        if needs and needs not in found.passed:
+        if needs and needs not in passed:
             print(f"skip  {name}: needs the {needs} above", flush=True)
             continue
         try:
             line = f"ok    {name}: {check(found)}"
-            found.passed.add(name)
+            passed.append(name)
         except KeyboardInterrupt as stop:
             print(f"stop  {name}: interrupted", flush=True)
             return exit_status(stop)

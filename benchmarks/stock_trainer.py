@@ -1,6 +1,7 @@
 """The plain transformers Trainer on the layers of PEFT, which benchmark.py compares with."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from peft import prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
@@ -39,25 +40,19 @@ def build_stock_trainer(config: TrainingConfig, plant: PlantModel, rows: Sequenc
         model=set_trainable(model, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout),
         args=arguments,
         train_dataset=rows,
-        data_collator=StockCollator(plant, config.image_size),
+        data_collator=partial(collate, plant, config.image_size),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-class StockCollator:
+def collate(plant: PlantModel, image_size: int | None, rows: Sequence[dict]) -> dict:
     """Rows to the processor's padded batch, with labels on the class name and the end-of-turn token."""
-
-    def __init__(self, plant: PlantModel, image_size: int | None):
-        self.processor, self.prompt, self.class_names = plant.processor, plant.prompt, plant.class_names
-        self.image_size = image_size
-        self.prompt_length = len(self.processor.tokenizer(self.prompt.prompt).input_ids)
-
-    def __call__(self, rows: Sequence[dict]) -> dict:
-        images = [fit_image(open_image(row["image"]), self.image_size) for row in rows]
-        texts = [self.prompt.text(self.class_names[row["label"]]) for row in rows]
-        batch = self.processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        image_tokens = int((batch["input_ids"][0] == self.processor.image_token_id).sum())
-        labels[:, : self.prompt_length - 1 + image_tokens] = -100
-        return batch | {"labels": labels}
+    processor, prompt = plant.processor, plant.prompt
+    images = [fit_image(open_image(row["image"]), image_size) for row in rows]
+    texts = [prompt.text(plant.class_names[row["label"]]) for row in rows]
+    batch = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    image_tokens = int((batch["input_ids"][0] == processor.image_token_id).sum())
+    labels[:, : len(processor.tokenizer(prompt.prompt).input_ids) - 1 + image_tokens] = -100
+    return batch | {"labels": labels}

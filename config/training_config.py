@@ -42,8 +42,7 @@ class TrainingConfig:
     preset: str = option("default", "named variant of these defaults")
     output_dir: str | None = option(None, "run directory; none: runs/<preset>, or the next free runs/<preset>-2, ...")
     resume: str = option(
-        "auto",
-        "auto: resume an interrupted run; never: start a new one; or the run directory or checkpoint to resume from",
+        "auto", "auto: an interrupted run; never: start a new one; or the run directory or checkpoint to resume from"
     )
     allow_changed: bool = option(False, "resume although data, precision or ranks changed")
     seed: int = fixed(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
@@ -73,9 +72,7 @@ class TrainingConfig:
         choices=("auto", "true", "offload", "false"),
     )
     auto_batch: bool = option(
-        True,
-        "choose micro-batch size and activation checkpointing by this GPU's memory, at the configured global batch "
-        "size; false: use them as configured",
+        True, "fit micro-batch and checkpointing to this GPU, at the configured global batch size; false: as configured"
     )
     compile: str = option(
         "auto",
@@ -174,11 +171,9 @@ class TrainingConfig:
         if self.train_on_val and steps is not None:
             yield f"eval_steps={steps} with train_on_val=true: images that are trained on measure nothing; use none"
         if self.early_stopping_patience is not None and steps is None:
-            given, move = (
-                f"early_stopping_patience={self.early_stopping_patience}",
-                "set --eval-steps, not train_on_val",
-            )
-            yield f"{given} with eval_steps=none: nothing is measured during training; use none, or {move}"
+            given = f"early_stopping_patience={self.early_stopping_patience} with eval_steps=none"
+            move = "use --early-stopping-patience none, or set --eval-steps (not with train_on_val=true)"
+            yield f"{given}: nothing is measured during training; {move}"
         if self.max_steps == 0:
             yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
         if not self.question or self.question != self.question.strip() or "  " in self.question:
@@ -186,9 +181,9 @@ class TrainingConfig:
             yield f"question={self.question!r}: {reason}; use single spaces between words"
         if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
             yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
-        if (reason := _why_no_pattern(self.group_by)) is not None:
+        if (fault := _why_no_pattern(self.group_by)) is not None:
             yield (
-                f"group_by={self.group_by!r}: not a regular expression ({reason}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
+                f"group_by={self.group_by!r}: not a regular expression ({fault}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
             )
         if self.streaming and (self.group_by is not None or self.min_images > 1 or self.class_balance):
             yield (
@@ -228,9 +223,8 @@ PRESETS: dict[str, dict] = {
     # The setting of arXiv 2405.18415. It trains on val, so it runs its fixed length and nothing is chosen on val.
     "published": dict(
         trainable="adapter+projector", lora_r=128, lora_alpha=256,
-        train_on_val=True, question="What type of object is in this photo?",
+        train_on_val=True, eval_steps=None, question="What type of object is in this photo?",
         gradient_accumulation_steps=64, learning_rate=2e-4, projector_learning_rate=2e-5, num_train_epochs=50.0,
-        eval_steps=None,
     ),
 }  # fmt: skip
 

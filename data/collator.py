@@ -124,51 +124,6 @@ class Batch(dict):
         check_tensor("shift_labels", self["shift_labels"], (images, positions), torch.int64, device)
         check_tensor("image_tokens", self["image_tokens"], (images,), torch.int64, device)
 
-    def validate(self, collator: "PlantCollator") -> None:
-        """Raise UserError unless the processor's output is, sample by sample, what `collator` expects."""
-        for name in ("input_ids", "pixel_values", "image_sizes"):
-            if name not in self:
-                raise UserError(
-                    f"batch of {self.samples[0].id} and {len(self.samples) - 1} more: {name} is missing; the model "
-                    "would train on text alone, check the processor"
-                )
-        for index, sample in enumerate(self.samples):
-            reason = self._find_fault(index, collator)
-            if reason:
-                raise UserError(
-                    f"sample {sample.id}, image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles: "
-                    f"{reason}; check that processor and model are of the same checkpoint (python test_trainer.py)"
-                )
-
-    def _find_fault(self, index: int, collator: "PlantCollator") -> str | None:
-        sample, processor = self.samples[index], collator.processor
-        answer = collator.answers[sample.label]
-        ids, size = self["input_ids"][index], tuple(self["image_sizes"][index].tolist())
-        placeholders = answer.text.count(processor.image_token)
-        filled = self["pixel_values"][index].flatten(1).any(dim=1)  # padding tiles are all zero, black ones are not
-        image_tokens = int((ids == processor.image_token_id).sum())
-        supervised = ids[sample.prompt_length : sample.length].tolist()
-        if placeholders != 1:
-            return f"{placeholders} image placeholders in its text, expected 1"
-        if size != sample.size:
-            return f"image_sizes is {size}"
-        if int(filled.sum()) != sample.tiles or not filled[: sample.tiles].all():
-            return f"{int(filled.sum())} tiles of pixels, expected {sample.tiles}"
-        if image_tokens != sample.image_tokens:
-            return f"{image_tokens} image tokens, expected {sample.image_tokens}, one for each feature row of its image"
-        if len(ids) < sample.length:
-            return f"truncated to {len(ids)} of {sample.length} tokens"
-        if collator.prompt.eos_id not in supervised[-1:]:
-            return f"its last token is not the end-of-turn token {collator.prompt.eos!r}"
-        if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
-            text = processor.tokenizer.decode(supervised[:-1])
-            return f"its answer is {text!r}, expected {collator.class_names[sample.label]!r}"
-        place = answer.ids.index(processor.image_token_id)
-        expanded = [processor.image_token_id] * sample.image_tokens
-        if ids[: sample.length].tolist() != answer.ids[:place] + expanded + answer.ids[place + 1 :]:
-            return "its prompt's tokens are not those of the prompt"
-        return None if torch.isfinite(self["pixel_values"][index]).all() else "a pixel is not a finite number"
-
 
 class PlantCollator:
     """Rows -> Batch for training and scoring; images that cannot be read are skipped and listed in `unreadable`.
@@ -199,9 +154,50 @@ class PlantCollator:
         texts = [self.answers[sample.label].text for sample in samples]
         batch = Batch(self._encode(images, texts, "right"), samples, unreadable)
         batch.pop("attention_mask", None)
-        batch.validate(self)
+        self._validate(batch)
         batch.add_labels()
         return batch
+
+    def _validate(self, batch: Batch) -> None:
+        """Raise UserError unless the processor's output is, sample by sample, what is expected."""
+        missing = {"input_ids", "pixel_values", "image_sizes"} - set(batch)
+        if missing:
+            given = f"batch of {batch.samples[0].id} and {len(batch.samples) - 1} more"
+            reason = "is missing; the model would train on text alone, check the processor"
+            raise UserError(f"{given}: {min(missing)} {reason}")
+        for index, sample in enumerate(batch.samples):
+            if fault := self._find_fault(batch, index):
+                image = f"image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles"
+                move = "check that processor and model are of the same checkpoint (python test_trainer.py)"
+                raise UserError(f"sample {sample.id}, {image}: {fault}; {move}")
+
+    def _find_fault(self, batch: Batch, index: int) -> str | None:
+        sample, ids, size = batch.samples[index], batch["input_ids"][index], tuple(batch["image_sizes"][index].tolist())
+        answer, image_token = self.answers[sample.label], self.processor.image_token_id
+        placeholders = answer.text.count(self.processor.image_token)
+        filled = batch["pixel_values"][index].flatten(1).any(dim=1)  # padding tiles are all zero, black ones are not
+        image_tokens = int((ids == image_token).sum())
+        supervised = ids[sample.prompt_length : sample.length].tolist()
+        if placeholders != 1:
+            return f"{placeholders} image placeholders in its text, expected 1"
+        if size != sample.size:
+            return f"image_sizes is {size}"
+        if int(filled.sum()) != sample.tiles or not filled[: sample.tiles].all():
+            return f"{int(filled.sum())} tiles of pixels, expected {sample.tiles}"
+        if image_tokens != sample.image_tokens:
+            return f"{image_tokens} image tokens, expected {sample.image_tokens}, one for each feature row of its image"
+        if len(ids) < sample.length:
+            return f"truncated to {len(ids)} of {sample.length} tokens"
+        if self.prompt.eos_id not in supervised[-1:]:
+            return f"its last token is not the end-of-turn token {self.prompt.eos!r}"
+        if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
+            text = self.processor.tokenizer.decode(supervised[:-1])
+            return f"its answer is {text!r}, expected {self.class_names[sample.label]!r}"
+        place = answer.ids.index(image_token)
+        expanded = answer.ids[:place] + [image_token] * sample.image_tokens + answer.ids[place + 1 :]
+        if ids[: sample.length].tolist() != expanded:
+            return "its prompt's tokens are not those of the prompt"
+        return None if torch.isfinite(batch["pixel_values"][index]).all() else "a pixel is not a finite number"
 
     def prompts(self, rows: Sequence[dict]) -> Batch:
         """Rows -> left-padded prompts for generation, with `attention_mask` (B, T), in the order of the rows."""
@@ -240,9 +236,9 @@ class PlantCollator:
 
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
-        image_processor = self.processor.image_processor
+        image_processor, side = self.processor.image_processor, self.image_size
         tile = image_processor.crop_size["height"]
-        sizes = [(self.image_size, self.image_size)] if self.image_size else image_processor.image_grid_pinpoints
+        sizes = [(side, side)] if side else image_processor.image_grid_pinpoints
         return images * max(self.count_tokens(size)[1] for size in sizes) * 3 * tile * tile * 4
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:

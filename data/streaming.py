@@ -38,10 +38,9 @@ class Stream(IterableDataset):
     def set_rank(self, rank: int, world_size: int, total_batch_size: int) -> None:
         """Read the files of this rank, and its part of the images that all ranks take in a step."""
         if len(self.files) < world_size:
-            raise UserError(
-                f"--streaming true: {len(self.files)} parquet files with images for {world_size} ranks, and each rank "
-                "needs its own file; write the images to more files, or start fewer ranks"
-            )
+            found = f"{len(self.files)} parquet files with images for {world_size} ranks"
+            move = "each rank needs its own file; write the images to more files, or start fewer ranks"
+            raise UserError(f"--streaming true: {found}, and {move}")
         self.rank_files = self.files[rank::world_size]
         self.batch_size = total_batch_size // world_size + (rank < total_batch_size % world_size)
         self.skip_steps(0)
@@ -92,10 +91,9 @@ class Stream(IterableDataset):
             for row in rows.shuffle(seed=self.seed + number, buffer_size=SHUFFLE_BUFFER):
                 yield row
             if row is None:
-                raise UserError(
-                    f"--streaming true: a reader found no images in the {len(self.rank_files)} files that begin with "
-                    f"{self.rank_files[0]}: emptied since the start; put them back, and re-run the same command"
-                )
+                files = f"{len(self.rank_files)} files that begin with {self.rank_files[0]}"
+                reason = "emptied since the start; put them back, and re-run the same command"
+                raise UserError(f"--streaming true: a reader found no images in the {files}: {reason}")
 
     def _open(self):
         files = [glob.escape(str(file)) for file in self.rank_files]

@@ -123,8 +123,8 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
                 excluded.add("links to a folder that is read already", entry_path)
             elif depth == MAX_DEPTH:
                 excluded.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
-            elif reason := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
-                excluded.add(f"folders that are {reason}", entry_path)
+            elif not_data := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
+                excluded.add(f"folders that are {not_data}", entry_path)
             else:
                 seen.add((status.st_dev, status.st_ino))
                 folder.folders.append(_look(entry_path, excluded, seen, depth + 1))

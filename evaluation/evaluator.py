@@ -223,10 +223,9 @@ class Evaluator:
         metrics = measure_replies(texts, predictions, names, [entry["label"] for entry in entries])
         saved = {"scored": self.facts, "metrics": metrics | {"replies_per_s": speed}}
         write_file(self.folder / f"eval_{split}.replies.json", json.dumps(saved, indent=2) + "\n")
-        logger.info(
-            f"result | {split} | generation: exact match {metrics['exact_match']:.3f} | substring match "
-            f"{metrics['substring_match']:.3f} | {metrics['replies']:,} images | {metrics['unparsed']} without a class"
-        )
+        rates = f"exact match {metrics['exact_match']:.3f} | substring match {metrics['substring_match']:.3f}"
+        counts = f"{metrics['replies']:,} images | {metrics['unparsed']} without a class"
+        logger.info(f"result | {split} | generation: {rates} | {counts}")
         return metrics
 
     def _read_replies(self, rows, split: str) -> dict:

@@ -61,16 +61,13 @@ class Predictor:
 
     def predict(self, images: Sequence[str | Path]) -> Iterator[Prediction | str]:
         """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch."""
-        rows = [
-            {"image": {"bytes": None, "path": str(image)}, "label": 0, "id": str(index)}
-            for index, image in enumerate(images)
-        ]
+        files = [{"bytes": None, "path": str(image)} for image in images]
+        rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
         # Starting workers takes longer than a few images.
         workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
         for scores, unreadable in dataclasses.replace(self.plant, num_workers=workers).score(rows):
-            found: dict[int, Prediction | str] = {
-                int(sample.id): self._decide(np.array(values)) for sample, values in scores
-            }
+            found: dict[int, Prediction | str] = {}
+            found |= {int(sample.id): self._decide(np.array(values)) for sample, values in scores}
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason

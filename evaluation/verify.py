@@ -76,10 +76,9 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     fresh.load_weights(run.best_folder)
     difference = (scores_of(fresh, rows) - expected).abs().max()
     if not difference <= TOLERANCE:  # NaN verifies nothing either
-        raise UserError(
-            f"{run.best_folder}: reloaded, its scores of {len(rows)} images differ by up to {difference:.3g} nats from "
-            "those of the trained model; do not use it. Run the same command again, and report it if it happens again"
-        )
+        reason = f"its scores of {len(rows)} images differ by up to {difference:.3g} nats from the trained model's"
+        move = "do not use it. Run the same command again, and report it if it happens again"
+        raise UserError(f"{run.best_folder}: reloaded, {reason}; {move}")
     logger.info(
         f"result | {run.best_folder} reloaded into a fresh base model | scores of {len(rows)} images reproduced within "
         f"{max(float(difference), 1e-6):.1g} nats | the base model alone differs by {base_difference:.2g}"

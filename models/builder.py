@@ -1,6 +1,7 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,9 +40,12 @@ from runtime.device import choose_precision, fit_workers
 from runtime.distributed import get_local_world_size
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, is_watched
+from utils.tensor_utils import find_layers
 from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 
 # The list replaces the default of transformers, so lm_head is in it.
+# The norm behind the last layer, pooling heads, and what masked pretraining needed: CLIP, SigLIP, DINOv2.
+UNUSED_IN_TOWER = re.compile(r"(^|\.)(post_layernorm|(?<!\.)layernorm|head|pooler|mask_token)(\.|$)")
 IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # Names of errors, among their causes, of a hub that cannot be reached.
 UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError"}
@@ -333,11 +337,13 @@ def set_trainable(
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
         tower, layer = base.model.vision_tower, base.config.vision_feature_layer
+        # Not used by the features: DDP would wait for their gradient, weight decay would shrink them.
+        for name, parameter in tower.named_parameters():
+            if UNUSED_IN_TOWER.search(name):
+                parameter.requires_grad_(False)
         if isinstance(layer, int) and layer < 0:
-            encoder = getattr(tower, "vision_model", tower)
-            layers = encoder.encoder.layers
-            # Behind the feature layer: DDP would wait for their gradient, weight decay would shrink them.
-            for unused in (encoder.post_layernorm, *layers[len(layers) + 1 + layer :]):
+            layers = find_layers(tower, base.config.vision_config.num_hidden_layers)
+            for unused in layers[len(layers) + 1 + layer :]:
                 unused.requires_grad_(False)
         return base
     settings = LoraConfig(

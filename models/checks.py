@@ -42,7 +42,7 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
     patches, own_tile = (tile // patch) ** 2, image_processor.crop_size["height"]
     tower = base.model.vision_tower
-    positions = [part.num_embeddings for name, part in tower.named_modules() if name.endswith("position_embedding")]
+    positions = [part.shape[-2] for name, part in tower.named_parameters() if "position_embedding" in name]
     pinpoints = [list(map(list, owner.image_grid_pinpoints)) for owner in (image_processor, config)]
     strategy = processor.vision_feature_select_strategy, processor.num_additional_image_tokens
     tokens, embeddings = len(processor.tokenizer), base.get_input_embeddings().num_embeddings

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -89,11 +90,7 @@ class Projections:
         """(M, N) of each linear; fills the LoRA columns of `rows`."""
         if self.loras:
             torch.mm(rows[:, : self.width], self.scaled_a(rows).T, out=rows[:, self.width :])
-        return [self._matmul(index, rows) for index in range(len(self.linears))]
-
-    def _matmul(self, index: int, rows: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight(index, rows), self.linears[index].bias
-        return rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        return [F.linear(rows, self.weight(index, rows), linear.bias) for index, linear in enumerate(self.linears)]
 
     def backward(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """(M, D + R): gradient of the rows, in which `add_lora_grad` is still missing, and of the LoRA columns."""
@@ -126,14 +123,9 @@ class Projections:
         columns = rows @ self.scaled_a(rows).T if columns is None else columns
         of_columns = extended[:, -self.columns :]
         of_a = _matmul_fp32(of_columns[:, : self.ranks].T, rows)  # (ranks, D)
-        if len({lora.scale for lora in self.loras}) == 1:
-            of_a *= self.loras[0].scale
-        else:
-            for lora in self.loras:
-                of_a[lora.columns] *= lora.scale
         found = []
         for lora, gradient in zip(self.loras, gradients):
-            found += [of_a[lora.columns], _matmul_fp32(gradient.T, columns[:, lora.columns])]
+            found += [of_a[lora.columns] * lora.scale, _matmul_fp32(gradient.T, columns[:, lora.columns])]
         return found
 
 
@@ -280,7 +272,7 @@ class FusedLayer:
         of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
-        gradients = [*kernels.rotate_backward(of_query, of_key, cos, sin), of_value]
+        gradients = [*kernels.rotate(of_query, of_key, cos, -sin), of_value]
         if needs_rows:
             extended = qkv.backward(gradients)
             of_x = qkv.add_lora_grad(extended)
@@ -300,7 +292,9 @@ class _Function(torch.autograd.Function):
     def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, *parameters):
         with torch.autocast(h.device.type, enabled=False):
             out, ctx.saved = layer.forward(Rows(images, h, cos, sin), keep=layer.keep)
-        ctx.save_for_backward(offload_to_pinned_memory(h) if layer.offload else h, cos, sin)
+        if layer.offload:  # to page-locked memory, so that the GPU does not wait for the copy
+            h = torch.empty(h.shape, dtype=h.dtype, pin_memory=h.is_cuda).copy_(h, non_blocking=True)
+        ctx.save_for_backward(h, cos, sin)
         ctx.layer, ctx.images = layer, images
         return out
 
@@ -316,20 +310,11 @@ class _Function(torch.autograd.Function):
         return None, None, of_h, None, None, *of_lora
 
 
-def offload_to_pinned_memory(h: torch.Tensor) -> torch.Tensor:
-    """A copy in the CPU's memory, page-locked so that the GPU does not wait for it."""
-    return torch.empty(h.shape, dtype=h.dtype, pin_memory=h.is_cuda).copy_(h, non_blocking=True)
-
-
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
 
-def can_fuse(layers: Iterable[nn.Module]) -> bool:
-    """Whether they are frozen layers of a known class with a gated SiLU MLP, no dropout, and plain LoRA or none."""
-    return all(_can_fuse(layer) for layer in layers)
-
-
-def _can_fuse(layer: nn.Module) -> bool:
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether it is a frozen layer of a known class with a gated SiLU MLP, no dropout, and plain LoRA or none."""
     if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation)):
         return False
     adapted = [module for module in layer.modules() if isinstance(module, LoraLayer)]
@@ -346,7 +331,7 @@ def _can_fuse(layer: nn.Module) -> bool:
 
 def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     """Put a FusedLayer in place of each layer's forward, if all can be fused; modules, names and weights stay."""
-    if not can_fuse(layers):
+    if not all(map(can_fuse, layers)):
         return []
     kernels = Kernels()
     return [FusedLayer(layer, kernels) for layer in layers]

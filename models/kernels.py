@@ -49,7 +49,7 @@ def _rms_norm_backward(gradient, h, weight, eps, residual, out):
 
 
 def _rotate(query, key, cos, sin):
-    """Rotary embedding of (M, heads x head_dim) rows; cos and sin are (M, head_dim)."""
+    """Rotary embedding of (M, heads x head_dim) rows; cos and sin are (M, head_dim). With -sin it is the backward."""
     return _rotated(query, cos, sin), _rotated(key, cos, sin)
 
 
@@ -57,16 +57,6 @@ def _rotated(x, cos, sin):
     heads = x.unflatten(-1, (-1, cos.shape[-1]))
     first, second = heads.chunk(2, dim=-1)
     return (heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).flatten(1)
-
-
-def _rotate_backward(of_query, of_key, cos, sin):
-    return _rotated_back(of_query, cos, sin), _rotated_back(of_key, cos, sin)
-
-
-def _rotated_back(gradient, cos, sin):
-    heads = gradient.unflatten(-1, (-1, cos.shape[-1]))
-    first, second = (heads * sin[:, None]).chunk(2, dim=-1)
-    return (heads * cos[:, None] + torch.cat((second, -first), dim=-1)).flatten(1)
 
 
 def _swiglu(gate, up, out):
@@ -190,7 +180,7 @@ def dequantize(
 
 ELEMENTWISE = {
     kernel.__name__.strip("_"): kernel
-    for kernel in (_rms_norm, _add_rms_norm, _rms_norm_backward, _rotate, _rotate_backward, _swiglu, _swiglu_backward)
+    for kernel in (_rms_norm, _add_rms_norm, _rms_norm_backward, _rotate, _swiglu, _swiglu_backward)
 }
 
 
@@ -200,7 +190,7 @@ class Kernels:
     def __init__(self):
         self.by_name: dict[str, Callable] = ELEMENTWISE
         self.has_triton = triton is not None
-        self._positions = None, 0, None
+        self._positions = None, None
 
     def __getattr__(self, name: str) -> Callable:
         return self.__dict__["by_name"][name]
@@ -220,10 +210,10 @@ class Kernels:
 
     def positions(self, embeddings: tuple[torch.Tensor, torch.Tensor], images: int) -> tuple[torch.Tensor, ...]:
         """(M, head_dim) cosines and sines; all layers of a forward get the same embeddings, and share one copy."""
-        known, known_images, rows = self._positions
-        if known is not embeddings[0] or known_images != images:
+        known, rows = self._positions
+        if known is not embeddings[0]:
             rows = tuple(part.expand(images, -1, -1).flatten(0, 1) for part in embeddings)
-            self._positions = embeddings[0], images, rows
+            self._positions = embeddings[0], rows
         return rows
 
     def dequantize(self, linear: nn.Module, lora_b: torch.Tensor | None, start: int, out: torch.Tensor) -> None:

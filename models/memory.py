@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from accelerate.utils import gather_object
 
 from models.fused_layers import set_activation_checkpointing, unwrap
 from runtime.device import (
@@ -44,13 +43,13 @@ class MicroBatcher:
     """The number of images in a forward pass, halved for good when they do not fit."""
 
     def __init__(self, size: int):
-        self.size = size
+        self.size, self.smallest = size, 1
 
     def halve(self, error: RuntimeError, message: str) -> None:
-        """After an out-of-memory. Raises any other `error` again, and UserError(message) at size 1."""
+        """After an out-of-memory. Raises any other `error` again, and UserError(message) at the smallest size."""
         if not is_out_of_memory(error):
             raise error
-        if self.size == 1:
+        if self.size == self.smallest:
             raise UserError(message) from error
         self.size //= 2
 
@@ -117,23 +116,20 @@ def choose_plan(cost: Cost, images: int, budget: float, checkpointing: str = "au
     `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
     is the smallest: one image, and with auto all layers' inputs offloaded.
     """
-    found = []
     offload = checkpointing == "offload"
-    least = cost.layers if checkpointing == "false" else 0
-    most = 0 if checkpointing in ("true", "offload") else cost.layers
-    for micro_batches in range(1, images + 1):
-        size = math.ceil(images / micro_batches)
-        room = budget - cost.peak(size, 0, offload)
-        fits = room > 0 and (not offload or size * cost.checkpoint <= host)
-        kept = min(most, int(room // (size * cost.activation))) if fits else -1
-        if kept >= least:
+    layers_kept = {"auto": range(cost.layers + 1), "false": [cost.layers]}.get(checkpointing, [0])
+    found = []
+    for size in {math.ceil(images / micro_batches) for micro_batches in range(1, images + 1)}:
+        for kept in layers_kept if not offload or size * cost.checkpoint <= host else ():
+            plan = Plan(size, kept, offload, cost.peak(size, kept, offload))
             forwards = 1 + BACKWARD + RECOMPUTED * (cost.layers - kept) / cost.layers
             tokens = images * cost.tokens * forwards + math.ceil(images / size) * MICRO_BATCH_TOKENS  # forward
-            found.append((tokens, Plan(size, kept, offload, cost.peak(size, kept, offload))))
+            if plan.peak <= budget:
+                found.append((tokens, plan))
     if found:
         return min(found)[1]
     offload = checkpointing in ("auto", "offload")
-    return Plan(1, least, offload, cost.peak(1, least, offload))
+    return Plan(1, layers_kept[0], offload, cost.peak(1, layers_kept[0], offload))
 
 
 def is_worth_compiling(compile: str, images: float, seconds_per_image: float = SCORING_SECONDS) -> bool:
@@ -167,26 +163,24 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
     is as configured: all ranks compute it or none. Raises UserError where one image, or that micro-batch, does not fit.
     """
     device, options = trainer.args.device, trainer.memory_options
-    began = time.perf_counter()
+    began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
             _shard(trainer, row, steps_left)
-            return
-        available = available_gpu_memory(device)
-        if available is None:
-            return
-        if not trainer.fused:
-            logger.info("memory | micro-batch %d, as configured: stock layers", trainer.micro_batcher.size)
-            return
-        # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
-        if options.compile == "auto" and (options.auto_batch or trainer.micro_batcher.size > 1):
-            seconds, _ = try_micro_batch(trainer, row, 1)
-            _compile_if_worth(trainer, seconds, steps_left)
-        if options.auto_batch:
-            _fit(trainer, row, available)
-        elif trainer.fused[0].kernels.compiled:
-            try_micro_batch(trainer, row, 1)
-        _log_kernels(trainer, began)
+        elif available is not None and trainer.fused:
+            # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
+            if options.auto_batch or size > 1:
+                _compile_if_worth(trainer, row, 1, steps_left)
+            if options.auto_batch:
+                _fit(trainer, row, available)
+            elif trainer.fused[0].kernels.compiled:
+                try_micro_batch(trainer, row, 1)
+    if available is not None and trainer.fused:
+        words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+        words = "compiled" if trainer.fused[0].kernels.compiled else words
+        logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
+    elif available is not None and options.sharding != "fsdp":
+        logger.info("memory | micro-batch %d, as configured: stock layers", size)
 
 
 def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
@@ -213,34 +207,26 @@ def try_micro_batch(trainer, row: dict, size: int) -> tuple[float, float]:
         trainer.model.zero_grad()
 
 
-def _compile_if_worth(trainer, seconds_per_image: float, steps_left: float) -> None:
-    """The same choice on all ranks."""
+def _compile_if_worth(trainer, row: dict, size: int, steps_left: float) -> None:
+    """With --compile auto, by the time of a trial; the same choice on all ranks."""
+    if trainer.memory_options.compile != "auto":
+        return
+    seconds_per_image, _ = try_micro_batch(trainer, row, size)
     images = steps_left * trainer.total_batch_size / trainer.args.world_size
-    if any(gather_object([is_worth_compiling("auto", images, seconds_per_image)])):
+    if any(trainer.dist.gather_object([is_worth_compiling("auto", images, seconds_per_image)])):
         trainer.fused[0].kernels.compile()
-
-
-def _log_kernels(trainer, began: float) -> None:
-    is_off = trainer.memory_options.compile == "false"
-    words = "not compiled" if is_off else "not compiled: the run would not win back the time"
-    words = "compiled" if trainer.fused[0].kernels.compiled else words
-    logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
 
 
 def _shard(trainer, row: dict, steps_left: float) -> None:
     """Shard the frozen weights across ranks and try the configured micro-batch."""
-    began, device, base = time.perf_counter(), trainer.args.device, unwrap(trainer.model)
+    device, base, size = trainer.args.device, unwrap(trainer.model), trainer.micro_batcher.size
     loading, checksums = peak_memory(device), checksum_quantized(base)
     trainer.shard_weights()
     collect_memory(device)
-    held, size = memory_in_use(device), trainer.micro_batcher.size
-    seconds, peak = try_micro_batch(trainer, row, size)
-    if trainer.fused and device.type == "cuda" and peak < math.inf:
-        if trainer.memory_options.compile == "auto" and size > 1:
-            _compile_if_worth(trainer, seconds, steps_left)
-            if trainer.fused[0].kernels.compiled:
-                _, peak = try_micro_batch(trainer, row, size)
-        _log_kernels(trainer, began)
+    held = memory_in_use(device)
+    if trainer.fused and device.type == "cuda" and size > 1:
+        _compile_if_worth(trainer, row, size, steps_left)
+    _, peak = try_micro_batch(trainer, row, size)
     if peak == math.inf:
         raise UserError(f"memory: {out_of_memory_message(trainer)}")
     with unsharded(trainer.fsdp_modules):

@@ -166,16 +166,12 @@ class PlantTrainer(Trainer):
         With micro-batch 1, what is left is to checkpoint the activations of all layers and offload them to the CPU.
         """
         step, measure = self.state.global_step + 1, ""
-        message = f"step {step}: {out_of_memory_message(self)}"
-        if not is_out_of_memory(error):
-            raise error
-        if self.fsdp_modules:
-            raise UserError(message) from error
-        if self.micro_batcher.size == 1 and any(layer.keep or not layer.offload for layer in self.fused):
+        can_offload = not self.fsdp_modules and any(layer.keep or not layer.offload for layer in self.fused)
+        if is_out_of_memory(error) and self.micro_batcher.size == 1 and can_offload:
             set_activation_checkpointing(self.fused, 0, offload=True)
             measure = ", activation checkpointing in all layers, offloaded to the CPU"
         else:
-            self.micro_batcher.halve(error, message)
+            self.micro_batcher.halve(error, f"step {step}: {out_of_memory_message(self)}")
         size = self.micro_batcher.size
         logger.warning("step %d: out of memory; from here on retrying with micro-batch %d%s", step, size, measure)
 
@@ -278,6 +274,7 @@ class PlantTrainer(Trainer):
     def shard_weights(self) -> None:
         """Shard the frozen weights across ranks."""
         self.fsdp_modules = shard_frozen_parameters(unwrap(self.model))
+        self.micro_batcher.smallest = self.micro_batcher.size  # all ranks compute it or none
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
     def planned_steps(self) -> int:
@@ -323,7 +320,6 @@ class PlantTrainer(Trainer):
             return True
         logger.info("run | resuming from %s", checkpoint)
         saved.is_world_process_zero = self.is_world_process_zero()  # rank 0 wrote the file
-        saved.is_local_process_zero = self.is_local_process_zero()
         if self.streams:
             self.train_dataset.skip_steps(saved.global_step)
         evaluates = self.args.eval_strategy == "steps" and self.eval_dataset is not None

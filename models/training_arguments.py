@@ -19,10 +19,8 @@ def build_arguments(
     """`batch_bytes` are the pixels of the largest batch that a loader worker sends. Raises UserError."""
     ranks = get_world_size()
     if config.effective_batch_size < ranks:
-        raise UserError(
-            f"global batch size {config.effective_batch_size}: fewer images than the {ranks} ranks. Start at most "
-            f"{config.effective_batch_size} ranks, or raise --gradient-accumulation-steps."
-        )
+        move = f"Start at most {config.effective_batch_size} ranks, or raise --gradient-accumulation-steps."
+        raise UserError(f"global batch size {config.effective_batch_size}: fewer images than the {ranks} ranks. {move}")
     optimizers = [name.value for name in OptimizerNames]
     if config.optim not in optimizers:
         raise UserError(f"--optim {config.optim}: not known to transformers; use one of {', '.join(optimizers)}")
@@ -41,7 +39,6 @@ def build_arguments(
         "logging_nan_inf_filter": False,
         "report_to": config.report_to.split(","),
         "eval_strategy": "steps" if config.eval_steps else "no",
-        "save_strategy": "steps",
         "save_total_limit": None,  # PlantTrainer rotates: transformers would delete before the manifest is written
         "dataloader_num_workers": fit_workers(config.num_workers, batch_bytes),
         "dataloader_pin_memory": config.pin_memory and device.type == "cuda",

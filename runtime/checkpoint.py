@@ -51,8 +51,7 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 def require_valid_checkpoint(checkpoint: Path) -> None:
     """Raise UserError for a corrupted checkpoint."""
-    problem = verify_checkpoint(checkpoint)
-    if problem is not None:
+    if problem := verify_checkpoint(checkpoint):
         raise UserError(f"--resume {checkpoint}: {problem}; use another checkpoint of {checkpoint.parent}")
 
 
@@ -63,8 +62,7 @@ def last_checkpoint(run_folder: str | Path, run_id: str = "") -> Path | None:
     """
     for path in checkpoints_in(run_folder):
         _require_own(path, run_id)
-        problem = verify_checkpoint(path)
-        if problem is None:
+        if (problem := verify_checkpoint(path)) is None:
             return path
         aside, number = path.with_name(f"corrupted-{path.name}"), 2
         while aside.exists():
@@ -143,8 +141,7 @@ def read_best(folder: Path) -> dict | None:
 
 def describe_best(folder: Path) -> str:
     """Which weights these are: their step and a hash of their manifest. Raises UserError for corrupted ones."""
-    problem = verify_checkpoint(folder)
-    if problem is not None:
+    if problem := verify_checkpoint(folder):
         raise UserError(f"{folder}: holds no complete weights ({problem}); complete the run by its own command")
     return f"step {read_json(folder / METRICS_OF_BEST)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 

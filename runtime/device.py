@@ -76,10 +76,9 @@ def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/s
     free, needed = shutil.disk_usage(shared_memory).free, (2 * num_workers + 1) * batch_bytes
     if free >= needed:
         return num_workers
-    logger.warning(
-        f"{shared_memory} has {free / 1e6:.0f} MB free and {num_workers} workers need {needed / 1e6:.0f} MB; images "
-        "are decoded by the main process instead (docker run --shm-size=1g, or fewer --num-workers)"
-    )
+    problem = f"has {free / 1e6:.0f} MB free and {num_workers} workers need {needed / 1e6:.0f} MB"
+    move = "images are decoded by the main process instead (docker run --shm-size=1g, or fewer --num-workers)"
+    logger.warning(f"{shared_memory} {problem}; {move}")
     return 0
 
 
@@ -88,8 +87,7 @@ def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/s
 
 def collect_memory(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing to do without CUDA
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
-from runtime.watchdog import INTERRUPTED, RESUME, Watchdog, exit_at_once, heartbeat_key
-from utils.logging_utils import UserError, first_line, report_as_rank
+from runtime.watchdog import HEARTBEAT, INTERRUPTED, RESUME, Watchdog, exit_at_once
+from utils.logging_utils import UserError, first_line, logger, setup_logging
+from utils.tensor_utils import find_layers
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -108,14 +109,16 @@ def init_distributed(config: TrainingConfig) -> Iterator[Distributed]:
     from runtime.device import choose_device  # which asks this module for the rank
 
     rank, world_size = _read_environment()
-    report_as_rank(rank)
+    if rank != 0:  # rank 0 logs for all
+        setup_logging(prefix=f"rank {rank}: ")
+        logger.setLevel("ERROR")
     device = choose_device(config.model, config.gpu_memory_fraction, several_ranks=True)
     if world_size == 1:
         for name in VARIABLES:  # of torchrun with one rank: transformers would make a process group of it
             os.environ.pop(name, None)
         if config.sharding == "fsdp":
-            problem = "--sharding fsdp: needs several ranks to shard the weights across"
-            raise UserError(f"{problem}. Start them with torchrun, or use --sharding none.")
+            move = "Start them with torchrun, or use --sharding none."
+            raise UserError(f"--sharding fsdp: needs several ranks to shard the weights across. {move}")
         yield Distributed(device=device)
         return
     with _process_group(rank, world_size, device) as dist:
@@ -129,13 +132,11 @@ def _read_environment() -> tuple[int, int]:
     if "WORLD_SIZE" not in os.environ:
         names = [name for name in ("RANK", "LOCAL_RANK") if name in os.environ]
         names += ["SLURM_STEP_NUM_TASKS"] if launch_number("SLURM_STEP_NUM_TASKS", 1) > 1 else []
-        if names:
-            found = " ".join(f"{name}={os.environ[name]}" for name in names)
+        if found := " ".join(f"{name}={os.environ[name]}" for name in names):
             raise UserError(f"{found}: one of several ranks, but WORLD_SIZE is missing. {HOW_TO_START}")
     if world_size == 1:
         return 0, 1
-    missing = [name for name in VARIABLES if not os.environ.get(name)]
-    if missing:
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
         raise UserError(f"WORLD_SIZE={world_size}: {', '.join(missing)} missing from the environment. {HOW_TO_START}")
     for name, engine in OTHER_ENGINES.items():
         if os.environ.get(name, "false").lower() == "true":
@@ -151,12 +152,9 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
     watchdog = Watchdog(store, rank, world_size, shares_screen=get_local_world_size() == world_size)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=COLLECTIVE_S)
-    message = (
-        f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s. Check the network "
-        "between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
-    )
-    timer = threading.Timer(RENDEZVOUS_S, exit_at_once, [message])  # nothing else ends one that hangs
-    timer.daemon = True
+    problem = f"the first all-reduce across {world_size} ranks did not complete within {RENDEZVOUS_S} s"
+    move = "Check the network between the machines (NCCL_SOCKET_IFNAME), or try NCCL_P2P_DISABLE=1."
+    timer = threading.Timer(RENDEZVOUS_S, exit_at_once, [f"{problem}. {move}"])  # nothing else ends one that hangs
     timer.start()
     try:
         torch.distributed.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
@@ -196,7 +194,7 @@ def _rendezvous(rank: int, world_size: int):
     wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
-        heartbeats = [heartbeat_key(number) for number in range(world_size)]
+        heartbeats = [HEARTBEAT.format(number) for number in range(world_size)]
         store.set(heartbeats[rank], "")
         store.wait(heartbeats, wait)
         return store
@@ -280,7 +278,7 @@ def shard_frozen_parameters(base) -> list[Any]:
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
     tower = base.model.vision_tower
     # Their layers and not the towers: transformers knows by its class which module records hidden states.
-    modules = [*base.model.language_model.layers, *getattr(tower, "vision_model", tower).encoder.layers]
+    modules = [*base.model.language_model.layers, *find_layers(tower, base.config.vision_config.num_hidden_layers)]
     if base.get_input_embeddings().weight is not base.lm_head.weight:
         modules += [base.get_input_embeddings(), base.lm_head]
     trainable = {parameter for parameter in base.parameters() if parameter.requires_grad}

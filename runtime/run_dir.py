@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SHARED_DISK_S = 10  # seconds after which all machines see a file that one of them wrote
 OF_THE_WEIGHTS = ["model", "trainable", "lora_r", "optim"]  # options that fix the shapes of a checkpoint's tensors
 NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # options that say where and how a run resumes
+COMPARED = [option for option in dataclasses.fields(TrainingConfig) if option.name not in NOT_COMPARED]
+RESUMABLE = [option.name for option in COMPARED if option.metadata["resumable"]]  # may differ on resume
+FIXED = [option.name for option in COMPARED if not option.metadata["resumable"]]  # change what a run computes
 # Recorded facts that must be the same on resume, in words, and whether their values are short enough to show.
 SAME_ON_RESUME = {
     "class_names": ("the class names", False),
@@ -129,18 +132,17 @@ class Run:
         if not self.is_main_process:
             logger.setLevel(logging.WARNING)
             return
-        config, steps, count = self.config, trainer.planned_steps(), data.num_train
+        config, steps, ranks = self.config, trainer.planned_steps(), self.recorded["ranks"]
         size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
         val = "no val (it is in train)" if data.validation is None else f"{len(data.validation):,} val"
-        ranks = self.recorded["ranks"]
-        where = str(plant.device) if ranks == 1 else f"{ranks} x {plant.device.type}"
-        untested = ", untested on MPS" if plant.device.type == "mps" else ""
-        epochs = steps * config.effective_batch_size / count
-        logger.info("run | %s | preset %s | seed %d", self.folder, config.preset, config.seed)
-        images = f"{count:,} train, {val}, {len(data.test):,} test images of {len(data.class_names)} classes"
-        logger.info(f"data | {data.source} | {images} | {size}")
+        images = f"{data.num_train:,} train, {val}, {len(data.test):,} test images of {len(data.class_names)} classes"
         described = plant.describe(config.trainable, config.load_in_4bit)
-        logger.info(f"model | {config.model} | {described} | {where}{untested}")
+        where = str(plant.device) if ranks == 1 else f"{ranks} x {plant.device.type}"
+        where += ", untested on MPS" if plant.device.type == "mps" else ""
+        epochs = steps * config.effective_batch_size / data.num_train
+        logger.info("run | %s | preset %s | seed %d", self.folder, config.preset, config.seed)
+        logger.info(f"data | {data.source} | {images} | {size}")
+        logger.info(f"model | {config.model} | {described} | {where}")
         logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
 
     def complete(self, step: int) -> None:
@@ -240,8 +242,8 @@ def _decide_explicit(config: TrainingConfig) -> Run:
         problem = f"holds files but is not a run ({CONFIG_FILE} is missing)"
         raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
     if config.resume == "never":
-        reason = "holds a run, and --resume never starts a new one"
-        raise ConfigError(f"--output-dir {run.folder}: {reason}; give a new folder")
+        problem = "holds a run, and --resume never starts a new one"
+        raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
     saved, _ = run_files.load_config(run.folder)
     notes = _check_options(config, saved, run.folder)
     same_end = (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs)
@@ -253,7 +255,7 @@ def _decide_explicit(config: TrainingConfig) -> Run:
 
 def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     saved, recorded = run_files.load_config(config.output_dir or "")
-    changed = "; ".join(_changes(config, saved, _option_names(resumable=True)))
+    changed = "; ".join(_changes(config, saved, RESUMABLE))
     note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
     return Run(config, recorded, state="interrupted", notes=[*notes, note])
 
@@ -284,11 +286,9 @@ def _decide_named_start(config: TrainingConfig, start: Path) -> Run:
         raise ConfigError(f"--resume {start}: is no run and no checkpoint of one; {move}")
     if folder.resolve() == run.resolve():
         if not is_run and start != checkpoints[0]:
-            last = run_files.step_of(checkpoints[0])
-            raise ConfigError(
-                f"--resume {start}: the run continued to step {last} from there; leave --resume out to resume it, or "
-                "give a new --output-dir to start again from that checkpoint"
-            )
+            problem = f"the run continued to step {run_files.step_of(checkpoints[0])} from there"
+            move = "leave --resume out to resume it, or give a new --output-dir to start again from that checkpoint"
+            raise ConfigError(f"--resume {start}: {problem}; {move}")
         return _decide_explicit(config)
     if is_run:
         move = "give one of its checkpoints, or leave --output-dir out"
@@ -304,10 +304,9 @@ def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) 
     changed = "; ".join(changed_fields(config, saved))
     if _changes(config, saved, OF_THE_WEIGHTS) or (changed and not config.allow_changed):
         preset = f"; it was started with --preset {saved.preset}" if saved.preset != config.preset else ""
-        raise ConfigError(
-            f"--output-dir {folder}: holds a run with another config ({changed}); give a new folder, the old options "
-            f"to resume it, or --allow-changed (not for {', '.join(OF_THE_WEIGHTS)}){preset}"
-        )
+        allowed = f"--allow-changed (not for {', '.join(OF_THE_WEIGHTS)}){preset}"
+        move = f"give a new folder, the old options to resume it, or {allowed}"
+        raise ConfigError(f"--output-dir {folder}: holds a run with another config ({changed}); {move}")
     return [f"changed, as --allow-changed says: {changed}"] if changed else []
 
 
@@ -319,7 +318,7 @@ def is_fresh(folder: Path) -> bool:
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     """`name: old -> new` of every option that changes what a run computes."""
-    changed = _changes(new, old, _option_names(resumable=False))
+    changed = _changes(new, old, FIXED)
     # Fewer steps, or epochs where steps do not decide, would end over a longer run that is still to be done.
     same_kind = (new.max_steps > 0) == (old.max_steps > 0)
     name = "max_steps" if new.max_steps > 0 else "num_train_epochs"
@@ -328,11 +327,6 @@ def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     if new.effective_batch_size != old.effective_batch_size:
         changed.append(f"global batch size: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed
-
-
-def _option_names(resumable: bool) -> list[str]:
-    options = [option for option in dataclasses.fields(TrainingConfig) if option.name not in NOT_COMPARED]
-    return [option.name for option in options if option.metadata["resumable"] == resumable]
 
 
 def _changes(new: TrainingConfig, old: TrainingConfig, names: list[str]) -> list[str]:
@@ -349,8 +343,7 @@ def check_same_facts(facts: dict, folder: Path, allow_changed: bool = False) -> 
         if facts[name] != recorded.get(name)
     )
     if changed and not allow_changed:
-        raise ConfigError(
-            f"{folder}: cannot resume, {changed} changed since the run started; restore what it started with, resume "
-            "anyway with --allow-changed, or start a new run with another --output-dir"
-        )
+        move = "resume anyway with --allow-changed, or start a new run with another --output-dir"
+        problem = f"cannot resume, {changed} changed since the run started"
+        raise ConfigError(f"{folder}: {problem}; restore what it started with, {move}")
     return [f"changed since the run started, as --allow-changed says: {changed}"] if changed else []

@@ -80,8 +80,7 @@ def append_metrics(folder: str | Path, entry: dict) -> None:
 def truncate_metrics(source: str | Path, folder: str | Path, step: int, keep_eval: bool = True) -> None:
     """metrics.jsonl of `folder` becomes that of `source` up to a step, with or without the evaluation at that step."""
     kept = [line for line in read_metrics(source) if line["step"] <= step and not line.get("completed")]
-    if not keep_eval:
-        kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
+    kept = [line for line in kept if keep_eval or line["step"] < step or "eval_loss" not in line]
     write_file(Path(folder) / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
 
 

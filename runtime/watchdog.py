@@ -14,14 +14,11 @@ from utils.logging_utils import logger
 POLL_S = 0.5  # seconds between two heartbeats, and two looks at those of others
 STALLED_S = 120  # seconds without a heartbeat after which a rank counts as lost, as with its machine
 FAILED = "failed"  # key in the store: what the first rank that failed said
+HEARTBEAT = "heartbeat {}"  # key in the store, of a rank
 DONE = "done"  # heartbeat of a rank that ended well
 RESUME = "Re-run the same command to resume."
 INTERRUPTED = f"interrupted. {RESUME}"
 STORE_GONE = f"the store that connects the ranks is gone, with the launcher or machine that hosted it. {RESUME}"
-
-
-def heartbeat_key(rank: int) -> str:
-    return f"heartbeat {rank}"
 
 
 def exit_at_once(message: str) -> None:
@@ -34,8 +31,7 @@ class Watchdog:
     """Inside, two threads watch: one the other ranks, the other the first thread, which may hang on a lost store."""
 
     def __init__(self, store, rank: int, world_size: int, shares_screen: bool):
-        self.store = store
-        self.rank = rank
+        self.store, self.rank = store, rank
         self.others = range(1, world_size) if rank == 0 else (0,)  # whom this rank watches
         self.shares_screen = shares_screen  # with all other ranks, so that a failure is on it already
         self._beats = 0
@@ -49,9 +45,7 @@ class Watchdog:
 
     def __exit__(self, kind, error, trace) -> None:
         self._stop.set()
-        self._thread.join(STALLED_S)  # a thread that still uses the store when Python ends aborts the process
-        if self._thread.is_alive():
-            self._exit_without_store()
+        self._thread.join()  # a thread that still uses the store when Python ends aborts the process
         if error is None:  # no DONE heartbeat after an error, so that the other ranks abort
             self.heartbeat(DONE)
             until = time.monotonic() + STALLED_S
@@ -61,13 +55,13 @@ class Watchdog:
     def _is_needed(self) -> bool:
         """Rank 0 may host the store, and other ranks that lose it before they are done count as failed."""
         with contextlib.suppress(RuntimeError):
-            are_done = all(self.store.get(heartbeat_key(rank)) == DONE.encode() for rank in self.others)
+            are_done = all(self.store.get(HEARTBEAT.format(rank)) == DONE.encode() for rank in self.others)
             return not are_done and self.read_failure() is None
         return False
 
     def heartbeat(self, value: str) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.set(heartbeat_key(self.rank), value)
+            self.store.set(HEARTBEAT.format(self.rank), value)
 
     def fail(self, message: str) -> None:
         """Tell all ranks, which then exit with this message."""
@@ -105,7 +99,7 @@ class Watchdog:
         """
         for rank, (last, times) in seen.items():
             with contextlib.suppress(RuntimeError):
-                beat = self.store.get(heartbeat_key(rank)).decode()
+                beat = self.store.get(HEARTBEAT.format(rank)).decode()
                 seen[rank] = beat, times + 1 if beat == last else 0
                 if beat != DONE and seen[rank][1] * POLL_S > STALLED_S:
                     reason = f"rank {rank} sent no heartbeat for {STALLED_S} s. Check its machine and the network."
@@ -115,11 +109,9 @@ class Watchdog:
     def _watch_watchdog(self) -> None:
         """If the machine that hosts the store is lost, `_watch` waits for its answer for ever."""
         last, looks = -1, 0
-        while not self._stop.wait(POLL_S):
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
             last, looks = self._beats, looks + 1 if self._beats == last else 0
             if looks * POLL_S > STALLED_S:
-                self._exit_without_store()
-
-    def _exit_without_store(self) -> None:
-        problem = f"the store that connects the ranks did not answer for {STALLED_S} s"
-        exit_at_once(f"{problem}. Check the first machine and the network. {RESUME}")
+                problem = f"the store that connects the ranks did not answer for {STALLED_S} s"
+                exit_at_once(f"{problem}. Check the first machine and the network. {RESUME}")

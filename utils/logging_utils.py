@@ -97,13 +97,6 @@ def setup_logging(
         logger.addHandler(file)
 
 
-def report_as_rank(rank: int) -> None:
-    """Rank 0 logs for all; other ranks only log errors, with their rank, and write no file."""
-    if rank != 0:
-        setup_logging(prefix=f"rank {rank}: ")
-        logger.setLevel(logging.ERROR)
-
-
 def is_watched() -> bool:
     """Whether this process's progress is for someone at a terminal: of several ranks, rank 0's alone."""
     return sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)

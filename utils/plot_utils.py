@@ -1,6 +1,5 @@
 """Pictures of a run, drawn without a display."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +39,8 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
 def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
     rows = -(-len(tiles) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows), layout="constrained")
-    places = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axes, tile in itertools.zip_longest(places, tiles, fillvalue=Tile(None, "", "black")):
-        _draw(axes, tile)
+    for number, tile in enumerate(tiles, 1):
+        _draw(figure.add_subplot(rows, COLUMNS, number), tile)
     figure.savefig(path, dpi=80)
 
 
@@ -59,8 +57,18 @@ def plot_report(
     figure = Figure(figsize=(4 * COLUMNS, 4 * sum(rows)), layout="constrained")
     figure.suptitle(title, fontsize=16)
     grid = figure.add_gridspec(len(rows), COLUMNS, height_ratios=rows)
-    _bars(figure.add_subplot(grid[0, : COLUMNS - 1]), accuracies)
-    _reliability(figure.add_subplot(grid[0, COLUMNS - 1]), bins)
+    bars = figure.add_subplot(grid[0, : COLUMNS - 1])
+    ordered = sorted(accuracies.items(), key=lambda item: item[1])
+    bars.bar(range(len(ordered)), [accuracy for _, accuracy in ordered], color="seagreen")
+    size = 9 if len(ordered) <= 40 else 6
+    bars.set_xticks(range(len(ordered)), [shorten(name, 24) for name, _ in ordered], rotation=90, fontsize=size)
+    bars.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(-0.6, len(ordered) - 0.4))
+    reliability = figure.add_subplot(grid[0, COLUMNS - 1])
+    confidences, correct, counts = zip(*bins)
+    areas = [20 + 400 * count / sum(counts) for count in counts]  # points squared
+    reliability.plot([0, 1], [0, 1], color="gray", linestyle=":")
+    reliability.scatter(confidences, correct, s=areas, color="seagreen")
+    reliability.set(xlabel="confidence (area: images)", ylabel="accuracy", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
     for index, tile in enumerate([*confused, *mistakes]):
         _draw(figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS]), tile)
     figure.savefig(path, dpi=70)
@@ -71,22 +79,6 @@ def _draw(axes, tile: Tile) -> None:
     axes.set_title(tile.caption, fontsize=11, color=tile.color)
     if tile.image is not None:
         axes.imshow(tile.image)
-
-
-def _bars(axes, accuracies: dict[str, float]) -> None:
-    ordered = sorted(accuracies.items(), key=lambda item: item[1])
-    axes.bar(range(len(ordered)), [accuracy for _, accuracy in ordered], color="seagreen")
-    size = 9 if len(ordered) <= 40 else 6
-    axes.set_xticks(range(len(ordered)), [shorten(name, 24) for name, _ in ordered], rotation=90, fontsize=size)
-    axes.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(-0.6, len(ordered) - 0.4))
-
-
-def _reliability(axes, bins: Sequence[tuple[float, float, int]]) -> None:
-    confidences, accuracies, counts = zip(*bins)
-    areas = [20 + 400 * count / sum(counts) for count in counts]  # points squared
-    axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
-    axes.scatter(confidences, accuracies, s=areas, color="seagreen")
-    axes.set(xlabel="confidence (area: images)", ylabel="accuracy", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
 
 
 def _curve(axes, metrics: Sequence[dict], key: str, words: str, **style) -> None:

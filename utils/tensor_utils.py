@@ -1,4 +1,4 @@
-"""Checks of tensors that read no values, so that the host never waits for the device."""
+"""Checks of tensors and modules that read no values, so that the host never waits for the device."""
 
 import torch
 
@@ -23,3 +23,9 @@ def check_tensor(
     # mps and mps:0 are the same device, but unequal to torch.
     if device is not None and (tensor.device.type, tensor.device.index or 0) != (device.type, device.index or 0):
         raise UserError(f"{name}: on {tensor.device}, expected {device} as the model")
+
+
+def find_layers(module: torch.nn.Module, count: int) -> torch.nn.ModuleList:
+    """The list of so many layers in an encoder, whatever its class calls it."""
+    lists = (part for part in module.modules() if isinstance(part, torch.nn.ModuleList))
+    return next(part for part in lists if len(part) == count)

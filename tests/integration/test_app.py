@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -120,9 +121,18 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     assert "pip install -r requirements-app.txt" in printed
 
 
-def test_uploads_go_to_a_folder_of_their_own(monkeypatch):
+def test_uploads_go_to_a_folder_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    with app.private_cache():
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        assert folder.stat().st_mode & 0o077 == 0
-    assert not folder.exists()
+    folders = []
+
+    def serve(page, options):
+        folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        assert folders[0].stat().st_mode & 0o077 == 0
+
+    monkeypatch.setattr("evaluation.predictor.load_predictor", lambda run: None)
+    monkeypatch.setattr(app, "build_page", lambda predictor, run: None)
+    monkeypatch.setattr(app, "serve", serve)
+    save_config(TrainingConfig(), tmp_path, {})
+    assert app.main([str(tmp_path), "--port", "0"]) == 0
+    assert len(folders) == 1 and not folders[0].exists()

@@ -73,7 +73,7 @@ RULES = [
     Rule(r"product", "matmul", "name", only=r"^models/"),
     Rule(r"adapters? (s )?columns?", "LoRA columns"),
     Rule(r"(through|by) adapters|be plain|stays? plain|plain kernels?", "add_lora_grad, eager()"),
-    Rule(r"park", "offload_to_pinned_memory", "name"),
+    Rule(r"park", "offload to pinned memory", "name"),
     # ranks
     Rule(r"(spread (the )?(frozen|weights)|(is|are|were) spread|spread over)", "shard (FSDP)", allowed=r"^web/"),
     Rule(r"spread", "fsdp_modules", "name", only=r"^(models|runtime)/"),
