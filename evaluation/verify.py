@@ -19,7 +19,7 @@ from data.collator import PlantCollator
 from data.dataset import PlantData
 from evaluation.metrics import mcnemar
 from evaluation.model_card import write_model_card
-from models.builder import PlantModel, read_without_mmap
+from models.builder import PlantModel, load_weights, read_without_mmap
 from models.merging import Adapter
 from runtime.device import available_gpu_memory, collect_memory
 from runtime.run_dir import Run
@@ -73,7 +73,7 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     config = dataclasses.replace(run.config, compile="false")
     fresh = PlantModel.from_config(config, plant.class_names, plant.device)
     base_difference = (scores_of(fresh, rows) - expected).abs().max()
-    fresh.load_weights(run.best_folder)
+    load_weights(fresh.model, run.best_folder)
     difference = (scores_of(fresh, rows) - expected).abs().max()
     if not difference <= TOLERANCE:  # NaN verifies nothing either
         reason = f"its scores of {len(rows)} images differ by up to {difference:.3g} nats from the trained model's"

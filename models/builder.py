@@ -95,7 +95,7 @@ class PlantModel:
         plant = cls.from_config(run.config, run.recorded["class_names"], device)
         check_same_base(plant.facts(), run)
         if not run.is_base_model:
-            plant.load_weights(run.best_folder)
+            load_weights(plant.model, run.best_folder)
         elif isinstance(plant.model, PeftModel):
             plant.model.disable_adapter_layers()
         return plant
@@ -172,9 +172,6 @@ class PlantModel:
                 with self.autocast():
                     found = predict(batch.to(self.device))
             yield list(zip(batch.samples, found, strict=True)), batch.unreadable
-
-    def load_weights(self, folder: str | Path) -> None:
-        load_weights(self.model, folder)
 
     def compile(self) -> None:
         """Compile the elementwise kernels of the fused layers, each when it is first needed."""

@@ -168,12 +168,10 @@ class BestCheckpoint(TrainerCallback):
         self.folder = folder
 
     def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
-        if state.is_world_process_zero and self.is_better(metrics):
-            self.save(model, processing_class, {"step": state.global_step} | metrics)
-
-    def is_better(self, metrics: dict[str, float]) -> bool:
-        best = {"eval_top1": -1.0, "eval_loss": math.inf} | (read_best(self.folder) or {})
-        return (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"])
+        if state.is_world_process_zero:
+            best = {"eval_top1": -1.0, "eval_loss": math.inf} | (read_best(self.folder) or {})
+            if (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"]):
+                self.save(model, processing_class, {"step": state.global_step} | metrics)
 
     def save(self, model, processor, facts: dict) -> None:
         """Trainable weights, processor, `facts` (step and metrics) and a manifest; nothing pickled."""
