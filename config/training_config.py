@@ -108,7 +108,7 @@ class TrainingConfig:
         "gets: its first group, or all that it matches; none: what the data says, or plain file names",
     )
     min_images: int = fixed(1, "classes with fewer images are not used", low=1)
-    class_balance: bool = fixed(False, "draw train images so that all classes come equally often")
+    class_balance: bool = fixed(False, "show images of rare classes more often, by the square root of their number")
     augmentation: str = fixed(
         "none", "light: train images are cropped, flipped, their light changed", choices=("none", "light")
     )
