@@ -63,17 +63,17 @@ def start(folder: Path, argv: Sequence[str] = RUN, fault: Fault | None = None):
     return process
 
 
-def finish(process) -> int:
-    process.join(TIMEOUT_S)
+def finish(process, timeout_s: float = TIMEOUT_S) -> int:
+    process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"{process} did not end within {TIMEOUT_S} s")
+        raise TimeoutError(f"{process} did not end within {timeout_s} s")
     return process.exitcode
 
 
-def run(folder: Path, fault: Fault | None = None, argv: Sequence[str] = RUN) -> int:
+def run(folder: Path, fault: Fault | None = None, argv: Sequence[str] = RUN, timeout_s: float = TIMEOUT_S) -> int:
     """Exit status."""
-    return finish(start(folder, argv, fault))
+    return finish(start(folder, argv, fault), timeout_s)
 
 
 def _train(folder: str, argv: list[str], fault: Fault | None) -> None:
@@ -460,7 +460,7 @@ RESOURCES = "resources.jsonl"
 def measure_resources(folder: Path, steps: int, every: int) -> list[dict]:
     """What a run holds every so many steps, each time with an evaluation and two checkpoints."""
     argv = [*RUN, "--max-steps", f"{steps}", "--save-steps", f"{every // 2}", "--eval-steps", f"{every}"]
-    assert run(folder, functools.partial(_watch_resources, steps, every), argv) == 0, output_of(folder)
+    assert run(folder, functools.partial(_watch_resources, steps, every), argv, TIMEOUT_S + steps) == 0, output_of(folder)
     return [json.loads(line) for line in (folder / RESOURCES).read_text().splitlines()]
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+from runtime.checkpoint import MODEL_CARD
 from tests.faults import injection
 from tests.faults.injection import CORRUPTIONS, Outcome
 
@@ -65,6 +66,7 @@ def corrupt(how: Callable[[Path], None]) -> Callable[[Path, Runs, int], Outcome]
 
     def fault(folder: Path, runs: Runs, seed: int) -> Outcome:
         names = sorted(injection.checkpoint_files(runs.interrupted), key=lambda name: not name.startswith("adapter_m"))
+        names.remove(MODEL_CARD)  # read by nobody, and in no manifest
         return injection.corrupt(folder, runs.interrupted, runs.result, names[seed % len(names)], how)
 
     return fault
