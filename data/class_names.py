@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.image_index import ImageIndex, find_file_column, plain_column
-from data.label_columns import GROUP_COLUMNS
+from data.columns import GROUP_NAMES, find_known, plain_name
+from data.image_index import ImageIndex, find_file_column
 from data.labels import name_key
 from data.records import ADDRESS, cell_of, open_records, read_json, read_lines
 from data.survey import TABLES
@@ -211,7 +211,7 @@ def _invert(data: Mapping[str, Any], aliases: Names) -> Iterator[tuple[int, Name
 
 def _preference(column: str) -> int:
     """Place among NAME_COLUMNS; their number for others."""
-    key = plain_column(column)
+    key = plain_name(column)
     return NAME_COLUMNS.index(key) if key in NAME_COLUMNS else len(NAME_COLUMNS)
 
 
@@ -264,15 +264,15 @@ def find_groups(files: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str
 
 
 def _read_groups(path: Path, index: ImageIndex) -> dict[str, str]:
-    start = plain_column("".join(itertools.islice(read_lines(path), 50))[:100_000])
-    if not any(name in start for name in GROUP_COLUMNS):
+    start = plain_name("".join(itertools.islice(read_lines(path), 50))[:100_000])
+    if not any(name in start for name in GROUP_NAMES):
         return {}
     records = open_records(path)
-    keys = [plain_column(column) for column in records.columns]
-    column = next((keys.index(name) for name in GROUP_COLUMNS if name in keys), None)
-    file = None if column is None else find_file_column(records, index)
-    if column is None or file is None or file.number == column:
+    known = find_known(records.columns, GROUP_NAMES)
+    file = find_file_column(records, index) if known else None
+    if file is None or file.name == known[0]:
         return {}
+    column = records.columns.index(known[0])
     groups: dict[str, str] = {}
     for row in records.rows():
         images = dict(index.find(row[file.number], (file.way,))).get(file.way, [])

@@ -19,6 +19,7 @@ from utils.logging_utils import UserError
 DELIMITERS = ",;\t|"
 LINE_CHARS = 1 << 24  # a longer line is read in parts: memory stays bounded
 SAMPLE_LINES = 20  # tell the delimiter
+SAMPLE_ROWS = 1000  # tell what a column holds
 MAX_JSON_BYTES = 400_000_000  # JSON is parsed as a whole, in about five times its size
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{1,9}://|www\.", re.IGNORECASE)
 
@@ -31,6 +32,11 @@ class Records:
     path: Path
     columns: list[str]  # no two alike; "column 3" where there is no name
     rows: Callable[[], Iterator[list[str]]]  # from the first on, at each call
+
+    def sample(self, num_rows: int = SAMPLE_ROWS, without: str | None = None) -> dict[str, list[str]]:
+        """The cells of the first rows by column."""
+        rows = list(itertools.islice(self.rows(), num_rows))
+        return {name: [row[n] for row in rows] for n, name in enumerate(self.columns) if name != without}
 
 
 def open_records(path: Path, has_header: bool | None = None) -> Records:
