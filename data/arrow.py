@@ -4,26 +4,28 @@ Images in the tables stay memory-mapped. Images that a table names by path are r
 given: a table from elsewhere may name any file of this machine.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Image
 
-from data.classes import CLASS_NAMES, check_official_counts, read_classes
+from data.classes import CLASS_NAMES, check_official_counts, find_label_column, read_classes
 from data.columns import (
+    FIRST_ROWS,
+    GROUP_NAMES,
     SPLIT_NAMES,
-    find_group_column,
+    are_groups,
     find_image_column,
-    find_label_column,
-    find_names_column,
-    first_values,
+    find_known,
+    find_split_column,
     kind_of,
-    plain_key,
+    list_columns,
+    read_split,
     values_of,
 )
-from data.labels import split_of
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
 from utils.image_utils import printable
 from utils.logging_utils import UserError
@@ -44,59 +46,67 @@ def read_tables(
     first = next(iter(parts.values()))
     image, by_path = find_image_column(first.features, first_values(first), where)
     label = find_label_column(first, image, reading.label_column, where)
-    if kind_of(first.features[label]) == "number" and reading.class_names is None:
-        label = find_names_column(first, label, image)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    warnings: list[str] = []
-    group = find_group_column(first)
-    if group is not None:
-        notes.append(f"images of one plant have the same value in the column {group}")
-    parts = _drop_unlabeled(parts, image, label, where, warnings)
-    classes = read_classes(parts, label, reading.class_names, beside, where)
+    parts, warnings = _drop_unlabeled(parts, image, label, where)
+    labeling, labels = read_classes(parts, label, reading.class_names, beside, where)
+    groups, group_notes = _read_groups(parts, labels)
     written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
     ids = _make_ids(written)
     files = _Files()
     splits = {}
     for split, rows in parts.items():
-        labels = classes.labels[split]
-        if (labels < 0).any():
-            warnings.append(f"{(labels < 0).sum():,} images of {split} have no label and are not used")
-        parted = _split_by_column(rows, split, is_alone=len(parts) == 1, labels=labels)
-        groups = _read_groups(rows, group)
-        if by_path or _are_files(rows, image, written[split]):
+        if unlabeled := int((labels[split] < 0).sum()):
+            warnings.append(f"{unlabeled:,} images of {split} have no label and are not used")
+        if by_path or (any(written[split]) and _has_no_bytes(rows, image).all()):
             paths = files.find_all(written[split], roots[split])
-            for name, chosen in parted.items():
-                found = zip(paths, labels.tolist(), ids[split], groups, chosen)
-                splits[name] = build_rows(ImageRow(path, *row) for path, *row, use in found if use and path is not None)
-            continue
-        table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids[split])
-        table = table if group is None else table.add_column("group", groups)
-        for name, chosen in parted.items():
-            splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
+            table = build_rows(map(ImageRow, paths, labels[split].tolist(), ids[split], groups[split]))
+            usable = (labels[split] >= 0) & np.array([path != "" for path in paths], bool)
+        else:
+            table = _only_stored(rows, image).add_column("label", labels[split]).add_column("id", ids[split])
+            table = table.add_column("group", groups[split]) if any(groups[split]) else table
+            usable = labels[split] >= 0
+        parted = _read_splits(rows) if len(parts) == 1 else None
+        for name in SPLITS if parted is not None else [split]:
+            chosen = usable if parted is None else usable & (parted == name)
+            if chosen.any() or name == split:
+                splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
     warnings += files.check(where, reading.allow_missing)
-    if classes.names == list(CLASS_NAMES):
+    is_official = labeling.names == list(CLASS_NAMES)
+    if is_official:
         check_official_counts(splits, where)
-    source = Source(splits, classes.names, where, [*notes, *classes.notes], [*classes.warnings, *warnings])
-    return source._replace(is_published=classes.names == list(CLASS_NAMES))
+    return Source(
+        splits,
+        labeling.names,
+        where,
+        notes=[*notes, *group_notes, *labeling.notes],
+        warnings=[*labeling.warnings, *warnings],
+        is_published=is_official,
+    )
+
+
+def first_values(rows: Dataset) -> Callable[[str], list]:
+    """The reader of a column's first values that find_image_column takes."""
+    return lambda name: [value for value in values_of(rows.data.column(name).slice(0, FIRST_ROWS)) if value is not None]
 
 
 def _drop_unlabeled(
-    parts: Mapping[str, Dataset], image: str, label: str, where: str, warnings: list[str]
-) -> dict[str, Dataset]:
-    """The parts without those, other than the first, that have no labels at all: they cannot be scored."""
+    parts: Mapping[str, Dataset], image: str, label: str, where: str
+) -> tuple[dict[str, Dataset], list[str]]:
+    """(the parts without those, other than the first, that have no labels and cannot be scored; warnings of these)."""
     kept: dict[str, Dataset] = {}
+    warnings = []
     for split, rows in parts.items():
         if image not in rows.features:
             raise UserError(
-                f"{where}: {split} has the columns {', '.join(map(printable, rows.features))} and no {image}; write "
-                "all splits with the same columns"
+                f"{where}: {split} has the columns {list_columns(rows.features)} and no {image}; write all splits with "
+                "the same columns"
             )
         column = rows.data.column(label) if label in rows.features else None
         if kept and (column is None or _is_unknown(column)):
             warnings.append(f"{split} has no labels, so it cannot be scored: its {len(rows):,} images are not used")
         else:
             kept[split] = rows
-    return kept
+    return kept, warnings
 
 
 def _is_unknown(labels: pyarrow.ChunkedArray) -> bool:
@@ -133,16 +143,27 @@ def _stem(path: str | None) -> str:
     return printable(Path(path).stem) if path and len(path) < 4096 else ""
 
 
-def _read_groups(rows: Dataset, group: str | None) -> list[str]:
-    if group not in rows.features:
+def _read_groups(
+    parts: Mapping[str, Dataset], labels: Mapping[str, np.ndarray]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """(what tells images of one plant, by split, "" for none; a note of the column that has it)."""
+    for name in _find_plain(next(iter(parts.values())), GROUP_NAMES)[:1]:
+        groups = {split: _read_texts(rows, name) for split, rows in parts.items()}
+        if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in groups]).tolist()):
+            return groups, [f"images of one plant have the same value in the column {name}"]
+    return {split: [""] * len(rows) for split, rows in parts.items()}, []
+
+
+def _find_plain(rows: Dataset, names: Sequence[str]) -> list[str]:
+    """Columns of texts or numbers with these names."""
+    found = find_known(rows.features, names)
+    return [name for name in found if kind_of(rows.features[name]) in ("class", "text", "number")]
+
+
+def _read_texts(rows: Dataset, column: str) -> list[str]:
+    if column not in rows.features:
         return [""] * len(rows)
-    values = rows.data.column(group)
-    return ["" if value is None else str(value) for value in values_of(values)]
-
-
-def _are_files(rows: Dataset, image: str, written: Sequence[str | None]) -> bool:
-    """Whether the images are files beside the table: a path each, and bytes for none."""
-    return any(written) and bool(_has_no_bytes(rows, image).all())
+    return ["" if value is None else str(value) for value in values_of(rows.data.column(column))]
 
 
 def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
@@ -166,17 +187,12 @@ def _empty_where_missing(batch: dict) -> dict:
     return {"image": [{"bytes": image["bytes"] or b"", "path": image["path"]} for image in images]}
 
 
-def _split_by_column(rows: Dataset, split: str, is_alone: bool, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Which rows with a label go to each split, by a column of split words if the table is the only one."""
-    chosen = {split: labels >= 0}
-    for column in rows.column_names if is_alone else ():
-        if plain_key(column) in SPLIT_NAMES and kind_of(rows.features[column]) == "text":
-            words = values_of(rows.data.column(column))
-            splits = {word: split_of(word or "") for word in set(words)}
-            if None not in splits.values() and "train" in splits.values():
-                found = np.array([splits[word] for word in words])
-                return {name: (found == name) & (labels >= 0) for name in SPLITS if name in splits.values()}
-    return chosen
+def _read_splits(rows: Dataset) -> np.ndarray | None:
+    """The split of each row of a table that holds all of them, by a column of split words; else None."""
+    cells = {name: _read_texts(rows, name) for name in _find_plain(rows, SPLIT_NAMES)}
+    column = find_split_column(cells)
+    splits = [read_split(column, cell) or "train" for cell in cells[column]] if column is not None else []
+    return np.array(splits) if "train" in splits else None
 
 
 class _Files:
@@ -187,24 +203,25 @@ class _Files:
         self.outside: list[str] = []
         self.found = 0
 
-    def find_all(self, paths: Sequence[str | None], roots: Sequence[Path]) -> list[str | None]:
-        real = [(root, root.resolve()) for root in roots]
-        return [self._find(path or "", real) for path in paths]
+    def find_all(self, paths: Sequence[str | None], roots: Sequence[Path]) -> list[str]:
+        """The file of each path, or ""."""
+        real_roots = [root.resolve() for root in roots]
+        return [self._find(path or "", real_roots) for path in paths]
 
-    def _find(self, path: str, roots: Sequence[tuple[Path, Path]]) -> str | None:
-        inside = False
-        for root, real_root in roots:
+    def _find(self, path: str, roots: Sequence[Path]) -> str:
+        is_inside = False
+        for root in roots:
             file = root / (path if "/" in path else path.replace("\\", "/"))
             try:
-                is_below = file.resolve().is_relative_to(real_root)
+                is_below = file.resolve().is_relative_to(root)
+                if is_below and file.is_file():
+                    self.found += 1
+                    return str(file)
             except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
                 is_below = True
-            if is_below and _is_file(file):
-                self.found += 1
-                return str(file)
-            inside |= is_below
-        (self.missing if inside else self.outside).append(path)
-        return None
+            is_inside |= is_below
+        (self.missing if is_inside else self.outside).append(path)
+        return ""
 
     def check(self, where: str, allow_missing: bool) -> list[str]:
         """Warnings of the files that are not used. Raises UserError if any is missing, or all lie elsewhere."""
@@ -226,10 +243,3 @@ class _Files:
                 raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
             warnings.append(f"{message}; continuing without them")
         return warnings
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False

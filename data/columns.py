@@ -111,14 +111,13 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
     return known if repeated else unknown or known
 
 
-def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
-    """Of candidates the label, from all their cells: text before numbers, then by name; and others that may be meant.
+def choose_label(cells: Mapping[str, set[str]], num_rows: int, columns: Iterable[str], where: str) -> list[str]:
+    """Of candidates, with their different cells, the label: text before numbers, then by name; after it, others.
 
     Raises UserError if all cells are empty, or where names do not tell several columns apart.
     """
-    distinct = {name: {*column} - {""} for name, column in cells.items()}
-    candidates = [name for name in cells if distinct[name]]
-    if not candidates:
+    distinct = {name: found - {""} for name, found in cells.items() if found - {""}}
+    if not distinct:
         raise UserError(
             f"{where}: has no labels for the images (columns: {list_columns(columns)}); say which column has: "
             "--label-column NAME"
@@ -126,10 +125,10 @@ def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], whe
 
     def quality(name: str) -> tuple[bool, bool, bool]:
         is_text = name == ONE_HOT or not _are_numbers(distinct[name])
-        return len(distinct[name]) > 1, _repeats(distinct[name], len(cells[name])), is_text
+        return len(distinct[name]) > 1, _repeats(distinct[name], num_rows), is_text
 
-    best = max(map(quality, candidates))
-    alike = sorted((name for name in candidates if quality(name) == best), key=_preference)
+    best = max(map(quality, distinct))
+    alike = sorted((name for name in distinct if quality(name) == best), key=_preference)
     if len(alike) > 1 and _preference(alike[0]) == NOT_KNOWN:
         raise UserError(
             f"{where}: the labels may be in any of the columns {list_columns(alike)}; say which: --label-column NAME"

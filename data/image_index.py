@@ -116,7 +116,8 @@ def _match_columns(
     images: dict[tuple[int, str], set[int]] = defaultdict(set)  # images, not rows: a label 1 is no 1.jpg in each row
     matched: Counter[tuple[int, str]] = Counter()
     num_rows = 0
-    for num_rows, row in enumerate(itertools.islice(records.rows(), limit), 1):
+    for row in itertools.islice(records.rows(), limit):
+        num_rows += 1
         for column in columns:
             for way, numbers in index.find(row[column], ways):
                 images[column, way].update(numbers)

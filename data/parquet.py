@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
-from data.arrow import read_tables
-from data.classes import check_range
-from data.columns import FIRST_ROWS, find_image_column, find_images, find_label_column, first_values, kind_of, values_of
+from data.arrow import first_values, read_tables
+from data.classes import check_range, find_label_column
+from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file, values_of
 from data.labels import split_of
 from data.rows import SPLITS, Reading, Source
 from data.streaming import Stream
@@ -161,36 +161,21 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     Raises UserError without a file for train, and for a series of files that is not complete.
     """
     warnings = _check_series(files, allow_missing)
-    found: dict[str | None, list[Path]] = defaultdict(list)
+    found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(files):
-        found[_split_of_file(file, path) if len(files) > 1 else "train"].append(file)
-    unnamed = found.pop(None, [])
+        found[split_of_file(file, path) if len(files) > 1 else "train"].append(file)
+    unnamed = found.pop("", [])
     if "train" not in found and unnamed:
         found["train"] = unnamed
     elif unnamed:
         warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
     if "train" not in found:
         raise UserError(
-            f"{path}: no parquet file for train, only for {' and '.join(map(str, found))}; give files or folders names "
+            f"{path}: no parquet file for train, only for {' and '.join(found)}; give files or folders names "
             "that begin with train, validation and test"
         )
     _check_one_data_set(found["train"], path)
     return {split: found[split] for split in SPLITS if split in found}, warnings
-
-
-def _split_of_file(file: Path, path: Path) -> str | None:
-    parts = [_series_name(file.stem), *(part for part in reversed(file.relative_to(path).parts[:-1]))]
-    for part in parts:
-        words = [split_of(part), *(split_of(word) for word in re.split(r"[^A-Za-z0-9]+", part))]
-        known = {split for split in words if split}
-        if words[0] or len(known) == 1:
-            return words[0] or known.pop()
-    return None
-
-
-def _series_name(stem: str) -> str:
-    found = SERIES.fullmatch(stem)
-    return found[1] if found else stem
 
 
 def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
@@ -213,7 +198,7 @@ def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
     """Raise UserError for train files of one name in several folders: configurations of a data set, not its parts."""
     by_name: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        if _split_of_file(file, file.parent):
+        if split_of_file(file, file.parent):
             by_name[file.name].append(file.parent)
     folders = max(by_name.values(), key=len, default=[])
     if len(folders) > 1:

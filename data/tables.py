@@ -236,7 +236,8 @@ def _no_file_column(records: Records, root: Path) -> UserError:
 def _choose_label(content: Content) -> None:
     """Put the label column first; a species that is only an epithet gets its genus. Raises UserError."""
     cells = content.cells
-    content.labels = choose_label({n: cells[n] for n in content.labels}, content.columns, str(content.table))
+    distinct = {name: {*cells[name]} for name in content.labels}
+    content.labels = choose_label(distinct, len(content.images), content.columns, str(content.table))
     label, genus = content.label_column, find_known(content.columns, ["genus"])
     is_epithet = genus and find_known([label], ["species"])
     if is_epithet and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
