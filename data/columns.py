@@ -31,9 +31,9 @@ FILE_NAMES = (
 LABEL_NAMES = (
     *("label", "labels", "class", "classname", "classlabel", "labelname", "labeltext", "category", "categoryname"),
     *("target", "species", "speciesname", "scientificname", "latinname", "taxonname", "acceptedscientificname"),
-    *("binomial", "canonicalname", "taxon", "commonname", "vernacularname", "englishname", "plant", "plantname"),
-    *("flower", "flowername", "crop", "speciesguess", "disease", "variety", "cultivar", "name", "finelabel", "cls"),
-    *("tag", "genus", "labelid", "classid", "categoryid", "speciesid", "taxonid", "y"),
+    *("binomial", "canonicalname", "taxon", "name", "commonname", "vernacularname", "englishname", "plant"),
+    *("plantname", "flower", "flowername", "crop", "speciesguess", "disease", "variety", "cultivar", "finelabel"),
+    *("cls", "tag", "genus", "labelid", "classid", "categoryid", "speciesid", "taxonid", "y"),
 )
 LABEL_WORDS = re.compile(r"(label|species|class|category|disease)(name|text)?$")  # end of others, such as true_label
 SPLIT_NAMES = (
@@ -44,7 +44,7 @@ GROUP_NAMES = (
     *("obsid", "observationid", "observationuuid", "occurrenceid", "plantid", "individualid", "individual"),
     *("specimenid", "treeid", "organismid", "groupid", "group"),
 )
-RANKS = {"kingdom", "phylum", "order", "family"}  # beside these, "class" is a rank: Magnoliopsida
+RANKS = ("kingdom", "phylum", "order", "family")  # beside these, "class" is a rank: Magnoliopsida
 NOT_KNOWN = 2 * len(LABEL_NAMES)
 ONES, ZEROS = ("1", "1.0", "true", "True", "TRUE", "yes"), ("0", "0.0", "false", "False", "FALSE", "no")
 ONE_HOT = "(one for each class)"  # stands for the column that columns of 0 and 1 are together
@@ -75,6 +75,16 @@ def find_known(columns: Iterable[str], names: Sequence[str]) -> list[str]:
 # ---- labels
 
 
+def label_preference(column: str, columns: Iterable[str] = ()) -> int:
+    """Place among the names of label columns, lowest first; NOT_KNOWN for others. `columns`: those beside it."""
+    key = plain_name(column)
+    if key == "class" and len(find_known(columns, RANKS)) > 1:
+        return NOT_KNOWN
+    if key in LABEL_NAMES:
+        return LABEL_NAMES.index(key)
+    return len(LABEL_NAMES) if LABEL_WORDS.search(key) else NOT_KNOWN
+
+
 def find_given_column(columns: Sequence[str], wanted: str, where: str) -> str:
     """The column that --label-column names. Raises UserError if there is none."""
     if found := [wanted] if wanted in columns else find_known(columns, [plain_name(wanted)]):
@@ -91,9 +101,8 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
     `cells` are those of the sample, without the column of images.
     """
     distinct = {name: {*column} - {""} for name, column in cells.items()}
-    is_taxonomy = len(find_known(cells, [*RANKS])) > 1
-    known = [name for name in cells if _preference(name, is_taxonomy) < NOT_KNOWN]
-    if any(_preference(name) < 2 for name in known) and not any(distinct[name] for name in known):
+    known = [name for name in cells if label_preference(name, cells) < NOT_KNOWN]
+    if any(label_preference(name) < 2 for name in known) and not any(distinct[name] for name in known):
         return known  # a column "label" that is empty says that there is none
     known = [name for name in known if distinct[name]]
     repeated = [name for name in known if _repeats(distinct[name], len(cells[name]))]
@@ -128,8 +137,8 @@ def choose_label(cells: Mapping[str, set[str]], num_rows: int, columns: Iterable
         return len(distinct[name]) > 1, _repeats(distinct[name], num_rows), is_text
 
     best = max(map(quality, distinct))
-    alike = sorted((name for name in distinct if quality(name) == best), key=_preference)
-    if len(alike) > 1 and _preference(alike[0]) == NOT_KNOWN:
+    alike = sorted((name for name in distinct if quality(name) == best), key=label_preference)
+    if len(alike) > 1 and label_preference(alike[0]) == NOT_KNOWN:
         raise UserError(
             f"{where}: the labels may be in any of the columns {list_columns(alike)}; say which: --label-column NAME"
         )
@@ -142,14 +151,6 @@ def find_one_hot_columns(cells: Mapping[str, Sequence[str]]) -> list[str]:
     rows = list(zip(*(cells[name] for name in columns)))
     single = sum(sum(cell in ONES for cell in row) == 1 for row in rows)
     return columns if len(columns) > 1 and single * 2 >= len(rows) else []
-
-
-def _preference(column: str, is_taxonomy: bool = False) -> int:
-    """Place among known label columns, lowest first; NOT_KNOWN for others. In a taxonomy, "class" is a rank."""
-    key = plain_name(column)
-    if key in LABEL_NAMES and not (is_taxonomy and key == "class"):
-        return LABEL_NAMES.index(key)
-    return len(LABEL_NAMES) if LABEL_WORDS.search(key) and key != "class" else NOT_KNOWN
 
 
 def _repeats(distinct: set[str], num_rows: int) -> bool:

@@ -201,10 +201,7 @@ def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (
-            {"a": NAMES * 2, "b": NAMES * 2},
-            "the labels may be in any of the columns a, b; say which: --label-",
-        ),
+        ({"a": NAMES * 2, "b": NAMES * 2}, "the labels may be in any of the columns a, b; say which: --label-"),
         ({}, r"has no labels for the images \(columns: image\); say which column has: --label-column"),
         ({"label": [["ash"]] * 6}, "the column label holds lists or records; expected is one name or number for each"),
         ({"label": [{"name": "ash"}] * 6}, "the column label holds lists or records"),
