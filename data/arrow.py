@@ -4,7 +4,7 @@ Images in the tables stay memory-mapped. Images that a table names by path are r
 given: a table from elsewhere may name any file of this machine.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -44,33 +44,31 @@ def read_tables(
     a file may give names to numbers. Raises UserError in one sentence.
     """
     first = next(iter(parts.values()))
-    image, by_path = find_image_column(first.features, first_values(first), where)
+    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     label = find_label_column(first, image, reading.label_column, where)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
     parts, warnings = _drop_unlabeled(parts, image, label, where)
     labeling, labels = read_classes(parts, label, reading.class_names, beside, where)
+    for split, found in labels.items():
+        if unlabeled := int((found < 0).sum()):
+            warnings.append(f"{unlabeled:,} images of {split} have no label and are not used")
     groups, group_notes = _read_groups(parts, labels)
     written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
     ids = _make_ids(written)
-    files = _Files()
+    named = {split: paths for split, paths in written.items() if by_path or _are_files(parts[split], image, paths)}
+    files, file_warnings = _find_files(named, roots, where, reading.allow_missing)
     splits = {}
     for split, rows in parts.items():
-        if unlabeled := int((labels[split] < 0).sum()):
-            warnings.append(f"{unlabeled:,} images of {split} have no label and are not used")
-        if by_path or (any(written[split]) and _has_no_bytes(rows, image).all()):
-            paths = files.find_all(written[split], roots[split])
-            table = build_rows(map(ImageRow, paths, labels[split].tolist(), ids[split], groups[split]))
-            usable = (labels[split] >= 0) & np.array([path != "" for path in paths], bool)
+        usable = labels[split] >= 0
+        if split in files:
+            table = build_rows(map(ImageRow, files[split], labels[split].tolist(), ids[split], groups[split]))
+            usable &= np.array([file != "" for file in files[split]], bool)
         else:
             table = _only_stored(rows, image).add_column("label", labels[split]).add_column("id", ids[split])
             table = table.add_column("group", groups[split]) if any(groups[split]) else table
-            usable = labels[split] >= 0
-        parted = _read_splits(rows) if len(parts) == 1 else None
-        for name in SPLITS if parted is not None else [split]:
-            chosen = usable if parted is None else usable & (parted == name)
-            if chosen.any() or name == split:
-                splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
-    warnings += files.check(where, reading.allow_missing)
+        for name, chosen in (_read_splits(rows) if len(parts) == 1 else {split: usable}).items():
+            chosen = chosen & usable
+            splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
     is_official = labeling.names == list(CLASS_NAMES)
     if is_official:
         check_official_counts(splits, where)
@@ -79,14 +77,9 @@ def read_tables(
         labeling.names,
         where,
         notes=[*notes, *group_notes, *labeling.notes],
-        warnings=[*labeling.warnings, *warnings],
+        warnings=[*labeling.warnings, *warnings, *file_warnings],
         is_published=is_official,
     )
-
-
-def first_values(rows: Dataset) -> Callable[[str], list]:
-    """The reader of a column's first values that find_image_column takes."""
-    return lambda name: [value for value in values_of(rows.data.column(name).slice(0, FIRST_ROWS)) if value is not None]
 
 
 def _drop_unlabeled(
@@ -166,11 +159,29 @@ def _read_texts(rows: Dataset, column: str) -> list[str]:
     return ["" if value is None else str(value) for value in values_of(rows.data.column(column))]
 
 
+def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
+    """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
+    cells = {name: _read_texts(rows, name) for name in _find_plain(rows, SPLIT_NAMES)}
+    column = find_split_column(cells)
+    found = np.array([read_split(column, cell) or "train" for cell in cells[column]] if column else [])
+    if "train" not in found:
+        return {"train": np.ones(len(rows), bool)}
+    return {split: found == split for split in SPLITS if split in found}
+
+
+# ---- images
+
+
 def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
     column = rows.data.column(image)
     if pyarrow.types.is_struct(column.type):
         column = pyarrow.compute.struct_field(column, "bytes")
     return pyarrow.compute.is_null(column).to_numpy()
+
+
+def _are_files(rows: Dataset, image: str, paths: Sequence[str | None]) -> bool:
+    """Whether the images are files beside the table: a path each, and bytes for none."""
+    return any(paths) and bool(_has_no_bytes(rows, image).all())
 
 
 def _only_stored(rows: Dataset, image: str) -> Dataset:
@@ -187,59 +198,51 @@ def _empty_where_missing(batch: dict) -> dict:
     return {"image": [{"bytes": image["bytes"] or b"", "path": image["path"]} for image in images]}
 
 
-def _read_splits(rows: Dataset) -> np.ndarray | None:
-    """The split of each row of a table that holds all of them, by a column of split words; else None."""
-    cells = {name: _read_texts(rows, name) for name in _find_plain(rows, SPLIT_NAMES)}
-    column = find_split_column(cells)
-    splits = [read_split(column, cell) or "train" for cell in cells[column]] if column is not None else []
-    return np.array(splits) if "train" in splits else None
+def _find_files(
+    written: Mapping[str, Sequence[str | None]], roots: Mapping[str, Sequence[Path]], where: str, allow_missing: bool
+) -> tuple[dict[str, list[str]], list[str]]:
+    """(the file of each path by split, "" for none; warnings of paths that are not used).
+
+    Raises UserError if files are missing and that is not allowed, or if there is none to use.
+    """
+    files: dict[str, list[str]] = {}
+    missing, outside, warnings = [], [], []
+    for split, paths in written.items():
+        real_roots = [root.resolve() for root in roots[split]]
+        found = {path: _find_file(path, real_roots) for path in {path or "" for path in paths}}
+        missing += [path or "" for path in paths if found[path or ""] == ""]
+        outside += [path or "" for path in paths if found[path or ""] is None]
+        files[split] = [found[path or ""] or "" for path in paths]
+    is_any = any(map(any, files.values()))
+    if outside:
+        message = f"{len(outside):,} images are named by paths outside the data set, such as {_list_paths(outside[:1])}"
+        if not is_any:
+            raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
+        warnings.append(f"{message}; they are not used")
+    if missing:
+        total = sum(map(len, files.values())) - len(outside)
+        message = f"{len(missing):,} of {total:,} images are missing ({_list_paths(missing)})"
+        if not allow_missing or not is_any:
+            raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
+        warnings.append(f"{message}; continuing without them")
+    return files, warnings
 
 
-class _Files:
-    """Files that tables name by path, below the roots alone; what is missing or lies elsewhere is counted."""
+def _list_paths(paths: Sequence[str]) -> str:
+    return ", ".join(printable(path[:200]) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
-    def __init__(self) -> None:
-        self.missing: list[str] = []
-        self.outside: list[str] = []
-        self.found = 0
 
-    def find_all(self, paths: Sequence[str | None], roots: Sequence[Path]) -> list[str]:
-        """The file of each path, or ""."""
-        real_roots = [root.resolve() for root in roots]
-        return [self._find(path or "", real_roots) for path in paths]
-
-    def _find(self, path: str, roots: Sequence[Path]) -> str:
-        is_inside = False
-        for root in roots:
-            file = root / (path if "/" in path else path.replace("\\", "/"))
-            try:
-                is_below = file.resolve().is_relative_to(root)
-                if is_below and file.is_file():
-                    self.found += 1
-                    return str(file)
-            except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
-                is_below = True
-            is_inside |= is_below
-        (self.missing if is_inside else self.outside).append(path)
-        return ""
-
-    def check(self, where: str, allow_missing: bool) -> list[str]:
-        """Warnings of the files that are not used. Raises UserError if any is missing, or all lie elsewhere."""
-        warnings = []
-        if self.outside:
-            count = len(self.outside)
-            message = (
-                f"{count:,} images are named by paths outside the data set, such as {printable(self.outside[0][:200])}"
-            )
-            if not self.found:
-                raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
-            warnings.append(f"{message}; they are not used")
-        if self.missing:
-            examples = ", ".join(printable(path[:200]) for path in self.missing[:3])
-            more = ", ..." if len(self.missing) > 3 else ""
-            total = self.found + len(self.missing)
-            message = f"{len(self.missing):,} of {total:,} images are missing ({examples}{more})"
-            if not allow_missing or not self.found:
-                raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
-            warnings.append(f"{message}; continuing without them")
-        return warnings
+def _find_file(path: str, roots: Sequence[Path]) -> str | None:
+    """The file below one of the `roots`, which are resolved; "" if it is missing there, None if it lies elsewhere."""
+    found = None
+    for root in roots:
+        file = root / (path if "/" in path else path.replace("\\", "/"))
+        try:
+            if not file.resolve().is_relative_to(root):
+                continue
+            if file.is_file():
+                return str(file)
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
+            pass
+        found = ""
+    return found

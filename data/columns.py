@@ -237,18 +237,21 @@ def values_of(column: pyarrow.ChunkedArray) -> list:
         return [None if value is None else value.decode(errors="replace") for value in values]
 
 
-def find_images(features: Features, head: Callable[[str], list]) -> tuple[list[str], bool]:
-    """(columns of images, whether they hold paths of files), the best name first; `head`: first values of a column."""
-    found = [name for name, feature in features.items() if kind_of(feature) == "image"]
-    found = [name for name in found if not _is_doubtful(name, features[name]) or _are_images(head(name))]
+def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> tuple[list[str], bool]:
+    """(columns of images, whether they hold paths of files), the best name first; `head`: a column's FIRST_ROWS."""
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
+    found = [name for name, kind in kinds.items() if kind == "image"]
+    # Bytes of no telling name may also be a hash or an embedding.
+    telling = [name for name in found if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
+    found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
     by_path = not found
     if by_path:
-        found = [name for name, feature in features.items() if kind_of(feature) == "text" and _are_paths(head(name))]
+        found = [name for name, kind in kinds.items() if kind == "text" and _are_paths(_values(head(name)))]
     known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
     return list(dict.fromkeys([*known, *found])), by_path
 
 
-def find_image_column(features: Features, head: Callable[[str], list], where: str) -> tuple[str, bool]:
+def find_image_column(features: Features, head: Callable[[str], pyarrow.ChunkedArray], where: str) -> tuple[str, bool]:
     """(the column of images, whether it holds paths of files). Raises UserError for none, or for several."""
     found, by_path = find_images(features, head)
     if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
@@ -256,7 +259,7 @@ def find_image_column(features: Features, head: Callable[[str], list], where: st
     if found:
         return found[0], by_path
     for name, feature in features.items():
-        if kind_of(feature) == "text" and any(map(ADDRESS.match, head(name))):
+        if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
             raise UserError(
                 f"{where}: has no images, but web addresses in the column {printable(name)}; download the images into "
                 "<class name>/photo.jpg"
@@ -267,13 +270,8 @@ def find_image_column(features: Features, head: Callable[[str], list], where: st
     )
 
 
-def _is_doubtful(name: str, feature) -> bool:
-    """Bytes of no telling name: they may also be a hash or an embedding."""
-    return isinstance(feature, Value) and plain_name(name) not in IMAGE_NAMES
-
-
-def _are_images(values: Sequence[bytes]) -> bool:
-    return any(is_image_start(value[:16]) for value in values)
+def _values(column: pyarrow.ChunkedArray) -> list:
+    return [value for value in values_of(column) if value is not None]
 
 
 def _are_paths(values: Sequence[str]) -> bool:

@@ -1,6 +1,8 @@
 """Parquet files and data sets that `datasets` saved, read as memory-mapped Arrow or as a stream."""
 
+import functools
 import glob
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
-from data.arrow import first_values, read_tables
+from data.arrow import read_tables
 from data.classes import check_range, find_label_column
-from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file, values_of
+from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file
 from data.labels import split_of
 from data.rows import SPLITS, Reading, Source
 from data.streaming import Stream
@@ -30,7 +32,7 @@ def has_images(file: Path, by_path: bool = True) -> bool:
     Decided by its schema and the first values of texts and bytes. Raises UserError for a file that is not parquet.
     """
     features = _read_features(file)
-    found, are_paths = find_images(features, _first_values(file))
+    found, are_paths = find_images(features, functools.partial(_read_head, file))
     if not found or not are_paths:
         return bool(found)
     kinds = [kind_of(feature) for name, feature in features.items() if name not in found]
@@ -70,7 +72,7 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     where = f"stream of {len(train_files):,} parquet files in {path}"
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     first = splits["validation"]
-    image, by_path = find_image_column(first.features, first_values(first), where)
+    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     if by_path:
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
@@ -229,18 +231,14 @@ def _read_features(file: Path) -> Features:
         raise UserError(f"{file}: its columns cannot be read ({first_line(error)}); write it again") from error
 
 
-def _first_values(file: Path):
-    """The reader of a column's first values that find_image_column takes."""
-
-    def read(name: str) -> list:
-        try:
-            batch = next(pyarrow.parquet.ParquetFile(file).iter_batches(FIRST_ROWS, columns=[name]), None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)})") from error
-        column = batch.column(name) if batch is not None and name in batch.schema.names else pyarrow.array([])
-        return [value for value in values_of(column) if value is not None]
-
-    return read
+def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
+    """The first rows of a column."""
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        batches = itertools.islice(table.iter_batches(FIRST_ROWS, columns=[name]), 1)
+        return pyarrow.chunked_array([batch.column(name) for batch in batches], table.schema_arrow.field(name).type)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)}); write it again") from error
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:
