@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from data.columns import (
     LABEL_NAMES,
+    LABEL_ROWS,
     ONE_HOT,
     choose_label,
     describe,
@@ -22,7 +23,6 @@ from data.columns import (
 )
 from data.labeling import Labeling, name_classes
 from data.labels import CLASS_NAMES, official_counts, tidy_name
-from data.records import SAMPLE_ROWS
 from data.rows import SPLITS
 from utils.image_utils import printable
 from utils.logging_utils import UserError
@@ -47,25 +47,25 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
                 "each image"
             )
         return found
-    places = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).astype(int)  # rows may be in order of classes
-    sample = {name: _as_cells(rows.data.column(name).take(places), features[name]) for name in usable}
-    candidates = [name for name in find_label_candidates(sample) if name != ONE_HOT]
+    places = np.linspace(0, len(rows) - 1, min(len(rows), LABEL_ROWS)).astype(int)  # rows may be in order of classes
+    cells = {name: _read_cells(rows, name, places) for name in usable}
+    candidates = [name for name in find_label_candidates(cells) if name != ONE_HOT]
     lists = [name for name in find_known(features, LABEL_NAMES) if name not in (image, *usable)]
     if lists and not candidates:
         raise UserError(
             f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; expected is one name or "
             "number for each image: name a column that has it with --label-column"
         )
-    distinct = {name: {*_as_cells(rows.data.column(name).unique(), features[name])} for name in candidates}
-    return choose_label(distinct, len(rows), features, where)[0]
+    return choose_label({name: cells[name] for name in candidates}, features, where)[0]
 
 
-def _as_cells(column: pyarrow.ChunkedArray, feature) -> list[str]:
-    values = ["" if value is None or value != value else str(value).strip() for value in values_of(column)]
-    if kind_of(feature) != "class":
-        return values
-    names = dict(enumerate(feature.names))
-    return [names.get(int(value), "") if value else "" for value in values]
+def _read_cells(rows: Dataset, column: str, places: np.ndarray) -> list[str]:
+    """The texts of a column in some rows; a ClassLabel's are its names."""
+    values = values_of(rows.data.column(column).take(places))
+    if kind_of(rows.features[column]) == "class":
+        names = dict(enumerate(rows.features[column].names))
+        return [names.get(value, "") for value in values]
+    return ["" if value is None or value != value else str(value).strip() for value in values]
 
 
 def read_classes(

@@ -52,6 +52,7 @@ ONE_HOT = "(one for each class)"  # stands for the column that columns of 0 and 
 NO_LABEL = re.compile(
     rf"{ADDRESS.pattern}|\d{{2,4}}[-/.]\d\d?[-/.]|[-+]?\d*\.\d+$|.*\.(jpe?g|png)$|.{{100}}", re.IGNORECASE
 )
+LABEL_ROWS = 20_000  # tell which column is the label
 FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
 
 
@@ -120,12 +121,12 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
     return known if repeated else unknown or known
 
 
-def choose_label(cells: Mapping[str, set[str]], num_rows: int, columns: Iterable[str], where: str) -> list[str]:
-    """Of candidates, with their different cells, the label: text before numbers, then by name; after it, others.
+def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
+    """Of candidates the label: text before numbers, then by name; after it, others that may be meant.
 
     Raises UserError if all cells are empty, or where names do not tell several columns apart.
     """
-    distinct = {name: found - {""} for name, found in cells.items() if found - {""}}
+    distinct = {name: {*column} - {""} for name, column in cells.items() if any(column)}
     if not distinct:
         raise UserError(
             f"{where}: has no labels for the images (columns: {list_columns(columns)}); say which column has: "
@@ -134,7 +135,7 @@ def choose_label(cells: Mapping[str, set[str]], num_rows: int, columns: Iterable
 
     def quality(name: str) -> tuple[bool, bool, bool]:
         is_text = name == ONE_HOT or not _are_numbers(distinct[name])
-        return len(distinct[name]) > 1, _repeats(distinct[name], num_rows), is_text
+        return len(distinct[name]) > 1, _repeats(distinct[name], len(cells[name])), is_text
 
     best = max(map(quality, distinct))
     alike = sorted((name for name in distinct if quality(name) == best), key=label_preference)

@@ -6,16 +6,19 @@ columns of 0 and 1. Every image is one that the survey found: no path leads out 
 
 import functools
 import itertools
+import operator
 import os
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from data.columns import (
     GROUP_NAMES,
+    LABEL_ROWS,
     ONE_HOT,
     ONES,
     are_groups,
@@ -109,21 +112,17 @@ def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str 
     seen: set[int] = set()
     for table in tables:
         try:
-            content = _read_content(table, folder.path, index, label_column)
-            seen.update(content.images)
-            _choose_label(content)
+            contents.append(_read_content(table, folder.path, index, label_column, seen))
         except UserError as error:
             problems.append(error)
             warnings.append(f"not used: {_name(table, folder.path)} ({error})")
-        else:
-            contents.append(content)
     if not contents:
         raise problems[0]
-    rows = _merge(contents, index, folder.path, warnings)
+    rows = _merge(contents, folder.path, warnings)
     missing = [path for number, path in enumerate(index.paths) if number not in seen]
     warnings += _not_used("image", f"without a row in the table{'s' if len(tables) > 1 else ''}", missing)
     notes = _describe(contents, folder.path, rows)
-    return LabelTable(rows, contents[0].label_column, contents[0].file.name, notes, warnings)
+    return LabelTable(rows, contents[0].labels[0], contents[0].file.name, notes, warnings)
 
 
 def _name(table: Path, root: Path) -> str:
@@ -142,26 +141,20 @@ def _not_used(what: str, why: str, examples: Sequence[str], count: int | None = 
 
 @dataclass
 class Content:
-    """What is kept of a table: for each of its images the cells of the columns that matter."""
+    """What a table says of the images of a folder."""
 
     table: Path
-    columns: list[str]
     file: FileColumn
     split: str  # of all rows, or ""
     split_column: str | None
     group_column: str | None
-    labels: list[str]  # columns that may be the label; once chosen, it is the first
-    images: list[int] = field(default_factory=list)  # numbers in the index
-    cells: dict[str, list[str]] = field(default_factory=dict)  # by column
+    labels: list[str] = field(default_factory=list)  # the label column, then others that may be meant
+    rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
     skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> first three cells
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
-    @property
-    def label_column(self) -> str:
-        return self.labels[0]
-
-    def read_split(self, cell: str) -> str:
-        return self.split or (read_split(self.split_column, cell) if self.split_column is not None else "")
+    def read_split(self, row: Mapping[str, str]) -> str:
+        return self.split or (read_split(self.split_column, row[self.split_column]) if self.split_column else "")
 
     def skip(self, reason: str, cell: str) -> None:
         self.counts[reason] += 1
@@ -169,7 +162,8 @@ class Content:
             self.skipped[reason].append(cell)
 
 
-def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str | None) -> Content:
+def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str | None, seen: set[int]) -> Content:
+    """The rows of a table that label images, of which the numbers go to `seen`. Raises UserError."""
     records = open_records(table)
     file = find_file_column(records, index)
     if file and next(index.find(file.name), None):  # the first row has no suffix that tells it
@@ -178,48 +172,76 @@ def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str 
     if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
         raise _no_file_column(records, root)
     sample = records.sample(without=file.name)
-    labels = find_label_candidates(sample)
-    if label_column is not None:
-        labels = [find_given_column(records.columns, label_column, str(table))]
     group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
-    split = find_split_column(sample)
-    content = Content(table, records.columns, file, split_of_file(table, root), split, group, labels)
-    _collect(content, records, index, root, find_one_hot_columns(sample) if ONE_HOT in labels else [])
-    if not content.images:
+    content = Content(table, file, split_of_file(table, root), find_split_column(sample), group)
+    matches = _match_rows(content, records, index, root, seen)
+    first = list(itertools.islice(matches, LABEL_ROWS))
+    if not first:
         raise UserError(
             f"{table}: several images have the file names in column {printable(file.name)}, such as "
             f"{printable(content.skipped[SEVERAL][0])}; write the folder into the column, or move one of them elsewhere"
         )
+    read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
+    for images, row in itertools.chain(first, matches):
+        label, split = sys.intern(read_label(row)), content.read_split(row)
+        group = row[content.group_column] if content.group_column is not None else ""
+        for image in images:
+            path = index.paths[image]
+            if label:
+                folders_tell = content.split_column is None and not split
+                of_image = _split_of_folder(path.rpartition("/")[0]) if folders_tell else split
+                content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), of_image, group)))
+            else:
+                is_one_hot = content.labels[0] == ONE_HOT
+                content.skip("without a 1, or with several" if is_one_hot else "without label", printable(path))
     return content
 
 
-def _collect(content: Content, records: Records, index: ImageIndex, root: Path, one_hot: Sequence[str]) -> None:
-    """Add the images of all rows, and the cells that matter."""
-    parent = content.table.parent
+def _match_rows(
+    content: Content, records: Records, index: ImageIndex, root: Path, seen: set[int]
+) -> Iterator[tuple[list[int], dict[str, str]]]:
+    """(its images, its cells by column) for each row that has an image."""
+    parent, way = content.table.parent, content.file.way
     near = f"{parent.relative_to(root).as_posix()}/".removeprefix("./") if parent.is_relative_to(root) else ""
-    number_of = {name: number for number, name in enumerate([*records.columns, ONE_HOT])}
-    kept = (*content.labels, content.split_column, content.group_column, *find_known(records.columns, ["genus"]))
-    content.cells = {name: [] for name in kept if name is not None}
-    same: dict[str, str] = {}  # equal cells are one string
-    for row in records.rows():
-        cell = row[content.file.number]
-        images = dict(index.find(cell, (content.file.way,))).get(content.file.way, [])
-        if content.file.way != "observation" and len(images) > 1:
-            split = content.read_split(row[number_of[content.split_column]] if content.split_column else "")
-            images = index.narrow(images, cell, near, split)
-            if len(images) > 1:
-                content.skip(SEVERAL, cell)
-                continue
+    for cells in records.rows():
+        cell = cells[content.file.number]
+        images = dict(index.find(cell, (way,))).get(way, [])
         if not images:
             content.skip("whose file is not there", cell or "an empty cell")
             continue
-        if one_hot:
-            ones = [name for name in one_hot if row[number_of[name]] in ONES]
-            row = [*row, ones[0] if len(ones) == 1 else ""]
-        content.images += images
-        for name, cells in content.cells.items():
-            value = row[number_of[name]]
-            cells += [same.setdefault(value, value)] * len(images)
+        row = dict(zip(records.columns, cells))
+        if way != "observation" and len(images) > 1:
+            images = index.narrow(images, cell, near, content.read_split(row))
+            if len(images) > 1:
+                content.skip(SEVERAL, cell)
+                continue
+        seen.update(images)
+        yield images, row
+
+
+def _choose_label(
+    content: Content, columns: Sequence[str], rows: Sequence[Mapping[str, str]], wanted: str | None
+) -> Callable[[Mapping[str, str]], str]:
+    """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError.
+
+    A species that is only an epithet gets its genus.
+    """
+    cells = {name: [row[name] for row in rows] for name in columns if name != content.file.name}
+    one_hot = find_one_hot_columns(cells)
+
+    def read_one_hot(row: Mapping[str, str]) -> str:
+        ones = [name for name in one_hot if row[name] in ONES]
+        return ones[0] if len(ones) == 1 else ""
+
+    found = find_label_candidates(cells) if wanted is None else [find_given_column(columns, wanted, str(content.table))]
+    cells |= {ONE_HOT: list(map(read_one_hot, rows)), content.file.name: [row[content.file.name] for row in rows]}
+    content.labels = choose_label({name: cells[name] for name in found}, columns, str(content.table))
+    label, genus = content.labels[0], find_known(columns, ["genus"])
+    if label == ONE_HOT:
+        return read_one_hot
+    if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
+        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] else ""
+    return operator.itemgetter(label)
 
 
 def _no_file_column(records: Records, root: Path) -> UserError:
@@ -233,30 +255,15 @@ def _no_file_column(records: Records, root: Path) -> UserError:
     )
 
 
-def _choose_label(content: Content) -> None:
-    """Put the label column first; a species that is only an epithet gets its genus. Raises UserError."""
-    cells = content.cells
-    distinct = {name: {*cells[name]} for name in content.labels}
-    content.labels = choose_label(distinct, len(content.images), content.columns, str(content.table))
-    label, genus = content.label_column, find_known(content.columns, ["genus"])
-    is_epithet = genus and find_known([label], ["species"])
-    if is_epithet and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
-        cells[label] = [f"{first} {cell}" if cell else "" for first, cell in zip(cells[genus[0]], cells[label])]
-
-
 # ---- rows
 
 
-def _merge(contents: Sequence[Content], index: ImageIndex, root: Path, warnings: list[str]) -> list[LabelRow]:
+def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list[LabelRow]:
     """A row for each image that has one label; what is not used goes to `warnings`. UserError if most have two."""
     rows: dict[int, LabelRow] = {}
     conflicts: dict[int, str] = {}
     for content in contents:
-        for image, row in _read_rows(content, index, root):
-            if not row.class_name:
-                is_one_hot = content.label_column == ONE_HOT
-                content.skip("without a 1, or with several" if is_one_hot else "without label", row.id)
-                continue
+        for image, row in content.rows:
             known = rows.setdefault(image, row)
             if known.class_name != row.class_name and name_key(known.class_name) != name_key(row.class_name):
                 conflicts[image] = f"{row.id}: {known.class_name}, {row.class_name}"
@@ -278,19 +285,6 @@ def _merge(contents: Sequence[Content], index: ImageIndex, root: Path, warnings:
     return _tidy([rows[image] for image in sorted(rows) if image not in conflicts])
 
 
-def _read_rows(content: Content, index: ImageIndex, root: Path) -> Iterable[tuple[int, LabelRow]]:
-    """(number of the image, its row) for each image of a content."""
-    labels, nothing = content.cells[content.label_column], itertools.repeat("")
-    splits = nothing if content.split_column is None else content.cells[content.split_column]
-    groups = nothing if content.group_column is None else content.cells[content.group_column]
-    for image, label, split, group in zip(content.images, labels, splits, groups):
-        path = index.paths[image]
-        split = content.read_split(split)
-        if content.split_column is None:
-            split = split or _split_of_folder(path.rpartition("/")[0])
-        yield image, LabelRow(f"{root}/{path}", label, printable(path), split, group)
-
-
 @functools.lru_cache(maxsize=1000)
 def _split_of_folder(folder: str) -> str:
     return next(filter(None, map(split_of, folder.split("/"))), "")
@@ -309,8 +303,8 @@ def _tidy(rows: list[LabelRow]) -> list[LabelRow]:
 def _describe(contents: Sequence[Content], root: Path, rows: Sequence[LabelRow]) -> list[str]:
     first = contents[0]
     tables = ", ".join(_name(content.table, root) for content in contents)
-    notes = [f"labels from column {printable(first.label_column)} of {tables}"]
-    if first.label_column == ONE_HOT:
+    notes = [f"labels from column {printable(first.labels[0])} of {tables}"]
+    if first.labels[0] == ONE_HOT:
         notes = [f"labels from the columns of 0 and 1 of {tables}"]
     elif others := [printable(name) for name in first.labels[1:] if name != ONE_HOT]:
         notes = [f"{notes[0]}; others: {', '.join(others)} (--label-column)"]
