@@ -37,26 +37,27 @@ def read_tables(
     where: str,
     roots: Mapping[str, Sequence[Path]],
     beside: Sequence[Path] = (),
+    warnings: Sequence[str] = (),
 ) -> Source:
     """The source that tables are, one for each split; its columns are found in the first of them.
 
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
-    a file may give names to numbers. Raises UserError in one sentence.
+    a file may give names to numbers; `warnings`: those of who found the tables. Raises UserError in one sentence.
     """
     first = next(iter(parts.values()))
     image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     label = find_label_column(first, image, reading.label_column, where)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    parts, warnings = _drop_unlabeled(parts, image, label, where)
+    parts, unused = _drop_unlabeled(parts, image, label, where)
     labeling, labels = read_classes(parts, label, reading.class_names, beside, where)
     for split, found in labels.items():
         if unlabeled := int((found < 0).sum()):
-            warnings.append(f"{unlabeled:,} images of {split} have no label and are not used")
+            unused.append(f"{unlabeled:,} images of {split} have no label and are not used")
     groups, group_notes = _read_groups(parts, labels)
     written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
     ids = _make_ids(written)
-    named = {split: paths for split, paths in written.items() if by_path or _are_files(parts[split], image, paths)}
-    files, file_warnings = _find_files(named, roots, where, reading.allow_missing)
+    paths = {split: found for split, found in written.items() if by_path or _are_files(parts[split], image, found)}
+    files, file_warnings = _find_files(paths, roots, where, reading.allow_missing)
     splits = {}
     for split, rows in parts.items():
         usable = labels[split] >= 0
@@ -77,7 +78,7 @@ def read_tables(
         labeling.names,
         where,
         notes=[*notes, *group_notes, *labeling.notes],
-        warnings=[*labeling.warnings, *warnings, *file_warnings],
+        warnings=[*warnings, *labeling.warnings, *unused, *file_warnings],
         is_published=is_official,
     )
 
@@ -140,33 +141,30 @@ def _read_groups(
     parts: Mapping[str, Dataset], labels: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """(what tells images of one plant, by split, "" for none; a note of the column that has it)."""
-    for name in _find_plain(next(iter(parts.values())), GROUP_NAMES)[:1]:
-        groups = {split: _read_texts(rows, name) for split, rows in parts.items()}
-        if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in groups]).tolist()):
+    none = {split: [""] * len(rows) for split, rows in parts.items()}
+    cells = {split: _read_cells(rows, GROUP_NAMES) for split, rows in parts.items()}
+    for name in next(iter(cells.values())):
+        groups = {split: cells[split].get(name, none[split]) for split in parts}
+        if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in parts]).tolist()):
             return groups, [f"images of one plant have the same value in the column {name}"]
-    return {split: [""] * len(rows) for split, rows in parts.items()}, []
-
-
-def _find_plain(rows: Dataset, names: Sequence[str]) -> list[str]:
-    """Columns of texts or numbers with these names."""
-    found = find_known(rows.features, names)
-    return [name for name in found if kind_of(rows.features[name]) in ("class", "text", "number")]
-
-
-def _read_texts(rows: Dataset, column: str) -> list[str]:
-    if column not in rows.features:
-        return [""] * len(rows)
-    return ["" if value is None else str(value) for value in values_of(rows.data.column(column))]
+    return none, []
 
 
 def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
     """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
-    cells = {name: _read_texts(rows, name) for name in _find_plain(rows, SPLIT_NAMES)}
+    cells = _read_cells(rows, SPLIT_NAMES)
     column = find_split_column(cells)
     found = np.array([read_split(column, cell) or "train" for cell in cells[column]] if column else [])
     if "train" not in found:
         return {"train": np.ones(len(rows), bool)}
     return {split: found == split for split in SPLITS if split in found}
+
+
+def _read_cells(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of texts or numbers with these names, the best first, as texts; "" for a missing value."""
+    columns = [name for name in find_known(rows.features, names) if kind_of(rows.features[name]) in ("text", "number")]
+    values = {name: values_of(rows.data.column(name)) for name in columns}
+    return {name: ["" if value is None else str(value) for value in found] for name, found in values.items()}
 
 
 # ---- images

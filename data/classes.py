@@ -82,10 +82,10 @@ def read_classes(
         listed = ", ".join(f"{split}: {describe(feature)}" for split, feature in features.items())
         raise UserError(f"{where}: the column {label} differs between the splits ({listed}); write all alike")
     columns = {split: _read_texts(rows, label, split, where) for split, rows in parts.items()}
-    counts = Counter(text for column in columns.values() for text in column if tidy_name(text))
+    counts = Counter(text for column in columns.values() for text in column)
     is_number = kinds == {"number"}
     as_number = is_number and not {"true", "false"} & {*counts}
-    written = sorted(counts, key=int if as_number else tidy_name)
+    written = sorted(filter(tidy_name, counts), key=int if as_number else tidy_name)
     if kinds == {"class"} and len({tuple(feature.names) for feature in features.values()}) == 1:
         written = _names_of(next(iter(features.values())))  # in their order, those without an image as well
     if not written:
@@ -106,8 +106,10 @@ def read_classes(
                 f"{where}: the labels are numbers without names ({written[0]} to {written[-1]}); give a json or csv "
                 "file of number and name: --class-names FILE, or write them as a ClassLabel"
             )
-    labels = {split: np.array([labeling.labels.get(text, -1) for text in column]) for split, column in columns.items()}
-    return labeling, labels
+    get = labeling.labels.get
+    return labeling, {
+        split: np.array([get(text, -1) for text in column], np.int64) for split, column in columns.items()
+    }
 
 
 def _names_of(feature) -> list[str]:

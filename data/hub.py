@@ -58,8 +58,7 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
     splits, warnings = name_splits(loaded if isinstance(loaded, DatasetDict) else {"train": loaded}, where)
     # Where the library puts files of a data set; their tables name them by path.
     caches = [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
-    source = read_tables(splits, reading, where, dict.fromkeys(splits, caches))
-    return source._replace(warnings=[*warnings, *source.warnings], revision=revision)
+    return read_tables(splits, reading, where, dict.fromkeys(splits, caches), (), warnings)._replace(revision=revision)
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> UserError:

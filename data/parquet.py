@@ -2,10 +2,10 @@
 
 import functools
 import glob
-import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow
@@ -46,15 +46,12 @@ def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> S
     """
     where = f"parquet file {files[0]}" if len(files) == 1 else f"parquet folder {path}"
     with_images = [file for file in files if has_images(file)] or files[:1]  # whose columns the error then lists
-    warnings = _warn_unused(
-        "have no images and are not used", path, [file for file in files if file not in with_images]
-    )
-    by_split, unused = assign_splits(with_images, path, reading.allow_missing)
-    warnings += unused
+    others = [file for file in files if file not in with_images]
+    by_split, warnings = assign_splits(with_images, path, reading.allow_missing)
+    warnings += _warn_unused("have no images and are not used", path, others)
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
-    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
-    return source._replace(warnings=[*warnings, *source.warnings])
+    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
 
 
 def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
@@ -83,8 +80,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         raise
     except Exception as error:
         raise UserError(f"{path}: the parquet files cannot be read ({first_line(error)})") from error
-    source = read_tables(splits, reading, where, {split: [path] for split in splits})
-    return source._replace(splits={"train": train} | source.splits, warnings=[*warnings, *source.warnings])
+    source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
+    return source._replace(splits={"train": train} | source.splits)
 
 
 def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[str, Dataset], label: str) -> None:
@@ -110,15 +107,13 @@ def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[st
 
 def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     """A folder that save_to_disk of `datasets` wrote, or one that holds it alone. Raises UserError in one sentence."""
-    found = [below.path for name in SAVED for below in folder.walk() if name in _names_in(below)]
-    path = found[0] if found else folder.path
-    where = f"saved data set {path}"
+    found = [below.path for name in SAVED for below in folder.walk() if name in chain(*below.files.values())]
     if not found:
-        arrow = folder.find("arrow")[0]
         raise UserError(
-            f"{path}: {printable(arrow.name)} is an Arrow file without its description; expected is a folder "
-            "written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
+            f"{folder.path}: {printable(folder.find('arrow')[0].name)} is an Arrow file without its description; "
+            "expected is a folder written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
         )
+    path, where = found[0], f"saved data set {found[0]}"
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
@@ -128,12 +123,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
     roots = {split: [path] for split in splits}
-    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
-    return source._replace(warnings=[*warnings, *source.warnings])
-
-
-def _names_in(folder: Folder) -> list[str]:
-    return [name for names in folder.files.values() for name in names]
+    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
 
 
 # ---- splits
@@ -235,7 +225,7 @@ def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
     """The first rows of a column."""
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        batches = itertools.islice(table.iter_batches(FIRST_ROWS, columns=[name]), 1)
+        batches = islice(table.iter_batches(FIRST_ROWS, columns=[name]), 1)
         return pyarrow.chunked_array([batch.column(name) for batch in batches], table.schema_arrow.field(name).type)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)}); write it again") from error
