@@ -58,17 +58,13 @@ def read_tables(
     ids = _make_ids(written)
     paths = {split: found for split, found in written.items() if by_path or _are_files(parts[split], image, found)}
     files, file_warnings = _find_files(paths, roots, where, reading.allow_missing)
+    for split, found_files in files.items():
+        labels[split] = np.where(np.array(found_files, bool), labels[split], -1)
     splits = {}
     for split, rows in parts.items():
-        usable = labels[split] >= 0
-        if split in files:
-            table = build_rows(map(ImageRow, files[split], labels[split].tolist(), ids[split], groups[split]))
-            usable &= np.array([file != "" for file in files[split]], bool)
-        else:
-            table = _only_stored(rows, image).add_column("label", labels[split]).add_column("id", ids[split])
-            table = table.add_column("group", groups[split]) if any(groups[split]) else table
-        for name, chosen in (_read_splits(rows) if len(parts) == 1 else {split: usable}).items():
-            chosen = chosen & usable
+        table = _build_rows(rows, image, files.get(split), labels[split], ids[split], groups[split])
+        for name, is_in in (_read_splits(rows) if len(parts) == 1 else {split: True}).items():
+            chosen = is_in & (labels[split] >= 0)
             splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
     is_official = labeling.names == list(CLASS_NAMES)
     if is_official:
@@ -81,6 +77,16 @@ def read_tables(
         warnings=[*warnings, *labeling.warnings, *unused, *file_warnings],
         is_published=is_official,
     )
+
+
+def _build_rows(
+    rows: Dataset, image: str, files: list[str] | None, labels: np.ndarray, ids: list[str], groups: list[str]
+) -> Dataset:
+    """Rows as a source has them: of `files`, or of the images that the table stores, which stay memory-mapped."""
+    if files is not None:
+        return build_rows(map(ImageRow, files, labels.tolist(), ids, groups))
+    table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids)
+    return table.add_column("group", groups) if any(groups) else table
 
 
 def _drop_unlabeled(

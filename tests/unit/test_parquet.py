@@ -380,6 +380,11 @@ def test_images_of_one_plant_have_its_group(by_path, tmp_path):
     assert "group" not in load(write(tmp_path / "x.parquet", columns)).splits["train"].column_names
 
 
+def test_a_plant_id_that_is_the_class_once_more_makes_no_groups(tmp_path):
+    columns = {"image": pictures(6), "label": NAMES * 2, "plant_id": [4, 5, 6] * 2}
+    assert "group" not in load(write(tmp_path / "x.parquet", columns)).splits["train"].column_names
+
+
 # ---- splits
 
 
@@ -418,6 +423,12 @@ def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(by_path, 
     assert {split: rows["id"] for split, rows in splits.items()} == dict(
         zip(SPLITS, (["0", "1", "2", "3", "7"], ["4", "6"], ["5", "8"]))
     )
+
+
+def test_a_column_of_true_and_false_says_which_rows_are_validation(tmp_path):
+    columns = {"image": pictures(6), "label": NAMES * 2, "is_valid": [False] * 3 + [True] * 3}
+    splits = load(write(tmp_path / "x.parquet", columns)).splits
+    assert {split: rows["id"] for split, rows in splits.items()} == {"train": list("012"), "validation": list("345")}
 
 
 def test_train_alone_is_split_by_the_usual_fractions(tmp_path):

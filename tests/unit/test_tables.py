@@ -430,6 +430,13 @@ def test_observations_are_groups(tmp_path):
     assert [row.group for row in table.rows[:3]] == ["500", "500", "501"]
 
 
+def test_a_group_column_that_is_the_class_once_more_makes_no_groups(tmp_path):
+    names = images(tmp_path, 12)
+    rows = [(name, FLOWERS[number % 3], number % 3) for number, name in enumerate(names)]
+    table = read(put(tmp_path / "a.csv", lines("file,label,plant_id", rows)), tmp_path)
+    assert {row.group for row in table.rows} == {""}
+
+
 # ---- tables of a folder
 
 
