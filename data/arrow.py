@@ -5,25 +5,27 @@ given: a table from elsewhere may name any file of this machine.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Image
 
-from data.classes import CLASS_NAMES, check_official_counts, read_classes
+from data.classes import CLASS_NAMES, check_official_counts, find_label_column, read_classes
 from data.columns import (
+    FIRST_ROWS,
+    GROUP_NAMES,
     SPLIT_NAMES,
-    find_group_column,
+    are_groups,
     find_image_column,
-    find_label_column,
-    find_names_column,
-    first_values,
+    find_known,
+    find_split_column,
     kind_of,
-    plain_key,
+    list_columns,
+    read_split,
     values_of,
 )
-from data.labels import split_of
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
 from utils.image_utils import printable
 from utils.logging_utils import UserError
@@ -35,68 +37,76 @@ def read_tables(
     where: str,
     roots: Mapping[str, Sequence[Path]],
     beside: Sequence[Path] = (),
+    warnings: Sequence[str] = (),
 ) -> Source:
     """The source that tables are, one for each split; its columns are found in the first of them.
 
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
-    a file may give names to numbers. Raises UserError in one sentence.
+    a file may give names to numbers; `warnings`: those of who found the tables. Raises UserError in one sentence.
     """
     first = next(iter(parts.values()))
-    image, by_path = find_image_column(first.features, first_values(first), where)
+    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     label = find_label_column(first, image, reading.label_column, where)
-    if kind_of(first.features[label]) == "number" and reading.class_names is None:
-        label = find_names_column(first, label, image)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    warnings: list[str] = []
-    group = find_group_column(first)
-    if group is not None:
-        notes.append(f"images of one plant have the same value in the column {group}")
-    parts = _drop_unlabeled(parts, image, label, where, warnings)
-    classes = read_classes(parts, label, reading.class_names, beside, where)
+    parts, unused = _drop_unlabeled(parts, image, label, where)
+    labeling, labels = read_classes(parts, label, reading.class_names, beside, where)
+    for split, found in labels.items():
+        if unlabeled := int((found < 0).sum()):
+            unused.append(f"{unlabeled:,} images of {split} have no label and are not used")
+    groups, group_notes = _read_groups(parts, labels)
     written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
     ids = _make_ids(written)
-    files = _Files()
+    paths = {split: found for split, found in written.items() if by_path or _are_files(parts[split], image, found)}
+    files, file_warnings = _find_files(paths, roots, where, reading.allow_missing)
+    for split, found_files in files.items():
+        labels[split] = np.where(np.array(found_files, bool), labels[split], -1)
     splits = {}
     for split, rows in parts.items():
-        labels = classes.labels[split]
-        if (labels < 0).any():
-            warnings.append(f"{(labels < 0).sum():,} images of {split} have no label and are not used")
-        parted = _split_by_column(rows, split, is_alone=len(parts) == 1, labels=labels)
-        groups = _read_groups(rows, group)
-        if by_path or _are_files(rows, image, written[split]):
-            paths = files.find_all(written[split], roots[split])
-            for name, chosen in parted.items():
-                found = zip(paths, labels.tolist(), ids[split], groups, chosen)
-                splits[name] = build_rows(ImageRow(path, *row) for path, *row, use in found if use and path is not None)
-            continue
-        table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids[split])
-        table = table if group is None else table.add_column("group", groups)
-        for name, chosen in parted.items():
+        table = _build_rows(rows, image, files.get(split), labels[split], ids[split], groups[split])
+        for name, is_in in (_read_splits(rows) if len(parts) == 1 else {split: True}).items():
+            chosen = is_in & (labels[split] >= 0)
             splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
-    warnings += files.check(where, reading.allow_missing)
-    if classes.names == list(CLASS_NAMES):
+    is_official = labeling.names == list(CLASS_NAMES)
+    if is_official:
         check_official_counts(splits, where)
-    source = Source(splits, classes.names, where, [*notes, *classes.notes], [*classes.warnings, *warnings])
-    return source._replace(is_published=classes.names == list(CLASS_NAMES))
+    return Source(
+        splits,
+        labeling.names,
+        where,
+        notes=[*notes, *group_notes, *labeling.notes],
+        warnings=[*warnings, *labeling.warnings, *unused, *file_warnings],
+        is_published=is_official,
+    )
+
+
+def _build_rows(
+    rows: Dataset, image: str, files: list[str] | None, labels: np.ndarray, ids: list[str], groups: list[str]
+) -> Dataset:
+    """Rows as a source has them: of `files`, or of the images that the table stores, which stay memory-mapped."""
+    if files is not None:
+        return build_rows(map(ImageRow, files, labels.tolist(), ids, groups))
+    table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids)
+    return table.add_column("group", groups) if any(groups) else table
 
 
 def _drop_unlabeled(
-    parts: Mapping[str, Dataset], image: str, label: str, where: str, warnings: list[str]
-) -> dict[str, Dataset]:
-    """The parts without those, other than the first, that have no labels at all: they cannot be scored."""
+    parts: Mapping[str, Dataset], image: str, label: str, where: str
+) -> tuple[dict[str, Dataset], list[str]]:
+    """(the parts without those, other than the first, that have no labels and cannot be scored; warnings of these)."""
     kept: dict[str, Dataset] = {}
+    warnings = []
     for split, rows in parts.items():
         if image not in rows.features:
             raise UserError(
-                f"{where}: {split} has the columns {', '.join(map(printable, rows.features))} and no {image}; write "
-                "all splits with the same columns"
+                f"{where}: {split} has the columns {list_columns(rows.features)} and no {image}; write all splits with "
+                "the same columns"
             )
         column = rows.data.column(label) if label in rows.features else None
         if kept and (column is None or _is_unknown(column)):
             warnings.append(f"{split} has no labels, so it cannot be scored: its {len(rows):,} images are not used")
         else:
             kept[split] = rows
-    return kept
+    return kept, warnings
 
 
 def _is_unknown(labels: pyarrow.ChunkedArray) -> bool:
@@ -133,16 +143,37 @@ def _stem(path: str | None) -> str:
     return printable(Path(path).stem) if path and len(path) < 4096 else ""
 
 
-def _read_groups(rows: Dataset, group: str | None) -> list[str]:
-    if group not in rows.features:
-        return [""] * len(rows)
-    values = rows.data.column(group)
-    return ["" if value is None else str(value) for value in values_of(values)]
+def _read_groups(
+    parts: Mapping[str, Dataset], labels: Mapping[str, np.ndarray]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """(what tells images of one plant, by split, "" for none; a note of the column that has it)."""
+    none = {split: [""] * len(rows) for split, rows in parts.items()}
+    cells = {split: _read_cells(rows, GROUP_NAMES) for split, rows in parts.items()}
+    for name in next(iter(cells.values())):
+        groups = {split: cells[split].get(name, none[split]) for split in parts}
+        if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in parts]).tolist()):
+            return groups, [f"images of one plant have the same value in the column {name}"]
+    return none, []
 
 
-def _are_files(rows: Dataset, image: str, written: Sequence[str | None]) -> bool:
-    """Whether the images are files beside the table: a path each, and bytes for none."""
-    return any(written) and bool(_has_no_bytes(rows, image).all())
+def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
+    """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
+    cells = _read_cells(rows, SPLIT_NAMES)
+    column = find_split_column(cells)
+    found = np.array([read_split(column, cell) or "train" for cell in cells[column]] if column else [])
+    if "train" not in found:
+        return {"train": np.ones(len(rows), bool)}
+    return {split: found == split for split in SPLITS if split in found}
+
+
+def _read_cells(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of texts or numbers with these names, the best first, as texts; "" for a missing value."""
+    columns = [name for name in find_known(rows.features, names) if kind_of(rows.features[name]) in ("text", "number")]
+    values = {name: values_of(rows.data.column(name)) for name in columns}
+    return {name: ["" if value is None else str(value) for value in found] for name, found in values.items()}
+
+
+# ---- images
 
 
 def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
@@ -150,6 +181,11 @@ def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
     if pyarrow.types.is_struct(column.type):
         column = pyarrow.compute.struct_field(column, "bytes")
     return pyarrow.compute.is_null(column).to_numpy()
+
+
+def _are_files(rows: Dataset, image: str, paths: Sequence[str | None]) -> bool:
+    """Whether the images are files beside the table: a path each, and bytes for none."""
+    return any(paths) and bool(_has_no_bytes(rows, image).all())
 
 
 def _only_stored(rows: Dataset, image: str) -> Dataset:
@@ -166,70 +202,51 @@ def _empty_where_missing(batch: dict) -> dict:
     return {"image": [{"bytes": image["bytes"] or b"", "path": image["path"]} for image in images]}
 
 
-def _split_by_column(rows: Dataset, split: str, is_alone: bool, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Which rows with a label go to each split, by a column of split words if the table is the only one."""
-    chosen = {split: labels >= 0}
-    for column in rows.column_names if is_alone else ():
-        if plain_key(column) in SPLIT_NAMES and kind_of(rows.features[column]) == "text":
-            words = values_of(rows.data.column(column))
-            splits = {word: split_of(word or "") for word in set(words)}
-            if None not in splits.values() and "train" in splits.values():
-                found = np.array([splits[word] for word in words])
-                return {name: (found == name) & (labels >= 0) for name in SPLITS if name in splits.values()}
-    return chosen
+def _find_files(
+    written: Mapping[str, Sequence[str | None]], roots: Mapping[str, Sequence[Path]], where: str, allow_missing: bool
+) -> tuple[dict[str, list[str]], list[str]]:
+    """(the file of each path by split, "" for none; warnings of paths that are not used).
+
+    Raises UserError if files are missing and that is not allowed, or if there is none to use.
+    """
+    files: dict[str, list[str]] = {}
+    missing, outside, warnings = [], [], []
+    for split, paths in written.items():
+        real_roots = [root.resolve() for root in roots[split]]
+        found = {path: _find_file(path, real_roots) for path in {path or "" for path in paths}}
+        missing += [path or "" for path in paths if found[path or ""] == ""]
+        outside += [path or "" for path in paths if found[path or ""] is None]
+        files[split] = [found[path or ""] or "" for path in paths]
+    is_any = any(map(any, files.values()))
+    if outside:
+        message = f"{len(outside):,} images are named by paths outside the data set, such as {_list_paths(outside[:1])}"
+        if not is_any:
+            raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
+        warnings.append(f"{message}; they are not used")
+    if missing:
+        total = sum(map(len, files.values())) - len(outside)
+        message = f"{len(missing):,} of {total:,} images are missing ({_list_paths(missing)})"
+        if not allow_missing or not is_any:
+            raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
+        warnings.append(f"{message}; continuing without them")
+    return files, warnings
 
 
-class _Files:
-    """Files that tables name by path, below the roots alone; what is missing or lies elsewhere is counted."""
+def _list_paths(paths: Sequence[str]) -> str:
+    return ", ".join(printable(path[:200]) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
-    def __init__(self) -> None:
-        self.missing: list[str] = []
-        self.outside: list[str] = []
-        self.found = 0
 
-    def find_all(self, paths: Sequence[str | None], roots: Sequence[Path]) -> list[str | None]:
-        real = [(root, root.resolve()) for root in roots]
-        return [self._find(path or "", real) for path in paths]
-
-    def _find(self, path: str, roots: Sequence[tuple[Path, Path]]) -> str | None:
-        inside = False
-        for root, real_root in roots:
-            file = root / (path if "/" in path else path.replace("\\", "/"))
-            try:
-                is_below = file.resolve().is_relative_to(real_root)
-            except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
-                is_below = True
-            if is_below and _is_file(file):
-                self.found += 1
+def _find_file(path: str, roots: Sequence[Path]) -> str | None:
+    """The file below one of the `roots`, which are resolved; "" if it is missing there, None if it lies elsewhere."""
+    found = None
+    for root in roots:
+        file = root / (path if "/" in path else path.replace("\\", "/"))
+        try:
+            if not file.resolve().is_relative_to(root):
+                continue
+            if file.is_file():
                 return str(file)
-            inside |= is_below
-        (self.missing if inside else self.outside).append(path)
-        return None
-
-    def check(self, where: str, allow_missing: bool) -> list[str]:
-        """Warnings of the files that are not used. Raises UserError if any is missing, or all lie elsewhere."""
-        warnings = []
-        if self.outside:
-            count = len(self.outside)
-            message = (
-                f"{count:,} images are named by paths outside the data set, such as {printable(self.outside[0][:200])}"
-            )
-            if not self.found:
-                raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
-            warnings.append(f"{message}; they are not used")
-        if self.missing:
-            examples = ", ".join(printable(path[:200]) for path in self.missing[:3])
-            more = ", ..." if len(self.missing) > 3 else ""
-            total = self.found + len(self.missing)
-            message = f"{len(self.missing):,} of {total:,} images are missing ({examples}{more})"
-            if not allow_missing or not self.found:
-                raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
-            warnings.append(f"{message}; continuing without them")
-        return warnings
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+        except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
+            pass
+        found = ""
+    return found

@@ -6,23 +6,18 @@ COCO's categories, ImageNet's synsets, classes.txt.
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.image_index import ImageIndex, find_file_column, plain_column
-from data.label_columns import GROUP_COLUMNS
+from data.columns import GROUP_NAMES, NOT_KNOWN, find_known, label_preference, plain_name
+from data.image_index import ImageIndex, find_file_column
 from data.labels import name_key
-from data.records import ADDRESS, cell_of, open_records, read_json, read_lines
+from data.records import ADDRESS, cell_of, open_records, read_json, read_lines, records_of
 from data.survey import TABLES
 from utils.image_utils import is_image_name
 from utils.logging_utils import UserError
 
-NAME_COLUMNS = (  # best first; compared without case and punctuation
-    *("species", "speciesname", "name", "scientificname", "latinname", "taxonname", "acceptedname", "commonname"),
-    *("vernacularname", "englishname", "classname", "categoryname", "label", "labelname", "class", "category"),
-    *("plant", "plantname", "flower", "flowername", "disease", "title", "imagedirname"),
-)
 HINTS = re.compile(r"class|label|name|species|categor|synset|taxon|plant|flower", re.IGNORECASE)
 NO_NAMES = re.compile(r"readme|licen[cs]e|requirements|changelog|submission", re.IGNORECASE)
 LINE = re.compile(r"\s*[\"']?(\w+)[\"']?(?:\s*[:,;=|\t)-]\s*|[\s_.]+)(.+)")  # 1 daisy, 1: daisy, 001.daisy
@@ -51,7 +46,7 @@ def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Nam
                     if len(names) == len(codes) and _are_names(names):
                         found.append((size > len(codes), names, path))
                         break
-            except (UserError, OSError):  # another file of the user's
+            except UserError:  # another file of the user's
                 continue
         if found:
             _, names, path = min(found, key=lambda entry: entry[0])
@@ -61,15 +56,11 @@ def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Nam
 
 def read_class_names(file: Path, codes: Sequence[str]) -> Names:
     """Names of all `codes` by a file that the user gives. Raises UserError if it cannot be read, or lacks some."""
-    best: Names = {}
     try:
-        for _, names in _read_names(file, _alias(codes)):
-            if len(names) > len(best) or (len(names) == len(best) and _are_names(names) and not _are_names(best)):
-                best = names
-    except OSError as error:
-        raise UserError(f"--class-names {file}: cannot be read ({error.strerror}); check the path") from error
+        found = [names for _, names in _read_names(file, _alias(codes))]
     except UserError as error:
         raise UserError(f"--class-names {error}") from error
+    best = max(found, key=lambda names: (len(names), _are_names(names)), default={})
     lacking = [code for code in codes if code not in best]
     if lacking:
         listed = ", ".join(repr(code) for code in lacking[:5])
@@ -122,40 +113,79 @@ def _are_names(names: Names) -> bool:
     )
 
 
-# ---- what a file may name; each with the number of all its names
+# ---- what a file may name
 
 
 def _read_names(path: Path, aliases: Names) -> Iterator[tuple[int, Names]]:
-    """All names that a file may give to the codes; best first. Raises UserError, OSError."""
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        yield from _names_in_json(read_json(path), aliases, bool(HINTS.search(path.stem)))
+    """(number of entries, names of the codes) for each way to read a file; best first. Raises UserError."""
+    is_hint = bool(HINTS.search(path.stem))
+    if path.suffix.lower() == ".json":
+        yield from _names_in_json(read_json(path), aliases, is_hint)
         return
-    if suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         lines = [line.strip() for line in itertools.islice(read_lines(path), MAX_LINES) if line.strip()]
         pairs = [found for found in map(LINE.fullmatch, lines) if found]
         if len(pairs) * 10 >= len(lines) * 9:
             yield from _translate({found[1]: found[2] for found in pairs}, aliases)
-        if HINTS.search(path.stem):
+        if is_hint:
             yield from _by_position(lines, aliases)
     records = open_records(path)
     yield from _names_in_rows(records.columns, records.rows(), aliases)
 
 
-def _translate(names: Mapping[str, Any], aliases: Names) -> Iterator[tuple[int, Names]]:
+def _names_in_json(data: Any, aliases: Names, is_hint: bool, depth: int = 0) -> Iterator[tuple[int, Names]]:
+    """Names in a JSON value and in the values that it holds."""
+    if isinstance(data, list) and all(isinstance(entry, str) for entry in data):
+        yield from _by_position(data, aliases) if is_hint else ()
+        return
+    inner = data if isinstance(data, dict) else {}
+    records = records_of(data)
+    if inner and all(isinstance(value, list) and len(value) == 2 for value in inner.values()):
+        records = [{"key": key, "code": code, "name": name} for key, (code, name) in inner.items()]  # ImageNet's
+    keys = list(dict.fromkeys(key for record in records[:100] for key in record))
+    yield from _names_in_rows(keys, ([cell_of(record.get(key)) for key in keys] for record in records), aliases)
+    for key, value in inner.items() if len(inner) <= 50 and depth < 3 else ():
+        if isinstance(value, (dict, list)):
+            yield from _names_in_json(value, aliases, is_hint or bool(HINTS.search(key)), depth + 1)
+
+
+def _names_in_rows(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], aliases: Names
+) -> Iterator[tuple[int, Names]]:
+    """Names in a table: of a column of codes and one of names, where each code has one name and each name one code."""
+    preference = [label_preference(column, columns) for column in columns]
+    texts = [n for n in range(len(columns)) if len(columns) <= 3 or preference[n] < NOT_KNOWN]
+    texts.sort(key=lambda n: preference[n])
+    rows = itertools.chain([columns] if any(column in aliases for column in columns) else [], rows)  # no header
+    scouted = list(itertools.islice(rows, SCOUT_ROWS))
+    tables: dict[int, dict[str, Sequence[str]]] = {  # column of codes -> the first row of each of its cells
+        n: {} for n in range(len(columns)) if any(row[n] in aliases for row in scouted)
+    }
+    changing: set[tuple[int, int]] = set()  # a code has two names
+    for row in itertools.chain(scouted, rows) if tables else ():
+        for n, seen in list(tables.items()):
+            first = seen.setdefault(row[n], row)
+            if first is not row and row[n] in aliases:
+                changing.update((n, text) for text in texts if first[text] != row[text])
+            if len(seen) > MAX_VALUES:
+                del tables[n]
+        if not tables:
+            return
+    for text in texts:
+        for n, seen in tables.items():
+            num_names = len({row[text] for row in seen.values()})
+            if n != text and (n, text) not in changing and (num_names * 20 >= len(seen) * 19 or len(seen) < 20):
+                yield from _translate({cell: row[text] for cell, row in seen.items()}, aliases)
+
+
+def _translate(names: Names, aliases: Names) -> Iterator[tuple[int, Names]]:
     found: Names = {}
-    for key, value in names.items():
-        code, name = aliases.get(key.strip()) or aliases.get(key.strip().casefold()), cell_of(value)
+    for key, name in names.items():
+        code = aliases.get(key) or aliases.get(key.casefold())
         if code is not None and name and (code == key or code not in found):
             found[code] = name
     if found:
         yield len(names), _without_numbers(found)
-
-
-def _without_numbers(names: Names) -> Names:
-    """ "001.Black_footed" without its number, if all names begin with one."""
-    plain = {code: re.sub(r"^\d+\s*[._) -]\s*", "", name) for code, name in names.items()}
-    return plain if all(plain[code] not in ("", name) for code, name in names.items()) else names
 
 
 def _by_position(lines: Sequence[str], aliases: Names) -> Iterator[tuple[int, Names]]:
@@ -168,79 +198,10 @@ def _by_position(lines: Sequence[str], aliases: Names) -> Iterator[tuple[int, Na
             yield len(names), _without_numbers(found)
 
 
-def _names_in_json(data: Any, aliases: Names, is_hint: bool, depth: int = 0) -> Iterator[tuple[int, Names]]:
-    if depth > 3:
-        return
-    if isinstance(data, list):
-        yield from _names_in_list(data, aliases, is_hint)
-    elif isinstance(data, dict):
-        values = list(data.values())
-        if all(isinstance(value, dict) for value in values):
-            keys = list(dict.fromkeys(key for value in values[:100] for key in value))
-            for column in sorted(keys, key=_preference):
-                if _preference(column) < len(NAME_COLUMNS):
-                    yield from _translate({code: value.get(column) for code, value in data.items()}, aliases)
-            yield from _names_in_list(values, aliases, is_hint)
-        elif all(isinstance(value, list) for value in values):  # ImageNet's {"0": ["n01440764", "tench"]}
-            rows = [[code, *map(cell_of, value)] for code, value in data.items()]
-            yield from _names_in_rows(("code", "code", "name"), (row for row in rows if len(row) == 3), aliases)
-        yield from _translate({key: value for key, value in data.items() if cell_of(value)}, aliases)
-        yield from _invert(data, aliases)
-        for key, value in data.items() if len(data) <= 50 else ():
-            if isinstance(value, (dict, list)):
-                yield from _names_in_json(value, aliases, is_hint or bool(HINTS.search(key)), depth + 1)
-
-
-def _names_in_list(data: list, aliases: Names, is_hint: bool) -> Iterator[tuple[int, Names]]:
-    if all(isinstance(entry, str) for entry in data):
-        yield from _by_position(data, aliases) if is_hint else ()
-    elif all(isinstance(entry, dict) for entry in data):
-        keys = list(dict.fromkeys(key for entry in data[:100] for key in entry))
-        yield from _names_in_rows(keys, ([cell_of(entry.get(key)) for key in keys] for entry in data), aliases)
-    elif all(isinstance(entry, list) and len(entry) == 2 for entry in data):
-        yield from _names_in_rows(("code", "name"), ([cell_of(cell) for cell in entry] for entry in data), aliases)
-
-
-def _invert(data: Mapping[str, Any], aliases: Names) -> Iterator[tuple[int, Names]]:
-    """{name: number}, if each number has one name."""
-    pairs = [(cell_of(value), name) for name, value in data.items()]
-    pairs = [(aliases[code], cell_of(name)) for code, name in pairs if code in aliases]
-    if pairs and len(dict(pairs)) == len(pairs):
-        yield len(data), dict(pairs)
-
-
-def _preference(column: str) -> int:
-    """Place among NAME_COLUMNS; their number for others."""
-    key = plain_column(column)
-    return NAME_COLUMNS.index(key) if key in NAME_COLUMNS else len(NAME_COLUMNS)
-
-
-def _names_in_rows(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], aliases: Names
-) -> Iterator[tuple[int, Names]]:
-    """Names in a table: of a column of codes and one of names, where each code has one name and each name one code."""
-    texts = [n for n in range(len(columns)) if len(columns) <= 3 or _preference(columns[n]) < len(NAME_COLUMNS)]
-    texts.sort(key=lambda n: _preference(columns[n]))
-    rows = itertools.chain([columns] if any(column in aliases for column in columns) else [], rows)  # no header
-    scouted = list(itertools.islice(rows, SCOUT_ROWS))
-    tables: dict[int, dict[str, Sequence[str]]] = {  # column of codes -> the first row of each of its cells
-        n: {} for n in range(len(columns)) if any(row[n] in aliases for row in scouted)
-    }
-    changing: set[tuple[int, int]] = set()  # a code has two names
-    for row in itertools.chain(scouted, rows):
-        for n, seen in list(tables.items()):
-            first = seen.setdefault(row[n], row)
-            if first is not row and row[n] in aliases:
-                changing.update((n, text) for text in texts if first[text] != row[text])
-            if len(seen) > MAX_VALUES:
-                del tables[n]
-        if not tables:
-            return
-    for text in texts:
-        for n, seen in tables.items():
-            if n == text or (n, text) in changing or len({row[text] for row in seen.values()}) * 20 < len(seen) * 19:
-                continue
-            yield from _translate({cell: row[text] for cell, row in seen.items()}, aliases)
+def _without_numbers(names: Names) -> Names:
+    """ "001.Black_footed" without its number, if all names begin with one."""
+    plain = {code: re.sub(r"^\d+\s*[._) -]\s*", "", name) for code, name in names.items()}
+    return plain if all(plain[code] not in ("", name) for code, name in names.items()) else names
 
 
 # ---- plants
@@ -264,15 +225,15 @@ def find_groups(files: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str
 
 
 def _read_groups(path: Path, index: ImageIndex) -> dict[str, str]:
-    start = plain_column("".join(itertools.islice(read_lines(path), 50))[:100_000])
-    if not any(name in start for name in GROUP_COLUMNS):
+    start = plain_name("".join(itertools.islice(read_lines(path), 50))[:100_000])
+    if not any(name in start for name in GROUP_NAMES):
         return {}
     records = open_records(path)
-    keys = [plain_column(column) for column in records.columns]
-    column = next((keys.index(name) for name in GROUP_COLUMNS if name in keys), None)
-    file = None if column is None else find_file_column(records, index)
-    if column is None or file is None or file.number == column:
+    known = find_known(records.columns, GROUP_NAMES)
+    file = find_file_column(records, index) if known else None
+    if file is None or file.name == known[0]:
         return {}
+    column = records.columns.index(known[0])
     groups: dict[str, str] = {}
     for row in records.rows():
         images = dict(index.find(row[file.number], (file.way,))).get(file.way, [])

@@ -1,8 +1,7 @@
-"""A column of labels as classes: a ClassLabel, texts, or numbers that something names."""
+"""A column of labels in Arrow as classes: a ClassLabel, texts, or numbers that something names."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,81 +9,121 @@ import pyarrow
 import pyarrow.compute
 from datasets import Dataset
 
-from data.class_names import find_class_names, read_class_names
-from data.columns import describe, kind_of, values_of
-from data.labels import CLASS_NAMES, are_codes, name_key, official_counts, tidy_name, without_numbers
+from data.columns import (
+    LABEL_NAMES,
+    LABEL_ROWS,
+    ONE_HOT,
+    choose_label,
+    describe,
+    find_given_column,
+    find_known,
+    find_label_candidates,
+    kind_of,
+    values_of,
+)
+from data.labeling import Labeling, name_classes
+from data.labels import CLASS_NAMES, official_counts, tidy_name
 from data.rows import SPLITS
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 
 OFFICIAL_SIZES = {split: sum(official_counts(split)) for split in SPLITS}
 MAX_NAME = 200  # characters; longer texts are captions
-NO_LABEL = "-1"  # what the hub writes for an unknown label
 
 
-@dataclass
-class Classes:
-    """Class names, and the label of each row by split, -1 for none; `notes` and `warnings` as of a Source."""
+def find_label_column(rows: Dataset, image: str, label_column: str | None, where: str) -> str:
+    """The column of labels: the one that is asked for, else the one that its name or its values tell.
 
-    names: list[str] = field(default_factory=list)
-    labels: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    Raises UserError with what to ask for.
+    """
+    features = rows.features
+    usable = [name for name, feature in features.items() if kind_of(feature) in ("class", "text", "number")]
+    usable = [name for name in usable if name != image]
+    if label_column is not None:
+        found = find_given_column(list(features), label_column, where)
+        if found not in usable:
+            raise UserError(
+                f"--label-column {label_column}: holds {describe(features[found])}; expected is one name or number for "
+                "each image"
+            )
+        return found
+    places = np.linspace(0, len(rows) - 1, min(len(rows), LABEL_ROWS)).astype(int)  # rows may be in order of classes
+    cells = {name: _read_cells(rows, name, places) for name in usable}
+    candidates = [name for name in find_label_candidates(cells) if name != ONE_HOT]
+    lists = [name for name in find_known(features, LABEL_NAMES) if name not in (image, *usable)]
+    if lists and not candidates:
+        raise UserError(
+            f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; expected is one name or "
+            "number for each image: name a column that has it with --label-column"
+        )
+    return choose_label({name: cells[name] for name in candidates}, features, where)[0]
+
+
+def _read_cells(rows: Dataset, column: str, places: np.ndarray) -> list[str]:
+    """The texts of a column in some rows; a ClassLabel's are its names."""
+    values = values_of(rows.data.column(column).take(places))
+    if kind_of(rows.features[column]) == "class":
+        names = dict(enumerate(rows.features[column].names))
+        return [names.get(value, "") for value in values]
+    return ["" if value is None or value != value else str(value).strip() for value in values]
 
 
 def read_classes(
     parts: Mapping[str, Dataset], label: str, class_names: str | None, beside: Sequence[Path], where: str
-) -> Classes:
-    """The classes of the column `label`. `class_names`: a file of names for them; `beside`: folders with such files.
+) -> tuple[Labeling, dict[str, np.ndarray]]:
+    """The classes in the column `label`, and the class of each row by split, (rows,) int64, -1 for none.
 
-    Raises UserError for labels that cannot be classes, and for numbers that nothing names.
+    `class_names`: a file of names for them; `beside`: folders with such files. Raises UserError for labels that cannot
+    be classes, and for numbers that nothing names.
     """
     features = {split: rows.features[label] for split, rows in parts.items()}
     kinds = {kind_of(feature) for feature in features.values()}
     if len(kinds) > 1:
         listed = ", ".join(f"{split}: {describe(feature)}" for split, feature in features.items())
         raise UserError(f"{where}: the column {label} differs between the splits ({listed}); write all alike")
-    kind = kinds.pop()
-    columns = {
-        split: _as_texts(rows.data.column(label), features[split], split, where) for split, rows in parts.items()
-    }
-    values = _distinct(columns, kind)
-    if kind == "class" and len({tuple(feature.names) for feature in features.values()}) == 1:
-        values = _as_array(next(iter(features.values())).names)  # in their order, those without an image as well
-    codes = values_of(values)
-    if not codes:
+    columns = {split: _read_texts(rows, label, split, where) for split, rows in parts.items()}
+    counts = Counter(text for column in columns.values() for text in column)
+    is_number = kinds == {"number"}
+    as_number = is_number and not {"true", "false"} & {*counts}
+    written = sorted(filter(tidy_name, counts), key=int if as_number else tidy_name)
+    if kinds == {"class"} and len({tuple(feature.names) for feature in features.values()}) == 1:
+        written = _names_of(next(iter(features.values())))  # in their order, those without an image as well
+    if not written:
         raise UserError(f"{where}: the column {label} holds no labels; name another: --label-column")
-    longest = max(map(len, codes))
+    longest = max(map(len, written))
     if longest > MAX_NAME:
         raise UserError(
             f"{where}: the column {label} holds texts of up to {longest:,} characters, which are no class names; name "
             "another: --label-column"
         )
-    classes = Classes()
-    if kind == "number" and class_names is None and codes[-1] == "101" and not codes[0].startswith("-"):
-        classes.warnings.append("the labels have no names; they are taken as the 102 of Oxford Flowers")
-        values = _as_array(list(map(str, range(102))))
-        classes.names, found = list(CLASS_NAMES), list(range(102))
+    if as_number and class_names is None and written[-1] == "101" and not written[0].startswith("-"):
+        labeling = Labeling(list(CLASS_NAMES), {str(number): number for number in range(len(CLASS_NAMES))})
+        labeling.warnings.append("the labels have no names; they are taken as the 102 of Oxford Flowers")
     else:
-        names = _name_codes(codes, class_names, beside, classes)
-        if kind == "number" and not names:
+        labeling = name_classes(written, class_names, beside, counts)
+        if is_number and labeling.table is None:
             raise UserError(
-                f"{where}: the labels are numbers without names ({codes[0]} to {codes[-1]}); give a json or csv file "
-                "of number and name: --class-names FILE, or write them as a ClassLabel"
+                f"{where}: the labels are numbers without names ({written[0]} to {written[-1]}); give a json or csv "
+                "file of number and name: --class-names FILE, or write them as a ClassLabel"
             )
-        found = _group([tidy_name(names.get(code, code)) for code in codes], _count(values, columns), classes)
-    for split, column in columns.items():
-        indices = pyarrow.compute.index_in(column, value_set=values).fill_null(len(found)).to_numpy()
-        classes.labels[split] = np.array([*found, -1])[indices]
-    return classes
+    get = labeling.labels.get
+    return labeling, {
+        split: np.array([get(text, -1) for text in column], np.int64) for split, column in columns.items()
+    }
 
 
-def _as_texts(column: pyarrow.ChunkedArray, feature, split: str, where: str) -> pyarrow.ChunkedArray:
-    """Labels as texts, null for none: the names of a ClassLabel, whole numbers, or texts as they are."""
-    kind = kind_of(feature)
+def _names_of(feature) -> list[str]:
+    """The names of a ClassLabel, which its JSON may give with half a character."""
+    return [name.encode(errors="replace").decode() for name in feature.names]
+
+
+def _read_texts(rows: Dataset, label: str, split: str, where: str) -> list[str]:
+    """Labels as texts, "" for none: the names of a ClassLabel, whole numbers, or texts as they are."""
+    column, kind = rows.data.column(label), kind_of(rows.features[label])
     if kind == "class":
-        check_range(column, len(feature.names), split, where)
-        return pyarrow.compute.take(_as_array(feature.names), column)
+        names = _names_of(rows.features[label])
+        check_range(column, len(names), split, where)
+        return [names[number] for number in column.to_pylist()]
     if pyarrow.types.is_floating(column.type):
         try:
             column = column.cast(pyarrow.float64())
@@ -93,8 +132,9 @@ def _as_texts(column: pyarrow.ChunkedArray, feature, split: str, where: str) -> 
             raise UserError(
                 f"{where}: labels of {split} are no whole numbers ({error}); name another column: --label-column"
             ) from error
-    texts = column.cast(pyarrow.large_string())
-    return pyarrow.compute.if_else(pyarrow.compute.equal(texts, NO_LABEL), None, texts) if kind == "number" else texts
+    if kind == "number":  # -1 is what the hub writes for an unknown label
+        return ["" if text in (None, "-1") else text for text in column.cast(pyarrow.string()).to_pylist()]
+    return [text or "" for text in values_of(column)]
 
 
 def check_range(labels: pyarrow.ChunkedArray, count: int, split: str, where: str) -> None:
@@ -110,71 +150,6 @@ def check_range(labels: pyarrow.ChunkedArray, count: int, split: str, where: str
             f"{where}: labels of {split} go from {lowest} to {highest}, expected 0 to {count - 1}; write them as a "
             "ClassLabel with its names, and leave images without a label out"
         )
-
-
-def _as_array(texts: Sequence[str]) -> pyarrow.Array:
-    return pyarrow.array([text.encode(errors="replace").decode() for text in texts], pyarrow.large_string())
-
-
-def _distinct(columns: Mapping[str, pyarrow.ChunkedArray], kind: str) -> pyarrow.Array:
-    """The labels that there are, in the order of their names or numbers."""
-    chunks = [chunk for column in columns.values() for chunk in column.chunks]
-    values = pyarrow.compute.unique(pyarrow.chunked_array(chunks, pyarrow.large_string())).drop_null()
-    texts = values_of(values)
-    is_numbers = kind == "number" and "true" not in texts and "false" not in texts
-    order = [index for index, text in enumerate(texts) if tidy_name(text)]
-    order.sort(key=lambda index: int(texts[index]) if is_numbers else tidy_name(texts[index]))
-    return values.take(pyarrow.array(order, pyarrow.int64()))
-
-
-def _name_codes(
-    codes: Sequence[str], class_names: str | None, beside: Sequence[Path], classes: Classes
-) -> Mapping[str, str]:
-    """What labels that are numbers or codes are called: in the file that was given, or in one beside the images."""
-    if class_names is not None:
-        classes.notes.append(f"names from {class_names}")
-        return read_class_names(Path(class_names), codes)
-    plain = without_numbers(codes)
-    if plain is not None:
-        classes.notes.append(f"names without the numbers of the labels: {codes[0]} is {tidy_name(plain[0])}")
-        return dict(zip(codes, plain))
-    if not are_codes(codes):
-        return {}
-    if found := find_class_names(codes, beside):
-        names, table = found
-        classes.notes.append(f"names from {table}: {codes[0]} is {names[codes[0]]}")
-        return names
-    classes.warnings.append(
-        f"classes are called {', '.join(map(printable, codes[:3]))}{', ...' if len(codes) > 3 else ''}, and the model "
-        "would answer with that; a json or csv file of code and name gives them names: --class-names FILE"
-    )
-    return {}
-
-
-def _count(values: pyarrow.Array, columns: Mapping[str, pyarrow.ChunkedArray]) -> Counter[int]:
-    """How often each of the values occurs, by its place among them."""
-    counts: Counter[int] = Counter()
-    for column in columns.values():
-        places = pyarrow.compute.index_in(column, value_set=values).drop_null().to_numpy()
-        counts.update(dict(enumerate(np.bincount(places, minlength=len(values)).tolist())))
-    return counts
-
-
-def _group(names: Sequence[str], counts: Counter[int], classes: Classes) -> list[int]:
-    """The class of each name: names that differ in case or punctuation are one, called as most images call it."""
-    by_key: dict[str, list[int]] = defaultdict(list)
-    for place, name in enumerate(names):
-        by_key[name_key(name) or name].append(place)
-    found = {}
-    for label, places in enumerate(by_key.values()):
-        best = max(places, key=lambda place: counts[place])
-        classes.names.append(names[best])
-        found.update(dict.fromkeys(places, label))
-        spellings = sorted({names[place] for place in places})
-        if len(spellings) > 1:
-            listed = " and ".join(map(repr, spellings))
-            classes.warnings.append(f"{listed} are read as one class, {names[best]!r}; rename one if they differ")
-    return [found[place] for place in range(len(names))]
 
 
 def check_official_counts(splits: Mapping[str, Dataset], description: str) -> None:

@@ -1,36 +1,211 @@
-"""Which columns of a table hold the images and their labels, by type, name and content.
+"""Columns of tables, in text or Arrow, by their names, else by what they hold: images, labels, splits and plants.
 
-A table is Arrow with the features that `datasets` gives it: of parquet files, a saved data set, or the hub.
+`cells` are columns by name, each with its cells in the order of the rows; "" is an empty cell.
 """
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import pyarrow
 import pyarrow.compute
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Features, Image, Value
 
 from config.training_config import nearest_name
+from data.labels import split_of
+from data.records import ADDRESS
 from utils.image_utils import SUFFIXES, is_image_start, printable
 from utils.logging_utils import UserError
 
-FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
-# Names of columns without case and punctuation, the best first.
+# Names of columns as plain_name gives them, the best first.
 IMAGE_NAMES = (
     *("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "pixelvalues", "images", "imagebytes"),
     *("imagedata", "imgbytes"),
 )
-PATH_NAMES = (
+FILE_NAMES = (
     *("filename", "imagefilename", "filepath", "imagepath", "imgpath", "imagefile", "imagename", "imgname"),
-    *("photopath", "path", "file"),
+    *("photopath", "path", "file", "image", "imageid", "id", "gbifid"),
 )
 LABEL_NAMES = (
     *("label", "labels", "class", "classname", "classlabel", "labelname", "labeltext", "category", "categoryname"),
-    *("species", "speciesname", "scientificname", "commonname", "plant", "plantname", "flower", "flowername"),
-    *("taxon", "taxonname", "name", "finelabel", "target", "cls", "y", "classid", "labelid", "categoryid", "speciesid"),
+    *("target", "species", "speciesname", "scientificname", "latinname", "taxonname", "acceptedscientificname"),
+    *("binomial", "canonicalname", "taxon", "name", "commonname", "vernacularname", "englishname", "plant"),
+    *("plantname", "flower", "flowername", "crop", "speciesguess", "disease", "variety", "cultivar", "finelabel"),
+    *("cls", "tag", "genus", "labelid", "classid", "categoryid", "speciesid", "taxonid", "y"),
 )
-SPLIT_NAMES = ("split", "partition", "subset", "fold", "set")
-GROUP_NAMES = ("observationid", "obsid", "individualid", "specimenid")  # not plantid, which may be that of a species
+LABEL_WORDS = re.compile(r"(label|species|class|category|disease)(name|text)?$")  # end of others, such as true_label
+SPLIT_NAMES = (
+    *("split", "splits", "set", "subset", "dataset", "partition", "fold", "usage", "learntag", "phase", "datasplit"),
+    *("isvalid", "isval", "isvalidation", "istest", "istrain"),
+)
+GROUP_NAMES = (
+    *("obsid", "observationid", "observationuuid", "occurrenceid", "plantid", "individualid", "individual"),
+    *("specimenid", "treeid", "organismid", "groupid", "group"),
+)
+RANKS = ("kingdom", "phylum", "order", "family")  # beside these, "class" is a rank: Magnoliopsida
+NOT_KNOWN = 2 * len(LABEL_NAMES)
+ONES, ZEROS = ("1", "1.0", "true", "True", "TRUE", "yes"), ("0", "0.0", "false", "False", "FALSE", "no")
+ONE_HOT = "(one for each class)"  # stands for the column that columns of 0 and 1 are together
+# Addresses, dates, decimals, file names and texts are no labels where a column's name does not say so.
+NO_LABEL = re.compile(
+    rf"{ADDRESS.pattern}|\d{{2,4}}[-/.]\d\d?[-/.]|[-+]?\d*\.\d+$|.*\.(jpe?g|png)$|.{{100}}", re.IGNORECASE
+)
+LABEL_ROWS = 20_000  # tell which column is the label
+FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
+
+
+def plain_name(column: str) -> str:
+    """A column's name without case and punctuation: scientificName and "scientific_name" are the same."""
+    return re.sub(r"[\W_]", "", column).lower()
+
+
+def list_columns(columns: Iterable[str]) -> str:
+    """Columns in an error, as many as fit."""
+    shown = [printable(column)[:40] for column in columns]
+    return ", ".join(shown[:30]) + (", ..." if len(shown) > 30 else "")
+
+
+def find_known(columns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The columns with these names, in the order of the names."""
+    by_name = {plain_name(column): column for column in reversed(list(columns))}
+    return [by_name[name] for name in names if name in by_name]
+
+
+# ---- labels
+
+
+def label_preference(column: str, columns: Iterable[str] = ()) -> int:
+    """Place among the names of label columns, lowest first; NOT_KNOWN for others. `columns`: those beside it."""
+    key = plain_name(column)
+    if key == "class" and len(find_known(columns, RANKS)) > 1:
+        return NOT_KNOWN
+    if key in LABEL_NAMES:
+        return LABEL_NAMES.index(key)
+    return len(LABEL_NAMES) if LABEL_WORDS.search(key) else NOT_KNOWN
+
+
+def find_given_column(columns: Sequence[str], wanted: str, where: str) -> str:
+    """The column that --label-column names. Raises UserError if there is none."""
+    if found := [wanted] if wanted in columns else find_known(columns, [plain_name(wanted)]):
+        return found[0]
+    raise UserError(
+        f"--label-column {wanted}: {where} has no such column{nearest_name(wanted, columns)}; it has "
+        f"{list_columns(columns)}"
+    )
+
+
+def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """Columns that may be the label, by name, else by what a sample holds; ONE_HOT among them for columns of 0 and 1.
+
+    `cells` are those of the sample, without the column of images.
+    """
+    distinct = {name: {*column} - {""} for name, column in cells.items()}
+    known = [name for name in cells if label_preference(name, cells) < NOT_KNOWN]
+    if any(label_preference(name) < 2 for name in known) and not any(distinct[name] for name in known):
+        return known  # a column "label" that is empty says that there is none
+    known = [name for name in known if distinct[name]]
+    repeated = [name for name in known if _repeats(distinct[name], len(cells[name]))]
+    if any(not _are_numbers(distinct[name]) for name in repeated):
+        return known
+    if find_one_hot_columns(cells):
+        return [*known, ONE_HOT]
+    aside = find_known(cells, (*SPLIT_NAMES, *GROUP_NAMES))
+    unknown = [
+        name
+        for name in cells
+        if name not in (*aside, *known) and len(distinct[name]) > 1 and _repeats(distinct[name], len(cells[name]))
+        if not any(map(NO_LABEL.match, distinct[name]))
+    ]
+    return known if repeated else unknown or known
+
+
+def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
+    """Of candidates the label: text before numbers, then by name; after it, others that may be meant.
+
+    Raises UserError if all cells are empty, or where names do not tell several columns apart.
+    """
+    distinct = {name: {*column} - {""} for name, column in cells.items() if any(column)}
+    if not distinct:
+        raise UserError(
+            f"{where}: has no labels for the images (columns: {list_columns(columns)}); say which column has: "
+            "--label-column NAME"
+        )
+
+    def quality(name: str) -> tuple[bool, bool, bool]:
+        is_text = name == ONE_HOT or not _are_numbers(distinct[name])
+        return len(distinct[name]) > 1, _repeats(distinct[name], len(cells[name])), is_text
+
+    best = max(map(quality, distinct))
+    alike = sorted((name for name in distinct if quality(name) == best), key=label_preference)
+    if len(alike) > 1 and label_preference(alike[0]) == NOT_KNOWN:
+        raise UserError(
+            f"{where}: the labels may be in any of the columns {list_columns(alike)}; say which: --label-column NAME"
+        )
+    return alike
+
+
+def find_one_hot_columns(cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """Two or more columns of 0 and 1, of which at least half of the rows have exactly one 1; else none."""
+    columns = [name for name, column in cells.items() if {*column} <= {*ONES, *ZEROS, ""}]
+    rows = list(zip(*(cells[name] for name in columns)))
+    single = sum(sum(cell in ONES for cell in row) == 1 for row in rows)
+    return columns if len(columns) > 1 and single * 2 >= len(rows) else []
+
+
+def _repeats(distinct: set[str], num_rows: int) -> bool:
+    return len(distinct) <= max(2, num_rows // 2)
+
+
+def _are_numbers(cells: set[str]) -> bool:
+    return all(re.fullmatch(r"[-+]?\d+(\.\d*)?", cell) for cell in cells)
+
+
+# ---- splits and plants
+
+
+def find_split_column(cells: Mapping[str, Sequence[str]]) -> str | None:
+    """The column whose cells are words for splits, or say whether a row is one of a split's: is_valid."""
+    for name in find_known(cells, SPLIT_NAMES):
+        distinct = {*cells[name]} - {""}
+        if plain_name(name).startswith("is"):
+            if len(distinct) == 2 and distinct <= {*ONES, *ZEROS}:
+                return name
+        elif distinct and all(map(split_of, distinct)):
+            return name
+    return None
+
+
+@functools.lru_cache(maxsize=1000)
+def read_split(column: str, cell: str) -> str:
+    """The split that a cell of such a column says, or ""."""
+    key = plain_name(column)
+    if not key.startswith("is"):
+        return split_of(cell) or ""
+    yes, no = ("train", "test") if key == "istrain" else (split_of(key[2:]) or "", "train")
+    return yes if cell in ONES else no
+
+
+def split_of_file(file: Path, root: Path) -> str:
+    """The split that a table's name tells, as a whole or by a word of it, or else a folder's below `root`; or ""."""
+    folders = file.parent.relative_to(root).parts if file.is_relative_to(root) else ()
+    for name in (file.stem, *reversed(folders)):
+        name = re.sub(r"labels?|meta_?data", " ", name.lower())
+        words = {split for word in re.findall(r"[a-z]+", name) if (split := split_of(word))}
+        if split := split_of(name) or (words.pop() if len(words) == 1 else None):
+            return split
+    return ""
+
+
+def are_groups(groups: Sequence[str], labels: Sequence[object]) -> bool:
+    """Whether the values tell plants apart: some have several images, and they are not the classes once more."""
+    counts = Counter(group for group in groups if group)
+    of_labels = {label for group, label in zip(groups, labels) if group}
+    return len(counts) > len(of_labels) and any(count > 1 for count in counts.values())
+
+
+# ---- columns of Arrow
 
 
 def kind_of(feature) -> str:
@@ -47,8 +222,11 @@ def kind_of(feature) -> str:
     return kinds.get(dtype, "number" if re.match(r"u?int\d|float\d", dtype) else "other")
 
 
-def plain_key(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).lower()
+def describe(feature) -> str:
+    """What a column holds, in an error."""
+    if kind_of(feature) == "image":
+        return "images"
+    return f"{feature.dtype} values" if isinstance(feature, Value) else "lists or records"
 
 
 def values_of(column: pyarrow.ChunkedArray) -> list:
@@ -60,135 +238,43 @@ def values_of(column: pyarrow.ChunkedArray) -> list:
         return [None if value is None else value.decode(errors="replace") for value in values]
 
 
-def first_values(rows: Dataset) -> Callable[[str], list]:
-    """The reader of a column's first values that `find_images` takes."""
-    return lambda name: [value for value in values_of(rows.data.column(name).slice(0, FIRST_ROWS)) if value is not None]
-
-
-def find_images(features: Features, head: Callable[[str], list]) -> tuple[list[str], bool]:
-    """(columns of images, whether they hold paths of files), the best name first; `head`: first values of a column."""
-    found = [name for name, feature in features.items() if kind_of(feature) == "image"]
-    found = [name for name in found if not _is_doubtful(name, features[name]) or _look_like_images(head(name))]
+def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> tuple[list[str], bool]:
+    """(columns of images, whether they hold paths of files), the best name first; `head`: a column's FIRST_ROWS."""
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
+    found = [name for name, kind in kinds.items() if kind == "image"]
+    # Bytes of no telling name may also be a hash or an embedding.
+    telling = [name for name in found if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
+    found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
     by_path = not found
     if by_path:
-        texts = [name for name, feature in features.items() if kind_of(feature) == "text"]
-        found = [name for name in texts if _look_like_paths(head(name))]
-    order = (*IMAGE_NAMES, *PATH_NAMES)
-    keys = {name: plain_key(name) for name in found}
-    return sorted(found, key=lambda name: order.index(keys[name]) if keys[name] in order else len(order)), by_path
+        found = [name for name, kind in kinds.items() if kind == "text" and _are_paths(_values(head(name)))]
+    known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
+    return list(dict.fromkeys([*known, *found])), by_path
 
 
-def find_image_column(features: Features, head: Callable[[str], list], where: str) -> tuple[str, bool]:
+def find_image_column(features: Features, head: Callable[[str], pyarrow.ChunkedArray], where: str) -> tuple[str, bool]:
     """(the column of images, whether it holds paths of files). Raises UserError for none, or for several."""
     found, by_path = find_images(features, head)
-    if len(found) > 1 and plain_key(found[0]) not in (*IMAGE_NAMES, *PATH_NAMES):
-        raise UserError(
-            f"{where}: several columns hold images ({', '.join(map(printable, found))}); rename the one to use to image"
-        )
+    if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
+        raise UserError(f"{where}: several columns hold images ({list_columns(found)}); rename the one to use to image")
     if found:
         return found[0], by_path
     for name, feature in features.items():
-        if kind_of(feature) == "text" and any(value.startswith(("http://", "https://")) for value in head(name)):
+        if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
             raise UserError(
                 f"{where}: has no images, but web addresses in the column {printable(name)}; download the images into "
                 "<class name>/photo.jpg"
             )
     raise UserError(
-        f"{where}: no column of images among {', '.join(map(printable, features))}; expected is one of image files "
-        "(the Image of `datasets`, or their bytes) or of their paths"
+        f"{where}: no column of images among {list_columns(features)}; expected is one of image files (the Image of "
+        "`datasets`, or their bytes) or of their paths"
     )
 
 
-def _is_doubtful(name: str, feature) -> bool:
-    """Bytes of no telling name: they may also be a hash or an embedding."""
-    return isinstance(feature, Value) and plain_key(name) not in IMAGE_NAMES
+def _values(column: pyarrow.ChunkedArray) -> list:
+    return [value for value in values_of(column) if value is not None]
 
 
-def _look_like_images(values: Sequence[bytes]) -> bool:
-    return any(is_image_start(value[:16]) for value in values)
-
-
-def _look_like_paths(values: Sequence[str]) -> bool:
+def _are_paths(values: Sequence[str]) -> bool:
     paths = [value for value in values if value.lower().endswith(SUFFIXES) and "://" not in value]
     return len(paths) * 2 > len(values)
-
-
-def find_label_column(rows: Dataset, image: str, label_column: str | None, where: str) -> str:
-    """The column of labels: the one that is asked for, or that is known so, or alone repeats its values.
-
-    Raises UserError with what to ask for.
-    """
-    features = rows.features
-    usable = {name: kind_of(feature) for name, feature in features.items() if name != image}
-    if label_column is not None:
-        if label_column not in features:
-            listed = ", ".join(map(printable, features))
-            raise UserError(
-                f"--label-column {label_column}: {where} has no such column{nearest_name(label_column, features)}; it "
-                f"has {listed}"
-            )
-        if label_column == image or usable[label_column] in ("image", "other"):
-            raise UserError(
-                f"--label-column {label_column}: holds {describe(features[label_column])}; expected is one name or "
-                "number for each image"
-            )
-        return label_column
-    candidates = [name for name, kind in usable.items() if kind in ("class", "text", "number")]
-    candidates = [name for name in candidates if plain_key(name) not in SPLIT_NAMES]
-    known = sorted(
-        (name for name in candidates if plain_key(name) in LABEL_NAMES),
-        key=lambda name: LABEL_NAMES.index(plain_key(name)),
-    )
-    if known:
-        return next((name for name in known if _repeats(rows, name)), known[0])
-    telling = [name for name in candidates if usable[name] != "number" and _repeats(rows, name)]
-    if len(telling) == 1:
-        return telling[0]
-    lists = [name for name in usable if plain_key(name) in LABEL_NAMES]
-    if lists:
-        raise UserError(
-            f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; expected is one name or "
-            "number for each image: name a column that has it with --label-column"
-        )
-    listed = ", ".join(map(printable, telling or candidates)) or "there is none but the images"
-    raise UserError(
-        f"{where}: the images are in the column {printable(image)}, and which column has their labels is not clear "
-        f"({listed}); name it: --label-column"
-    )
-
-
-def _repeats(rows: Dataset, name: str) -> bool:
-    """Whether a column has few distinct values, as labels do and names of files do not."""
-    distinct = pyarrow.compute.count_distinct(rows.data.column(name)).as_py()
-    return kind_of(rows.features[name]) == "class" or 2 <= distinct <= len(rows) / 2
-
-
-def describe(feature) -> str:
-    if kind_of(feature) == "image":
-        return "images"
-    return f"{feature.dtype} values" if isinstance(feature, Value) else "lists or records"
-
-
-def find_group_column(rows: Dataset) -> str | None:
-    """The column that tells which images show one plant, if some do."""
-    for name, feature in rows.features.items():
-        if plain_key(name) in GROUP_NAMES and kind_of(feature) in ("text", "number"):
-            column = rows.data.column(name)
-            if 2 <= pyarrow.compute.count_distinct(column).as_py() < len(column) - column.null_count:
-                return name
-    return None
-
-
-def find_names_column(rows: Dataset, codes: str, image: str) -> str:
-    """A column of texts that has one for each value of the column `codes`, as numbers are called; else `codes`."""
-    numbers = pyarrow.compute.count_distinct(rows.data.column(codes)).as_py()
-    found = []
-    for name, feature in rows.features.items():
-        if kind_of(feature) not in ("text", "class") or name in (image, codes) or numbers * 2 > len(rows):
-            continue
-        if pyarrow.compute.count_distinct(rows.data.column(name)).as_py() != numbers:
-            continue
-        pairs = pyarrow.table({"code": rows.data.column(codes), "name": rows.data.column(name)})
-        if pairs.drop_null().group_by(["code", "name"]).aggregate([]).num_rows == numbers:
-            found.append(name)
-    return min(found, key=lambda name: plain_key(name) not in LABEL_NAMES, default=codes)

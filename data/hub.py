@@ -58,36 +58,36 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
     splits, warnings = name_splits(loaded if isinstance(loaded, DatasetDict) else {"train": loaded}, where)
     # Where the library puts files of a data set; their tables name them by path.
     caches = [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
-    source = read_tables(splits, reading, where, dict.fromkeys(splits, caches))
-    return source._replace(warnings=[*warnings, *source.warnings], revision=revision)
+    return read_tables(splits, reading, where, dict.fromkeys(splits, caches), (), warnings)._replace(revision=revision)
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> UserError:
     """What the user can do about an error of the hub or of `datasets`."""
-    page = f"https://huggingface.co/datasets/{repository}"
     causes = list(_causes(error))
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    status = next((status for status in statuses if status), 0)
+    statuses = [getattr(getattr(cause, "response", None), "status_code", 0) for cause in causes]
+    status = next(filter(None, statuses), 0)
+    name = f"data set {repository}"
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
-        return UserError(f"data set {repository} is gated; accept its terms at {page} and set HF_TOKEN")
+        page = f"https://huggingface.co/datasets/{repository}"
+        return UserError(f"{name} is gated; accept its terms at {page} and set HF_TOKEN")
     if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
-        return UserError(f"--dataset-revision {revision}: data set {repository} has no such revision; see {page}")
-    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes) or status in (401, 403, 404):
+        return UserError(f"--dataset-revision {revision}: {name} has no such revision; see its commits on the hub")
+    if status in (401, 403, 404):
         return UserError(
             f"--dataset {repository}: no such folder here, and no such data set on the hub, or it is private; check "
             "the name, or set HF_TOKEN"
         )
     if status == 429 or status >= 500:
-        return UserError(f"data set {repository}: the hub answers {status}; try again later")
-    if re.search(r"config name", str(error), re.IGNORECASE):
+        return UserError(f"{name}: the hub answers {status}; try again later")
+    if "config name" in str(error).lower():
         return UserError(
-            f"data set {repository} has several configurations; download one and give its folder: hf download "
-            f"{repository} --repo-type dataset --local-dir FOLDER ({first_line(error)})"
+            f"{name} has several configurations; download one and give its folder: hf download {repository} "
+            f"--repo-type dataset --local-dir FOLDER ({first_line(error)})"
         )
     at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"data set {repository}{at} cannot be loaded ({first_line(error)}); check the network and HF_TOKEN, or give "
-        "--dataset FOLDER with the images"
+        f"{name}{at} cannot be loaded ({first_line(error)}); check the network and HF_TOKEN, or give --dataset FOLDER "
+        "with the images"
     )
 
 

@@ -4,23 +4,17 @@ import functools
 import itertools
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from data.columns import FILE_NAMES, plain_name
 from data.labels import split_of
-from data.records import ADDRESS, Records
+from data.records import ADDRESS, SAMPLE_ROWS, Records
 from data.survey import Folder
 from utils.image_utils import SUFFIXES
 
 WAYS = ("path", "name", "stem", "observation")  # how a cell may give an image; strictest first
-FILE_COLUMNS = ("filename", "file", "filepath", "path", "image", "imagename", "imagepath", "imageid", "id", "gbifid")
-SAMPLE_ROWS = 1000
-
-
-def plain_column(column: str) -> str:
-    """A column's name without case and punctuation: scientificName and "scientific_name" are the same."""
-    return re.sub(r"[\W_]", "", column).lower()
 
 
 class ImageIndex:
@@ -97,7 +91,8 @@ def index_folder(folder: Folder) -> ImageIndex:
 
 
 class FileColumn(NamedTuple):
-    number: int
+    name: str
+    number: int  # among the columns
     way: str  # one of WAYS
     share_of_rows: float  # that have an image
     share_of_images: float  # that have a row
@@ -110,8 +105,8 @@ def find_file_column(records: Records, index: ImageIndex) -> FileColumn | None:
         found = _match_columns(records, index, columns, ways, SAMPLE_ROWS)
         if found and found.share_of_rows >= 0.5:
             return found
-    cells = list(zip(*itertools.islice(records.rows(), SAMPLE_ROWS)))
-    many = [n for n, column in enumerate(cells) if len({*column}) * 5 > len(column) and not ADDRESS.match(column[0])]
+    sample = list(records.sample().values())
+    many = [n for n, cells in enumerate(sample) if len({*cells}) * 5 > len(cells) and not ADDRESS.match(cells[0])]
     return _match_columns(records, index, many, WAYS, None)
 
 
@@ -119,7 +114,7 @@ def _match_columns(
     records: Records, index: ImageIndex, columns: Sequence[int], ways: Sequence[str], limit: int | None
 ) -> FileColumn | None:
     images: dict[tuple[int, str], set[int]] = defaultdict(set)  # images, not rows: a label 1 is no 1.jpg in each row
-    matched: dict[tuple[int, str], int] = defaultdict(int)
+    matched: Counter[tuple[int, str]] = Counter()
     num_rows = 0
     for row in itertools.islice(records.rows(), limit):
         num_rows += 1
@@ -132,7 +127,8 @@ def _match_columns(
 
     def quality(key: tuple[int, str]) -> tuple[float, bool, int]:
         looseness = 1 + 0.1 * WAYS.index(key[1])
-        return len(images[key]) / looseness, plain_column(records.columns[key[0]]) in FILE_COLUMNS, -key[0]
+        return len(images[key]) / looseness, plain_name(records.columns[key[0]]) in FILE_NAMES, -key[0]
 
-    best = max(images, key=quality)
-    return FileColumn(best[0], best[1], matched[best] / num_rows, len(images[best]) / len(index.paths))
+    best = number, way = max(images, key=quality)
+    shares = matched[best] / num_rows, len(images[best]) / len(index.paths)
+    return FileColumn(records.columns[number], number, way, *shares)

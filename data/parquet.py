@@ -1,9 +1,11 @@
 """Parquet files and data sets that `datasets` saved, read as memory-mapped Arrow or as a stream."""
 
+import functools
 import glob
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow
@@ -11,8 +13,8 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
 from data.arrow import read_tables
-from data.classes import check_range
-from data.columns import FIRST_ROWS, find_image_column, find_images, find_label_column, first_values, kind_of, values_of
+from data.classes import check_range, find_label_column
+from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file
 from data.labels import split_of
 from data.rows import SPLITS, Reading, Source
 from data.streaming import Stream
@@ -30,7 +32,7 @@ def has_images(file: Path, by_path: bool = True) -> bool:
     Decided by its schema and the first values of texts and bytes. Raises UserError for a file that is not parquet.
     """
     features = _read_features(file)
-    found, are_paths = find_images(features, _first_values(file))
+    found, are_paths = find_images(features, functools.partial(_read_head, file))
     if not found or not are_paths:
         return bool(found)
     kinds = [kind_of(feature) for name, feature in features.items() if name not in found]
@@ -44,15 +46,12 @@ def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> S
     """
     where = f"parquet file {files[0]}" if len(files) == 1 else f"parquet folder {path}"
     with_images = [file for file in files if has_images(file)] or files[:1]  # whose columns the error then lists
-    warnings = _warn_unused(
-        "have no images and are not used", path, [file for file in files if file not in with_images]
-    )
-    by_split, unused = assign_splits(with_images, path, reading.allow_missing)
-    warnings += unused
+    others = [file for file in files if file not in with_images]
+    by_split, warnings = assign_splits(with_images, path, reading.allow_missing)
+    warnings += _warn_unused("have no images and are not used", path, others)
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
-    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
-    return source._replace(warnings=[*warnings, *source.warnings])
+    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
 
 
 def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
@@ -70,7 +69,7 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     where = f"stream of {len(train_files):,} parquet files in {path}"
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     first = splits["validation"]
-    image, by_path = find_image_column(first.features, first_values(first), where)
+    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     if by_path:
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
@@ -81,8 +80,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         raise
     except Exception as error:
         raise UserError(f"{path}: the parquet files cannot be read ({first_line(error)})") from error
-    source = read_tables(splits, reading, where, {split: [path] for split in splits})
-    return source._replace(splits={"train": train} | source.splits, warnings=[*warnings, *source.warnings])
+    source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
+    return source._replace(splits={"train": train} | source.splits)
 
 
 def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[str, Dataset], label: str) -> None:
@@ -108,15 +107,13 @@ def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[st
 
 def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     """A folder that save_to_disk of `datasets` wrote, or one that holds it alone. Raises UserError in one sentence."""
-    found = [below.path for name in SAVED for below in folder.walk() if name in _names_in(below)]
-    path = found[0] if found else folder.path
-    where = f"saved data set {path}"
+    found = [below.path for name in SAVED for below in folder.walk() if name in chain(*below.files.values())]
     if not found:
-        arrow = folder.find("arrow")[0]
         raise UserError(
-            f"{path}: {printable(arrow.name)} is an Arrow file without its description; expected is a folder "
-            "written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
+            f"{folder.path}: {printable(folder.find('arrow')[0].name)} is an Arrow file without its description; "
+            "expected is a folder written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
         )
+    path, where = found[0], f"saved data set {found[0]}"
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
@@ -126,12 +123,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
     roots = {split: [path] for split in splits}
-    source = read_tables(splits, reading, where, roots, beside=(path, *list(path.parents)[:2]))
-    return source._replace(warnings=[*warnings, *source.warnings])
-
-
-def _names_in(folder: Folder) -> list[str]:
-    return [name for names in folder.files.values() for name in names]
+    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
 
 
 # ---- splits
@@ -161,36 +153,21 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     Raises UserError without a file for train, and for a series of files that is not complete.
     """
     warnings = _check_series(files, allow_missing)
-    found: dict[str | None, list[Path]] = defaultdict(list)
+    found: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(files):
-        found[_split_of_file(file, path) if len(files) > 1 else "train"].append(file)
-    unnamed = found.pop(None, [])
+        found[split_of_file(file, path) if len(files) > 1 else "train"].append(file)
+    unnamed = found.pop("", [])
     if "train" not in found and unnamed:
         found["train"] = unnamed
     elif unnamed:
         warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
     if "train" not in found:
         raise UserError(
-            f"{path}: no parquet file for train, only for {' and '.join(map(str, found))}; give files or folders names "
+            f"{path}: no parquet file for train, only for {' and '.join(found)}; give files or folders names "
             "that begin with train, validation and test"
         )
     _check_one_data_set(found["train"], path)
     return {split: found[split] for split in SPLITS if split in found}, warnings
-
-
-def _split_of_file(file: Path, path: Path) -> str | None:
-    parts = [_series_name(file.stem), *(part for part in reversed(file.relative_to(path).parts[:-1]))]
-    for part in parts:
-        words = [split_of(part), *(split_of(word) for word in re.split(r"[^A-Za-z0-9]+", part))]
-        known = {split for split in words if split}
-        if words[0] or len(known) == 1:
-            return words[0] or known.pop()
-    return None
-
-
-def _series_name(stem: str) -> str:
-    found = SERIES.fullmatch(stem)
-    return found[1] if found else stem
 
 
 def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
@@ -213,7 +190,7 @@ def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
     """Raise UserError for train files of one name in several folders: configurations of a data set, not its parts."""
     by_name: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        if _split_of_file(file, file.parent):
+        if split_of_file(file, file.parent):
             by_name[file.name].append(file.parent)
     folders = max(by_name.values(), key=len, default=[])
     if len(folders) > 1:
@@ -244,18 +221,14 @@ def _read_features(file: Path) -> Features:
         raise UserError(f"{file}: its columns cannot be read ({first_line(error)}); write it again") from error
 
 
-def _first_values(file: Path):
-    """The reader of a column's first values that find_image_column takes."""
-
-    def read(name: str) -> list:
-        try:
-            batch = next(pyarrow.parquet.ParquetFile(file).iter_batches(FIRST_ROWS, columns=[name]), None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)})") from error
-        column = batch.column(name) if batch is not None and name in batch.schema.names else pyarrow.array([])
-        return [value for value in values_of(column) if value is not None]
-
-    return read
+def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
+    """The first rows of a column."""
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        batches = islice(table.iter_batches(FIRST_ROWS, columns=[name]), 1)
+        return pyarrow.chunked_array([batch.column(name) for batch in batches], table.schema_arrow.field(name).type)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)}); write it again") from error
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:

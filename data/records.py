@@ -4,6 +4,7 @@ Cells are text without spaces around it; each row has a cell for each column, al
 """
 
 import codecs
+import contextlib
 import csv
 import itertools
 import json
@@ -19,6 +20,7 @@ from utils.logging_utils import UserError
 DELIMITERS = ",;\t|"
 LINE_CHARS = 1 << 24  # a longer line is read in parts: memory stays bounded
 SAMPLE_LINES = 20  # tell the delimiter
+SAMPLE_ROWS = 1000  # tell what a column holds
 MAX_JSON_BYTES = 400_000_000  # JSON is parsed as a whole, in about five times its size
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{1,9}://|www\.", re.IGNORECASE)
 
@@ -32,6 +34,11 @@ class Records:
     columns: list[str]  # no two alike; "column 3" where there is no name
     rows: Callable[[], Iterator[list[str]]]  # from the first on, at each call
 
+    def sample(self, num_rows: int = SAMPLE_ROWS, without: str | None = None) -> dict[str, list[str]]:
+        """The cells of the first rows by column."""
+        rows = list(itertools.islice(self.rows(), num_rows))
+        return {name: [row[n] for row in rows] for n, name in enumerate(self.columns) if name != without}
+
 
 def open_records(path: Path, has_header: bool | None = None) -> Records:
     """The table in a file. `has_header`: of csv and txt; None: unless its first row has the file name of an image.
@@ -41,26 +48,27 @@ def open_records(path: Path, has_header: bool | None = None) -> Records:
     suffix = path.suffix.lower()
     if suffix in (".xlsx", ".xls", ".ods", ".numbers"):
         raise UserError(f"{path}: spreadsheets are not read; save it as .csv and give that")
+    if suffix in (".jsonl", ".ndjson"):
+        return _open_json_lines(path)
+    if suffix == ".json":
+        return _open_json(path)
     try:
-        if suffix in (".jsonl", ".ndjson"):
-            return _open_json_lines(path)
-        if suffix == ".json":
-            return _open_json(path)
         return _open_csv(path, has_header)
     except csv.Error as error:
         raise UserError(f"{path}: is no table ({error}); expected a header and a row for each image") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines as they end in the file, without NUL; UTF-16 by its mark, else UTF-8, else Latin-1. Raises OSError."""
-    with open(path, "rb") as file:
-        is_utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding, errors = ("utf-16", "replace") if is_utf_16 else ("utf-8-sig", "as_latin_1")
-    with open(path, encoding=encoding, errors=errors, newline="") as file:
-        while line := file.readline(LINE_CHARS):
-            yield line.replace("\0", "")
+    """Lines as they end in the file, without NUL; UTF-16 by its mark, else UTF-8, else Latin-1. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            is_utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding, errors = ("utf-16", "replace") if is_utf_16 else ("utf-8-sig", "as_latin_1")
+        with open(path, encoding=encoding, errors=errors, newline="") as file:
+            while line := file.readline(LINE_CHARS):
+                yield line.replace("\0", "")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
 # ---- csv
@@ -71,37 +79,29 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
     if not lines:
         raise UserError(f"{path}: is empty; expected a header and a row for each image")
     parse = _choose_parser(lines)
-    first = _strip(next(parse(lines), []))
+    first = [cell.strip() for cell in next(parse(lines), [])]
     if has_header is None:
         has_header = not any(is_image_name(Path(cell)) and not ADDRESS.match(cell) for cell in first)
     columns = _unique(first if has_header else [""] * max(len(row) for row in parse(lines)))
 
     def rows() -> Iterator[list[str]]:
-        number = 0
+        number = int(has_header)
         try:
-            parsed = parse(_content(path))
-            for number, row in enumerate(parsed):
-                if (number or not has_header) and any(row):
-                    yield _pad(_strip(row), len(columns))
+            for row in itertools.islice(parse(_content(path)), number, None):
+                number += 1
+                if any(row):
+                    yield [cell.strip() for cell in row[: len(columns)]] + [""] * (len(columns) - len(row))
         except csv.Error as error:
             raise UserError(
-                f"{path}: row {number + 2:,} cannot be read ({error}); is a quote opened there and not closed?"
+                f"{path}: row {number + 1:,} cannot be read ({error}); is a quote opened there and not closed?"
             ) from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
 
     return Records(path, columns, rows)
 
 
 def _content(path: Path) -> Iterator[str]:
     """The lines from the header on: before it may stand empty lines, remarks and Excel's sep=; line."""
-    lines = read_lines(path)
-    yield from itertools.dropwhile(lambda line: not line.strip() or line.startswith("#") or _separator(line), lines)
-
-
-def _separator(line: str) -> str | None:
-    found = re.fullmatch(r'"?sep=(.)"?\s*', line)
-    return found[1] if found else None
+    return itertools.dropwhile(re.compile(r'\s*$|#|"?sep=."?\s*$').match, read_lines(path))
 
 
 def _choose_parser(lines: Sequence[str]) -> Callable[[Iterable[str]], Iterator[list[str]]]:
@@ -133,14 +133,6 @@ def _unquote(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
 
-def _strip(row: Sequence[str]) -> list[str]:
-    return [cell.strip() for cell in row]
-
-
-def _pad(row: list[str], size: int) -> list[str]:
-    return row[:size] + [""] * (size - len(row))
-
-
 def _unique(names: Sequence[str]) -> list[str]:
     columns: list[str] = []
     for number, name in enumerate(names, 1):
@@ -154,33 +146,28 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds, with numbers as text. Raises UserError if it is none, or above MAX_JSON_BYTES."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size > MAX_JSON_BYTES:
+        raise UserError(
+            f"{path}: has {size / 1e6:,.0f} MB, and JSON is read up to {MAX_JSON_BYTES / 1e6:,.0f}; write csv"
+        )
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(
-                f"{path}: has {size / 1e6:,.0f} MB, and JSON is read up to {MAX_JSON_BYTES / 1e6:,.0f}; write csv"
-            )
         return _parse("".join(read_lines(path)))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); correct it, or write csv") from error
 
 
 def _parse(text: str) -> Any:
-    return json.loads(
-        text, parse_int=str, parse_float=str, parse_constant=str
-    )  # 001 and 4,000 digits stay what they are
+    """Numbers stay what they are: 001, and those of 4,000 digits."""
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _open_json(path: Path) -> Records:
     try:
         records = records_of(read_json(path))
     except UserError:
-        try:  # JSON lines under the other suffix
+        with contextlib.suppress(UserError):  # JSON lines under the other suffix
             return _open_json_lines(path)
-        except UserError:
-            pass
         raise
     if not records:
         raise UserError(f"{path}: has no list of records; expected [{{'file_name': ..., 'label': ...}}, ...]")
@@ -189,30 +176,25 @@ def _open_json(path: Path) -> Records:
 
 def _open_json_lines(path: Path) -> Records:
     def records() -> Iterator[dict]:
-        number = 0
-        try:
-            for line in read_lines(path):
-                number += 1
+        for number, line in enumerate(read_lines(path), 1):
+            try:
                 record = _parse(line) if line.strip() else {}
-                if not isinstance(record, dict):
-                    raise ValueError("no object")
-                if record:
-                    yield record
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number:,} is not a JSON object ({error}); correct or remove it") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number:,} is not JSON ({error}); correct or remove it") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{path}: line {number:,} is no JSON object; write one for each image, or remove it")
+            if record:
+                yield record
 
     return _as_records(path, records)
 
 
 def _as_records(path: Path, records: Callable[[], Iterator[dict]]) -> Records:
-    keys = list(dict.fromkeys(key for record in itertools.islice(records(), 1000) for key in record))
+    keys = list(dict.fromkeys(key for record in itertools.islice(records(), SAMPLE_ROWS) for key in record))
     if not keys:
         raise UserError(f"{path}: is empty; expected a record for each image")
-    return Records(
-        path, _unique([key.strip() for key in keys]), lambda: ([cell_of(r.get(k)) for k in keys] for r in records())
-    )
+    columns = _unique([key.strip() for key in keys])
+    return Records(path, columns, lambda: ([cell_of(record.get(key)) for key in keys] for record in records()))
 
 
 def cell_of(value: Any) -> str:
@@ -240,14 +222,14 @@ def records_of(data: Any) -> list[dict]:
         if "0" in values[0]:  # as pandas writes columns
             return [{name: data[name].get(key) for name in data} for key in values[0]]
         return [{"key": key, **record} for key, record in data.items()]
-    if all(isinstance(value, list) and value and is_image_name(Path(cell_of(value[:1]))) for value in values):
-        return [{"file": file, "label": key} for key, files in data.items() for file in files]
-    if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
-        return [dict(zip(data, row)) for row in zip(*values)]
+    if all(isinstance(value, list) for value in values):
+        if all(value and is_image_name(Path(cell_of(value[:1]))) for value in values):  # the files of each class
+            return [{"file": file, "label": key} for key, files in data.items() for file in files]
+        if len({len(value) for value in values}) == 1:
+            return [dict(zip(data, row)) for row in zip(*values)]
     if not any(isinstance(value, (dict, list)) for value in values):
         return [{"file": key, "label": value} for key, value in data.items()]
-    lists = [records_of(value) for value in values if isinstance(value, list)]
-    return max(lists, key=len, default=[])
+    return max((records_of(value) for value in values if isinstance(value, list)), key=len, default=[])
 
 
 def _join_coco(data: dict) -> list[dict]:

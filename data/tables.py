@@ -6,23 +6,41 @@ columns of 0 and 1. Every image is one that the survey found: no path leads out 
 
 import functools
 import itertools
+import operator
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.image_index import SAMPLE_ROWS, WAYS, FileColumn, ImageIndex, find_file_column, index_folder
-from data.label_columns import ONE_HOT, find_label_candidates
+from data.columns import (
+    GROUP_NAMES,
+    LABEL_ROWS,
+    ONE_HOT,
+    ONES,
+    are_groups,
+    choose_label,
+    find_given_column,
+    find_known,
+    find_label_candidates,
+    find_one_hot_columns,
+    find_split_column,
+    list_columns,
+    read_split,
+    split_of_file,
+)
+from data.image_index import WAYS, FileColumn, ImageIndex, find_file_column, index_folder
 from data.labels import name_key, split_of
-from data.records import Records, open_records
+from data.records import ADDRESS, Records, open_records
 from data.survey import Folder
-from data.table_content import Content, choose_label_of, read_content, split_of_table
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 
 MAX_TABLES = 50  # of a folder; others would be notes beside images
+SEVERAL = "whose file name several images have"
 
 
 @dataclass
@@ -62,16 +80,16 @@ def find_label_tables(folder: Folder) -> list[Path]:
                 (with_labels if _has_labels(records, file, folder.path) else bare).append(path)
         except UserError:  # not given by the user: another file of his
             continue
-    return with_labels + [path for path in bare if split_of_table(path, folder.path)] if with_labels else []
+    return with_labels + [path for path in bare if split_of_file(path, folder.path)] if with_labels else []
 
 
 def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     """Whether a table may label images; one with another name for each number tells what classes are called."""
-    sample = list(itertools.islice(records.rows(), SAMPLE_ROWS))
-    candidates = find_label_candidates(records.columns, sample, file.number)
-    repeated = any(n == ONE_HOT or len({row[n] for row in sample}) < len(sample) for n in candidates)
-    is_plain = file.way in WAYS[:2] or split_of_table(records.path, root)
-    return bool(candidates) if is_plain else repeated
+    sample = records.sample(without=file.name)
+    candidates = find_label_candidates(sample)
+    if file.way in WAYS[:2] or split_of_file(records.path, root):
+        return bool(candidates)
+    return any(name == ONE_HOT or len({*sample[name]}) < len(sample[name]) for name in candidates)
 
 
 def _own_tables(folder: Folder) -> list[Path]:
@@ -80,18 +98,12 @@ def _own_tables(folder: Folder) -> list[Path]:
     return [folder.path / name for name in names if name not in notes or len(notes) <= 20]
 
 
-def read_label_table(table: Path, folder: Folder, label_column: str | None) -> LabelTable:
-    """The images of a folder that a table labels. `label_column`: None where the table itself tells it.
-
-    Raises UserError if the table cannot be read, has no image of the folder, or no label, or several that may be meant.
-    """
-    return read_label_tables([table], folder, label_column)
-
-
 def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str | None) -> LabelTable:
-    """The same of several tables, such as train.csv and val.csv: a table's split is in its name or its folder's.
+    """The images of a folder that tables label, such as train.csv and val.csv.
 
-    A table without labels, or without images of the folder, is not used, with a warning, if others can be.
+    `label_column`: None where the tables themselves tell it. A table without labels, or without images of the folder,
+    is not used, with a warning, if others can be. Raises UserError if none can be read, has an image of the folder and
+    a label, or if several columns may be meant.
     """
     index = index_folder(folder)
     if not index.paths:
@@ -100,61 +112,168 @@ def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str 
     seen: set[int] = set()
     for table in tables:
         try:
-            content = read_content(table, folder.path, index, label_column)
-            seen.update(content.images)
-            choose_label_of(content)
+            contents.append(_read_content(table, folder.path, index, label_column, seen))
         except UserError as error:
             problems.append(error)
             warnings.append(f"not used: {_name(table, folder.path)} ({error})")
-        else:
-            contents.append(content)
     if not contents:
         raise problems[0]
-    rows = _merge(contents, index, folder.path, warnings)
-    if missing := [path for number, path in enumerate(index.paths) if number not in seen]:
-        tables_or_table = "tables" if len(tables) > 1 else "table"
-        text = f"image{'s' if len(missing) > 1 else ''} without a row in the {tables_or_table}"
-        warnings.append(_not_used(len(missing), text, missing))
+    rows = _merge(contents, folder.path, warnings)
+    missing = [path for number, path in enumerate(index.paths) if number not in seen]
+    warnings += _not_used("image", f"without a row in the table{'s' if len(tables) > 1 else ''}", missing)
     notes = _describe(contents, folder.path, rows)
-    return LabelTable(rows, contents[0].label_column, contents[0].file_column, notes, warnings)
+    return LabelTable(rows, contents[0].labels[0], contents[0].file.name, notes, warnings)
 
 
 def _name(table: Path, root: Path) -> str:
     return printable(os.path.relpath(table, root))
 
 
-def _not_used(count: int, text: str, examples: Iterable[str]) -> str:
-    listed = ", ".join(printable(example)[:100] for example in itertools.islice(examples, 3))
-    return f"not used: {count:,} {text} ({listed}{', ...' if count > 3 else ''})"
+def _not_used(what: str, why: str, examples: Sequence[str], count: int | None = None) -> list[str]:
+    """A warning of as many as there are examples, or of `count`; none of nothing."""
+    count = len(examples) if count is None else count
+    listed = ", ".join(printable(example)[:100] for example in examples[:3]) + (", ..." if count > 3 else "")
+    return [f"not used: {count:,} {what}{'s' if count > 1 else ''} {why} ({listed})"] if count else []
+
+
+# ---- content
+
+
+@dataclass
+class Content:
+    """What a table says of the images of a folder."""
+
+    table: Path
+    file: FileColumn
+    split: str  # of all rows, or ""
+    split_column: str | None
+    group_column: str | None
+    labels: list[str] = field(default_factory=list)  # the label column, then others that may be meant
+    rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
+    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> first three cells
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def read_split(self, row: Mapping[str, str]) -> str:
+        return self.split or (read_split(self.split_column, row[self.split_column]) if self.split_column else "")
+
+    def skip(self, reason: str, cell: str) -> None:
+        self.counts[reason] += 1
+        if len(self.skipped[reason]) < 3:
+            self.skipped[reason].append(cell)
+
+
+def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str | None, seen: set[int]) -> Content:
+    """The rows of a table that label images, of which the numbers go to `seen`. Raises UserError."""
+    records = open_records(table)
+    file = find_file_column(records, index)
+    if file and next(index.find(file.name), None):  # the first row has no suffix that tells it
+        records = open_records(table, has_header=False)
+        file = file._replace(name=records.columns[file.number])
+    if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
+        raise _no_file_column(records, root)
+    sample = records.sample(without=file.name)
+    group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
+    content = Content(table, file, split_of_file(table, root), find_split_column(sample), group)
+    matches = _match_rows(content, records, index, root, seen)
+    first = list(itertools.islice(matches, LABEL_ROWS))
+    if not first:
+        raise UserError(
+            f"{table}: several images have the file names in column {printable(file.name)}, such as "
+            f"{printable(content.skipped[SEVERAL][0])}; write the folder into the column, or move one of them elsewhere"
+        )
+    read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
+    for images, row in itertools.chain(first, matches):
+        label, split = sys.intern(read_label(row)), content.read_split(row)
+        group = row[content.group_column] if content.group_column is not None else ""
+        for image in images:
+            path = index.paths[image]
+            if label:
+                folders_tell = content.split_column is None and not split
+                of_image = _split_of_folder(path.rpartition("/")[0]) if folders_tell else split
+                content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), of_image, group)))
+            else:
+                is_one_hot = content.labels[0] == ONE_HOT
+                content.skip("without a 1, or with several" if is_one_hot else "without label", printable(path))
+    return content
+
+
+def _match_rows(
+    content: Content, records: Records, index: ImageIndex, root: Path, seen: set[int]
+) -> Iterator[tuple[list[int], dict[str, str]]]:
+    """(its images, its cells by column) for each row that has an image."""
+    parent, way = content.table.parent, content.file.way
+    near = f"{parent.relative_to(root).as_posix()}/".removeprefix("./") if parent.is_relative_to(root) else ""
+    for cells in records.rows():
+        cell = cells[content.file.number]
+        images = dict(index.find(cell, (way,))).get(way, [])
+        if not images:
+            content.skip("whose file is not there", cell or "an empty cell")
+            continue
+        row = dict(zip(records.columns, cells))
+        if way != "observation" and len(images) > 1:
+            images = index.narrow(images, cell, near, content.read_split(row))
+            if len(images) > 1:
+                content.skip(SEVERAL, cell)
+                continue
+        seen.update(images)
+        yield images, row
+
+
+def _choose_label(
+    content: Content, columns: Sequence[str], rows: Sequence[Mapping[str, str]], wanted: str | None
+) -> Callable[[Mapping[str, str]], str]:
+    """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError.
+
+    A species that is only an epithet gets its genus.
+    """
+    cells = {name: [row[name] for row in rows] for name in columns if name != content.file.name}
+    one_hot = find_one_hot_columns(cells)
+
+    def read_one_hot(row: Mapping[str, str]) -> str:
+        ones = [name for name in one_hot if row[name] in ONES]
+        return ones[0] if len(ones) == 1 else ""
+
+    found = find_label_candidates(cells) if wanted is None else [find_given_column(columns, wanted, str(content.table))]
+    cells |= {ONE_HOT: list(map(read_one_hot, rows)), content.file.name: [row[content.file.name] for row in rows]}
+    content.labels = choose_label({name: cells[name] for name in found}, columns, str(content.table))
+    label, genus = content.labels[0], find_known(columns, ["genus"])
+    if label == ONE_HOT:
+        return read_one_hot
+    if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
+        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] else ""
+    return operator.itemgetter(label)
+
+
+def _no_file_column(records: Records, root: Path) -> UserError:
+    sample = records.sample(20)
+    move = "put the table of these images beside them"
+    if address := next((name for name, cells in sample.items() if any(map(ADDRESS.match, cells))), None):
+        move = f"column {printable(address)[:40]} holds addresses: download the images, with names that another has"
+    return UserError(
+        f"{records.path}: no column gives images in {root} (columns: {list_columns(records.columns)}); such a column "
+        f"holds paths, file names, or file names without their suffix; {move}"
+    )
 
 
 # ---- rows
 
 
-def _merge(contents: Sequence[Content], index: ImageIndex, root: Path, warnings: list[str]) -> list[LabelRow]:
+def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list[LabelRow]:
     """A row for each image that has one label; what is not used goes to `warnings`. UserError if most have two."""
     rows: dict[int, LabelRow] = {}
     conflicts: dict[int, str] = {}
     for content in contents:
-        for position, image in enumerate(content.images):
-            row = _read_row(content, position, index.paths[image], root)
-            if not row.class_name:
-                content.skip(
-                    "without label" if content.label_number != ONE_HOT else "without a 1, or with several", row.id
-                )
-                continue
+        for image, row in content.rows:
             known = rows.setdefault(image, row)
-            if known is row:
-                continue
             if known.class_name != row.class_name and name_key(known.class_name) != name_key(row.class_name):
                 conflicts[image] = f"{row.id}: {known.class_name}, {row.class_name}"
             elif known.split and row.split and known.split != row.split:
                 conflicts[image] = f"{row.id}: {known.split}, {row.split}"
-            else:
+            elif known is not row:
                 rows[image] = known._replace(split=known.split or row.split, group=known.group or row.group)
         for reason, count in content.counts.items():
-            text = f"row{'s' if count > 1 else ''} of {_name(content.table, root)} {reason}"
-            warnings.append(_not_used(count, text, content.skipped[reason]))
+            why = f"of {_name(content.table, root)} {reason}"
+            warnings += _not_used("row", why, content.skipped[reason], count)
     if len(conflicts) * 2 > len(rows):
         listed = " and ".join(_name(content.table, root) for content in contents)
         example = printable(next(iter(conflicts.values())))[:200]
@@ -162,37 +281,21 @@ def _merge(contents: Sequence[Content], index: ImageIndex, root: Path, warnings:
             f"{listed}: {len(conflicts):,} of {len(rows):,} images have several labels or splits ({example}); give one "
             "table (--dataset TABLE), or another column (--label-column NAME)"
         )
-    if conflicts:
-        text = f"image{'s' if len(conflicts) > 1 else ''} with several labels or splits"
-        warnings.append(_not_used(len(conflicts), text, conflicts.values()))
+    warnings += _not_used("image", "with several labels or splits", list(conflicts.values()))
     return _tidy([rows[image] for image in sorted(rows) if image not in conflicts])
 
 
-def _read_row(content: Content, position: int, path: str, root: Path) -> LabelRow:
-    cells = {n: column[position] for n, column in content.cells.items()}
-    split = content.split or content.read_split(cells)
-    if content.split_column is None:
-        split = split or _split_of_folders(path)
-    group = "" if content.group_column is None else cells[content.group_column]
-    return LabelRow(f"{root}/{path}", cells[content.label_number], printable(path), split, group)
-
-
 @functools.lru_cache(maxsize=1000)
-def _split_of_parts(folder: str) -> str:
+def _split_of_folder(folder: str) -> str:
     return next(filter(None, map(split_of, folder.split("/"))), "")
 
 
-def _split_of_folders(path: str) -> str:
-    return _split_of_parts(path.rpartition("/")[0])
-
-
 def _tidy(rows: list[LabelRow]) -> list[LabelRow]:
-    """Splits only where there are several, and then for all rows; groups only where one has several images."""
-    splits = {row.split for row in rows} - {""}
-    groups = Counter(row.group for row in rows)
-    has_groups = len(groups) > 1 and any(count > 1 for group, count in groups.items() if group)
+    """Splits only where there are several, and then for all rows; groups only where they tell plants."""
+    has_splits = len({row.split for row in rows} - {""}) > 1
+    has_groups = are_groups([row.group for row in rows], [row.class_name for row in rows])
     return [
-        row._replace(split=(row.split or "train") if len(splits) > 1 else "", group=row.group if has_groups else "")
+        row._replace(split=(row.split or "train") if has_splits else "", group=row.group if has_groups else "")
         for row in rows
     ]
 
@@ -200,20 +303,17 @@ def _tidy(rows: list[LabelRow]) -> list[LabelRow]:
 def _describe(contents: Sequence[Content], root: Path, rows: Sequence[LabelRow]) -> list[str]:
     first = contents[0]
     tables = ", ".join(_name(content.table, root) for content in contents)
-    if first.label_number == ONE_HOT:
+    notes = [f"labels from column {printable(first.labels[0])} of {tables}"]
+    if first.labels[0] == ONE_HOT:
         notes = [f"labels from the columns of 0 and 1 of {tables}"]
-    else:
-        others = f"; others: {', '.join(map(printable, first.others))} (--label-column)" if first.others else ""
-        notes = [f"labels from column {printable(first.label_column)} of {tables}{others}"]
+    elif others := [printable(name) for name in first.labels[1:] if name != ONE_HOT]:
+        notes = [f"{notes[0]}; others: {', '.join(others)} (--label-column)"]
     kinds = {"stem": "file names without suffix", "observation": "observations, with several images each"}
     if first.file.way in kinds:
-        notes.append(f"images by column {printable(first.file_column)}, which holds {kinds[first.file.way]}")
+        notes.append(f"images by column {printable(first.file.name)}, which holds {kinds[first.file.way]}")
     if any(row.split for row in rows):
-        column = first.split_column
-        where = (
-            f"column {first.columns[column]}" if column is not None else "the tables" if first.split else "the folders"
-        )
-        notes.append(f"splits from {where}")
+        place = "the tables" if first.split else "the folders"
+        notes.append(f"splits from {place if first.split_column is None else f'column {first.split_column}'}")
     if any(row.group for row in rows) and first.group_column is not None:
-        notes.append(f"images of one plant by column {printable(first.columns[first.group_column])}")
+        notes.append(f"images of one plant by column {printable(first.group_column)}")
     return notes

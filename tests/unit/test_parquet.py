@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import errors
 
 from config.cli import parse_config
-from data import classes, hub
+from data import hub, labeling
 from data.dataset import build_datasets
 from data.hub import OFFICIAL_REVISION
 from data.labels import CLASS_NAMES
@@ -201,15 +201,15 @@ def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ({"a": NAMES * 2, "b": NAMES * 2}, r"images are in the column image, and which .* \(a, b\); name it: --label"),
-        ({}, r"is not clear \(there is none but the images\); name it"),
+        ({"a": NAMES * 2, "b": NAMES * 2}, "the labels may be in any of the columns a, b; say which: --label-"),
+        ({}, r"has no labels for the images \(columns: image\); say which column has: --label-column"),
         ({"label": [["ash"]] * 6}, "the column label holds lists or records; expected is one name or number for each"),
         ({"label": [{"name": "ash"}] * 6}, "the column label holds lists or records"),
         (
             {"label": [None] * 6},
             "the column label holds null values; expected is one name or number for each image: name a",
         ),
-        ({"label": ["", " "] * 3}, "the column label holds no labels; name another: --label-column"),
+        ({"label": ["", " "] * 3}, "has no labels for the images .*; say which column has: --label-column NAME"),
         ({"label": [0.5, 1, 2] * 2}, "labels of train are no whole numbers .*; name another column: --label-column"),
         ({"label": ["x" * 201, "y"] * 3}, "holds texts of up to 201 characters, which are no class names"),
         ({"label": [0, 1, 2] * 2}, r"numbers without names \(0 to 2\); give a json or csv file of number and name"),
@@ -292,7 +292,7 @@ def test_texts_are_the_classes_and_spellings_of_one_name_are_merged(tmp_path):
     assert source.class_names == ["Acer", "Rosa canina"] and source.splits["train"]["label"] == [1, 1, 1, 0]
     assert source.splits["train"]["id"] == ["0", "1", "2", "3"]
     assert source.warnings == [
-        "'Rosa canina' and 'rosa canina' are read as one class, 'Rosa canina'; rename one if they differ",
+        "'Rosa canina' and 'rosa_canina' are read as one class, 'Rosa canina'; rename one if they differ",
         "2 images of train have no label and are not used",
     ]
 
@@ -312,7 +312,7 @@ def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
         asked.append((file.name, list(codes)))
         return {"0": "sessile_oak", "1": "ash", "2": "elm"}
 
-    monkeypatch.setattr(classes, "read_class_names", read)
+    monkeypatch.setattr(labeling, "read_class_names", read)
     file = write(tmp_path / "x.parquet", {"image": pictures(4), "label": labels})
     source = load(file, class_names=str(tmp_path / "names.json"))
     assert source.class_names == ["sessile oak", "ash", "elm"] and source.splits["train"]["label"] == [0, 1, 2]
@@ -320,14 +320,14 @@ def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
 
 
 def test_codes_are_named_by_a_table_beside_or_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: None)
+    monkeypatch.setattr(labeling, "find_class_names", lambda codes, folders: None)
     features = IMAGE | {"label": ClassLabel(names=["1", "2", "17"])}
     file = write(tmp_path / "x.parquet", {"image": pictures(6), "label": [0, 1, 2] * 2}, features)
     source = load(file)
     assert source.class_names == ["1", "2", "17"]
     assert "classes are called 1, 2, 17, and the model would answer with that; a json or csv file" in source.warnings[0]
     found = ({"1": "ash", "2": "elm", "17": "oak"}, tmp_path / "cat_to_name.json")
-    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: found)
+    monkeypatch.setattr(labeling, "find_class_names", lambda codes, folders: found)
     source = load(file)
     assert source.class_names == NAMES and source.notes[-1].endswith("cat_to_name.json: 1 is ash")
 
@@ -380,6 +380,11 @@ def test_images_of_one_plant_have_its_group(by_path, tmp_path):
     assert "group" not in load(write(tmp_path / "x.parquet", columns)).splits["train"].column_names
 
 
+def test_a_plant_id_that_is_the_class_once_more_makes_no_groups(tmp_path):
+    columns = {"image": pictures(6), "label": NAMES * 2, "plant_id": [4, 5, 6] * 2}
+    assert "group" not in load(write(tmp_path / "x.parquet", columns)).splits["train"].column_names
+
+
 # ---- splits
 
 
@@ -418,6 +423,12 @@ def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(by_path, 
     assert {split: rows["id"] for split, rows in splits.items()} == dict(
         zip(SPLITS, (["0", "1", "2", "3", "7"], ["4", "6"], ["5", "8"]))
     )
+
+
+def test_a_column_of_true_and_false_says_which_rows_are_validation(tmp_path):
+    columns = {"image": pictures(6), "label": NAMES * 2, "is_valid": [False] * 3 + [True] * 3}
+    splits = load(write(tmp_path / "x.parquet", columns)).splits
+    assert {split: rows["id"] for split, rows in splits.items()} == {"train": list("012"), "validation": list("345")}
 
 
 def test_train_alone_is_split_by_the_usual_fractions(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from data.records import open_records
 from data.survey import survey
-from data.tables import find_label_tables, read_label_table, read_label_tables
+from data.tables import find_label_tables, read_label_tables
 from utils.logging_utils import UserError
 
 FLOWERS = ("daisy", "rose", "tulip")
@@ -38,7 +38,7 @@ def labels(names):
 
 
 def read(table, folder, label_column=None):
-    return read_label_table(table, survey(folder)[0], label_column)
+    return read_label_tables([table], survey(folder)[0], label_column)
 
 
 def classes(table):
@@ -430,6 +430,13 @@ def test_observations_are_groups(tmp_path):
     assert [row.group for row in table.rows[:3]] == ["500", "500", "501"]
 
 
+def test_a_group_column_that_is_the_class_once_more_makes_no_groups(tmp_path):
+    names = images(tmp_path, 12)
+    rows = [(name, FLOWERS[number % 3], number % 3) for number, name in enumerate(names)]
+    table = read(put(tmp_path / "a.csv", lines("file,label,plant_id", rows)), tmp_path)
+    assert {row.group for row in table.rows} == {""}
+
+
 # ---- tables of a folder
 
 
@@ -458,7 +465,7 @@ def test_a_long_table_of_few_images_is_found_by_their_share(tmp_path):
         rows.writerows((name, "rose") for name in names)
     folder = survey(tmp_path)[0]
     assert find_label_tables(folder) == [tmp_path / "labels.csv"]
-    assert len(read_label_table(tmp_path / "labels.csv", folder, None).rows) == 5
+    assert len(read_label_tables([tmp_path / "labels.csv"], folder, None).rows) == 5
 
 
 def test_lists_of_path_and_number_for_each_split(tmp_path):
