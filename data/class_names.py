@@ -63,7 +63,7 @@ def read_class_names(file: Path, codes: Sequence[str]) -> Names:
     """Names of all `codes` by a file that the user gives. Raises UserError if it cannot be read, or lacks some."""
     best: Names = {}
     try:
-        for _, names in _read_names(file, _alias(codes)):
+        for _, names in _read_names(file, _alias(codes), is_given=True):
             if len(names) > len(best) or (len(names) == len(best) and _are_names(names) and not _are_names(best)):
                 best = names
     except OSError as error:
@@ -125,18 +125,18 @@ def _are_names(names: Names) -> bool:
 # ---- what a file may name; each with the number of all its names
 
 
-def _read_names(path: Path, aliases: Names) -> Iterator[tuple[int, Names]]:
+def _read_names(path: Path, aliases: Names, is_given: bool = False) -> Iterator[tuple[int, Names]]:
     """All names that a file may give to the codes; best first. Raises UserError, OSError."""
-    suffix = path.suffix.lower()
+    suffix, is_hint = path.suffix.lower(), is_given or bool(HINTS.search(path.stem))
     if suffix == ".json":
-        yield from _names_in_json(read_json(path), aliases, bool(HINTS.search(path.stem)))
+        yield from _names_in_json(read_json(path), aliases, is_hint)
         return
     if suffix == ".txt":
         lines = [line.strip() for line in itertools.islice(read_lines(path), MAX_LINES) if line.strip()]
         pairs = [found for found in map(LINE.fullmatch, lines) if found]
         if len(pairs) * 10 >= len(lines) * 9:
             yield from _translate({found[1]: found[2] for found in pairs}, aliases)
-        if HINTS.search(path.stem):
+        if is_hint:
             yield from _by_position(lines, aliases)
     records = open_records(path)
     yield from _names_in_rows(records.columns, records.rows(), aliases)

@@ -22,6 +22,7 @@ CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 OTHER_SUFFIXES = (
     *(".aae", ".avi", ".bib", ".cfg", ".db", ".doc", ".docx", ".gitkeep", ".h5", ".htm", ".html", ".ini", ".ipynb"),
     *(".lock", ".log", ".m4v", ".mat", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
+    *(".bak", ".crdownload", ".download", ".old", ".part", ".partial", ".tmp"),  # of an image at times, but no other
     *(".safetensors", ".sh", ".svg", ".toml", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml"),
 )
 JUNK = {
@@ -109,7 +110,7 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
         excluded.add(f"folders that cannot be opened: {error.strerror}", path)
         return folder
     for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in JUNK:
+        if entry.name.startswith(".") or entry.name.endswith("~") or entry.name.lower() in JUNK:
             continue
         entry_path = path / entry.name
         try:

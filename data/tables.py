@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.image_index import SAMPLE_ROWS, WAYS, FileColumn, ImageIndex, find_file_column, index_folder
+from data.image_index import SAMPLE_ROWS, WAYS, FileColumn, ImageIndex, find_file_column, index_folder, plain_column
 from data.label_columns import ONE_HOT, find_label_candidates
 from data.labels import name_key, split_of
 from data.records import Records, open_records
@@ -68,6 +68,8 @@ def find_label_tables(folder: Folder) -> list[Path]:
 def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     """Whether a table may label images; one with another name for each number tells what classes are called."""
     sample = list(itertools.islice(records.rows(), SAMPLE_ROWS))
+    if "label" in records.columns and not any(row[records.columns.index("label")] for row in sample):
+        return False  # as of COCO's boxes
     candidates = find_label_candidates(records.columns, sample, file.number)
     repeated = any(n == ONE_HOT or len({row[n] for row in sample}) < len(sample) for n in candidates)
     is_plain = file.way in WAYS[:2] or split_of_table(records.path, root)
@@ -158,6 +160,11 @@ def _merge(contents: Sequence[Content], index: ImageIndex, root: Path, warnings:
     if len(conflicts) * 2 > len(rows):
         listed = " and ".join(_name(content.table, root) for content in contents)
         example = printable(next(iter(conflicts.values())))[:200]
+        if {"xmin", "bbox"} & {plain_column(column) for content in contents for column in content.columns}:
+            raise UserError(
+                f"{listed}: lists boxes, several of an image ({example}), which has no class of its own; cut the boxes "
+                "out into <class name>/photo.jpg"
+            )
         raise UserError(
             f"{listed}: {len(conflicts):,} of {len(rows):,} images have several labels or splits ({example}); give one "
             "table (--dataset TABLE), or another column (--label-column NAME)"
