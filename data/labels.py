@@ -106,7 +106,9 @@ def tidy_name(name: str) -> str:
 
 JOINERS = "\u200c\u200d"  # invisible, but some scripts are not written without them
 TAXONOMY = re.compile(r"\d+_(?:Plantae|Animalia|Fungi|Chromista|Protozoa|Bacteria)_(?:[^_]+_){4}(.+)")  # iNaturalist
-NUMBERED = re.compile(r"(?:\d+\s*[._)-]\s*|\d+ +|n\d{8}[-_ ])(?=.*[^\W\d_])(.+)")  # 001.Daisy, 12_rose, n02085620-rose
+NUMBERED = re.compile(
+    r"(?:\(?\d+\s*[._)-]\s*|\d+ +|0\d+(?=[^\W\d_])|n\d{8}[-_ ])(?=.*[^\W\d_])(.+)"
+)  # 001.Daisy, 12_rose, n02085620-rose
 ENDING = re.compile(r"(.*[^\W\d_].*?)[ _-]+\d{5,}")  # Bellis_perennis_L._3117424: the id of GBIF
 CODE = re.compile(r"(\D{0,12}?)[ _-]?\d+")  # 52, class_7, n01440764
 # a1f3, ab-12c, 5d41402abc4b: no word, but a digit

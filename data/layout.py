@@ -33,6 +33,11 @@ ASIDE = {
     *("annotations", "assets", "doc", "docs", "example", "examples", "figs", "figure", "labels", "mask"),
     *("masks", "media", "output", "paper", "plots", "src", "static"),
     *("outputs", "preview", "previews", "results", "sample", "samples", "screenshots", "thumbnails", "thumbs"),
+    *("unlabeled", "unlabelled", "unsorted"),
+}
+STATES = {  # of a plant: with it they make a class, so several plants have them
+    *("dead", "disease", "diseased", "dry", "fresh", "healthy", "infected", "mature", "normal", "ripe"),
+    *("rotten", "sick", "unhealthy", "unripe", "wilted", "young"),
 }
 GENUS = re.compile(r"[A-Z][a-z]+")
 EPITHET = re.compile(r"[a-z-]+(?:us|a|um|is|i|ae|ens|ans|oides|[aei]le|[ae]re|stre|nse|x|or|ur|eas)")  # mostly
@@ -77,7 +82,7 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
     splits = find_splits(root)
     others = [folder for folder in root.filled if folder not in splits.values()]
     if splits and "train" not in splits:
-        if not others:
+        if len(others) < 2:
             listed = " and ".join(printable(folder.name) for folder in splits.values())
             raise UserError(
                 f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
@@ -151,7 +156,7 @@ def name_splits(folder: Folder) -> dict[str, str]:
     found = {name: split for name in names if (split := split_of(name))}
     if found or len(names) < 2:
         return found
-    words = {name: re.findall(r"[a-z]+", name.lower()) for name in names}
+    words = {name: re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names}
     common = set.intersection(*map(set, words.values()))
     splits = {name: split_of(" ".join(word for word in words[name] if word not in common)) for name in names}
     found = {name: split for name, split in splits.items() if split}
@@ -273,6 +278,8 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
         for key in {name_key(below.name) for below in group.filled}:
             seen[key] += 1
     shared = {name for name, count in seen.items() if count > 1}
+    if set(seen) <= STATES:
+        return
     if len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups):
         return  # two genera with an epithet in common, which the species' names tell apart
     if len(shared) * 2 > len(seen):
@@ -305,7 +312,7 @@ def describe_flat(folder: Folder) -> str:
         return (
             f"{flat.path}: {len(flat.images):,} images lie here, none in a class folder; move them to "
             "<class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
-            + (f" ({listed} is none)" if tables else "" if folder.filled else above)
+            + (f" ({listed}: no such table)" if tables else "" if folder.filled else above)
         )
     if archives:
         return (

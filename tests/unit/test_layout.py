@@ -47,6 +47,10 @@ def in_each(*parents):
         (in_each("TRAIN", "Dev"), CLASSES, {"train": 6, "validation": 6}),
         (in_each("seg_train/seg_train", "seg_test/seg_test"), CLASSES, {"train": 6, "test": 6}),
         (in_each("plants_train", "plants_test"), CLASSES, {"train": 6, "test": 6}),
+        (in_each("PlantsTrain", "PlantsVal"), CLASSES, {"train": 6, "validation": 6}),
+        ([*in_each("labeled"), "unlabeled"], CLASSES, {"train": 6}),
+        (["train/Basil/healthy", "train/Basil/diseased", "train/Mango/healthy", "train/Mango/diseased"],
+         ("Basil diseased", "Basil healthy", "Mango diseased", "Mango healthy"), {"train": 12}),
         (in_each("set/train.v1", "set/test.v1"), CLASSES, {"train": 6, "test": 6}),
         ([*in_each("data/images"), "paper", "docs/plots"], CLASSES, {"train": 6}),
         (in_each("a/b/c"), CLASSES, {"train": 6}),
@@ -65,6 +69,8 @@ def in_each(*parents):
         ([f"{name}/images" for name in CLASSES], CLASSES, {"train": 6}),
         (["001.Black_rose", "002.Daisy"], ("Black rose", "Daisy"), {"train": 6}),
         (["12_rose", "7_daisy"], ("rose", "daisy"), {"train": 6}),
+        (["(1) rose", "(2) daisy"], ("rose", "daisy"), {"train": 6}),
+        (["01rose", "02daisy"], ("rose", "daisy"), {"train": 6}),
         (["Rosa_canina_3117424", "Bellis_perennis_L._2888439"], ("Bellis perennis L.", "Rosa canina"), {"train": 6}),
         (["06000_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
           "05729_Plantae_Tracheophyta_Liliopsida_Asparagales_Orchidaceae_Ophrys_apifera"],
@@ -91,6 +97,7 @@ def test_classes_and_splits(folders, names, splits, tree):
         (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --data"),
         (in_each("train", "Training"), "'Training' and 'train' are both taken for train; rename one"),
         (in_each("val", "test"), "has test and val, and no train folder to learn from; add one"),
+        ([*in_each("val", "test"), "pool"], "has test and val, and no train folder to learn from; add one"),
         (["train"], "3 images lie here, none in a class folder; move them to <class name>/photo.jpg, or give a table"),
         (["images"], "my plants/images: 3 images lie here, none in a class folder"),
     ],
@@ -196,13 +203,14 @@ def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
     os.symlink(tmp_path / "disk" / "oak", tree.root / "oak")
     os.symlink(tree.root, tree.root / "rose" / "loop")
     os.symlink(tree.root / "rose", tree.root / "rosa")
+    os.symlink(tmp_path, tree.root / "up")
     os.symlink(tmp_path / "gone.png", tree.root / "rose" / "gone.png")
     os.mkfifo(tree.root / "rose" / "pipe.png")
     source = read()
     assert source.class_names == ["daisy", "oak", "rose"] and len(source.splits["train"]) == 7
     assert source.warnings == [
         "not used: devices or pipes: 1 (rose/pipe.png)",
-        "not used: links to a folder that is read already: 2 (rose/loop, rosa)",
+        "not used: links to a folder that is read already, or above: 3 (rose/loop, rosa, up)",
         "not used: links to nowhere: 1 (rose/gone.png)",
     ]
 
@@ -279,7 +287,7 @@ def test_a_flat_folder_tells_what_else_lies_there(tree):
     with pytest.raises(UserError, match="one class of several, --dataset '.*/my plants'"):
         read()
     (tree.root / "daisy/notes.json").write_text("{}")
-    with pytest.raises(UserError, match=r"--dataset labels.csv \(notes.json is none\)"):
+    with pytest.raises(UserError, match=r"--dataset labels.csv \(notes.json: no such table\)"):
         read()
     (tree.root / "arrays").mkdir()
     (tree.root / "arrays/x.npy").write_bytes(b"x")
