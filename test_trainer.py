@@ -203,8 +203,21 @@ def check_processor(found: PreFlight) -> str:
     return f"{turn} | the tokenizer survives saving"
 
 
+def find_unreadable(rows) -> list[str]:
+    """Why images of these rows cannot be opened, as far as their headers tell."""
+    from utils.image_utils import ImageError, read_image_size
+
+    unreadable = []
+    for row in rows:
+        try:
+            read_image_size(row["image"])
+        except ImageError as error:
+            unreadable.append(f"{error}")
+    return unreadable
+
+
 def check_lengths(found: PreFlight) -> str:
-    from data.dataset import check_unreadable_fraction
+    from data.dataset import check_unreadable_fraction, sample_rows
     from utils.image_utils import ImageError, fitted_size, read_image_size
 
     lengths, sizes, unreadable = [], [], []
@@ -217,6 +230,11 @@ def check_lengths(found: PreFlight) -> str:
         sizes.append(f"{width}x{height}")
         lengths.append(found.collator.describe(row, fitted_size((height, width), found.config.image_size)).length)
     check_unreadable_fraction(unreadable, len(found.rows), found.config.max_unreadable_fraction)
+    for rows in filter(None, (found.data.validation, found.data.test)):
+        scored = sample_rows(rows)
+        others = find_unreadable(scored)
+        check_unreadable_fraction(others, len(scored), found.config.max_unreadable_fraction)
+        unreadable += others
     if not lengths:
         raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
     low, _, high = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else lengths * 3

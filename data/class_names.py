@@ -57,7 +57,7 @@ def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Nam
 def read_class_names(file: Path, codes: Sequence[str]) -> Names:
     """Names of all `codes` by a file that the user gives. Raises UserError if it cannot be read, or lacks some."""
     try:
-        found = [names for _, names in _read_names(file, _alias(codes))]
+        found = [names for _, names in _read_names(file, _alias(codes), is_given=True)]
     except UserError as error:
         raise UserError(f"--class-names {error}") from error
     best = max(found, key=lambda names: (len(names), _are_names(names)), default={})
@@ -116,9 +116,9 @@ def _are_names(names: Names) -> bool:
 # ---- what a file may name
 
 
-def _read_names(path: Path, aliases: Names) -> Iterator[tuple[int, Names]]:
+def _read_names(path: Path, aliases: Names, is_given: bool = False) -> Iterator[tuple[int, Names]]:
     """(number of entries, names of the codes) for each way to read a file; best first. Raises UserError."""
-    is_hint = bool(HINTS.search(path.stem))
+    is_hint = is_given or bool(HINTS.search(path.stem))
     if path.suffix.lower() == ".json":
         yield from _names_in_json(read_json(path), aliases, is_hint)
         return

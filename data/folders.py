@@ -69,8 +69,8 @@ def _build_source(
 
 
 def _beside(root: Path) -> list[Path]:
-    """Folders with tables about the images: the data set's own, and two above, as in set/images/train."""
-    return [root, *list(root.parents)[:2]]
+    """Folders with tables about the images: the data set's own, and three above, as in ILSVRC/Data/CLS-LOC."""
+    return [root, *list(root.absolute().parents)[:3]]
 
 
 def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str]]:

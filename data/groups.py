@@ -94,14 +94,18 @@ def _origin(name: str, known: set[str]) -> str:
     if found := ROBOFLOW.fullmatch(name):
         name = found[1]
     folder, slash, stem = name.rpartition("/")
-    for pattern in COPIES:
-        if (found := pattern.fullmatch(stem)) and folder + slash + found[1] in known:
-            return folder + slash + found[1]
+    if (original := original_of(stem)) and folder + slash + original in known:
+        return folder + slash + original
     if found := AUGMENTED.fullmatch(stem):
         origin = folder + slash + (found["after"] or found["before"])
         if origin in known or re.search(r"\d{3}", found["after"] or found["before"]):
             return origin
     return name
+
+
+def original_of(name: str) -> str | None:
+    """ "rose" of "rose - Copy"; None for what is not named as a copy."""
+    return next((found[1] for pattern in COPIES if (found := pattern.fullmatch(name))), None)
 
 
 def _series(names: Iterable[str]) -> dict[str, dict[int, str]]:

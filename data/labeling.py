@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.class_names import find_class_names, read_class_names
+from data.groups import original_of
 from data.labels import are_codes, name_key, tidy_name, without_numbers
 from utils.image_utils import printable
 from utils.logging_utils import UserError
@@ -46,6 +47,9 @@ def name_classes(
         if len(labels) > 1:
             listed = " and ".join(map(repr, labels[:5]))
             labeling.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
+    for name in labeling.names:
+        if (original := original_of(name)) and name_key(original) in by_key:
+            labeling.warnings.append(f"{name!r} looks like a copy of {original!r}; if it is one, merge the two")
     return labeling
 
 

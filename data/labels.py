@@ -106,13 +106,18 @@ def tidy_name(name: str) -> str:
 
 JOINERS = "\u200c\u200d"  # invisible, but some scripts are not written without them
 TAXONOMY = re.compile(r"\d+_(?:Plantae|Animalia|Fungi|Chromista|Protozoa|Bacteria)_(?:[^_]+_){4}(.+)")  # iNaturalist
-NUMBERED = re.compile(r"(?:\d+\s*[._)-]\s*|\d+ +|n\d{8}[-_ ])(?=.*[^\W\d_])(.+)")  # 001.Daisy, 12_rose, n02085620-rose
+NUMBERED = re.compile(
+    r"(?:\(?\d+\s*[._)-]\s*|\d+ +|0\d+(?=[^\W\d_])|n\d{8}[-_ ])(?=.*[^\W\d_])(.+)"
+)  # 001.Daisy, 12_rose, n02085620-rose
+ENDING = re.compile(r"(.*[^\W\d_].*?)[ _-]+\d{5,}")  # Bellis_perennis_L._3117424: the id of GBIF
 CODE = re.compile(r"(\D{0,12}?)[ _-]?\d+")  # 52, class_7, n01440764
+# a1f3, ab-12c, 5d41402abc4b: no word, but a digit
+HEX = re.compile(r"(?=.*\d)(?:[0-9a-f]{6,}|(?:[^\W\d_]{1,3}(?![^\W\d_])|[\d_-])+)", re.IGNORECASE)
 
 
 def without_numbers(names: Sequence[str]) -> list[str] | None:
-    """The names without the number, or number and taxonomy, that each of them begins with; None if one has none."""
-    for pattern in (TAXONOMY, NUMBERED):
+    """The names without the number, or number and taxonomy, at the beginning or end of each; None if one has none."""
+    for pattern in (TAXONOMY, NUMBERED, ENDING):
         found = [pattern.fullmatch(name) for name in names]
         if names and all(found):
             plain = [match[1] for match in found if match]
@@ -122,9 +127,10 @@ def without_numbers(names: Sequence[str]) -> list[str] | None:
 
 
 def are_codes(names: Sequence[str]) -> bool:
-    """Whether half of the names are numbers, or all are one word with a number: a model would learn to answer 52."""
+    """Whether half of the names are numbers, all one word with a number, or none a word: the model would answer 52."""
     codes = [match[1].lower() for name in names if (match := CODE.fullmatch(name.strip()))]
-    return codes.count("") * 2 >= len(names) > 0 or (len(codes) == len(names) and len({*codes}) == 1)
+    is_one_word = len(codes) == len(names) and len({*codes}) == 1
+    return len(names) > 0 and (codes.count("") * 2 >= len(names) or is_one_word or all(map(HEX.fullmatch, names)))
 
 
 def parse_reply(reply: str, class_names: Sequence[str]) -> int | None:

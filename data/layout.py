@@ -30,8 +30,14 @@ SPECIMEN = re.compile(  # plant_01, 2024-05-01, may 2024, 100APPLE
 )
 # Folders that hold no class where others do.
 ASIDE = {
-    *("annotations", "assets", "doc", "docs", "example", "examples", "labels", "mask", "masks", "output"),
+    *("annotations", "assets", "doc", "docs", "example", "examples", "figs", "figure", "labels", "mask"),
+    *("masks", "media", "output", "paper", "plots", "src", "static"),
     *("outputs", "preview", "previews", "results", "sample", "samples", "screenshots", "thumbnails", "thumbs"),
+    *("unlabeled", "unlabelled", "unsorted"),
+}
+STATES = {  # of a plant: with it they make a class, so several plants have them
+    *("dead", "disease", "diseased", "dry", "fresh", "healthy", "infected", "mature", "normal", "ripe"),
+    *("rotten", "sick", "unhealthy", "unripe", "wilted", "young"),
 }
 GENUS = re.compile(r"[A-Z][a-z]+")
 EPITHET = re.compile(r"[a-z-]+(?:us|a|um|is|i|ae|ens|ans|oides|[aei]le|[ae]re|stre|nse|x|or|ur|eas)")  # mostly
@@ -76,7 +82,7 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
     splits = find_splits(root)
     others = [folder for folder in root.filled if folder not in splits.values()]
     if splits and "train" not in splits:
-        if not others:
+        if len(others) < 2:
             listed = " and ".join(printable(folder.name) for folder in splits.values())
             raise UserError(
                 f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
@@ -109,7 +115,9 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
     while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
         folder = folder.filled[0]
     entries = find_classes(folder, excluded)
-    if not entries and split != "train":
+    known = {name_key(entry.name) for entry in layout.splits.get("train", ())}
+    is_flat = len(entries) == 1 < len(known) and name_key(entries[0].name) not in known  # test/unknown/0001.jpg
+    if split != "train" and (not entries or is_flat):
         excluded.add(
             f"images of {printable(folder.name)} without class folders, so they cannot be scored",
             folder.path,
@@ -131,9 +139,10 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
 def find_splits(folder: Folder) -> dict[str, Folder]:
     """Its subfolders that are splits, by split. Raises UserError for two of one split."""
     found: dict[str, list[Folder]] = defaultdict(list)
+    names = name_splits(folder)
     for below in folder.filled:
-        if split := split_of(below.name):
-            found[split].append(below)
+        if below.name in names:
+            found[names[below.name]].append(below)
     for split, folders in found.items():
         if len(folders) > 1 and "train" in found:
             listed = " and ".join(repr(below.name) for below in folders)
@@ -141,12 +150,30 @@ def find_splits(folder: Folder) -> dict[str, Folder]:
     return {split: folders[0] for split, folders in found.items()}
 
 
+def name_splits(folder: Folder) -> dict[str, str]:
+    """Split by name of its subfolders that are splits; words that all have in common do not count: roses_train."""
+    names = [below.name for below in folder.filled]
+    found = {name: split for name in names if (split := split_of(name))}
+    if found or len(names) < 2:
+        return found
+    words = {name: re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names}
+    common = set.intersection(*map(set, words.values()))
+    splits = {name: split_of(" ".join(word for word in words[name] if word not in common)) for name in names}
+    found = {name: split for name, split in splits.items() if split}
+    return found if len(found) == len(names) and "train" in found.values() else {}
+
+
+def _has_train(folder: Folder) -> bool:
+    return "train" in name_splits(folder).values()
+
+
 def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
     """The subfolder that must be meant, as no other holds classes; None if it is this folder."""
     children = [child for child in folder.filled if child.name.lower() not in ASIDE]
-    if folder.images or any(split_of(child.name) == "train" for child in children):
+    if folder.images or _has_train(folder):
         return None
-    leaves = [child for child in children if not child.filled and not split_of(child.name)]
+    splits = name_splits(folder)
+    leaves = [child for child in children if not child.filled and child.name not in splits]
     if len(children) == 1:
         inner = [child for child in children if child.filled]
     elif _has_splits_inside(children) or len(leaves) > 1:
@@ -163,7 +190,7 @@ def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
 
 def _topmost_with_train(folder: Folder) -> Iterable[Folder]:
     for child in folder.filled:
-        if any(split_of(below.name) == "train" for below in child.filled):
+        if _has_train(child):
             yield child
         else:
             yield from _topmost_with_train(child)
@@ -207,7 +234,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
             excluded.add("images in a folder inside a class folder", below.path, below.num_images)
     keys = {name_key(child.name) for child in plain}
     for group in groups:
-        if plain and any(split_of(below.name) == "train" for inner in group.walk() for below in inner.filled):
+        if plain and any(map(_has_train, group.walk())):
             excluded.add("images of a data set among the class folders", group.path, group.num_images)
             continue
         inner = find_classes(group, excluded)
@@ -251,36 +278,41 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
         for key in {name_key(below.name) for below in group.filled}:
             seen[key] += 1
     shared = {name for name, count in seen.items() if count > 1}
+    if set(seen) <= STATES:
+        return
     if len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups):
         return  # two genera with an epithet in common, which the species' names tell apart
     if len(shared) * 2 > len(seen):
         raise UserError(
             f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}); "
-            f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into it"
+            f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into "
+            "it; if splits, call them train, validation and test"
         )
+
+
+def find_boxes(folder: Folder) -> list[Path]:
+    """Files that describe boxes in images: of YOLO, COCO and Pascal VOC."""
+    tables = [path for path in folder.find("table") if "labels" in path.parts]
+    tables += [path for path in folder.find("table") if path.name.startswith(("_annotations", "instances_"))]
+    return tables + [path for path in folder.find("other") if path.name.endswith((".xml", "data.yaml"))]
 
 
 def describe_flat(folder: Folder) -> str:
     """Why a folder without class folders cannot be used, and the next move."""
     archives, tables = folder.find("archive"), folder.find("table")
-    boxes = [path for path in tables if "labels" in path.parts or path.name.startswith(("_annotations", "instances_"))]
-    boxes += [
-        path
-        for below in folder.walk()
-        for name in below.files["other"]
-        if name.endswith((".xml", "data.yaml"))
-        for path in [below.path / name]
-    ]
-    if folder.num_images and boxes:
+    if folder.num_images and (boxes := find_boxes(folder)):
         return (
             f"{folder.path}: looks like a detection data set (boxes in {printable(str(boxes[0]))}), whose images "
             "have no class of their own; cut the boxes out into <class name>/photo.jpg"
         )
     if folder.num_images:
         flat = max(folder.walk(), key=lambda below: len(below.images))
+        listed = ", ".join(printable(path.name) for path in tables[:3]) + (", ..." if len(tables) > 3 else "")
+        above = f"; if they are one class of several, --dataset {printable(str(folder.path.parent))!r}"
         return (
             f"{flat.path}: {len(flat.images):,} images lie here, none in a class folder; move them to "
             "<class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
+            + (f" ({listed}: no such table)" if tables else "" if folder.filled else above)
         )
     if archives:
         return (
@@ -289,9 +321,10 @@ def describe_flat(folder: Folder) -> str:
         )
     if heif := folder.find("heif"):
         return f"{folder.path}: its {len(heif)} images are HEIC/HEIF; to read them: pip install pillow-heif"
+    others = [printable(path.name) for kind in ("raw", "other") for path in folder.find(kind)]
     return (
-        f"{folder.path}: no images found; expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, a table, "
-        "parquet files, or jpg/ with the two .mat files"
+        f"{folder.path}: no images found{f', but {others[0]}' if others else ''}; expected <class name>/photo.jpg, "
+        "<split>/<class name>/photo.jpg, a table, parquet files, or jpg/ with the two .mat files"
     )
 
 

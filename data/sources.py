@@ -7,6 +7,7 @@ A folder is looked at once (data/survey.py); its contents tell whether it is the
 import contextlib
 import copy
 import hashlib
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +18,7 @@ from data.classes import OFFICIAL_SIZES
 from data.folders import load_class_folders, load_tables
 from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.labels import CLASS_NAMES
-from data.layout import Layout, describe_flat, give_one, read_layout, unpack_command
+from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
 from data.rows import ROW, ImageRow, Reading, Source, build_rows
 from data.survey import ARCHIVES, TABLES, Folder, survey
@@ -29,6 +30,7 @@ from utils.logging_utils import UserError
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 VGG_IMAGE = re.compile(r"image_\d{5}\.jpg")
+ADDRESS = re.compile(r"\w+://|www\.|[\w-]+(\.[\w-]+)*\.(com|org|net|io|co|edu|de|eu)/")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
@@ -38,6 +40,8 @@ def load_source(dataset: str, reading: Reading) -> Source:
     Raises UserError for what cannot be used, with the next move.
     """
     path = Path(dataset).expanduser()
+    if path.name in ("", ".."):  # what lies above has names of its own
+        path = path.resolve()
     if dataset == "synthetic":
         return load_synthetic()
     if dataset == "oxford_flowers102":
@@ -51,10 +55,12 @@ def load_source(dataset: str, reading: Reading) -> Source:
 
 def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
     """A data set of the hub; UserError for what is no path."""
-    if re.match(r"\w+://|www\.", dataset):
+    if ADDRESS.match(dataset):
         raise UserError(f"--dataset {dataset}: is a web address; download it, unpack it, and give the folder")
     if HUB_ID.fullmatch(dataset) and not path.parent.is_dir():
         return load_hub_dataset(dataset, reading)
+    if path.is_symlink():
+        raise UserError(f"--dataset {dataset}: is a link to nowhere ({os.readlink(path)}); give the folder itself")
     near = get_close_matches(path.name, _names_in(path.parent), n=1)
     hint = f"; did you mean {printable(str(path.parent / near[0]))}?" if near else ""
     raise UserError(
@@ -115,14 +121,19 @@ def load_folder(path: Path, reading: Reading) -> Source:
         )
     if parquet:
         return load_parquet_files(path, parquet, reading)
-    if not has_classes:
+    if not has_classes or reading.label_column is not None:
         for place in (layout.root, _with_parent_tables(layout.root)):
             if tables := find_label_tables(place):
                 return load_tables(tables, place, excluded, reading)
         if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
             return load_parquet_files(path, others, reading)  # raises with the columns that there are
-        if not layout.names:
-            raise UserError(describe_flat(folder))
+        if reading.label_column is not None and layout.names:
+            raise UserError(
+                f"--label-column {reading.label_column}: no table of file names and labels lies in {path}; give it "
+                "with --dataset TABLE, or leave the option out: the class folders are the labels"
+            )
+        if not layout.names or (not has_classes and find_boxes(folder)):
+            raise UserError("; ".join([describe_flat(folder), *not_in_classes.lines()]))
     return load_class_folders(layout, not_in_classes, reading)
 
 

@@ -6,7 +6,7 @@ The place of an image in a cut is a hash of the seed and its id, so that images 
 import difflib
 import hashlib
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -94,6 +94,15 @@ class _Images:
     def _skip_contradictions(self, found: list[list[int]]) -> None:
         numbers = [number for copies in found for number in copies]
         self.sides[numbers] = NOWHERE
+        kept = self.labels[self.sides != NOWHERE]
+        lost = [label for label, count in Counter(self.labels[numbers]).items() if count > 2 and label not in kept]
+        if lost:
+            names = _some(self.source.class_names[label] for label in lost)
+            raise UserError(
+                f"{self.source.description}: all images of {names} are in two classes, such as "
+                f"{' and '.join(self.ids[number] for number in found[0][:2])}; merge folders of one class, or move "
+                "the copies elsewhere"
+            )
         examples = "; ".join(" and ".join(self.ids[number] for number in copies[:3]) for copies in found[:3])
         more = f"; and {len(found) - 3:,} more" if len(found) > 3 else ""
         all_of_them = "both" if len(numbers) == 2 else f"all {len(numbers):,} images"
@@ -190,10 +199,11 @@ class _Images:
         for number in np.flatnonzero(self.sides == 0).tolist():
             numbers_of[int(self.labels[number])].append(number)
         for label, numbers in sorted(numbers_of.items()):
-            places: dict[int, float] = defaultdict(lambda: 1.0)
+            first: dict[int, str] = {}  # a group's place is that of one image: the least of all would be a low one
             for number in numbers:
                 plant = self.plants[number]
-                places[plant] = min(places[plant], _place(self.ids[number], seed))
+                first[plant] = min(first.get(plant, self.ids[number]), self.ids[number])
+            places = {plant: _place(image_id, seed) for plant, image_id in first.items()}
             if len(places) < needed:
                 few["images" if len(numbers) < needed else "groups of images"].append(self.source.class_names[label])
                 continue

@@ -22,6 +22,7 @@ CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 OTHER_SUFFIXES = (
     *(".aae", ".avi", ".bib", ".cfg", ".db", ".doc", ".docx", ".gitkeep", ".h5", ".htm", ".html", ".ini", ".ipynb"),
     *(".lock", ".log", ".m4v", ".mat", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
+    *(".bak", ".crdownload", ".download", ".old", ".part", ".partial", ".tmp"),  # of an image at times, but no other
     *(".safetensors", ".sh", ".svg", ".toml", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml"),
 )
 JUNK = {
@@ -96,7 +97,9 @@ def survey(path: Path) -> tuple[Folder, Excluded]:
         os.scandir(path).close()
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({error.strerror}); check the path and its permissions") from error
-    return _look(path, excluded, {(status.st_dev, status.st_ino)}, 0), excluded
+    above = [os.stat(folder) for folder in path.resolve().parents]
+    seen = {(status.st_dev, status.st_ino) for status in [status, *above]}
+    return _look(path, excluded, seen, 0), excluded
 
 
 def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int) -> Folder:
@@ -109,7 +112,7 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
         excluded.add(f"folders that cannot be opened: {error.strerror}", path)
         return folder
     for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in JUNK:
+        if entry.name.startswith(".") or entry.name.endswith(("~", ".lrdata")) or entry.name.lower() in JUNK:
             continue
         entry_path = path / entry.name
         try:
@@ -120,7 +123,7 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
             continue
         if stat.S_ISDIR(status.st_mode):
             if (status.st_dev, status.st_ino) in seen:
-                excluded.add("links to a folder that is read already", entry_path)
+                excluded.add("links to a folder that is read already, or above", entry_path)
             elif depth == MAX_DEPTH:
                 excluded.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
             elif not_data := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):

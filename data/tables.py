@@ -29,6 +29,7 @@ from data.columns import (
     find_one_hot_columns,
     find_split_column,
     list_columns,
+    plain_name,
     read_split,
     split_of_file,
 )
@@ -86,6 +87,8 @@ def find_label_tables(folder: Folder) -> list[Path]:
 def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     """Whether a table may label images; one with another name for each number tells what classes are called."""
     sample = records.sample(without=file.name)
+    if "label" in sample and not any(sample["label"]):
+        return False  # as of COCO's boxes
     candidates = find_label_candidates(sample)
     if file.way in WAYS[:2] or split_of_file(records.path, root):
         return bool(candidates)
@@ -144,6 +147,7 @@ class Content:
     """What a table says of the images of a folder."""
 
     table: Path
+    columns: Sequence[str]
     file: FileColumn
     split: str  # of all rows, or ""
     split_column: str | None
@@ -173,7 +177,7 @@ def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str 
         raise _no_file_column(records, root)
     sample = records.sample(without=file.name)
     group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
-    content = Content(table, file, split_of_file(table, root), find_split_column(sample), group)
+    content = Content(table, records.columns, file, split_of_file(table, root), find_split_column(sample), group)
     matches = _match_rows(content, records, index, root, seen)
     first = list(itertools.islice(matches, LABEL_ROWS))
     if not first:
@@ -277,6 +281,11 @@ def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list
     if len(conflicts) * 2 > len(rows):
         listed = " and ".join(_name(content.table, root) for content in contents)
         example = printable(next(iter(conflicts.values())))[:200]
+        if {"xmin", "bbox"} & {plain_name(column) for content in contents for column in content.columns}:
+            raise UserError(
+                f"{listed}: lists boxes, several of an image ({example}), which has no class of its own; cut the boxes "
+                "out into <class name>/photo.jpg"
+            )
         raise UserError(
             f"{listed}: {len(conflicts):,} of {len(rows):,} images have several labels or splits ({example}); give one "
             "table (--dataset TABLE), or another column (--label-column NAME)"

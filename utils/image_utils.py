@@ -44,6 +44,7 @@ SIGNATURES = (
     *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
     *((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")),
 )
+LFS_POINTER = b"version https://git-lfs"
 MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
 MAX_JPEG_PIXELS = (
     256_000_000  # the largest phone sensors have 200 million; a JPEG decodes at 1/2, 1/4 or 1/8 of its size
@@ -208,6 +209,8 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
     except UnidentifiedImageError:
+        if contents.startswith(LFS_POINTER):
+            raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error

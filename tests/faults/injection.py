@@ -460,7 +460,9 @@ RESOURCES = "resources.jsonl"
 def measure_resources(folder: Path, steps: int, every: int) -> list[dict]:
     """What a run holds every so many steps, each time with an evaluation and two checkpoints."""
     argv = [*RUN, "--max-steps", f"{steps}", "--save-steps", f"{every // 2}", "--eval-steps", f"{every}"]
-    assert run(folder, functools.partial(_watch_resources, steps, every), argv, TIMEOUT_S + steps) == 0, output_of(folder)
+    assert run(folder, functools.partial(_watch_resources, steps, every), argv, TIMEOUT_S + steps) == 0, output_of(
+        folder
+    )
     return [json.loads(line) for line in (folder / RESOURCES).read_text().splitlines()]
 
 

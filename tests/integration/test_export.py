@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,7 +179,8 @@ def test_other_trainable_parameters_are_merged(trainable, here, small_splits, ch
     for split, count in (("train", 8), ("val", 6), ("test", 2)):
         for name in ("ash", "oak"):
             (images / split / name).mkdir(parents=True)
-            synthetic_images(images / split / name, [(60, 60)] * count)
+            for file in map(Path, synthetic_images(images / split / name, [(60, 60)] * count)):
+                file.write_bytes(file.read_bytes() + f"{file}".encode())  # no copies
     (images / "val" / "ash" / "0.png").write_bytes(b"broken")
     argv = [
         *TINY,

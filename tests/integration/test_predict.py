@@ -104,23 +104,25 @@ def test_a_calibration_that_is_not_of_these_weights_is_not_used(corrupt, trained
 
 
 def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images, capsys):
-    (images / "03.png").write_bytes(b"")
+    (images / "03.png").write_bytes(b"broken")
     (images.parent / "empty").mkdir()
     words = ["images", "gone.png", "none/*.jpg", "empty", "a" * 300]
-    (images / "notes.heic").write_bytes(b"x")
+    (images / "notes.mov").write_bytes(b"x")
+    (images / "zero.png").write_bytes(b"")
     (images / ".hidden").mkdir()
     (images / ".hidden" / "a.png").write_bytes(b"x")
     status, out, err = run(capsys, "one", *words, "--per-device-eval-batch-size", "5", *FAST)
     lines = out.splitlines()
     assert status == 1 and len(lines) == 16 and "5 of 16 could not be classified" in err
-    assert lines[3] == "images/03.png: is empty (0 bytes)"
+    assert lines[3].startswith("images/03.png: is not an image in any of the formats JPEG, PNG")
     assert lines[12:] == [
         "gone.png: cannot be read (No such file or directory)",
         "none/*.jpg: no file matches this pattern; ** stands for folders below folders",
-        "empty: holds no images; those are files that end in .jpg .jpeg .png .webp .gif .bmp .tif .tiff",
+        "empty: holds no images",
         f"{'a' * 300}: cannot be read (File name too long)",
     ]
-    assert "warning: images: 1 files are not read (images/notes.heic, ...)" in err
+    assert "warning: images: not used: .mov files: 1 (notes.mov)" in err
+    assert "warning: images: not used: empty image files (0 bytes): 1 (zero.png)" in err
     _, out, _ = run(capsys, "one", "--json", "gone.png", "images/00.png", *FAST)
     assert json.loads(out.splitlines()[0]) == {"image": "gone.png", "error": lines[12]}
     assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest"}

@@ -186,6 +186,12 @@ def test_a_file_that_lacks_names_or_cannot_be_read_is_an_error(tmp_path, name, t
         read_class_names(tmp_path / name, [str(number) for number in range(1, 8)])
 
 
+def test_a_file_that_is_given_may_list_names_alone_whatever_it_is_called(tmp_path):
+    for name, text in (("n.txt", "dog rose\nfield maple"), ("n.json", '["dog rose", "field maple"]')):
+        assert read_class_names(put(tmp_path / name, text), ["0", "1"]) == {"0": "dog rose", "1": "field maple"}
+    assert find_class_names(["0", "1"], [tmp_path]) is None
+
+
 @pytest.mark.parametrize("header", ["file,obs_id", "image,observationID", "path,plant_id"])
 def test_groups_by_a_column_of_observations(tmp_path, header):
     files = [f"rose/IMG_{number}.jpg" for number in range(10)]

@@ -117,6 +117,10 @@ def bomb() -> bytes:
 BROKEN = [
     (b"", "lily.jpg: is empty (0 bytes)"),
     (b"<html>not found</html>", "lily.jpg: is not an image in any of the formats JPEG, PNG"),
+    (
+        b"version https://git-lfs.github.com/spec/v1",
+        "lily.jpg: is a pointer of Git LFS, not the image; fetch it with git lfs pull",
+    ),
     (encoded(gradient(), "JPEG")["bytes"][:300], "lily.jpg: "),
     (encoded(gradient())["bytes"][:-60], "lily.jpg: cannot be decoded"),
     (bomb(), "lily.jpg: 9000 x 9000 is above the limit of 64,000,000 pixels"),

@@ -1,11 +1,13 @@
 """Folders as people have them: what is taken for a class, a split, a name, and what is excluded."""
 
+import json
 import os
 import random
 
 import pytest
 from PIL import Image
 
+from data.labels import are_codes
 from data.sources import Reading, load_ood_images, load_source
 from data.survey import MAX_DEPTH, survey
 from utils.logging_utils import UserError
@@ -44,6 +46,13 @@ def in_each(*parents):
         (in_each("Training", "valid", "test_set"), CLASSES, {"train": 6, "validation": 6, "test": 6}),
         (in_each("TRAIN", "Dev"), CLASSES, {"train": 6, "validation": 6}),
         (in_each("seg_train/seg_train", "seg_test/seg_test"), CLASSES, {"train": 6, "test": 6}),
+        (in_each("plants_train", "plants_test"), CLASSES, {"train": 6, "test": 6}),
+        (in_each("PlantsTrain", "PlantsVal"), CLASSES, {"train": 6, "validation": 6}),
+        ([*in_each("labeled"), "unlabeled"], CLASSES, {"train": 6}),
+        (["train/Basil/healthy", "train/Basil/diseased", "train/Mango/healthy", "train/Mango/diseased"],
+         ("Basil diseased", "Basil healthy", "Mango diseased", "Mango healthy"), {"train": 12}),
+        (in_each("set/train.v1", "set/test.v1"), CLASSES, {"train": 6, "test": 6}),
+        ([*in_each("data/images"), "paper", "docs/plots"], CLASSES, {"train": 6}),
         (in_each("a/b/c"), CLASSES, {"train": 6}),
         (in_each("set/images/train", "set/images/eval"), CLASSES, {"train": 6, "test": 6}),
         (["daisy/train", "daisy/test", "rose/train"], CLASSES, {"train": 6, "test": 3}),
@@ -60,6 +69,9 @@ def in_each(*parents):
         ([f"{name}/images" for name in CLASSES], CLASSES, {"train": 6}),
         (["001.Black_rose", "002.Daisy"], ("Black rose", "Daisy"), {"train": 6}),
         (["12_rose", "7_daisy"], ("rose", "daisy"), {"train": 6}),
+        (["(1) rose", "(2) daisy"], ("rose", "daisy"), {"train": 6}),
+        (["01rose", "02daisy"], ("rose", "daisy"), {"train": 6}),
+        (["Rosa_canina_3117424", "Bellis_perennis_L._2888439"], ("Bellis perennis L.", "Rosa canina"), {"train": 6}),
         (["06000_Plantae_Tracheophyta_Magnoliopsida_Asterales_Asteraceae_Bellis_perennis",
           "05729_Plantae_Tracheophyta_Liliopsida_Asparagales_Orchidaceae_Ophrys_apifera"],
          ("Ophrys apifera", "Bellis perennis"), {"train": 6}),
@@ -81,9 +93,11 @@ def test_classes_and_splits(folders, names, splits, tree):
     [
         (in_each("color", "grayscale", "segmented"),
          r"3 folders hold folders of the same names.*--dataset '.*/my plants/color', --dataset '.*/grayscale', --data"),
+        (in_each("Train_Test_Train", "Train_Test_Test"), "if splits, call them train, validation and test"),
         (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --data"),
         (in_each("train", "Training"), "'Training' and 'train' are both taken for train; rename one"),
         (in_each("val", "test"), "has test and val, and no train folder to learn from; add one"),
+        ([*in_each("val", "test"), "pool"], "has test and val, and no train folder to learn from; add one"),
         (["train"], "3 images lie here, none in a class folder; move them to <class name>/photo.jpg, or give a table"),
         (["images"], "my plants/images: 3 images lie here, none in a class folder"),
     ],
@@ -98,6 +112,10 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folde
     [
         ([*in_each("train"), "orchid"], "images beside the split folders: 3 (orchid)"),
         ([*in_each("train"), "test"], "images of test without class folders, so they cannot be scored: 3 (test)"),
+        (
+            [*in_each("train"), "test/unknown"],
+            "images of test without class folders, so they cannot be scored: 3 (test)",
+        ),
         ([*CLASSES, "rose/climbing"], "images in a folder inside a class folder: 3 (rose/climbing)"),
         ([*CLASSES, *in_each("copy")], "images in a folder with the same classes again: 6 (copy)"),
         ([*CLASSES, *in_each("old/train")], "images of a data set among the class folders: 6 (old)"),
@@ -133,6 +151,14 @@ def test_codes_for_names_are_warned_of(tree):
     (warning,) = tree("1", "2", "17")().warnings
     assert warning.startswith("classes are called 1, 17, 2, and the model would answer with that;")
     assert "--class-names FILE" in warning
+
+
+@pytest.mark.parametrize(
+    ("names", "codes"),
+    [(("a1f3", "b2c9"), True), (("5d41402abc4b", "7d793037a076"), True), (("maize B73", "Mo17"), False)],
+)
+def test_names_without_a_word_are_codes(names, codes):
+    assert are_codes(names) == codes
 
 
 def test_junk_and_runs_are_no_classes(tree, monkeypatch):
@@ -177,13 +203,14 @@ def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
     os.symlink(tmp_path / "disk" / "oak", tree.root / "oak")
     os.symlink(tree.root, tree.root / "rose" / "loop")
     os.symlink(tree.root / "rose", tree.root / "rosa")
+    os.symlink(tmp_path, tree.root / "up")
     os.symlink(tmp_path / "gone.png", tree.root / "rose" / "gone.png")
     os.mkfifo(tree.root / "rose" / "pipe.png")
     source = read()
     assert source.class_names == ["daisy", "oak", "rose"] and len(source.splits["train"]) == 7
     assert source.warnings == [
         "not used: devices or pipes: 1 (rose/pipe.png)",
-        "not used: links to a folder that is read already: 2 (rose/loop, rosa)",
+        "not used: links to a folder that is read already, or above: 3 (rose/loop, rosa, up)",
         "not used: links to nowhere: 1 (rose/gone.png)",
     ]
 
@@ -221,6 +248,8 @@ def test_folder_names_that_are_not_utf8(tree):
         ("{root}.zip", "is an archive; unpack it first: unzip 'my plants.zip' -d 'my plants', and give the folder"),
         ("{root}.tar.gz", "is an archive; unpack it first: mkdir 'my plants' && tar -xf 'my plants.tar.gz' -C"),
         ("{root}/daisy/0.png", "is an image; give the folder that holds the class folders, or a table"),
+        ("kaggle.com/datasets/a/b", "is a web address; download it"),
+        ("{root}/gone", "is a link to nowhere .elsewhere.; give the folder itself"),
         ("{root}/notes.pdf", "is a file; give the folder that holds the class folders, or a table"),
         ("{root}s", "no such folder or file; .*; did you mean .*/my plants.?"),
     ],
@@ -230,6 +259,7 @@ def test_what_is_no_folder(dataset, words, tree):
     for path in (f"{tree.root}.zip", f"{tree.root}.tar.gz", tree.root / "notes.pdf"):
         with open(path, "wb") as file:
             file.write(b"PK")
+    (tree.root / "gone").symlink_to("elsewhere")
     with pytest.raises(UserError, match=words):
         load_source(dataset.format(root=tree.root), Reading("", False, 0, False, None, None))
 
@@ -250,3 +280,65 @@ def test_archives_alone_and_boxes(tree):
 def test_ood_images_lie_anywhere(tree):
     tree(*in_each("a"), "b")
     assert len(load_ood_images(tree.root)) == 9
+
+
+def test_a_flat_folder_tells_what_else_lies_there(tree):
+    read = tree("daisy", at="daisy")
+    with pytest.raises(UserError, match="one class of several, --dataset '.*/my plants'"):
+        read()
+    (tree.root / "daisy/notes.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--dataset labels.csv \(notes.json: no such table\)"):
+        read()
+    (tree.root / "arrays").mkdir()
+    (tree.root / "arrays/x.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="no images found, but x.npy; expected"):
+        load_source(str(tree.root / "arrays"), Reading("", False, 0, False, None, None))
+
+
+def test_boxes_beside_one_folder(tree):
+    read = tree("JPEGImages")
+    (tree.root / "Annotations").mkdir()
+    (tree.root / "Annotations/0.xml").write_text("<annotation/>")
+    with pytest.raises(UserError, match=r"looks like a detection data set \(boxes in .*0.xml\)"):
+        read()
+
+
+def test_boxes_of_coco_in_the_split_folders(tree):
+    read = tree("train", "valid")
+    for split in ("train", "valid"):
+        images = [{"id": number, "file_name": f"{number}.png"} for number in range(3)]
+        boxes = [{"image_id": number // 2, "category_id": number % 2, "bbox": [0, 0, 1, 1]} for number in range(6)]
+        names = [{"id": 0, "name": "weed"}, {"id": 1, "name": "crop"}]
+        content = {"images": images, "categories": names, "annotations": boxes}
+        (tree.root / split / "_annotations.coco.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"looks like a detection data set \(boxes in .*coco.json\)"):
+        read()
+
+
+def test_a_label_column_is_that_of_a_table_also_beside_class_folders(tree):
+    tree("1", "2")
+    reading = Reading("", False, 0, False, "genus", None)
+    with pytest.raises(UserError, match="--label-column genus: no table of file names and labels lies in .*my plants"):
+        load_source(str(tree.root), reading)
+    rows = [f"{folder}/{number}.png,{genus}" for folder, genus in (("1", "Rosa"), ("2", "Acer")) for number in range(3)]
+    (tree.root / "table.csv").write_text("\n".join(["file,genus", *rows]))
+    assert load_source(str(tree.root), reading).class_names == ["Acer", "Rosa"]
+
+
+def test_names_lie_up_to_three_folders_above_also_of_a_relative_path(tree, monkeypatch):
+    tree("ILSVRC/Data/CLS-LOC/n01", "ILSVRC/Data/CLS-LOC/n02")
+    (tree.root / "mapping.txt").write_text("n01 tench\nn02 shark\n")
+    monkeypatch.chdir(tree.root / "ILSVRC/Data/CLS-LOC")
+    assert load_source(".", Reading("", False, 0, False, None, None)).class_names == ["tench", "shark"]
+
+
+def test_a_folder_named_as_a_copy_is_reported(tree):
+    warnings = tree("rose", "rose - Copy", "daisy")().warnings
+    assert "'rose - Copy' looks like a copy of 'rose'; if it is one, merge the two" in warnings
+
+
+def test_backups_and_parts_of_downloads_are_no_images(tree):
+    read = tree(*CLASSES)
+    for name in ("a.png~", "a.png.bak", "a.png.crdownload"):
+        (tree.root / "rose" / name).write_bytes((tree.root / "rose/0.png").read_bytes())
+    assert len(read().splits["train"]) == 6

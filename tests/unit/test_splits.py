@@ -15,7 +15,7 @@ from data.dataset import build_datasets, check_unreadable_fraction
 from data.groups import group_by_name
 from data.rows import ROW, SPLITS, Source
 from data.splits import split_source
-from test_trainer import PreFlight, check_data
+from test_trainer import PreFlight, check_data, find_unreadable
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
 
@@ -61,6 +61,13 @@ def test_each_class_is_in_each_split_and_shares_are_near_the_fractions():
     assert sum(map(len, done.splits.values())) == 2003 and done.warnings == []
     assert done.notes == ["validation (10% of each class) and test (20% of each class) cut from train, with --seed 42"]
     assert side_of(done) != side_of(split_source(source, {"validation": 0.1, "test": 0.2}, 1))
+
+
+def test_groups_have_the_shares_of_the_fractions_too():
+    images = [(f"{name}/{plant:05d}_{number}.jpg", label) for label, name in enumerate(("daisy", "rose"))
+              for plant in range(10000, 10600) for number in range(3)]  # fmt: skip
+    splits = split_source(make_source(images), TENTHS, 42).splits
+    assert 280 < len(splits["validation"]) < 440 and 280 < len(splits["test"]) < 440
 
 
 def test_images_that_are_added_move_no_other():
@@ -162,6 +169,12 @@ def test_copies_in_two_classes_are_not_used():
     many = [(f"rose/again{number}.jpg", 1, f"daisy/{number:05d}.jpg") for number in range(5)]
     (warning,) = split_source(make_source([*TWO, *many]), TENTHS, 42).warnings
     assert warning.endswith("again2.jpg; and 2 more are the same file in two classes; all 10 images are not used")
+
+
+def test_a_class_that_another_holds_again_is_refused():
+    again = [(f"rose copy/{number}.jpg", 2, f"rose/{number:05d}.jpg") for number in range(30)]
+    with pytest.raises(UserError, match="all images of rose, rose copy are in two classes, such as rose/00000.jpg and"):
+        split_source(make_source([*TWO, *again], ("daisy", "rose", "rose copy")), TENTHS, 42)
 
 
 def test_copies_of_images_that_are_scored_are_not_trained_on():
@@ -402,6 +415,15 @@ def test_the_pre_flight_lists_notes_and_warnings_below_its_line(image_folder):
     first, *rest = check_data(PreFlight(parse_config(["--dataset", str(root)]))).splitlines()
     assert first.startswith(f"image folder {root}: ") and all(line.startswith("      ") for line in rest)
     assert "cut from train" in rest[-2] and rest[-1].startswith("      warning: 1 class has fewer than 3 images (elm)")
+
+
+def test_the_pre_flight_finds_unreadable_images_of_each_split(image_folder):
+    root = image_folder({"train/oak": 9, "train/ash": 9, "val/oak": 9, "val/ash": 9})
+    (root / "val/oak/x.jpg").write_bytes(b"<html>")
+    found = PreFlight(parse_config(["--dataset", str(root)]))
+    check_data(found)
+    (reason,) = find_unreadable(found.data.validation)
+    assert reason.startswith(f"{root}/val/oak/x.jpg: is not an image in any of the formats")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ def test_boxes_are_no_labels(tmp_path):
         read(put(tmp_path / "a.json", json.dumps(COCO | {"annotations": boxes})), tmp_path)
 
 
+def test_boxes_in_a_table_are_refused(tmp_path):
+    put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
+    table = "filename,class,xmin,ymin\na.jpg,weed,1,2\na.jpg,crop,1,2\nb.jpg,weed,3,4\nb.jpg,crop,3,4\n"
+    with pytest.raises(UserError, match=r"a.csv: lists boxes, several of an image \(a.jpg: weed, crop\)"):
+        read(put(tmp_path / "a.csv", table), tmp_path)
+
+
 def test_half_a_character_in_json_becomes_a_question_mark(tmp_path):
     put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
     table = read(put(tmp_path / "a.json", r'{"a.jpg": "daisy \ud83c", "b.jpg": "\ud83c\udf3c"}'), tmp_path)
