@@ -64,8 +64,8 @@ def run_checks(found: PreFlight) -> int:
     passed, failed = [], []
     for check, needs in CHECKS:
         name = check.__name__.removeprefix("check_").replace("_", " ")
-        if needs and needs not in passed:
-            print(f"skip  {name}: needs the {needs} above", flush=True)
+        if missing := [need for need in (needs or "").split() if need not in passed]:
+            print(f"skip  {name}: needs the {missing[0]} above", flush=True)
             continue
         try:
             line = f"ok    {name}: {check(found)}"
@@ -340,7 +340,7 @@ def check_time(found: PreFlight) -> str:
 CHECKS = [
     (check_config, None), (check_packages, None), (check_driver, "packages"), (check_device, "packages"),
     (check_disk_and_memory, "packages"),
-    (check_data, "device"), (check_class_names, "data"), (check_processor, "data"), (check_lengths, "processor"),
+    (check_data, "packages"), (check_class_names, "data"), (check_processor, "data device"), (check_lengths, "processor"),
     (check_sample, "processor"), (check_image_tokens, "sample"), (check_pixels, "sample"), (check_padding, "sample"),
     (check_model, "processor"), (check_steps, "model"), (check_leak, "steps"), (check_time, "steps"),
 ]  # fmt: skip

@@ -119,6 +119,9 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     )
     for note in source.notes:
         logger.info("data | %s", note)
+    names = source.class_names
+    listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
+    logger.info(f"data | classes: {listed}")
     for warning in source.warnings:
         logger.warning("%s", warning)
     data = PlantData(

@@ -131,7 +131,8 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
             excluded.add("folders without images", empty.path)
     layout.splits[split] = entries
     place = folder.path.relative_to(layout.root.path).as_posix()
-    nested = ", nested" if any(entry.folder not in folder.folders for entry in entries) else ""
+    inner = [entry.folder.path for entry in entries if entry.folder not in folder.folders]
+    nested = f", nested such as {printable(inner[0].relative_to(folder.path).as_posix())}/" if inner else ""
     where = "" if place == "." else f" in {printable(place)}/" + ("" if place == split else f" ({split})")
     return f"{len(entries)}{nested}{where}"
 
@@ -220,6 +221,8 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     for child in aside if children is not aside else ():
         excluded.add("images in folders that name no class", child.path, child.num_images)
     groups = [child for child in children if not child.images and not _is_one_class(child)]
+    if len(children) > 1 and all(map(_has_one_inside, groups)):
+        groups = []  # rose/balcony/ among class folders: rose
     plain = [child for child in children if child not in groups]
     if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
         return []
@@ -228,7 +231,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     entries: list[ClassFolder] = []
     nested: list[tuple[str, ClassFolder]] = []
     for child in plain:
-        deep = bool(child.filled) and _is_one_class(child)
+        deep = bool(child.filled) and (_is_one_class(child) or (not child.images and _has_one_inside(child)))
         entries.append(ClassFolder(child.name, child, deep, deep and _are_specimens(child)))
         for below in child.filled if not deep else ():
             excluded.add("images in a folder inside a class folder", below.path, below.num_images)
@@ -253,6 +256,12 @@ def _name_nested(nested: Sequence[tuple[str, ClassFolder]], others: Sequence[Cla
     if len(set(keys)) < len(keys) or (nested and all(_is_genus_of(parent, entry.name) for parent, entry in nested)):
         return [entry._replace(name=f"{parent} {entry.name}") for parent, entry in nested]
     return [entry for _, entry in nested]
+
+
+def _has_one_inside(folder: Folder) -> bool:
+    """Whether its images lie in one subfolder, whose name is no epithet."""
+    inner = folder.filled
+    return len(inner) == 1 and not inner[0].filled and not _is_genus_of(folder.name, inner[0].name)
 
 
 def _is_genus_of(parent: str, name: str) -> bool:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from config.cli import parse_config
 from config.training_config import CONFIG_FILE, PRESETS, ConfigError, TrainingConfig, find_problems, find_range_problems
-from data.labels import CLASS_NAMES, parse_reply
-from data.sources import tidy_name
+from data.labels import CLASS_NAMES, parse_reply, tidy_name
 from runtime.checkpoint import MANIFEST, verify_checkpoint, write_manifest
 from runtime.run_files import append_metrics, load_config, read_metrics, save_config, truncate_metrics
 from tests.faults.corpus import contents

@@ -18,11 +18,17 @@ SPLITS = ("train", "val", "test")
 def images(tmp_path_factory):
     """(folder with train/, val/ and test/ of two classes, what opening each image of one class must come to)"""
     folder = tmp_path_factory.mktemp("hostile") / "images"
-    for split in SPLITS:
+    for number_of_split, split in enumerate(SPLITS):
         expected = write_corpus(folder / split / "hostile")
+        for file in (folder / split / "hostile").iterdir():
+            if file.is_file() and not file.is_symlink() and file.stat().st_size:
+                with file.open("ab") as end:
+                    end.write(split.encode())  # copies in another split would not be used
         (folder / split / "kind").mkdir()
         for number in range(8):
-            Image.new("RGB", (60, 40 + number), (9 * number, 80, 160)).save(folder / split / "kind" / f"{number}.png")
+            Image.new("RGB", (60, 40 + number), (9 * number, 80, 40 * number_of_split)).save(
+                folder / split / "kind" / f"{number}.png"
+            )
     return folder, expected
 
 
