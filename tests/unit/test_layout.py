@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -277,9 +278,23 @@ def test_archives_alone_and_boxes(tree):
         read()
 
 
-def test_ood_images_lie_anywhere(tree):
+def test_ood_images_lie_anywhere_and_what_is_not_used_is_said(tree, caplog, monkeypatch):
     tree(*in_each("a"), "b")
-    assert len(load_ood_images(tree.root)) == 9
+    (tree.root / "b/IMG_1.DNG").write_bytes(b"II*\0")
+    monkeypatch.setenv("HOME", str(tree.root.parent))
+    assert len(load_ood_images(Path("~/my plants"))) == 9
+    assert "not used: .dng files: 1 (b/IMG_1.DNG)" in caplog.text
+    for path in tree.root.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="no images found there; not used: .dng files: 1 .*; give a folder of images"):
+        load_ood_images(tree.root)
+
+
+def test_a_folder_above_the_classes_that_is_not_utf8(tree):
+    read = tree("Other/oak", "Other/elm", "Family/rose", "Family/daisy")
+    os.rename(tree.root / "Family", os.fsencode(tree.root) + b"/Famille\xe9")
+    with pytest.raises(UserError, match=r"Famille\\udce9/.*: the path is not UTF-8, which Arrow needs; rename"):
+        read()
 
 
 def test_a_flat_folder_tells_what_else_lies_there(tree):
