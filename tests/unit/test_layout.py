@@ -58,6 +58,10 @@ def in_each(*parents):
         (in_each("set/images/train", "set/images/eval"), CLASSES, {"train": 6, "test": 6}),
         (["daisy/train", "daisy/test", "rose/train"], CLASSES, {"train": 6, "test": 3}),
         ([*in_each("test"), *CLASSES], CLASSES, {"train": 6, "test": 6}),
+        (["train/Acer/rubrum", "train/Salix/alba", "train/Salix/nigra", "test/Acer/rubrum"],
+         ("Acer rubrum", "Salix alba", "Salix nigra"), {"train": 9, "test": 3}),
+        (["train/Apple/healthy", "train/Apple/scab", "train/Pear/healthy", "test/Apple/healthy", "test/Apple/scab"],
+         ("Apple healthy", "Apple scab", "Pear healthy"), {"train": 9, "test": 6}),
         (["Acer/campestre", "Acer/rubrum", "Salix/alba"], ("Acer campestre", "Acer rubrum", "Salix alba"),
          {"train": 9}),
         (["Salix/alba", "Populus/alba"], ("Populus alba", "Salix alba"), {"train": 6}),
@@ -276,6 +280,15 @@ def test_archives_alone_and_boxes(tree):
     (tree.root / "train/labels/0.txt").write_text("0 .5 .5 1 1")
     with pytest.raises(UserError, match=r"looks like a detection data set \(boxes in .*0.txt\)"):
         read()
+
+
+@pytest.mark.parametrize(
+    ("below", "groups"),
+    [("plant_1", 3), ("visit 2", 3), ("2024-05-01", 3), ("2024", 0), ("may 2024", 0), ("2024-05", 0), ("100APPLE", 0)],
+)
+def test_a_folder_in_a_class_is_one_plant_unless_it_is_a_year_or_a_camera(below, groups, tree):
+    rows = tree(f"daisy/{below}", "rose")().splits["train"]
+    assert len(rows) == 6 and sum(map(bool, rows["group"] if "group" in rows.column_names else [])) == groups
 
 
 def test_ood_images_lie_anywhere_and_what_is_not_used_is_said(tree, caplog, monkeypatch):
