@@ -28,11 +28,12 @@ SUFFIXES = (
     *HEIF_SUFFIXES,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+# From the fifth byte of a file on.
+HEIF_STARTS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
 # How files of these formats begin, as (offset, bytes).
 SIGNATURES = (
     *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
-    *((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")),
-    *((4, b"ftyp" + brand) for brand in (b"avif", b"avis")),
+    *((4, start) for start in (*HEIF_STARTS, b"ftypavif", b"ftypavis")),
 )
 LFS_POINTER = b"version https://git-lfs"
 MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
@@ -187,6 +188,8 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
             raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
+        if contents[4:12] in HEIF_STARTS and not reads_heif():
+            raise ImageError(f"{name}: is HEIC/HEIF, which pillow-heif reads (pip install pillow-heif)") from None
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error

@@ -258,3 +258,10 @@ def test_the_thumbnail_of_a_jpeg_is_decoded_small_and_upright(size, decoded, mon
 def test_phone_formats_are_known_by_their_first_bytes(brand):
     assert is_image_start(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
     assert not is_image_start(b"\0\0\0\x18ftypmp42\0\0\0\0")
+
+
+def test_heic_of_any_name_says_what_reads_it_where_nothing_does(monkeypatch):
+    row = {"bytes": b"\0\0\0\x18ftypheic" + bytes(100), "path": "photo.jpg"}
+    monkeypatch.setattr("utils.image_utils.reads_heif", lambda: False)
+    with pytest.raises(ImageError, match=r"photo.jpg: is HEIC/HEIF, which pillow-heif reads \(pip install pillow-heif"):
+        open_image(row)

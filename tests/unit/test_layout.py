@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,20 @@ def test_a_class_whose_images_cannot_be_read_is_refused(tree):
         UserError, match="tulip with nothing but raw files of a camera.*; lily with nothing but archives: unp"
     ):
         read()
+
+
+def test_photos_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkeypatch):
+    read = tree(*CLASSES)
+    for number in range(4):
+        draw(tree.root / f"oak/IMG_{number}.HEIC", "HEIF")
+    draw(tree.root / "rose/IMG_9.heic", "HEIF")
+    assert read().class_names == ["daisy", "oak", "rose"] and len(read().splits["train"]) == 11
+    monkeypatch.setattr("data.survey.reads_heif", lambda: False)
+    with pytest.raises(UserError, match="oak with nothing but HEIC/HEIF images: pip install pillow-heif"):
+        read()
+    shutil.rmtree(tree.root / "oak")
+    (line,) = [line for line in read().warnings if "HEIC" in line]
+    assert line.endswith("which pillow-heif reads (pip install pillow-heif): 1 (rose/IMG_9.heic)")
 
 
 def test_folder_names_that_are_not_utf8(tree):
