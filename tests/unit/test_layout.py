@@ -12,6 +12,7 @@ from PIL import Image
 from data.labels import are_codes
 from data.sources import Reading, load_ood_images, load_source
 from data.survey import MAX_DEPTH, survey
+from tests.conftest import ROOT
 from utils.logging_utils import UserError
 
 CLASSES = ("daisy", "rose")
@@ -385,3 +386,26 @@ def test_backups_and_parts_of_downloads_are_no_images(tree):
     for name in ("a.png~", "a.png.bak", "a.png.crdownload"):
         (tree.root / "rose" / name).write_bytes((tree.root / "rose/0.png").read_bytes())
     assert len(read().splits["train"]) == 6
+
+
+FIVE = ("ash", "elm", "fir", "oak", "yew")
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (FIVE, "class folders: 5"),
+        ([f"{split}/{name}" for split in ("train", "valid") for name in FIVE],
+         "class folders: 5 in train/; 5 in valid/ (validation)"),
+        ([f"{name}/{split}" for split in ("train", "test") for name in FIVE],
+         "class folders: 5, with the splits inside each"),
+        (["basil/healthy", "basil/diseased", "mint/healthy", "mint/diseased"], "class folders: 4, nested"),
+        (["001.Daisy", "002.Rose"], "names without their numbers: 001.Daisy is Daisy"),
+        (["tea rose", "tea_rose", "oak"], "'tea rose' and 'tea_rose' are read as one class"),
+    ],
+)  # fmt: skip
+def test_what_the_page_says_is_said(folders, said, tree):
+    page = (ROOT / "docs/own_images.md").read_text(encoding="utf-8")
+    source = tree(*folders)()
+    assert f"`{said}" in page
+    assert any(said in line for line in [*source.notes, *source.warnings])
