@@ -23,7 +23,7 @@ from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
-MAX_UPLOAD = "100mb"  # photos of phones with 200 megapixels have more than 20
+MAX_UPLOAD = "20mb"
 UPLOADS_KEPT_S = 3600
 MAX_QUEUE = 20  # photos; whoever sends the next one is asked to come back
 SHOWN = 5  # names of an answer

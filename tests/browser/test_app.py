@@ -218,7 +218,7 @@ def test_hostile_files_get_names_or_a_sentence(open_page, tmp_path):
 
 
 def test_a_file_above_the_upload_limit_is_refused(shown, chromium, tmp_path):
-    (tmp_path / "big.jpg").write_bytes(bytes(101_000_000))
+    (tmp_path / "big.jpg").write_bytes(bytes(21_000_000))
     page = chromium.new_page()
     page.goto(shown)
     page.wait_for_selector("#photo input[type=file]", state="attached")

@@ -241,7 +241,7 @@ def test_a_class_whose_images_cannot_be_read_is_refused(tree):
         read()
 
 
-def test_photos_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkeypatch):
+def test_images_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkeypatch):
     read = tree(*CLASSES)
     for number in range(4):
         draw(tree.root / f"oak/IMG_{number}.HEIC", "HEIF")
@@ -404,8 +404,8 @@ FIVE = ("ash", "elm", "fir", "oak", "yew")
         (["tea rose", "tea_rose", "oak"], "'tea rose' and 'tea_rose' are read as one class"),
     ],
 )  # fmt: skip
-def test_what_the_page_says_is_said(folders, said, tree):
-    page = (ROOT / "docs/own_images.md").read_text(encoding="utf-8")
+def test_what_the_docs_quote_is_said(folders, said, tree):
+    text = (ROOT / "docs/own_images.md").read_text(encoding="utf-8")
     source = tree(*folders)()
-    assert f"`{said}" in page
+    assert f"`{said}" in text
     assert any(said in line for line in [*source.notes, *source.warnings])
