@@ -51,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
     """(file, or a word that stands for none, and why): files as named, images below folders, matches of patterns."""
-    from data.survey import survey
+    from data.survey import add_unused, survey
 
     for word in words:
         reason = None
         if os.path.isdir(word):  # pathlib would raise for a name that is too long
             folder, excluded = survey(Path(word))
+            add_unused(folder, excluded)
             found = [str(below.path / file.name) for below in folder.walk() for file in below.images]
             for line in excluded.lines() if found else ():
                 logger.warning(f"{printable(word)}: {line}")

@@ -340,7 +340,8 @@ def check_time(found: PreFlight) -> str:
 CHECKS = [
     (check_config, None), (check_packages, None), (check_driver, "packages"), (check_device, "packages"),
     (check_disk_and_memory, "packages"),
-    (check_data, "packages"), (check_class_names, "data"), (check_processor, "data device"), (check_lengths, "processor"),
+    (check_data, "packages"), (check_class_names, "data"), (check_processor, "data device"),
+    (check_lengths, "processor"),
     (check_sample, "processor"), (check_image_tokens, "sample"), (check_pixels, "sample"), (check_padding, "sample"),
     (check_model, "processor"), (check_steps, "model"), (check_leak, "steps"), (check_time, "steps"),
 ]  # fmt: skip

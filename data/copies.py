@@ -14,7 +14,7 @@ import datasets
 import pyarrow
 import pyarrow.compute
 
-from utils.image_utils import begins_as_image
+from utils.image_utils import is_image_start
 
 CACHE_FILE = "image_hashes.sqlite3"  # in the library's cache folder
 BLOCK = 2**16  # bytes read at a time
@@ -80,7 +80,7 @@ def _hash_rows(splits: Sequence[datasets.Dataset], wanted: set[int]) -> dict[int
         for index in range(len(contents)):
             if first + index in wanted:
                 content = contents[index].as_buffer()
-                is_image = begins_as_image(content[:16].to_pybytes())
+                is_image = is_image_start(content[:16].to_pybytes())
                 hashes[first + index] = hashlib.sha256(content).digest() if is_image else NOT_AN_IMAGE
         first += len(contents)
     return hashes
@@ -109,7 +109,7 @@ def _hash_file(path: str) -> bytes | None:
     try:
         with open(path, "rb", buffering=0) as file:
             block = file.read(BLOCK)
-            if not begins_as_image(block[:16]):
+            if not is_image_start(block[:16]):
                 return NOT_AN_IMAGE
             digest = hashlib.sha256()
             while block:

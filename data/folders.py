@@ -8,7 +8,7 @@ from data.class_names import find_groups
 from data.labeling import name_classes
 from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
-from data.survey import Excluded, Folder, is_utf8
+from data.survey import Excluded, Folder, add_unused, is_utf8
 from data.tables import LabelRow, read_label_tables
 from utils.image_utils import printable
 from utils.logging_utils import UserError
@@ -50,11 +50,9 @@ def _build_source(
     used: Iterable[Path] = (),
 ) -> Source:
     root = folder.path
-    if not is_utf8(str(root)):
-        raise UserError(f"--dataset {str(root)!r}: the path is not UTF-8, which Arrow needs; rename its folders")
     counts = Counter(row.class_name for row in rows)
     labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
-    _add_unused(folder, {labeling.table, *used}, excluded)
+    add_unused(folder, excluded, {labeling.table, *used})
     splits = {
         split: build_rows(
             ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
@@ -101,12 +99,3 @@ def _check_unread_classes(layout: Layout) -> None:
             problems.append(f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} with nothing but {move}")
     if problems:
         raise UserError(f"{layout.root.path}: class folders without an image that can be read: {'; '.join(problems)}")
-
-
-def _add_unused(root: Folder, used: set[Path | None], excluded: Excluded) -> None:
-    """Tell of the files that other layouts would have used."""
-    for folder in root.walk():
-        for kind in ("arrow", "archive", "mat", "parquet", "raw", "table"):
-            for name in folder.files.get(kind, ()):
-                if folder.path / name not in used:
-                    excluded.add(f"{Path(name).suffix.lower()} files", folder.path / name)

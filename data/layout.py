@@ -28,6 +28,9 @@ SPECIMEN = re.compile(  # plant_01, 2024-05-01, may 2024, 100APPLE
     r"|(?:[a-z]+[ _-]?)?(?:19|20)\d\d(?:[ _.-]?\d\d){0,2}|\d{3}[a-z]{3,5}",
     re.IGNORECASE,
 )
+SEVERAL_PLANTS = re.compile(  # of these: a year, a month, a camera's folder
+    r"(?:[a-z]+[ _-]?)?(?:19|20)\d\d(?:[ _.-]?\d\d)?|\d{3}[a-z]{3,5}|cam(?:era)?[ _-]?[a-z]?\d+", re.IGNORECASE
+)
 # Folders that hold no class where others do.
 ASIDE = {
     *("annotations", "assets", "doc", "docs", "example", "examples", "figs", "figure", "labels", "mask"),
@@ -57,6 +60,7 @@ class Layout:
     root: Folder
     splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    train_names: dict[Path, str] = field(default_factory=dict)  # of class folders, by their path below that of train
 
     @property
     def names(self) -> list[str]:
@@ -112,9 +116,16 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
 
 def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) -> str:
     """Add a split's class folders to the layout; returns their number and place for the log."""
+    top = folder.path
     while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
         folder = folder.filled[0]
     entries = find_classes(folder, excluded)
+    if split == "train":
+        layout.train_names = {entry.folder.path.relative_to(top): entry.name for entry in entries}
+    # What names of several levels are made of depends on all classes of a split, which may lack some of train's.
+    entries = [
+        entry._replace(name=layout.train_names.get(entry.folder.path.relative_to(top), entry.name)) for entry in entries
+    ]
     known = {name_key(entry.name) for entry in layout.splits.get("train", ())}
     is_flat = len(entries) == 1 < len(known) and name_key(entries[0].name) not in known  # test/unknown/0001.jpg
     if split != "train" and (not entries or is_flat):
@@ -232,7 +243,8 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     nested: list[tuple[str, ClassFolder]] = []
     for child in plain:
         deep = bool(child.filled) and (_is_one_class(child) or (not child.images and _has_one_inside(child)))
-        entries.append(ClassFolder(child.name, child, deep, deep and _are_specimens(child)))
+        specimens = deep and _are_specimens(child) and not any(map(_holds_several_plants, child.filled))
+        entries.append(ClassFolder(child.name, child, deep, specimens))
         for below in child.filled if not deep else ():
             excluded.add("images in a folder inside a class folder", below.path, below.num_images)
     keys = {name_key(child.name) for child in plain}
@@ -278,6 +290,10 @@ def _is_one_class(folder: Folder) -> bool:
 
 def _are_specimens(folder: Folder) -> bool:
     return all(SPECIMEN.fullmatch(below.name) for below in folder.filled)
+
+
+def _holds_several_plants(folder: Folder) -> bool:
+    return SEVERAL_PLANTS.fullmatch(folder.name) is not None
 
 
 def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:

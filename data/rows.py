@@ -9,6 +9,8 @@ from datasets import Dataset, DatasetInfo, Features, Image, Value
 from datasets.table import InMemoryTable
 
 from data.streaming import Stream
+from data.survey import is_utf8
+from utils.logging_utils import UserError
 
 SPLITS = ("train", "validation", "test")
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
@@ -54,9 +56,16 @@ def count_images(rows: Dataset | Stream) -> int:
 
 
 def build_rows(images: Iterable[ImageRow]) -> Dataset:
-    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB; loader workers share them."""
+    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB; loader workers share them.
+
+    Raises UserError for a path that is not UTF-8.
+    """
     columns = list(zip(*images)) or [(), (), (), ()]
-    paths = pyarrow.array(columns[0], pyarrow.string())
+    try:
+        paths = pyarrow.array(columns[0], pyarrow.string())
+    except UnicodeEncodeError as error:
+        odd = next(path for path in columns[0] if not is_utf8(path))
+        raise UserError(f"{odd!r}: the path is not UTF-8, which Arrow needs; rename its folders") from error
     image = pyarrow.StructArray.from_arrays([pyarrow.nulls(len(paths), pyarrow.binary()), paths], ["bytes", "path"])
     data = {"image": image, "label": pyarrow.array(columns[1], pyarrow.int64())}
     data |= {name: pyarrow.array(column, pyarrow.string()) for name, column in zip(("id", "group"), columns[2:])}

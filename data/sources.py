@@ -21,11 +21,11 @@ from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
 from data.rows import ROW, ImageRow, Reading, Source, build_rows
-from data.survey import ARCHIVES, TABLES, Folder, survey
+from data.survey import ARCHIVES, TABLES, Excluded, Folder, add_unused, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
 from utils.image_utils import is_image_name, printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, logger
 
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
@@ -195,10 +195,15 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
 
 
 def load_ood_images(folder: Path) -> Dataset:
-    """The images in a folder, whatever they show; the label 0 means nothing."""
-    found = survey(folder)[0] if folder.is_dir() else Folder(folder)
+    """The images in a folder, whatever they show; the label 0 means nothing. What is not used is logged."""
+    folder = folder.expanduser()
+    found, excluded = survey(folder) if folder.is_dir() else (Folder(folder), Excluded(folder))
+    add_unused(found, excluded)
     if not found.num_images:
-        raise UserError(f"--ood {folder}: no images found there; give a folder of images without the classes")
+        move = "give a folder of images without the classes"
+        raise UserError("; ".join([f"--ood {folder}: no images found there", *excluded.lines(), move]))
+    for line in excluded.lines():
+        logger.warning("--ood %s: %s", folder, line)
     return build_rows(
         ImageRow(f"{below.path}/{file.name}", 0, str((below.path / file.name).relative_to(folder)))
         for below in found.walk()

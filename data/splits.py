@@ -41,6 +41,11 @@ def split_source(
         return source
     if source.is_published and not missing and group_by is None and min_images == 1:
         return source
+    if "train" in missing:
+        raise UserError(
+            f"{source.description}: has {' and '.join(source.splits)}, and no train split to learn from; add one, or "
+            "give images without splits"
+        )
     images = _Images(source, missing)
     images.skip_copies()
     images.skip_rare_classes(min_images)

@@ -6,7 +6,7 @@ Nothing is decided here; data/layout.py takes a survey and decides what is a cla
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -162,6 +162,15 @@ def _add_file(folder: Folder, path: Path, status: os.stat_result, excluded: Excl
         excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
     else:
         folder.images.append(File(path.name, status.st_size, status.st_mtime_ns))
+
+
+def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] = ()) -> None:
+    """Tell of the files, but those `used`, that some layout would have used: tables, archives, a camera's raw files."""
+    for folder in root.walk():
+        for kind in ("arrow", "archive", "mat", "parquet", "raw", "table"):
+            for name in folder.files.get(kind, ()):
+                if folder.path / name not in used:
+                    excluded.add(f"{Path(name).suffix.lower()} files", folder.path / name)
 
 
 def is_utf8(name: str) -> bool:

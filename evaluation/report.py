@@ -13,11 +13,12 @@ from scipy.special import softmax
 
 from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
-from utils.image_utils import open_image
+from utils.image_utils import open_thumbnail
 from utils.logging_utils import logger
 from utils.plot_utils import Tile, plot_report, plot_tiles, shorten
 
 PAIRS, MISTAKES, SHOWN = 4, 12, 12  # confused pairs, mistakes and images in the pictures
+TILE_SIDE = 320  # pixels; the pictures show each image at up to 280
 EXAMPLES_FOLDER = "examples"  # of a run
 EXAMPLES, EXAMPLE_SIDE = 6, 640  # images kept there, and the longer side of each in pixels
 
@@ -65,8 +66,8 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     confidences = confidence(split.scores, temperature)
     place = {sample: index for index, sample in enumerate(rows["id"])}
 
-    def image_of(index: int) -> Image.Image:
-        return open_image(rows[place[split.ids[index]]]["image"])
+    def image_of(index: int, side: int = TILE_SIDE) -> Image.Image:
+        return open_thumbnail(rows[place[split.ids[index]]]["image"], side)
 
     def first_of(name: str) -> Image.Image | None:
         found = np.flatnonzero(split.labels == names.index(name))
@@ -92,7 +93,8 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
         answers.append(Tile(image_of(index), caption, "darkgreen" if predicted == truth else "darkred"))
     plot_tiles(answers, f"{stem}_images.png")
     if report["split"] == "val":
-        _keep_examples([(names[split.labels[index]], image_of(index)) for index in shown[:EXAMPLES]], folder)
+        examples = [(names[split.labels[index]], image_of(index, EXAMPLE_SIDE)) for index in shown[:EXAMPLES]]
+        _keep_examples(examples, folder)
     logger.info("saved | %s | %s_images.png", stem.with_suffix(".png"), stem)
 
 
@@ -103,7 +105,6 @@ def _keep_examples(images: Sequence[tuple[str, Image.Image]], folder: str | Path
     for old in examples.glob("*.jpg"):
         old.unlink()
     for number, (name, image) in enumerate(images, start=1):
-        image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
         image.info.clear()  # EXIF, which may hold where the image was taken
         plain = "".join(character if character.isalnum() or character in " -'" else "_" for character in name)
         image.save(examples / f"{number} {plain[:60]}.jpg", quality=90)

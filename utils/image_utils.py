@@ -24,31 +24,20 @@ else:
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # of iPhones; read by pillow-heif
 SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".mpo",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *HEIF_SUFFIXES,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+# From the fifth byte of a file on.
+HEIF_STARTS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
 # How files of these formats begin, as (offset, bytes).
 SIGNATURES = (
     *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
-    *((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis")),
+    *((4, start) for start in (*HEIF_STARTS, b"ftypavif", b"ftypavis")),
 )
 LFS_POINTER = b"version https://git-lfs"
 MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
-MAX_JPEG_PIXELS = (
-    256_000_000  # the largest phone sensors have 200 million; a JPEG decodes at 1/2, 1/4 or 1/8 of its size
-)
+MAX_JPEG_PIXELS = 256_000_000  # the largest phone sensors have 200 million; a JPEG is decoded smaller
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS  # PIL warns above it; the limits here are checked first
 MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS of 16-bit RGB, not compressed
 EXIF_ORIENTATION = 0x0112
@@ -73,11 +62,6 @@ def looks_like_image(path: Path) -> bool:
 
 
 def is_image_start(start: bytes) -> bool:
-    """Whether the first 16 bytes of a file are those of an image format."""
-    return begins_as_image(start)
-
-
-def begins_as_image(start: bytes) -> bool:
     """Whether the first 16 bytes of a file are those of one of the image formats."""
     return any(start[offset:].startswith(signature) for offset, signature in SIGNATURES)
 
@@ -92,11 +76,14 @@ def open_image(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image
     `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}.
     Raises ImageError for a file that is missing, empty, corrupted, above `max_pixels` or not an image.
     """
-    name, image = _open_header(source, max_pixels)
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
-        raise ImageError(f"{name}: cannot be decoded ({error})") from error
+    return _decode(*_open_header(source, max_pixels))
+
+
+def open_thumbnail(source: dict | str | Path, side: int) -> Image.Image:
+    """Like open_image, at most `side` pixels wide and high; a large JPEG is decoded small. Raises ImageError."""
+    image = _decode(*_open_header(source, MAX_PIXELS, side))
+    image.thumbnail((side, side))
+    return image
 
 
 def read_image_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -135,17 +122,6 @@ def augment_image(image: Image.Image, seed: int) -> Image.Image:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(draw.uniform(0.8, 1.2))
     return image
-
-
-def open_thumbnail(source: dict | str | Path, side: int) -> Image.Image:
-    """The upright RGB image, at most `side` pixels wide and high; a large JPEG is decoded small. Raises ImageError."""
-    name, image = _open_header(source, MAX_PIXELS)
-    try:
-        image.draft(None, (side, side))
-        image.thumbnail((side, side))
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
-        raise ImageError(f"{name}: cannot be decoded ({error})") from error
 
 
 def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
@@ -193,7 +169,8 @@ def gray_image(size: tuple[int, int]) -> dict:
     return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
 
 
-def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image.Image]:
+def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = None) -> tuple[str, Image.Image]:
+    """(the file's name for messages, the image, not decoded yet); `side`: as large as is needed later."""
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
     name = printable(str(path or "image without a name"))
@@ -211,25 +188,38 @@ def _open_header(source: dict | str | Path, max_pixels: int) -> tuple[str, Image
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
             raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
+        if contents[4:12] in HEIF_STARTS and not reads_heif():
+            raise ImageError(f"{name}: is HEIC/HEIF, which pillow-heif reads (pip install pillow-heif)") from None
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error
-    _decode_smaller(image, max_pixels)
+    _decode_smaller(image, max_pixels, side)
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
         raise ImageError(f"{name}: {size} is above the limit of {max_pixels:,} pixels; make it smaller")
     return name, image
 
 
-def _decode_smaller(image: Image.Image, max_pixels: int) -> None:
+def _decode_smaller(image: Image.Image, max_pixels: int, side: int | None) -> None:
     """Let a JPEG of more pixels be decoded at the largest of 1/2, 1/4, 1/8 of its size that is within `max_pixels`.
 
+    With `side` at the smallest of them whose longer side is that long. Of an image PIL heeds one such call alone.
     A progressive one is not: its decoder holds all of it in memory whatever the size asked for.
     """
     pixels = image.width * image.height
     if image.format in ("JPEG", "MPO") and pixels <= MAX_JPEG_PIXELS and not image.info.get("progressive"):
         scale = next((scale for scale in (1, 2, 4, 8) if pixels <= max_pixels * scale**2), 1)
-        image.draft(None, (image.width // scale, image.height // scale))
+        if side is not None:
+            scale = max(scale, min(max(image.size) // side, 8))
+        if scale > 1:
+            image.draft(None, (max(image.width // scale, 1), max(image.height // scale, 1)))
+
+
+def _decode(name: str, image: Image.Image) -> Image.Image:
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
+        raise ImageError(f"{name}: cannot be decoded ({error})") from error
 
 
 def _read_file(path: Path, name: str) -> bytes:

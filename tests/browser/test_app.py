@@ -202,6 +202,7 @@ def test_two_at_once_both_get_answers(open_page, photo):
 
 
 HOSTILE = ["half.jpg", "bomb.png", "16 bit.png", "page.jpg", "empty.jpg", "sideways.jpg", "pages.tiff", "text bomb.png"]
+HOSTILE += ["iphone.heic", "a heic.jpg"]
 HOSTILE += ["-rf {0} %s $(x) 'q'.jpg", "\u202egpj.jpg", f"{'long' * 60}.jpg", "loop.tiff"]
 
 

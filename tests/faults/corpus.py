@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import utils.image_utils  # noqa: F401  PIL writes HEIF with it
+
 OPENS = ""  # else words of the error
 REFUSED = ": "  # an error of any words
 
@@ -104,6 +106,9 @@ def contents() -> dict[str, tuple[bytes, str]]:
         "float.tiff": (_saved(floats, "TIFF"), OPENS),
         "a png.jpg": (png, OPENS),
         "a webp.png": (_saved(_picture(), "WEBP"), OPENS),
+        "iphone.heic": (_saved(_picture(), "HEIF"), OPENS),
+        "a heic.jpg": (_saved(_picture(), "HEIF"), OPENS),
+        "plain.avif": (_saved(_picture(), "AVIF"), OPENS),
         "sideways.jpg": (_saved(_picture(), "JPEG", exif=_exif(6)), OPENS),
         "orientation 99.jpg": (_saved(_picture(), "JPEG", exif=_exif(99)), OPENS),
         "exif noise.jpg": (_with_exif(b"Exif\0\0" + random.Random(0).randbytes(500)), OPENS),

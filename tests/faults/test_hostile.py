@@ -40,12 +40,17 @@ def skipped(output: str) -> list[str]:
 def test_hostile_images_through_training_and_evaluation(images, tmp_path, monkeypatch, capsys):
     folder, expected = images
     del expected["folder.jpg"]  # is not taken for an image
+    hostile = folder / "train" / "hostile"
+    for name in list(expected):  # pipes, links to nowhere, empty files: counted by the survey
+        if not (hostile / name).is_file() or not (hostile / name).stat().st_size:
+            del expected[name]
     refused = sorted(name for name, words in expected.items() if words != OPENS)
     monkeypatch.chdir(tmp_path)
     tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-unreadable-fraction", "1", "--output-dir", "run"]
     assert train.main([*tiny, "--max-steps", "10", "--eval-steps", "5", "--num-workers", "1"]) == 0
     output = capsys.readouterr().out
-    assert "6 files or folders are not read: train/hostile/folder.jpg" in output  # that, and a name not in UTF-8
+    for reason in ("devices or pipes", "links to nowhere", "empty image files (0 bytes)", "whose name is not UTF-8"):
+        assert reason in output
     for split in ("train", "val"):
         lines = [line for line in output.splitlines() if f" of {split} so far): " in line]
         assert sorted(skipped("\n".join(lines))) == refused

@@ -42,6 +42,16 @@ def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
     assert names == ["images/08.png", *deep, *[f"images/0{number}.png" for number in range(4)], "images/deep/09.png"]
 
 
+def test_files_of_a_folder_that_are_no_images_are_counted_also_raw_ones(here, images, caplog):
+    (images / "deep/IMG_1.DNG").write_bytes(b"II*\0")
+    assert len(list(predict.find_images(["images"]))) == 12
+    assert "images: not used: .dng files: 1 (deep/IMG_1.DNG)" in caplog.text
+    for path in images.rglob("*.png"):
+        path.unlink()
+    ((word, reason),) = predict.find_images(["images"])
+    assert word == "images" and reason == "images: holds no images; not used: .dng files: 1 (deep/IMG_1.DNG)"
+
+
 def test_scores_are_those_of_the_evaluation(trained, images, capsys):
     """Confidence is what the report's scores give at the run's temperature, whatever stands beside the image."""
     import numpy as np

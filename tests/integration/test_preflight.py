@@ -67,7 +67,13 @@ def test_the_first_image_is_unreadable(image_folder, capsys):
 def test_without_a_gpu_the_tiny_preset_is_offered(capsys):
     status, lines = run(capsys)
     assert status == 1 and lines["device"].startswith("FAIL") and "--preset tiny" in lines["device"]
-    assert lines["data"] == "skip  data: needs the device above" and lines["disk and memory"].startswith("ok")
+    assert lines["disk and memory"].startswith("ok") and lines["processor"].startswith("skip")
+
+
+def test_without_a_gpu_images_are_checked_all_the_same(image_folder, capsys):
+    status, lines = run(capsys, "--dataset", str(image_folder({"oak": 8, "ash": 8})))
+    assert status == 1 and lines["data"].startswith("ok") and lines["class names"] == "ok    class names: 2: ash, oak"
+    assert lines["processor"] == "skip  processor: needs the device above"
 
 
 def test_a_missing_package_is_reported_and_the_rest_is_skipped(capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, PLACES, contents, write_corpus
@@ -18,7 +18,9 @@ from utils.image_utils import (
     count_image_tokens,
     fit_image,
     fitted_size,
+    is_image_start,
     open_image,
+    open_thumbnail,
     read_image_size,
 )
 
@@ -220,3 +222,46 @@ def test_our_arithmetic_agrees_with_the_model_and_the_processor(tiny):
             features = model.get_image_features(encoded["pixel_values"], encoded["image_sizes"]).pooler_output
         assert (encoded["input_ids"] == tiny.processor.image_token_id).sum() == tokens == len(features[0])
         assert encoded["pixel_values"].shape[1] == tiles
+
+
+@pytest.mark.parametrize("kind", ["P", "1", "I;16", "I", "RGBA", "CMYK"])
+def test_a_thumbnail_shows_what_the_whole_image_shows(kind):
+    ramp = np.linspace(0, 65535, 60 * 90).reshape(60, 90)
+    deep = {"I;16": np.uint16, "I": np.int32}
+    image = Image.fromarray(ramp.astype(deep[kind])) if kind in deep else Image.fromarray(ramp // 257).convert("L")
+    image = image if kind in deep else image.convert("RGB").convert(kind)
+    file = io.BytesIO()
+    image.save(file, "TIFF")
+    row = {"bytes": file.getvalue(), "path": None}
+    whole = open_image(row)
+    whole.thumbnail((30, 30))
+    small = open_thumbnail(row, 30)
+    assert small.size == (30, 20) and small.mode == "RGB" and np.array_equal(small, whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((1600, 1200), (200, 150)), ((600, 2), (300, 1)), ((150, 100), (150, 100))]
+)
+def test_the_thumbnail_of_a_jpeg_is_decoded_small_and_upright(size, decoded, monkeypatch):
+    sizes = []
+    transpose = ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: sizes.append(image.size) or transpose(image))
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", size, "red").save(file, "JPEG", exif=exif)
+    small = open_thumbnail({"bytes": file.getvalue(), "path": None}, 150)
+    assert sizes == [decoded] and small.height == 150 and small.height > small.width
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1", b"avif"])
+def test_phone_formats_are_known_by_their_first_bytes(brand):
+    assert is_image_start(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0")
+    assert not is_image_start(b"\0\0\0\x18ftypmp42\0\0\0\0")
+
+
+def test_heic_of_any_name_says_what_reads_it_where_nothing_does(monkeypatch):
+    row = {"bytes": b"\0\0\0\x18ftypheic" + bytes(100), "path": "photo.jpg"}
+    monkeypatch.setattr("utils.image_utils.reads_heif", lambda: False)
+    with pytest.raises(ImageError, match=r"photo.jpg: is HEIC/HEIF, which pillow-heif reads \(pip install pillow-heif"):
+        open_image(row)

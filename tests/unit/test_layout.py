@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from PIL import Image
 from data.labels import are_codes
 from data.sources import Reading, load_ood_images, load_source
 from data.survey import MAX_DEPTH, survey
+from tests.conftest import ROOT
 from utils.logging_utils import UserError
 
 CLASSES = ("daisy", "rose")
@@ -57,6 +60,10 @@ def in_each(*parents):
         (in_each("set/images/train", "set/images/eval"), CLASSES, {"train": 6, "test": 6}),
         (["daisy/train", "daisy/test", "rose/train"], CLASSES, {"train": 6, "test": 3}),
         ([*in_each("test"), *CLASSES], CLASSES, {"train": 6, "test": 6}),
+        (["train/Acer/rubrum", "train/Salix/alba", "train/Salix/nigra", "test/Acer/rubrum"],
+         ("Acer rubrum", "Salix alba", "Salix nigra"), {"train": 9, "test": 3}),
+        (["train/Apple/healthy", "train/Apple/scab", "train/Pear/healthy", "test/Apple/healthy", "test/Apple/scab"],
+         ("Apple healthy", "Apple scab", "Pear healthy"), {"train": 9, "test": 6}),
         (["Acer/campestre", "Acer/rubrum", "Salix/alba"], ("Acer campestre", "Acer rubrum", "Salix alba"),
          {"train": 9}),
         (["Salix/alba", "Populus/alba"], ("Populus alba", "Salix alba"), {"train": 6}),
@@ -235,6 +242,20 @@ def test_a_class_whose_images_cannot_be_read_is_refused(tree):
         read()
 
 
+def test_images_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkeypatch):
+    read = tree(*CLASSES)
+    for number in range(4):
+        draw(tree.root / f"oak/IMG_{number}.HEIC", "HEIF")
+    draw(tree.root / "rose/IMG_9.heic", "HEIF")
+    assert read().class_names == ["daisy", "oak", "rose"] and len(read().splits["train"]) == 11
+    monkeypatch.setattr("data.survey.reads_heif", lambda: False)
+    with pytest.raises(UserError, match="oak with nothing but HEIC/HEIF images: pip install pillow-heif"):
+        read()
+    shutil.rmtree(tree.root / "oak")
+    (line,) = [line for line in read().warnings if "HEIC" in line]
+    assert line.endswith("which pillow-heif reads (pip install pillow-heif): 1 (rose/IMG_9.heic)")
+
+
 def test_folder_names_that_are_not_utf8(tree):
     read = tree(*CLASSES)
     os.rename(tree.root / "rose", os.fsencode(tree.root) + b"/ros\xe9")
@@ -278,9 +299,32 @@ def test_archives_alone_and_boxes(tree):
         read()
 
 
-def test_ood_images_lie_anywhere(tree):
+@pytest.mark.parametrize(
+    ("below", "groups"),
+    [("plant_1", 3), ("visit 2", 3), ("2024-05-01", 3), ("2024", 0), ("may 2024", 0), ("2024-05", 0), ("100APPLE", 0)],
+)
+def test_a_folder_in_a_class_is_one_plant_unless_it_is_a_year_or_a_camera(below, groups, tree):
+    rows = tree(f"daisy/{below}", "rose")().splits["train"]
+    assert len(rows) == 6 and sum(map(bool, rows["group"] if "group" in rows.column_names else [])) == groups
+
+
+def test_ood_images_lie_anywhere_and_what_is_not_used_is_said(tree, caplog, monkeypatch):
     tree(*in_each("a"), "b")
-    assert len(load_ood_images(tree.root)) == 9
+    (tree.root / "b/IMG_1.DNG").write_bytes(b"II*\0")
+    monkeypatch.setenv("HOME", str(tree.root.parent))
+    assert len(load_ood_images(Path("~/my plants"))) == 9
+    assert "not used: .dng files: 1 (b/IMG_1.DNG)" in caplog.text
+    for path in tree.root.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="no images found there; not used: .dng files: 1 .*; give a folder of images"):
+        load_ood_images(tree.root)
+
+
+def test_a_folder_above_the_classes_that_is_not_utf8(tree):
+    read = tree("Other/oak", "Other/elm", "Family/rose", "Family/daisy")
+    os.rename(tree.root / "Family", os.fsencode(tree.root) + b"/Famille\xe9")
+    with pytest.raises(UserError, match=r"Famille\\udce9/.*: the path is not UTF-8, which Arrow needs; rename"):
+        read()
 
 
 def test_a_flat_folder_tells_what_else_lies_there(tree):
@@ -343,3 +387,26 @@ def test_backups_and_parts_of_downloads_are_no_images(tree):
     for name in ("a.png~", "a.png.bak", "a.png.crdownload"):
         (tree.root / "rose" / name).write_bytes((tree.root / "rose/0.png").read_bytes())
     assert len(read().splits["train"]) == 6
+
+
+FIVE = ("ash", "elm", "fir", "oak", "yew")
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (FIVE, "class folders: 5"),
+        ([f"{split}/{name}" for split in ("train", "valid") for name in FIVE],
+         "class folders: 5 in train/; 5 in valid/ (validation)"),
+        ([f"{name}/{split}" for split in ("train", "test") for name in FIVE],
+         "class folders: 5, with the splits inside each"),
+        (["basil/healthy", "basil/diseased", "mint/healthy", "mint/diseased"], "class folders: 4, nested"),
+        (["001.Daisy", "002.Rose"], "names without their numbers: 001.Daisy is Daisy"),
+        (["tea rose", "tea_rose", "oak"], "'tea rose' and 'tea_rose' are read as one class"),
+    ],
+)  # fmt: skip
+def test_what_the_docs_quote_is_said(folders, said, tree):
+    text = (ROOT / "docs/own_images.md").read_text(encoding="utf-8")
+    source = tree(*folders)()
+    assert f"`{said}" in text
+    assert any(said in line for line in [*source.notes, *source.warnings])

@@ -86,6 +86,12 @@ def test_only_the_missing_split_is_taken_from_train(given):
     assert sum(map(len, done.splits.values())) == 62 and len(done.splits["train"]) < 60
 
 
+def test_splits_without_train_are_refused():
+    source = Source({"validation": make_rows(TWO), "test": make_rows(TWO)}, ["daisy", "rose"], "a set")
+    with pytest.raises(UserError, match="a set: has validation and test, and no train split to learn from; add one"):
+        split_source(source, TENTHS, 42)
+
+
 def test_splits_that_are_published_are_not_touched(small_splits):
     data = build_datasets(parse_config(["--preset", "tiny"]))
     assert data.notes == data.warnings == []
