@@ -412,7 +412,8 @@ def test_notes_and_warnings_are_logged_once(image_folder, capsys):
     root = image_folder({"oak": 9, "ash": 9, "elm": 1})
     data = build_datasets(parse_config(["--dataset", str(root)]))
     lines = capsys.readouterr().out.splitlines()
-    assert [f"data | {note}" for note in data.notes] + [f"warning: {text}" for text in data.warnings] == lines
+    notes = [f"data | {text}" for text in (*data.notes, "classes: ash, elm, oak")]
+    assert notes + [f"warning: {text}" for text in data.warnings] == lines
     assert any("1 class has fewer than 3 images (elm)" in line for line in lines)
 
 
