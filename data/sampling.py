@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 
 class Sampling(NamedTuple):
-    is_balanced: bool  # classes come equally often
+    is_balanced: bool  # images of rare classes are shown more often
     is_augmented: bool
 
 
@@ -43,8 +43,8 @@ class TrainSampler(Sampler):
         self.rows = rows
         self.seed = seed
         self.epoch = 0
-        counts = Counter(labels) if is_balanced else {}
-        self.weights = torch.tensor([counts[label] ** -0.5 if is_balanced else 1.0 for label in labels])
+        counts = Counter(labels)
+        self.weights = torch.tensor([counts[label] ** -0.5 for label in labels]) if is_balanced else None
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -57,6 +57,9 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=generator)
+        if self.weights is None:
+            yield from order.tolist()
+            return
         # Systematic sampling: evenly spaced points on the cumulated weights, from a random start.
         sums = self.weights.double()[order].cumsum(0)
         points = (torch.arange(len(self)) + torch.rand((), generator=generator, dtype=torch.float64)) / len(self)
