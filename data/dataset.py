@@ -117,22 +117,19 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         config.group_by,
         config.min_images,
     )
-    for note in source.notes:
-        logger.info("data | %s", note)
     names = source.class_names
     listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
-    logger.info(f"data | classes: {listed}")
+    for note in (*source.notes, f"classes: {listed}"):
+        logger.info("data | %s", note)
     for warning in source.warnings:
         logger.warning("%s", warning)
     data = PlantData(
-        source.splits["train"],
-        source.splits["validation"],
-        source.splits["test"],
-        source.class_names,
-        source.description,
-        list(source.notes),
-        list(source.warnings),
-        source.revision,
+        **source.splits,
+        class_names=names,
+        source=source.description,
+        notes=list(source.notes),
+        warnings=list(source.warnings),
+        revision=source.revision,
     )
     data.validate()
     train, validation = data.train, data.validation
