@@ -58,13 +58,12 @@ class TrainSampler(Sampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=generator)
         if self.weights is None:
-            yield from order.tolist()
-            return
+            return iter(order.tolist())
         # Systematic sampling: evenly spaced points on the cumulated weights, from a random start.
         sums = self.weights.double()[order].cumsum(0)
         points = (torch.arange(len(self)) + torch.rand((), generator=generator, dtype=torch.float64)) / len(self)
         chosen = order[torch.searchsorted(sums, points * sums[-1], right=True).clamp(max=len(self) - 1)]
-        yield from chosen[torch.randperm(len(self), generator=generator)].tolist()
+        return iter(chosen[torch.randperm(len(self), generator=generator)].tolist())
 
 
 def augmentation_seed(*parts: object) -> int:

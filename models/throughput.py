@@ -4,7 +4,6 @@ Shapes: T text and image tokens of a sample, D width of the language model.
 """
 
 import torch
-from torch.utils.benchmark import Timer
 
 from models.builder import unwrap
 
@@ -38,6 +37,8 @@ class FlopCounter:
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matmul, the median of 0.2 s or more of them. Draws from no random state."""
+    from torch.utils.benchmark import Timer  # it prints a line where there is no GPU
+
     side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)  # zeros would be faster: the GPU's power depends on the values
     a, b = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))

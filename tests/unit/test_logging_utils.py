@@ -152,8 +152,7 @@ def test_a_signal_while_a_run_loads_is_one_line(tmp_path):
         f"train.main(['--preset', 'tiny', '--output-dir', {str(tmp_path / 'run')!r}])"
     )
     screen, errors = process.communicate(timeout=120)
-    errors = [line for line in errors.splitlines() if "torch/utils/cpp_extension" not in line]  # a CUDA build, no GPU
-    assert (process.returncode, errors) == (143, [])
+    assert (process.returncode, errors) == (143, "")
     assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
 
 
