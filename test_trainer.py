@@ -229,11 +229,11 @@ def check_lengths(found: PreFlight) -> str:
             continue
         sizes.append(f"{width}x{height}")
         lengths.append(found.collator.describe(row, fitted_size((height, width), found.config.image_size)).length)
-    check_unreadable_fraction(unreadable, len(found.rows), found.config.max_unreadable_fraction)
+    check_unreadable_fraction(unreadable, len(found.rows), found.config.max_bad_fraction)
     for rows in filter(None, (found.data.validation, found.data.test)):
         scored = sample_rows(rows)
         others = find_unreadable(scored)
-        check_unreadable_fraction(others, len(scored), found.config.max_unreadable_fraction)
+        check_unreadable_fraction(others, len(scored), found.config.max_bad_fraction)
         unreadable += others
     if not lengths:
         raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")

@@ -113,7 +113,7 @@ class TrainingConfig:
         "none", "light: train images are cropped, flipped, their light changed", choices=("none", "light")
     )
     allow_missing: bool = fixed(False, "continue although images that the data set lists are not on disk")
-    max_unreadable_fraction: float = option(
+    max_bad_fraction: float = option(
         0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1
     )
     image_size: int | None = fixed(336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28)

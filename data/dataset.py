@@ -169,19 +169,19 @@ def known_duplicates(ids: Collection[str]) -> list[str]:
     return [f"{image} = {duplicate}" for image, duplicate in KNOWN_DUPLICATES.items() if image in set(ids)]
 
 
-def check_unreadable_fraction(unreadable: Collection[str], images: int, max_unreadable_fraction: float) -> None:
+def check_unreadable_fraction(unreadable: Collection[str], images: int, max_bad_fraction: float) -> None:
     """Raise ImageError if more than this fraction of so many images is in `unreadable`, "id: reason" for each.
 
     One or two stop nothing, unless they are all there are or the fraction is 0.
     """
-    limit = max_unreadable_fraction * images
-    if 0 < max_unreadable_fraction < 1:
+    limit = max_bad_fraction * images
+    if 0 < max_bad_fraction < 1:
         limit = min(max(limit, FEW_UNREADABLE), images - 1)
     if len(unreadable) > limit:
         raise ImageError(
             f"{len(unreadable)} of {images} images cannot be opened, above "
-            f"max_unreadable_fraction={max_unreadable_fraction} ({'; '.join(sorted(unreadable)[:5])}); repair or "
-            "remove them, or raise --max-unreadable-fraction"
+            f"max_bad_fraction={max_bad_fraction} ({'; '.join(sorted(unreadable)[:5])}); repair or "
+            "remove them, or raise --max-bad-fraction"
         )
 
 

@@ -62,7 +62,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
         "seed": config.seed,
     }
     assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
-    return Evaluator(plant, run.folder, facts, dist, method, config.max_unreadable_fraction)
+    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction)
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Evaluator:
     facts: dict
     dist: Distributed = field(default_factory=Distributed)
     method: Method = Method()
-    max_unreadable_fraction: float = 1.0
+    max_bad_fraction: float = 1.0
     prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class Evaluator:
         count = len(entries) - before
         speed = count / (time.perf_counter() - began) if count else None
         unreadable = [sample for sample in rows["id"] if sample not in entries]
-        check_unreadable_fraction(unreadable, len(rows), self.max_unreadable_fraction)
+        check_unreadable_fraction(unreadable, len(rows), self.max_bad_fraction)
         if len(unreadable) == len(rows):
             raise UserError(f"{path}: no image could be opened; the lines above say why")
         labels = zip(rows["id"], rows["label"])

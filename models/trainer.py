@@ -61,7 +61,7 @@ class PlantTrainer(Trainer):
         memory_options: MemoryOptions,
         micro_batch_size: int,
         projector_learning_rate: float | None = None,
-        max_unreadable_fraction: float = 0.0,
+        max_bad_fraction: float = 0.0,
         max_skipped_steps: int = 0,
         save_total_limit: int = 1,
         **kwargs,
@@ -92,8 +92,8 @@ class PlantTrainer(Trainer):
         self.add_callback(self.best)
         self.sampling: Sampling | None = None  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
-        self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_unreadable_fraction)
-        self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_unreadable_fraction)
+        self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_bad_fraction)
+        self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_bad_fraction)
         if self.streams:
             self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
             # The order of images depends on the number of workers, so every rank has what the smallest machine can.
@@ -499,7 +499,7 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
             MemoryOptions(config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding),
             config.per_device_train_batch_size,
             config.projector_learning_rate,
-            config.max_unreadable_fraction,
+            config.max_bad_fraction,
             config.max_skipped_steps,
             config.save_total_limit,
             model=plant.model,

@@ -1,4 +1,4 @@
-"""Keys of files that runs wrote before 2026-11-26, and what they are called now: such runs still load."""
+"""Keys of files that runs wrote before 2026-11-27, and what they are called now: such runs still load."""
 
 RENAMED = {
     "answered": "coverage",
@@ -9,7 +9,7 @@ RENAMED = {
     "finished": "completed",
     "longest": "max_new_tokens",
     "look_alikes": "confusions",
-    "max_bad_fraction": "max_unreadable_fraction",
+    "max_unreadable_fraction": "max_bad_fraction",
     "not_sure": "abstention_rate",
     "photo": "image",
     "photos": "images",

@@ -232,7 +232,7 @@ def test_all_ranks_decide_alike_on_what_a_single_one_meets(here, image_folder):
     root = image_folder({"oak": 30, "ash": 30})
     for number in range(4):
         (root / "ash" / f"{number}.png").write_bytes(b"broken")
-    argv = ["--preset", "tiny", "--trainable", "adapter", "--dataset", str(root), "--max-unreadable-fraction", "0.5"]
+    argv = ["--preset", "tiny", "--trainable", "adapter", "--dataset", str(root), "--max-bad-fraction", "0.5"]
     argv += ["--max-skipped-steps", "1", "--num-workers", "1", "--max-steps", "60", "--eval-steps", "3"]
     argv += ["--early-stopping-patience", "2", "--early-stopping-min-gain", "0.9", "--output-dir", "run"]
     statuses, output = run(here, argv, fault=make_a_loss_nan)
@@ -356,7 +356,7 @@ def score_singly(rank: int, unreadable: str, faulty: str = "") -> None:
 def test_two_ranks_score_as_a_single_one_through_a_fault(scored, small_splits):
     """19 images, of which rank 1 cannot read one."""
     ids = take(build_datasets(load_config(scored / "run")[0]).test, 19)["id"]
-    argv = ["run", "--split", "test", "--limit", "19", "--max-unreadable-fraction", "0.1"]
+    argv = ["run", "--split", "test", "--limit", "19", "--max-bad-fraction", "0.1"]
     fault = functools.partial(score_singly, unreadable=ids[3])
     statuses, output = run(scored, argv, "evaluate", fault=functools.partial(fault, faulty=ids[13]))
     assert all(statuses) and output.count("critical: rank 1: OSError: no such image") == 1, output

@@ -441,7 +441,7 @@ def remove_image(folder: Path) -> Outcome:
         for number in range(30):
             color = (90 * index, 4 * number, 90)
             Image.new("RGB", (40 + number, 30), color).save(folder / "images" / name / f"{number}.png")
-    argv = [*RUN, "--dataset", "images", "--max-unreadable-fraction", "0.1"]
+    argv = [*RUN, "--dataset", "images", "--max-bad-fraction", "0.1"]
     status = run(folder, functools.partial(at_step, 5, _remove_image), argv)
     output = output_of(folder)
     is_reported = "image skipped (1 of train so far): oak/0.png" in output and "cannot be read (No such file" in output

@@ -46,7 +46,7 @@ def test_hostile_images_through_training_and_evaluation(images, tmp_path, monkey
             del expected[name]
     refused = sorted(name for name, words in expected.items() if words != OPENS)
     monkeypatch.chdir(tmp_path)
-    tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-unreadable-fraction", "1", "--output-dir", "run"]
+    tiny = ["--preset", "tiny", "--dataset", str(folder), "--max-bad-fraction", "1", "--output-dir", "run"]
     assert train.main([*tiny, "--max-steps", "10", "--eval-steps", "5", "--num-workers", "1"]) == 0
     output = capsys.readouterr().out
     for reason in ("devices or pipes", "links to nowhere", "empty image files (0 bytes)", "whose name is not UTF-8"):

@@ -190,7 +190,7 @@ def test_other_trainable_parameters_are_merged(trainable, here, small_splits, ch
         trainable,
         "--dataset",
         str(images),
-        "--max-unreadable-fraction",
+        "--max-bad-fraction",
         "0.5",
     ]
     assert train.main([*argv, "--learning-rate", "0.01", "--output-dir", "run"]) == 0

@@ -130,7 +130,7 @@ def no_folder(root):
 
 BAD_INPUT = [
     (broken_images, [], "lengths", "images cannot be opened, above"),
-    (all_broken, ["--max-unreadable-fraction", "1"], "lengths", "images can be opened: "),
+    (all_broken, ["--max-bad-fraction", "1"], "lengths", "images can be opened: "),
     (no_folder, [], "data", "no such folder"),
     (None, ["--model", "nowhere/at-all"], "device", "needs a CUDA GPU"),
     (None, ["--mixed-precision", "fp16"], "device", "fp16: needs a CUDA GPU"),

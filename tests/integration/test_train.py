@@ -212,7 +212,7 @@ def test_a_run_forked_from_a_checkpoint_ends_bit_identical(full_run, small_split
 
 def test_changed_images_are_refused_unless_allowed(here, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
-    flags = [*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-unreadable-fraction", "1"]
+    flags = [*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-bad-fraction", "1"]
     assert run(capsys, *flags, "--max-steps", "2")[0] == 0
     shutil.copy(root / "oak" / "1.png", root / "oak" / "new.png")
     status, output = run(capsys, *flags)
@@ -282,10 +282,10 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
     (nothing, ["--preset", "tiny", "--dataset", "{empty}"], "no images found"),
     (nothing, ["--preset", "tiny", "--dataset", "{one}"], "only one class ('oak')"),
-    (nothing, ["--preset", "tiny", "--dataset", "{broken}"], "cannot be opened, above max_unreadable_fraction=0.01"),
+    (nothing, ["--preset", "tiny", "--dataset", "{broken}"], "cannot be opened, above max_bad_fraction=0.01"),
     (nothing, ["--preset", "tiny", "--dataset", "{zero}"], "not used: empty image files (0 bytes): 20"),
-    (nothing, ["--preset", "tiny", "--dataset", "{garbled}"], "cannot be opened, above max_unreadable_fraction=0.01"),
-    (nothing, ["--preset", "tiny", "--dataset", "{garbled}", "--max-unreadable-fraction", "1"], "none of its images"),
+    (nothing, ["--preset", "tiny", "--dataset", "{garbled}"], "cannot be opened, above max_bad_fraction=0.01"),
+    (nothing, ["--preset", "tiny", "--dataset", "{garbled}", "--max-bad-fraction", "1"], "none of its images"),
     (nothing, ["--preset", "tiny", "--early-stopping-patience", "2"], "nothing is measured during training; use"),
     (nothing, ["--model", "{no_weights}", "--dataset", "{images}"], "holds no *.safetensors; download them"),
     (nothing, ["--model", "./gone"], "--model ./gone: no such folder"),

@@ -37,8 +37,8 @@ def make(tiny, folder, **method):
     return Evaluator(plant, folder, {"model": "m", "adapter": None, "question": "q"}, method=Method(**method))
 
 
-def score_with_cache(rows, compute, path, header, max_unreadable_fraction=1.0):
-    evaluator = Evaluator(None, path.parent, {}, max_unreadable_fraction=max_unreadable_fraction)
+def score_with_cache(rows, compute, path, header, max_bad_fraction=1.0):
+    evaluator = Evaluator(None, path.parent, {}, max_bad_fraction=max_bad_fraction)
     return evaluator.score_with_cache(rows, compute, path.name, header)
 
 
@@ -140,7 +140,7 @@ def test_scores_of_another_model_are_not_used(tiny, tmp_path):
     assert [entry["value"] for entry in score_with_cache(rows(tiny, 2), compute, path, {"model": "b"})[0]] == [2, 2]
     with pytest.raises(UserError, match="no image could be opened"):
         score_with_cache(rows(tiny, 2), lambda left: [], path, {"model": "c"})
-    with pytest.raises(UserError, match="2 of 2 images cannot be opened, above max_unreadable_fraction=0.4"):
+    with pytest.raises(UserError, match="2 of 2 images cannot be opened, above max_bad_fraction=0.4"):
         score_with_cache(rows(tiny, 2), lambda left: [], path, {"model": "c"}, 0.4)
 
 

@@ -296,18 +296,18 @@ def unreadable(tiny, count: int, *indices: int) -> list[dict]:
 def test_unreadable_training_images_are_logged_once_up_to_a_fraction(tiny, tmp_path, capsys):
     setup_logging()
     samples = unreadable(tiny, 32, 3, 9)
-    make_trainer(tiny, tmp_path / "few", samples, max_unreadable_fraction=0.1).train()
+    make_trainer(tiny, tmp_path / "few", samples, max_bad_fraction=0.1).train()
     output = capsys.readouterr().out
     assert output.count("image skipped") == 2 and "(2 of train so far)" in output
     assert "test-00003.jpg: is not an image" in output
     assert sum(step["images"] for step in steps_of(tmp_path / "few")) == 60
     samples = unreadable(tiny, 32, 3, 9, 12, 15)
-    with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_unreadable_fraction=0.01"):
+    with pytest.raises(ImageError, match=r"\d of 32 images cannot be opened, above max_bad_fraction=0.01"):
         make_trainer(tiny, tmp_path / "many", samples).train()
 
 
 def test_a_step_without_a_readable_image_is_an_error(tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path, unreadable(tiny, 32, *range(32)), max_unreadable_fraction=1.0)
+    trainer = make_trainer(tiny, tmp_path, unreadable(tiny, 32, *range(32)), max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"step 1: none of its images can be read.*\(test-000\d\d: test-000"):
         trainer.train()
 
@@ -316,12 +316,10 @@ def test_unreadable_validation_images_are_logged_up_to_a_fraction(tiny, tmp_path
     setup_logging()
     samples = unreadable(tiny, 10, 7, 8, 9)
     settings = {"val_rows": samples, "per_device_eval_batch_size": 1}
-    assert (
-        make_trainer(tiny, tmp_path, max_unreadable_fraction=0.3, **settings).evaluate()["eval_unreadable_images"] == 3
-    )
+    assert make_trainer(tiny, tmp_path, max_bad_fraction=0.3, **settings).evaluate()["eval_unreadable_images"] == 3
     assert "image skipped (3 of val so far): test-00009: test-00009.jpg: is not an image" in capsys.readouterr().out
-    with pytest.raises(ImageError, match="3 of 10 images cannot be opened, above max_unreadable_fraction=0.05 .test-"):
-        make_trainer(tiny, tmp_path, max_unreadable_fraction=0.05, **settings).evaluate()
+    with pytest.raises(ImageError, match="3 of 10 images cannot be opened, above max_bad_fraction=0.05 .test-"):
+        make_trainer(tiny, tmp_path, max_bad_fraction=0.05, **settings).evaluate()
 
 
 # ---- signals

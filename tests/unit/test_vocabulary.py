@@ -90,7 +90,7 @@ RULES = [
     Rule(r"meet|processes (meet|met)|not all .{1,20} met", "rendezvous"),
     # data
     Rule(r"left out|out left", "skipped (unreadable image), excluded"),
-    Rule(r"bad (images?|photos?|share|fraction)", "unreadable images"),
+    Rule(r"bad (images?|photos?|share)", "unreadable images"),
     Rule(r"(images|photos|samples|ones|that) that opens?|first that open", "readable"),
     Rule(r"twins?", "duplicate images across splits"),
     Rule(r"joiner", "response prefix"),
