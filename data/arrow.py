@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute
-from datasets import Dataset, Image
+from datasets import Dataset, Image, concatenate_datasets
 
 from data.classes import CLASS_NAMES, check_official_counts, find_label_column, read_classes
 from data.columns import (
@@ -82,11 +82,23 @@ def read_tables(
 def _build_rows(
     rows: Dataset, image: str, files: list[str] | None, labels: np.ndarray, ids: list[str], groups: list[str]
 ) -> Dataset:
-    """Rows as a source has them: of `files`, or of the images that the table stores, which stay memory-mapped."""
+    """Rows as a source has them: of `files`, or of the images that the table stores, which stay memory-mapped.
+
+    A stored image without bytes is empty, and no path of it is opened.
+    """
     if files is not None:
         return build_rows(map(ImageRow, files, labels.tolist(), ids, groups))
-    table = _only_stored(rows, image).add_column("label", labels).add_column("id", ids)
-    return table.add_column("group", groups) if any(groups) else table
+    table = rows.select_columns([image]).cast_column(image, Image(decode=False))
+    table = table if image == "image" else table.rename_column(image, "image")
+    table = table.add_column("label", labels).add_column("id", ids)
+    table = table.add_column("group", groups) if any(groups) else table
+    missing = np.flatnonzero(_has_no_bytes(rows, image))
+    if not len(missing):
+        return table
+    empty = [{**row, "image": {"bytes": b"", "path": None}} for row in table.select(missing)]
+    places = np.arange(len(table))
+    places[missing] = len(table) + np.arange(len(missing))
+    return concatenate_datasets([table, Dataset.from_list(empty, features=table.features)]).select(places)
 
 
 def _drop_unlabeled(
@@ -186,20 +198,6 @@ def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
 def _are_files(rows: Dataset, image: str, paths: Sequence[str | None]) -> bool:
     """Whether the images are files beside the table: a path each, and bytes for none."""
     return any(paths) and bool(_has_no_bytes(rows, image).all())
-
-
-def _only_stored(rows: Dataset, image: str) -> Dataset:
-    """The column `image` as images that are not decoded; one without bytes is empty, and no path of it is opened."""
-    table = rows.select_columns([image]).cast_column(image, Image(decode=False))
-    table = table if image == "image" else table.rename_column(image, "image")
-    if not _has_no_bytes(rows, image).any():
-        return table
-    return table.map(_empty_where_missing, batched=True, batch_size=100, features=table.features)
-
-
-def _empty_where_missing(batch: dict) -> dict:
-    images = [image or {"bytes": None, "path": None} for image in batch["image"]]
-    return {"image": [{"bytes": image["bytes"] or b"", "path": image["path"]} for image in images]}
 
 
 def _find_files(

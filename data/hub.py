@@ -1,5 +1,6 @@
 """Data sets of images from the hub, at one commit."""
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub import HfApi, constants, errors
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
 from data.classes import OFFICIAL_SIZES
-from data.parquet import name_splits
+from data.parquet import load_complete, name_splits
 from data.rows import Reading, Source, count_images
 from utils.logging_utils import UserError, first_line
 
@@ -51,7 +52,7 @@ def load_hub_dataset(repository: str, reading: Reading) -> Source:
 
 def _load(repository: str, revision: str, reading: Reading) -> Source:
     try:
-        loaded = load_dataset(repository, revision=revision)
+        loaded = load_complete(functools.partial(load_dataset, repository, revision=revision))
     except Exception as error:  # the library and the hub raise a dozen kinds
         raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"

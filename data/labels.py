@@ -99,6 +99,7 @@ def tidy_name(name: str) -> str:
     Accents are composed, as tokenizers know them: macOS writes them decomposed in folder names.
     """
     text = unicodedata.normalize("NFC", name)
+    text = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text)  # would act on a terminal
     text = "".join(char for char in text if unicodedata.category(char) != "Cf" or char in JOINERS)
     parts = [" ".join(part.replace("_", " ").split()) for part in re.split(r"_{3,}", text)]
     return ": ".join(part for part in parts if part)

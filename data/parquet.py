@@ -2,15 +2,18 @@
 
 import functools
 import glob
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+import datasets
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, load_dataset_builder, load_from_disk
 
 from data.arrow import read_tables
 from data.classes import check_range, find_label_column
@@ -20,10 +23,12 @@ from data.rows import SPLITS, Reading, Source
 from data.streaming import Stream
 from data.survey import Folder
 from utils.image_utils import printable
-from utils.logging_utils import UserError, first_line
+from utils.logging_utils import UserError, first_line, logger
 
 SERIES = re.compile(r"(.+?)-(\d+)-of-(\d+)(-\w+)?")  # the files of a split: train-00000-of-00004.parquet
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk writes, of several splits and of one
+MAX_UNFOLDING = 50  # times the size of its file is what a table may take: images are compressed already
+ANY_UNFOLDING = 100_000_000  # bytes that it may take in any case
 
 
 def has_images(file: Path, by_path: bool = True) -> bool:
@@ -232,11 +237,76 @@ def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:
-    patterns = [glob.escape(str(file)) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
-    if not patterns:
+    files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files[:1]
+    if not pyarrow.parquet.read_metadata(files[0]).num_rows:
         raise UserError(f"{where}: {printable(files[0].name)} has no rows; write it again with images")
+
+    def load(**options) -> Dataset:
+        builder = load_dataset_builder("parquet", data_files=[glob.escape(str(file)) for file in files])
+        for file in files if options or not os.path.isdir(builder.cache_dir) else ():
+            _check_size(file)
+        builder.download_and_prepare(**options)
+        return builder.as_dataset(split="train")
+
     try:
-        return load_dataset("parquet", data_files={"train": patterns}, split="train")
+        return load_complete(load)
+    except UserError:
+        raise
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"{where}: the parquet files cannot be read ({reason}); write them again, all alike") from error
+
+
+def load_complete(load: Callable[..., Dataset | DatasetDict]) -> Dataset | DatasetDict:
+    """What `load` takes from the cache of `datasets`; if it is corrupted, `load(download_mode=...)` builds it again."""
+    try:
+        return _check_complete(load())
+    except (ValueError, OSError) as error:  # of Arrow and of JSON; any other cause comes again
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        for info in cache.glob("*/*/*/*/dataset_info.json"):
+            try:
+                DatasetInfo.from_directory(str(info.parent))
+            except (ValueError, TypeError, AttributeError):  # with it, the library could not begin
+                info.unlink()
+        loaded = _check_complete(load(download_mode="reuse_cache_if_exists"))
+        logger.warning("a corrupted table in the cache %s is built again (%s)", cache, first_line(error))
+        return loaded
+
+
+def _check_complete(loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
+    """A file that is cut short between two batches is read without an error."""
+    for rows in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
+        written = (rows.info.splits or {}).get(str(rows.split))
+        if written and written.num_examples != len(rows):
+            raise ValueError(f"{len(rows)} of {written.num_examples} rows are there")
+    return loaded
+
+
+def _check_size(file: Path) -> None:
+    """Raise UserError for a file that unfolds to far more than it is: it would fill memory, and the disk."""
+    limit = max(MAX_UNFOLDING * file.stat().st_size, ANY_UNFOLDING)
+    metadata = pyarrow.parquet.read_metadata(file)
+    size, repeated = 0, set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(metadata.num_columns)):
+            is_text = chunk.physical_type == "BYTE_ARRAY"
+            size += max(chunk.total_uncompressed_size, 0 if is_text else 8 * chunk.num_values)
+            if is_text and chunk.has_dictionary_page and chunk.num_values * chunk.total_uncompressed_size > limit:
+                repeated.add(chunk.path_in_schema)  # a value that repeats is stored once
+    if size <= limit and repeated:
+        reader = pyarrow.parquet.ParquetFile(file, read_dictionary=[*repeated])
+        for batch in reader.iter_batches(1000, columns=[*repeated]):
+            size += sum(map(_unfolded_size, batch.columns))
+    if size > limit:
+        raise UserError(
+            f"{file}: has {file.stat().st_size / 1e6:,.1f} MB and unpacks to {size / 1e6:,.0f} MB or more, as "
+            "images do not; write it again with JPEG or PNG images, or remove it"
+        )
+
+
+def _unfolded_size(column: pyarrow.Array) -> int:
+    """Bytes of the values of a column in which those that repeat are stored once."""
+    if pyarrow.types.is_dictionary(column.type):
+        sizes = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
+        return pyarrow.compute.sum(sizes.cast(pyarrow.int64())).as_py() or 0
+    return sum(map(_unfolded_size, column.flatten())) if pyarrow.types.is_struct(column.type) else column.nbytes

@@ -218,10 +218,8 @@ class _Images:
                 self.sides[number] = side_of.get(self.plants[number], 0)
         if sum(map(len, few.values())) == len(numbers_of):
             self._refuse(few, needed)
-        self.notes.append(
-            " and ".join(f"{split} ({fraction:.0%} of each class)" for split, fraction in fractions.items())
-            + f" cut from train, with --seed {seed}"
-        )
+        shares = [f"{split} ({fraction:.0%} of each class)" for split, fraction in fractions.items()]
+        self.notes.append(f"{' and '.join(shares)} not given: cut from train, with --seed {seed}")
         for what, names in few.items():
             if names:
                 leave = f"; --min-images {needed} leaves them out" if what == "images" else ""

@@ -52,6 +52,8 @@ def set_environment() -> None:
 
     The hub library reads HF_TOKEN and not the documented HUGGINGFACE_TOKEN: the token is passed on, never written.
     """
+    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C without Python's UTF-8 mode: names would be read wrong
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     sys.unraisablehook = _log_unraisable
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the image opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it

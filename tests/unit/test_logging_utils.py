@@ -50,6 +50,14 @@ def test_an_error_that_python_must_ignore_is_a_line_on_the_screen_and_a_tracebac
     assert "Traceback" in (tmp_path / "train.log").read_text()
 
 
+def test_names_of_files_are_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "épine").mkdir()
+    code = "from utils.logging_utils import set_environment as s; s(); import os, sys; print(os.listdir(sys.argv[1]))"
+    surroundings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=surroundings, capture_output=True)
+    assert done.stdout.decode() == "['épine']\n", done.stderr
+
+
 def test_a_full_disk_is_a_sentence(tmp_path, capsys):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/checkpoint-5")
     status, screen, _ = log_error(capsys, tmp_path, error)

@@ -1,10 +1,13 @@
 """Tables of images as Arrow: parquet files, saved data sets and data sets of the hub."""
 
 import json
+import os
 import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import httpx
 import pyarrow
 import pyarrow.parquet
@@ -21,7 +24,7 @@ from data.parquet import has_images, load_parquet_files, load_saved_dataset
 from data.rows import SPLITS, Reading
 from data.survey import survey
 from utils.image_utils import ImageError, open_image, png_image
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, logger
 
 NAMES = ["ash", "elm", "oak"]
 OPTIONS = Reading("main", streaming=False, seed=0, allow_missing=False, label_column=None, class_names=None)
@@ -188,6 +191,57 @@ def test_bytes_without_a_path_are_images(kind, tmp_path):
     assert open_image(source.splits["train"][1]["image"]).size == (31, 20)
     assert source.splits["train"]["id"][1] == "train-000001"
     assert has_images(file) and not has_images(write(tmp_path / "y.parquet", {"vector": [b"0123"], "label": ["ash"]}))
+
+
+def same(size: int, count: int) -> list[dict]:
+    return [{"bytes": bytes(size), "path": None}] * count
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image": same(20_000_000, 6), "label": NAMES * 2},  # stored once
+        {"image": [{"bytes": bytes([n]) * 20_000_000} for n in range(6)], "label": NAMES * 2},
+        {"image": pictures(6), "label": NAMES * 2, "caption": ["x" * 20_000_000] * 6},
+        {"image": pyarrow.nulls(13_000_000, pyarrow.binary()), "label": pyarrow.nulls(13_000_000, pyarrow.int32())},
+    ],
+    ids=["equal images", "images", "texts", "rows"],
+)
+def test_a_small_file_that_unpacks_to_much_is_refused(columns, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet", compression="zstd")
+    before = [*Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
+    with pytest.raises(UserError, match="train.parquet: has 0.. MB and unpacks to 1.. MB or more, .* or remove it"):
+        load(tmp_path)
+    assert [*Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")] == before
+
+
+def test_many_copies_of_a_small_image_are_no_such_file(tmp_path):
+    write(tmp_path / "train.parquet", {"image": pictures(1) * 3000, "label": NAMES * 1000})
+    assert len(load(tmp_path).splits["train"]) == 3000
+
+
+@pytest.mark.parametrize("change", ["table", "between two batches", "empty table", "description"])
+def test_a_corrupted_cache_is_built_again(change, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "t" / "train.parquet", {"image": pictures(30), "label": NAMES * 10})
+    ids = load(tmp_path / "t").splits["train"]["id"][:]
+    (table,), (info,) = (tmp_path / "cache").rglob("*.arrow"), (tmp_path / "cache").rglob("dataset_info.json")
+    if change == "description":
+        info.write_text("{")
+    elif change == "between two batches":
+        with pyarrow.memory_map(str(table)) as source, pyarrow.ipc.open_stream(source) as reader:
+            batch, schema = reader.read_next_batch(), reader.schema
+            with pyarrow.ipc.new_stream(str(tmp_path / "short"), schema) as writer:
+                writer.write_batch(batch.slice(0, 10))
+        shutil.copyfile(tmp_path / "short", table)
+    else:
+        os.truncate(table, 100 if change == "table" else 0)
+    with caplog.at_level("WARNING", "llava_plants"):
+        monkeypatch.setattr(logger, "propagate", True)
+        assert load(tmp_path / "t").splits["train"]["id"][:] == ids
+    assert "a corrupted table in the cache" in caplog.text and "is built again" in caplog.text
+    caplog.clear()
+    assert load(tmp_path / "t").splits["train"]["id"][:] == ids and not caplog.text
 
 
 def test_of_several_images_the_one_of_a_usual_name_is_used(tmp_path):
@@ -599,7 +653,7 @@ def fake_hub(monkeypatch):
                 raise problem
             return SimpleNamespace(sha=COMMIT)
 
-        def load_dataset(repository, revision):
+        def load_dataset(repository, revision, download_mode=None):
             asked.append(("load", repository, revision))
             if isinstance(loaded, Exception):
                 raise loaded

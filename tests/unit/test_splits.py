@@ -59,7 +59,9 @@ def test_each_class_is_in_each_split_and_shares_are_near_the_fractions():
     assert 150 < counts["validation"][0] < 250 and 330 < counts["test"][0] < 470
     assert [counts[split][1] for split in SPLITS] == [1, 1, 1]
     assert sum(map(len, done.splits.values())) == 2003 and done.warnings == []
-    assert done.notes == ["validation (10% of each class) and test (20% of each class) cut from train, with --seed 42"]
+    assert done.notes == [
+        "validation (10% of each class) and test (20% of each class) not given: cut from train, with --seed 42"
+    ]
     assert side_of(done) != side_of(split_source(source, {"validation": 0.1, "test": 0.2}, 1))
 
 
