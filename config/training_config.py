@@ -52,7 +52,10 @@ class TrainingConfig:
         "llava-hf/llava-v1.6-mistral-7b-hf",
         f"any llava_next checkpoint: hub id or folder; {' or '.join(RANDOM_MODELS)}: randomly initialized, no download",
     )
-    model_revision: str | None = fixed(None, "branch, tag or commit on the hub; the run records the commit")
+    model_revision: str | None = fixed(
+        "52320fb52229c8d942b1dcb8b63b3dc8087bc83b",
+        "branch, tag or commit of a hub model; as it is, of any but the default model the current commit",
+    )
     load_in_4bit: bool = fixed(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
     mixed_precision: str = fixed(
         "auto", "auto: bf16 where the GPU computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")

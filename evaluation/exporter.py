@@ -23,6 +23,7 @@ from evaluation.evaluator import read_calibration, read_correct
 from evaluation.model_card import base_name, build_model_card
 from models import merging
 from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint
+from models.loading import find_checkpoint
 from runtime.atomic import beside, replace_dir, require_disk_space
 from runtime.checkpoint import MODEL_CARD, describe_best
 from runtime.device import choose_device, collect_memory, refuse_several_ranks
@@ -143,7 +144,7 @@ def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torc
     config = run.config
     shutil.copyfile(run.best_folder / "adapter_model.safetensors", draft / "adapter_model.safetensors")
     settings = json.loads((run.best_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": base_name(config.model), "revision": config.model_revision}
+    settings |= {"base_model_name_or_path": base_name(config.model), "revision": run.recorded["model_commit"]}
     (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     merging.save_processor(plant.processor, draft)
     expected = verify.logits_of(plant, images)
@@ -171,11 +172,7 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
     if config.model in RANDOM_MODELS:
         build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(scratch)
         return scratch
-    if Path(config.model).is_dir():
-        return Path(config.model)
-    with open_hub(config.model, "check the network, and that HF_TOKEN may read it") as hub:
-        patterns = ["*.safetensors", "*.json"]
-        return Path(hub.snapshot_download(config.model, revision=config.model_revision, allow_patterns=patterns))
+    return find_checkpoint(config.model, config.model_revision, with_weights=True)
 
 
 def save_classes(run: Run, prompt: Prompt, draft: Path) -> None:

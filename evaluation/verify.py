@@ -19,7 +19,8 @@ from data.collator import PlantCollator
 from data.dataset import PlantData
 from evaluation.metrics import mcnemar
 from evaluation.model_card import write_model_card
-from models.builder import PlantModel, load_weights, read_without_mmap
+from models.builder import PlantModel, load_weights
+from models.loading import load_model
 from models.merging import Adapter
 from runtime.device import available_gpu_memory, collect_memory
 from runtime.run_dir import Run
@@ -115,8 +116,7 @@ def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
     placement: dict = {"device_map": {"": device}}
     if room is not None:
         placement = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
-    with read_without_mmap():
-        return LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True, **placement)
+    return load_model(Path(folder), str(folder), dtype, placement)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,11 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
-    GenerationConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     PreTrainedModel,
-    modeling_utils,
     set_seed,
 )
 
@@ -33,6 +30,7 @@ from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.checks import DTYPES, LORA_TARGETS, check_model, check_same_base, weights_fingerprint
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
+from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
 from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
@@ -47,8 +45,6 @@ from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
 # The norm behind the last layer, pooling heads, and what masked pretraining needed: CLIP, SigLIP, DINOv2.
 UNUSED_IN_TOWER = re.compile(r"(^|\.)(post_layernorm|(?<!\.)layernorm|head|pooler|mask_token)(\.|$)")
 IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-# Names of errors, among their causes, of a hub that cannot be reached.
-UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
 
 
@@ -192,59 +188,25 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
-    model, revision = config.model, config.model_revision
-    with _loading(model, "config"):
-        model_config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    name, folder = f"--model {config.model}", find_checkpoint(config.model, config.model_revision)
+    with explain_errors(name, "config"):
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(model_config, LlavaNextConfig):
-        raise UserError(f"--model {model}: is a {model_config.model_type} checkpoint; use a llava_next one")
-    with _loading(model, "processor"):
-        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
+        raise UserError(f"{name}: is a {model_config.model_type} checkpoint; use a llava_next one")
+    with explain_errors(name, "processor"):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
-        processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(model, revision=revision)
+        processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(folder)
     if not isinstance(processor, LlavaNextProcessor):
-        raise UserError(f"--model {model}: has a {type(processor).__name__}; use one with a LlavaNextProcessor")
+        raise UserError(f"{name}: has a {type(processor).__name__}; use one with a LlavaNextProcessor")
     # Some revisions on the hub lack these, and then every image is one token off.
     processor.patch_size = model_config.vision_config.patch_size
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = 1  # CLIP's CLS
-    return processor, build_prompt(processor, config.question, load_stop_ids(model, revision, model_config))
-
-
-def load_stop_ids(model: str, revision: str | None, model_config: LlavaNextConfig) -> list[int]:
-    """Ids that generation stops at: the generation config's, or the language model's where it has none."""
-    try:
-        stop_ids = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
-    except OSError:  # the file is optional
-        stop_ids = None
-    stop_ids = model_config.text_config.eos_token_id if stop_ids is None else stop_ids
-    return [stop_ids] if isinstance(stop_ids, int) else list(stop_ids or [])
-
-
-@contextlib.contextmanager
-def _loading(model: str, part: str) -> Iterator[None]:
-    """Raise UserError, with the next move, for what is not there, cannot be reached, is broken, or does not fit."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--model {model}: does not fit the GPU's memory; use --load-in-4bit true, a larger "
-            "--gpu-memory-fraction, or a larger GPU"
-        ) from error
-    except Exception as error:
-        if model in RANDOM_MODELS:
-            raise
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(cause)
-        kinds = {type(link).__name__ for link in chain}
-        refused = any(getattr(getattr(link, "response", None), "status_code", 0) in (401, 403) for link in chain)
-        if refused or kinds & {"GatedRepoError", "RepositoryNotFoundError"}:
-            move = "check the name, and that HF_TOKEN may read it (gated models: accept their terms on the hub)"
-        elif kinds & UNREACHABLE:
-            move = "the hub cannot be reached: check the network, or give a folder that holds the model"
-        else:
-            move = "check the name and --model-revision, or give a folder that holds the model"
-        raise UserError(f"--model {model}: its {part} cannot be loaded ({first_line(error)}); {move}") from error
+    # CLIP's CLS, which "default" drops; a tower without one is used in full.
+    processor.num_additional_image_tokens = int(model_config.vision_feature_select_strategy == "default")
+    with explain_errors(name, "generation config"):
+        stops = load_generation_config(folder, model_config).eos_token_id
+    return processor, build_prompt(processor, config.question, [stops] if isinstance(stops, int) else list(stops or []))
 
 
 # ---- the model
@@ -288,40 +250,20 @@ def build_base(
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=IN_16_BIT,
         )
-    if model not in RANDOM_MODELS and Path(model).is_dir() and not any(Path(model).glob("*.safetensors")):
-        raise UserError(
-            f"--model {model}: holds no *.safetensors; download them (git lfs pull), or give another folder"
-        )
-    with _loading(model, "weights"), read_without_mmap():
-        if model == "full":
-            return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
-        if model in RANDOM_MODELS:
+    if model in RANDOM_MODELS:
+        with explain_errors(f"--model {model}", "weights"):
+            if model == "full":
+                return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
             return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)
-        base = LlavaNextForConditionalGeneration.from_pretrained(
-            model,
-            revision=config.model_revision,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-        )
+    folder = find_checkpoint(model, config.model_revision, with_weights=True)
+    base = load_model(folder, f"--model {model}", dtype, {"device_map": {"": device}}, quantization)
+    base.name_or_path = base.config.name_or_path = model
+    base.config._commit_hash = None if Path(model).is_dir() else folder.name
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
-
-
-@contextlib.contextmanager
-def read_without_mmap() -> Iterator[None]:
-    """Read tensors one by one and free them: pages of a mapped file stay resident, all 15 GB of a checkpoint."""
-    mapped = modeling_utils.safe_open
-    modeling_utils.safe_open = lambda *args, **kwargs: mapped(*args, **kwargs | {"backend": "pread"})
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapped
 
 
 def set_trainable(
@@ -371,7 +313,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
         if is_adapter:
             saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
         else:
-            saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
+            saved = load_model(Path(folder), str(folder), model.dtype, {}).state_dict()
     except (OSError, SafetensorError) as error:
         reason = first_line(error)
         raise UserError(f"{folder}: its weights cannot be loaded ({reason}); only *.safetensors are read") from error

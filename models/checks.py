@@ -33,7 +33,8 @@ def check_model(
     ]
     wrong = [sentence for holds, sentence in found if not holds]
     if wrong:
-        raise UserError(f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}")
+        reason = f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}"
+        raise UserError(f"{reason}; use another checkpoint, or another --model-revision")
     return [sentence for _, sentence in found]
 
 
@@ -54,9 +55,10 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     yield token_id == config.image_token_id, f"image token {token_id} is the model's {config.image_token_id}"
     yield own_tile == tile, f"tiles of {own_tile} pixels are the vision tower's {tile}"
     yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
-    yield positions == [patches + 1], f"a tile is {patches} patches + 1 CLS, the vision tower has {positions} positions"
+    cls = processor.num_additional_image_tokens
+    yield positions == [patches + cls], f"a tile is {patches} patches + {cls} CLS, the vision tower has {positions}"
     yield pinpoints[0] == pinpoints[1], "pinpoints are the model's"
-    yield strategy == ("default", 1), "CLS is counted and dropped"
+    yield strategy in (("default", 1), ("full", 0)), "CLS, where there is one, is counted and dropped"
     yield tokens <= embeddings, f"all {tokens} tokens have an embedding of the model's {embeddings}"
     yield prompt.eos_id in stop_ids, f"generation stops at {prompt.eos!r}"
 

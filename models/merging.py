@@ -5,17 +5,18 @@ model). The adapter was trained on rounded weights and is added to those that we
 """
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlavaNextConfig
+from transformers import LlavaNextConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from models.loading import load_generation_config, read_tensors
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
@@ -49,21 +50,20 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
 
     Raises UserError for a base in 4 bit, for an adapter weight without a place, and for numbers that fp16 cannot hold.
     """
-    sources = _list_weights(base)
+    sources = read_tensors(base, str(base))
     low_rank = {_place(f"{name}.weight"): pair for name, pair in adapter.low_rank.items()} if adapter else {}
     whole = {_place(name): weight for name, weight in adapter.whole.items()} if adapter else {}
     unused = {*low_rank, *whole}
     empty = {
-        name: torch.empty(shape, dtype=dtype if "F" in kind else torch.int64, device="meta")
-        for name, (_, shape, kind) in sources.items()
+        name: torch.empty(source.shape, dtype=dtype if "F" in source.dtype else torch.int64, device="meta")
+        for name, source in sources.items()
     }
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
     for file, in_shard in shards.filename_to_tensors.items():
         merged = {}
         for name in in_shard:
             place = _place(name)
-            with safe_open(sources[name][0], "pt", backend="pread") as source:
-                weight = source.get_tensor(name)
+            weight = sources[name][...]
             if place in low_rank:
                 if not weight.is_floating_point():
                     raise UserError(
@@ -92,12 +92,9 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
     settings = LlavaNextConfig.from_pretrained(base)
     settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
     settings.save_pretrained(out)
-    has_file = (base / "generation_config.json").exists()
-    saved = GenerationConfig.from_pretrained(base) if has_file else GenerationConfig.from_model_config(settings)
-    stops = saved.eos_token_id if isinstance(saved.eos_token_id, list) else [saved.eos_token_id]
-    stops = sorted({stop for stop in stops if stop is not None} | {prompt.eos_id})
-    # Greedy, whatever the base was set to: a class name is not to be sampled.
-    generation = GenerationConfig(bos_token_id=saved.bos_token_id, eos_token_id=stops, do_sample=False)
+    generation = load_generation_config(base, settings)
+    stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    generation.eos_token_id = sorted({stop for stop in stops if stop is not None} | {prompt.eos_id})
     generation.pad_token_id = processor.tokenizer.pad_token_id
     generation.save_pretrained(out)
     save_processor(processor, out)
@@ -111,22 +108,7 @@ def save_processor(processor, out: Path) -> None:
 
 def weights_bytes(base: Path, dtype: torch.dtype) -> int:
     """Of the floating-point weights in a folder, once they are of this dtype."""
-    return sum(torch.Size(shape).numel() for _, shape, _ in _list_weights(base).values()) * dtype.itemsize
-
-
-def _list_weights(base: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """{name of a weight: (its file, shape, dtype)}, of the files in the index where there is one."""
-    index = base / SAFE_WEIGHTS_INDEX_NAME
-    files = sorted(base.glob("*.safetensors"))
-    if index.exists():
-        files = sorted({base / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    found = {}
-    for path in files:
-        with safe_open(path, "pt", backend="pread") as source:
-            for name in source.keys():  # noqa: SIM118  it is no dict
-                tensor = source.get_slice(name)
-                found[name] = path, tensor.get_shape(), tensor.get_dtype()
-    return found
+    return sum(math.prod(source.shape) for source in read_tensors(base, str(base)).values()) * dtype.itemsize
 
 
 def _place(name: str) -> str:

@@ -1,10 +1,17 @@
 """The prompt, taken apart from the checkpoint's own chat template, and a probe of its tokenizer."""
 
+import contextlib
+import multiprocessing
+import resource
+import signal
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, first_line
 
 # Tokenizers differ in what they make of the characters around <image>.
+TEMPLATE_S, TEMPLATE_BYTES = 10, 2**30  # that a chat template may take: it is a program of whoever made the checkpoint
+LONGEST = 20_000  # characters of a rendered turn
 PROBE = "[INST] <image>\nWhat flower is shown in this image? [/INST] colt's foot"
 
 
@@ -25,33 +32,73 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
 
     `stop_ids` are the token ids at which generation stops. The template's own end-of-turn token is used if it is one
     of them, else the tokenizer's EOS token: some templates on the hub end an answer with plain text.
-    Raises UserError if the template lacks a part, or its parts do not fit together.
+    Raises UserError if the template cannot be rendered, lacks a part, or its parts do not fit together.
     """
     tokenizer = processor.tokenizer
     answer = "ANSWER"
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    if not processor.chat_template:
-        raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
-    prompt = processor.apply_chat_template([user], add_generation_prompt=True)
-    dialog = processor.apply_chat_template([user, reply])
+    prompt, dialog = _render(processor, [[user], [user, reply]])
     if not dialog.startswith(prompt) or answer not in dialog[len(prompt) :]:
-        raise UserError(
-            f"the chat template's {dialog!r} does not continue its prompt {prompt!r}; use another checkpoint"
-        )
+        reason = f"{dialog[:200]!r} does not continue its prompt {prompt[:200]!r}"
+        raise UserError(f"the chat template's {reason}; use another checkpoint")
     response_prefix, _, tail = dialog[len(prompt) :].partition(answer)
     stripped = prompt.rstrip(" ")  # a prompt that ends in a space is tokenized unlike the same text inside an answer
     response_prefix, prompt = prompt[len(stripped) :] + response_prefix, stripped
     if tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         prompt = prompt.removeprefix(tokenizer.bos_token)  # the tokenizer adds its own
     if (count := prompt.count(processor.image_token)) != 1:
-        raise UserError(f"the chat template puts {count} image tokens into {prompt!r}, not 1; use another checkpoint")
+        text = f"{prompt[:200]!r}, not 1 {processor.image_token}"
+        raise UserError(f"the chat template puts {count} image tokens into {text}; use another checkpoint")
     if not stop_ids:
         raise UserError("the checkpoint has no eos_token_id, so no answer could end; set it in generation_config.json")
+    if unknown := [stop for stop in stop_ids if stop not in range(len(tokenizer))]:
+        reason = f"eos_token_id {unknown[0]} is none of the tokenizer's {len(tokenizer)} tokens"
+        raise UserError(f"the checkpoint's {reason}; set it in generation_config.json")
     fallback = tokenizer.eos_token_id if tokenizer.eos_token_id in stop_ids else stop_ids[0]
     template_eos = (stop for stop in stop_ids if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop)))
     eos_id = next(template_eos, fallback)
     return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(eos_id), eos_id)
+
+
+def _render(processor, dialogs: list[list[dict]]) -> list[str]:
+    """Each dialog by the chat template; all but the last with a generation prompt. Raises UserError.
+
+    In a child process, which can be ended whatever the template does; transformers keeps it in Jinja's sandbox.
+    """
+    if not processor.chat_template:
+        raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, processor, dialogs), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        problem, texts = receiver.recv()
+    except EOFError:
+        problem, texts = f"does not end in {TEMPLATE_S} s, or takes too much memory", []
+    finally:
+        child.kill()
+        child.join()
+    if problem:
+        raise UserError(f"the chat template {problem}; use another checkpoint, or mend its chat_template.jinja")
+    return texts
+
+
+def _answer(sender: Connection, processor, dialogs: list[list[dict]]) -> None:
+    """Send (what is wrong with the template, texts) to the parent, or end at a limit without a word."""
+    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(TEMPLATE_S)
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, resource.RLIM_INFINITY))
+    try:
+        texts = [processor.apply_chat_template(dialog, add_generation_prompt=len(dialog) == 1) for dialog in dialogs]
+        length = max(map(len, texts))
+        sender.send(("", texts) if length <= LONGEST else (f"makes a turn of {length:,} characters", []))
+    except Exception as error:
+        sender.send((f"cannot be used ({first_line(error)})", []))
 
 
 def tokenizer_probe(tokenizer) -> list[int]:

@@ -1,0 +1,302 @@
+"""A checkpoint: found or downloaded whole, its tensors compared with its config, and only then loaded.
+
+transformers fills what the files lack with random weights, and takes any shape where it loads in 4 bit. So the model is
+first built without memory from the headers of the files, and what does not fit is refused by name.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import BitsAndBytesConfig, GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from config.training_config import TrainingConfig
+from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, first_line
+
+PINNED = TrainingConfig.model_revision  # of the default model; as it is, of any other its current commit
+SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]  # files of config, processor and tokenizer
+POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
+AGAIN = "download it again, or use another checkpoint"
+STATE = ".weight.quant_state.bitsandbytes__nf4"  # JSON about a weight that was saved in 4 bit
+
+
+# ---- on disk
+
+
+def find_checkpoint(model: str, revision: str | None, with_weights: bool = False) -> Path:
+    """The folder of a checkpoint: `model` itself, or that of its files in the cache, downloaded where they are not.
+
+    Raises UserError if the hub does not give it or the cache cannot take it.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    revision = None if revision == PINNED and model != TrainingConfig.model else revision
+    folder = _download(model, revision, SETTINGS)
+    if with_weights:
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        shards = read_index(index, f"--model {model}") if index.exists() else []
+        # By the commit: a branch may have moved since.
+        folder = _download(model, folder.name, [SAFE_WEIGHTS_NAME, *shards])
+    return folder
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    def fetch(local_files_only: bool) -> Path:
+        how = {"allow_patterns": patterns, "ignore_patterns": ["*/*"], "local_files_only": local_files_only}
+        return Path(snapshot_download(model, revision=revision, **how))
+
+    try:
+        try:
+            return fetch(constants.is_offline_mode())
+        except (httpx.TransportError, errors.HfHubHTTPError):
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return fetch(True)  # all of it is in the cache
+            raise
+    except Exception as error:  # the hub, the network and the disk raise a dozen kinds
+        raise UserError(f"--model {model}: {_why_no_download(error, revision)}") from error
+
+
+def _why_no_download(error: BaseException, revision: str | None) -> str:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+
+    def find(*kinds: type[BaseException]) -> Any:
+        return next((link for link in chain if isinstance(link, kinds)), None)
+
+    reason = first_line(error)
+    if find(errors.GatedRepoError):
+        return (
+            f"is gated ({reason}); accept its terms on its page of the hub, and set HF_TOKEN to a token that may read"
+        )
+    if find(errors.RevisionNotFoundError):
+        return f"has no revision {revision}; check --model-revision"
+    answer = find(errors.HfHubHTTPError, httpx.HTTPStatusError)
+    status = answer.response.status_code if answer else 0
+    if find(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403):
+        return f"is no folder here and not on the hub ({reason}); check the name, and that HF_TOKEN may read it"
+    if status:
+        return (
+            f"the hub answers {status} for {answer.response.url.path}; try again later, or give a folder that holds it"
+        )
+    refusal = next(
+        (link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None
+    )
+    if refusal is not None:
+        move = FREE_SPACE if refusal.errno in FULL else CHOOSE_PLACE
+        return (
+            f"cannot be put in the cache, HF_HOME ({refusal.filename or constants.HF_HOME}: {refusal.strerror}); {move}"
+        )
+    if constants.is_offline_mode():
+        at = f" at {revision}" if revision else ""
+        return (
+            f"is not whole in the cache{at}, and HF_HUB_OFFLINE is set; unset it, or give a folder that holds the model"
+        )
+    if find(httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotFoundError):
+        return f"the hub cannot be reached: check the network, or give a folder that holds the model ({reason})"
+    return f"its download broke off ({reason}); run the same command again, it continues there"
+
+
+def read_index(path: Path, name: str) -> list[str]:
+    """The names of a checkpoint's weights files, from its index. Raises UserError."""
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if files and all(Path(file).name == file for file in files):
+            return files
+        reason = "it lists no files beside it"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = first_line(error)
+    raise UserError(f"{name}: {path.name} is no index of weights ({reason}); {AGAIN}")
+
+
+@dataclass
+class SavedTensor:
+    """A tensor of a safetensors file, read when `[...]` asks for it.
+
+    A mapped file would stay resident while it is loaded, all 15 GB of a checkpoint.
+    """
+
+    name: str
+    source: Any  # of get_slice
+    shape: list[int]
+    dtype: str  # as safetensors spells it: F16, BF16, ...
+    limit: float | None = None  # of the type that it is quantized from; none: looked at once it is loaded
+    problems: list[str] = field(default_factory=list)  # transformers hides what is raised while it reads
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index) -> torch.Tensor:
+        try:
+            tensor = self.source[index]
+        except (OSError, SafetensorError) as error:
+            self.problems.append(f"{self.name} cannot be read ({first_line(error)})")
+            raise
+        if self.limit is not None and self.dtype.startswith(("F", "BF")) and tensor.numel():
+            low, high = tensor.to(torch.float32).aminmax()
+            if not (-self.limit <= low and high <= self.limit):  # NaN is in no range
+                self.problems.append(f"{self.name} is not finite")
+        return tensor
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, SavedTensor]:
+    """The tensors of a checkpoint, of which only headers are read here. Raises UserError with the file."""
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if not whole.exists() and not index.exists():
+        reason = f"holds no {whole.name} and no {index.name}, and weights of other kinds are not read"
+        raise UserError(f"{name}: {reason}; download them (git lfs pull), or use another checkpoint")
+    found: dict[str, SavedTensor] = {}
+    for path in [whole] if whole.exists() else [folder / file for file in read_index(index, name)]:
+        try:
+            with open(path, "rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise UserError(f"{name}: {path.name} is a git-LFS pointer, not weights; run git lfs pull")
+            source = safe_open(path, "pt", backend="pread")
+        except (OSError, SafetensorError) as error:
+            reason = "is not there" if isinstance(error, FileNotFoundError) else f"is corrupted ({first_line(error)})"
+            raise UserError(f"{name}: {path.name} {reason}; {AGAIN}") from error
+        for key in source.keys():  # noqa: SIM118  it is no dict
+            part = source.get_slice(key)
+            found[key] = SavedTensor(key, part, part.get_shape(), part.get_dtype())
+    return found
+
+
+def load_generation_config(folder: Path, config: LlavaNextConfig) -> GenerationConfig:
+    """Token ids alone, of the optional file or else of the config; greedy, as a class name is not to be sampled."""
+    has_file = (folder / GENERATION_CONFIG_NAME).exists()
+    saved = GenerationConfig.from_pretrained(folder) if has_file else GenerationConfig.from_model_config(config)
+    stops = config.text_config.eos_token_id if saved.eos_token_id is None else saved.eos_token_id
+    ids = {"bos_token_id": saved.bos_token_id, "eos_token_id": stops, "pad_token_id": saved.pad_token_id}
+    return GenerationConfig(**ids, do_sample=False)
+
+
+# ---- in memory
+
+
+@contextlib.contextmanager
+def explain_errors(name: str, part: str) -> Iterator[None]:
+    """Raise UserError, with the next move, for a part of a checkpoint that is broken or does not fit."""
+    try:
+        yield
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as error:
+        move = "use --load-in-4bit true, a larger --gpu-memory-fraction, or a larger GPU"
+        raise UserError(f"{name}: does not fit the GPU's memory; {move}") from error
+    except Exception as error:  # transformers raises a dozen kinds for a file of another form
+        raise UserError(f"{name}: its {part} cannot be loaded ({first_line(error)}); {AGAIN}") from error
+
+
+def load_model(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    placement: dict[str, Any],
+    quantization: BitsAndBytesConfig | None = None,
+) -> LlavaNextForConditionalGeneration:
+    """The model of a checkpoint's folder, each of its weights from the files. `name` is what messages call it.
+
+    Raises UserError for weights that are missing, of another shape, without a place, not finite, or quantized already.
+    """
+    with explain_errors(name, "weights"):
+        config = LlavaNextConfig.from_pretrained(folder)
+        quantization = _check_quantization(config, name, quantization)
+        tensors = read_tensors(folder, name)
+        _check_tensors(config, tensors, name)
+        problems: list[str] = []
+        for tensor in tensors.values():
+            # 4 bit would hide NaN; without it tensors are read by threads, where a fork may have broken torch's pool.
+            tensor.limit, tensor.problems = torch.finfo(dtype).max if quantization else None, problems
+        how = {"dtype": dtype, "quantization_config": quantization, "attn_implementation": "sdpa", **placement}
+        try:
+            model = LlavaNextForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, **how)
+        except RuntimeError:
+            if not problems:
+                raise
+        else:
+            for key, parameter in model.named_parameters():
+                if parameter.is_floating_point():
+                    # Those beside weights that were quantized already are of the type they were saved in.
+                    parameter.data = parameter.data.to(dtype)
+                    if not parameter.isfinite().all():
+                        problems.append(f"{key} is not finite")
+        if problems:
+            move = f"{AGAIN}, or --mixed-precision bf16" if dtype == torch.float16 else AGAIN
+            raise UserError(f"{name}: {len(problems)} weights cannot be used in {dtype} ({problems[0]}); {move}")
+        model.generation_config = load_generation_config(folder, config)
+    return model
+
+
+def _check_quantization(
+    config: LlavaNextConfig, name: str, quantization: BitsAndBytesConfig | None
+) -> BitsAndBytesConfig | None:
+    """What to quantize with; None, and in the config, for weights that are so already. Raises UserError for others."""
+    saved = getattr(config, "quantization_config", None) or getattr(config.text_config, "quantization_config", None)
+    if saved is None:
+        return quantization
+    method, is_nf4 = saved.get("quant_method"), saved.get("bnb_4bit_quant_type") == "nf4" and saved.get("load_in_4bit")
+    if quantization is None or not is_nf4:
+        move = "use the checkpoint that is not" + (", or --load-in-4bit true" if is_nf4 else "")
+        raise UserError(
+            f"{name}: is already quantized ({method}, {'4-bit nf4' if is_nf4 else 'not 4-bit nf4'}); {move}"
+        )
+    config.quantization_config = quantization.to_dict()
+    return None
+
+
+def _check_tensors(config: LlavaNextConfig, tensors: dict[str, SavedTensor], name: str) -> None:
+    """Raise UserError unless the files hold each weight of the config's model, in its shape, and no other."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    for key in [key for key in tensors if key.endswith(STATE)]:
+        weight = key.removesuffix(STATE) + ".weight"
+        state = json.loads(bytes(tensors[key][...].tolist()))
+        shapes = {other: shape for other, shape in shapes.items() if not other.startswith(f"{weight}.")}
+        shapes[weight] = state["shape"]
+    layers = config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers
+    if layers > len(shapes):  # to build them all would take long
+        raise UserError(f"{name}: config.json has {layers} layers, its files {len(shapes)} weights; {AGAIN}")
+    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    config = LlavaNextConfig.from_dict(config.to_dict())
+    config.quantization_config = None
+    with _quiet():
+        _, info = LlavaNextForConditionalGeneration.from_pretrained(
+            None,
+            config=config,
+            state_dict=empty,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    texts = sorted(f"{key}: {[*found]} in place of {[*wanted]}" for key, found, wanted in info["mismatched_keys"])
+    kinds = {
+        "are missing": sorted(info["missing_keys"]),
+        "have another shape": texts,
+        "have no place in the model": sorted(info["unexpected_keys"]),
+    }
+    wrong = [f"{len(found)} {kind} ({', '.join(found[:2])})" for kind, found in kinds.items() if found]
+    if wrong:
+        raise UserError(
+            f"{name}: its weights are not those that its config.json describes: {'; '.join(wrong)}; {AGAIN}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and tables of transformers."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
