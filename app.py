@@ -88,7 +88,7 @@ def build_page(predictor, run: Run):
     # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
-    names, texts = run.recorded["class_names"], load_texts()
+    names, texts = run.class_names, load_texts()
     weights = None if run.is_base_model else describe_best(run.best_folder)
     reports = read_reports(run.folder, weights, run.config.dataset)
     report = reports.get("test", reports.get("val"))

@@ -110,8 +110,9 @@ def compare_runs(first: Run, second: Run, split: str) -> None:
 
     (facts, correct), (other_facts, other_correct) = (read_correct(run, split) for run in (first, second))
     for name in ("dataset", "question"):
-        if facts[name] != other_facts[name]:
-            logger.warning("the runs differ in %s: %r and %r", name, facts[name], other_facts[name])
+        values = facts.get(name), other_facts.get(name)
+        if values[0] != values[1]:
+            logger.warning(f"the runs differ in {name}: {values[0]!r} and {values[1]!r}")
     both = sorted(set(correct) & set(other_correct))
     if not both:
         raise UserError(f"{first.folder}, {second.folder}: no image of {split} was scored by both; use one data set")

@@ -300,7 +300,9 @@ def check_steps(found: PreFlight) -> str:
 
     data = replace(found.data, train=found.rows, validation=None)
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(found.config, output_dir=folder, max_steps=STEPS, eval_steps=None, report_to="none")
+        config = replace(
+            found.config, output_dir=folder, max_steps=STEPS, eval_steps=None, report_to="none", warmup_steps=0.1
+        )
         trainer = build_trainer(Run(config), found.plant, data)
         trainer.args.save_strategy = "no"
         trainer.plan_memory()

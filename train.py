@@ -25,10 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         from evaluation.evaluator import build_evaluator
         from evaluation.verify import verify_reload
         from models.builder import PlantModel
-        from models.trainer import build_trainer
+        from models.trainer import build_trainer, check_trackers
         from runtime.distributed import init_distributed
         from runtime.run_dir import open_run
 
+        check_trackers(config.report_to)
         with init_distributed(config) as dist, open_run(config, dist) as run:
             if run.completed:
                 return 0

@@ -155,6 +155,13 @@ class TrainingConfig:
         """Images per optimizer step, over all GPUs."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def find_warmup_problem(self, steps: int) -> str | None:
+        """A sentence for a warm-up, in steps, that is not over within the `steps` of a run."""
+        if 1 <= self.warmup_steps < steps or self.warmup_steps < 1:
+            return None
+        reason = f"as long as the run of {steps} steps or longer, so the learning rate would never reach its peak"
+        return f"warmup_steps={self.warmup_steps:g}: {reason}; use fewer, or a fraction such as 0.03"
+
     def find_conflicts(self) -> Iterator[str]:
         """A sentence per combination of values that cannot work."""
         kind, steps, rate = self.trainable, self.eval_steps, self.projector_learning_rate
@@ -179,6 +186,8 @@ class TrainingConfig:
             yield f"{given}: nothing is measured during training; {move}"
         if self.max_steps == 0:
             yield "max_steps=0: there is nothing to train; use -1 for num_train_epochs, or a number of steps"
+        if self.max_steps > 0 and (problem := self.find_warmup_problem(self.max_steps)):
+            yield problem
         if not self.question or self.question != self.question.strip() or "  " in self.question:
             reason = "empty, or with leading, trailing or double spaces, which tokenizers treat differently"
             yield f"question={self.question!r}: {reason}; use single spaces between words"

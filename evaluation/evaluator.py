@@ -24,7 +24,7 @@ from runtime.atomic import write_file
 from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.run_dir import Run
-from runtime.run_files import read_entries, read_json
+from runtime.run_files import COUNT, REPLIES, SAVED_CALIBRATION, TEXT, integer, list_of, number, read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
@@ -112,20 +112,24 @@ class Evaluator:
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
-        entries, speed = self.score_with_cache(rows, self.compute_scores, f"eval_{split}.scores.jsonl", self.facts)
+        name, schema = f"eval_{split}.scores.jsonl", scores_schema(len(self.plant.class_names))
+        entries, speed = self.score_with_cache(rows, self.compute_scores, name, self.facts, schema)
         return self._adjust(entries) if self.dist.is_main_process else None, speed
 
-    def score_with_cache(self, rows, compute: Callable, name: str, header: dict) -> tuple[list[dict], float | None]:
+    def score_with_cache(
+        self, rows, compute: Callable, name: str, header: dict, schema: dict
+    ) -> tuple[list[dict], float | None]:
         """(entry of each readable image, images/s): entries that file `name` has under the same header are used again.
 
-        `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, and a
-        label is always that of the row. Raises UserError if no image is readable, ImageError if too few are.
+        `compute(rows)` yields an entry with the "id" of each readable image. A replaced image is computed again, as is
+        one whose entry the schema does not fit. A label is always that of the row.
+        Raises UserError if no image is readable, ImageError if too few are.
         """
         path, is_main_process = self.folder / name, self.dist.is_main_process
         entries, fingerprints = {}, {}
         if is_main_process:
             fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
-            found, cached = read_entries(path)
+            found, cached = read_entries(path, schema)
             # Entries of images that are not asked for stay, those of images that were replaced go.
             kept = cached if found == header else []
             kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
@@ -215,7 +219,8 @@ class Evaluator:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
         compute = functools.partial(self.compute_replies, max_new_tokens=max_new_tokens)
         header = self.facts | {"max_new_tokens": max_new_tokens}
-        entries, speed = self.score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header)
+        name, schema = f"eval_{split}.replies.jsonl", {"text": TEXT, "label": COUNT}
+        entries, speed = self.score_with_cache(rows, compute, name, header, schema)
         if not self.dist.is_main_process:
             return {}
         names, texts = self.plant.class_names, [entry["text"] for entry in entries]
@@ -231,8 +236,8 @@ class Evaluator:
     def _read_replies(self, rows, split: str) -> dict:
         """Metrics of the same model's replies to as many images, if they were measured."""
         path = self.folder / f"eval_{split}.replies.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not measured, or torn by a kill
-            saved = read_json(path)
+        with contextlib.suppress(OSError, ValueError):  # not measured, torn by a kill, or edited
+            saved = read_json(path, REPLIES)
             if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
                 return saved["metrics"]
         return {}
@@ -245,23 +250,28 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     """What was fitted on val for these weights, or None. Raises UserError for a file that cannot be read."""
     path = folder / CALIBRATION_FILE
     try:
-        saved = read_json(path)
-        calibration = Calibration(*(saved[name] for name in Calibration._fields))
-        return calibration if saved["scored"]["adapter"] == adapter else None
+        saved = read_json(path, SAVED_CALIBRATION)
+        scored = saved.pop("scored")
+        return Calibration(**saved) if scored["adapter"] == adapter else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"cannot be read ({type(error).__name__}: {error})"
-        raise UserError(f"{path}: {reason}; make it again: python evaluate.py {folder}") from error
+    except (OSError, ValueError) as error:
+        move = f"delete it, and make it again: python evaluate.py {folder}"
+        raise UserError(f"{path}: cannot be used ({error}); {move}") from error
+
+
+def scores_schema(classes: int) -> dict:
+    """Of the entry of an image in a cache of scores."""
+    return {"label": integer(0, classes - 1), "scores": list_of(number(), classes)}
 
 
 def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
     """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
     path = run.folder / f"eval_{split}.scores.jsonl"
-    facts, entries = read_entries(path)
+    facts, entries = read_entries(path, scores_schema(len(run.class_names)))
     again = f"python evaluate.py {run.folder} --split {split}"
     if facts is None or not entries:
         raise UserError(f"{path}: no scores yet; make them first: {again}")
-    if facts["adapter"] is not None and facts["adapter"] != describe_best(run.best_folder):
+    if facts.get("adapter") != (None if run.is_base_model else describe_best(run.best_folder)):
         raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
     return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

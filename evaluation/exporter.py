@@ -1,6 +1,7 @@
 """An export: written to a staging directory, verified there, and only then where it was asked for."""
 
 import contextlib
+import copy
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from evaluation import verify
 from evaluation.evaluator import read_calibration, read_correct
 from evaluation.model_card import base_name, build_model_card
 from models import merging
-from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint
+from models.builder import PlantModel, build_base, check_same_base, lora_settings, weights_fingerprint
 from models.loading import find_checkpoint
 from runtime.atomic import beside, replace_dir, require_disk_space
 from runtime.checkpoint import MODEL_CARD, describe_best
@@ -87,7 +88,7 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
     else:
         logger.info(f"model | merging {run.best_folder} into {run.config.model} | {dtype}")
         precision = "no" if dtype == "fp32" else dtype
-        plant = PlantModel.from_config_unloaded(run.config, run.recorded["class_names"], device, precision)
+        plant = PlantModel.from_config_unloaded(run.config, run.class_names, device, precision)
         save = save_merged
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
     save_classes(run, plant.prompt, draft)
@@ -116,7 +117,10 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
     config, device = run.config, plant.device
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
     check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
-    adapter = None if config.trainable == "everything" else merging.read_adapter(run.best_folder)
+    adapter = None
+    if config.trainable != "everything":
+        settings = lora_settings(config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
+        adapter = merging.read_adapter(run.best_folder, settings)
     with tempfile.TemporaryDirectory() as scratch:
         base = find_base(run, plant.processor, Path(scratch))
         needed = merging.weights_bytes(base, plant.dtype) + MARGIN_BYTES
@@ -143,9 +147,10 @@ def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torc
     """The same of the adapter, which PEFT attaches to a fresh base model."""
     config = run.config
     shutil.copyfile(run.best_folder / "adapter_model.safetensors", draft / "adapter_model.safetensors")
-    settings = json.loads((run.best_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": base_name(config.model), "revision": run.recorded["model_commit"]}
-    (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    settings = copy.copy(plant.model.peft_config["default"])
+    settings.base_model_name_or_path, settings.revision = base_name(config.model), run.recorded.get("model_commit")
+    settings.inference_mode = True
+    settings.save_pretrained(draft)
     merging.save_processor(plant.processor, draft)
     expected = verify.logits_of(plant, images)
     plant.model = None
@@ -177,7 +182,7 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
 
 def save_classes(run: Run, prompt: Prompt, draft: Path) -> None:
     """class_names.json: all that is needed to predict as this project does."""
-    facts = {"class_names": run.recorded["class_names"], "question": run.config.question, **prompt._asdict()}
+    facts = {"class_names": run.class_names, "question": run.config.question, **prompt._asdict()}
     facts["image_size"] = run.config.image_size
     calibration = read_calibration(run.folder, describe_best(run.best_folder))
     if calibration is not None:

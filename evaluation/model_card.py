@@ -13,7 +13,8 @@ from evaluation.report import render
 from runtime.atomic import write_file
 from runtime.checkpoint import MODEL_CARD, describe_best, read_best
 from runtime.run_dir import Run
-from runtime.run_files import read_json, read_metrics
+from runtime.run_files import REPORT, read_json, read_metrics
+from utils.logging_utils import skip_failure
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
@@ -21,7 +22,8 @@ WARNING = "Not for deciding whether a plant is edible or poisonous."
 
 def write_model_card(run: Run, prompt: Prompt) -> None:
     """README.md of best/."""
-    write_file(run.best_folder / MODEL_CARD, build_model_card(Run.load(run.folder), prompt))
+    with skip_failure(run.best_folder / MODEL_CARD):
+        write_file(run.best_folder / MODEL_CARD, build_model_card(Run.load(run.folder), prompt))
 
 
 def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False) -> str:
@@ -48,13 +50,16 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
         model_name=folder.resolve().name,
         eval_results=results or None,
     )
-    steps = [entry for entry in read_metrics(folder) if "loss" in entry]
+    steps = [entry for entry in read_metrics(folder) if entry.keys() >= {"loss", "seconds", "peak_gib"}]
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
         card=card,
         warning=WARNING,
-        run={"model_commit": None, "ranks": 1} | dataclasses.asdict(config) | run.recorded,
+        run={"model_commit": None, "ranks": 1}
+        | run.recorded
+        | dataclasses.asdict(config)
+        | {"class_names": run.class_names},
         base=base_name(config.model),
         is_adapter=is_adapter,
         is_random_base=is_random_base,
@@ -80,10 +85,10 @@ def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, d
     """{split: report}, val before test, of these weights on this data set, from plain scores."""
     reports = {}
     for split in ("val", "test"):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, or torn by a kill
-            report = read_json(folder / f"eval_{split}.json")
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, torn by a kill, or edited
+            report = read_json(folder / f"eval_{split}.json", REPORT)
             is_plain = not (report.get("per_token") or report.get("prior_calibration"))
-            if is_plain and (report.get("adapter"), report.get("dataset")) == (weights, dataset):
+            if is_plain and (report["adapter"], report["dataset"]) == (weights, dataset):
                 reports[split] = report
     return reports
 

@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -14,7 +14,7 @@ from scipy.special import softmax
 from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
 from utils.image_utils import open_thumbnail
-from utils.logging_utils import logger
+from utils.logging_utils import logger, skip_failure
 from utils.plot_utils import Tile, plot_report, plot_tiles, shorten
 
 PAIRS, MISTAKES, SHOWN = 4, 12, 12  # confused pairs, mistakes and images in the pictures
@@ -44,7 +44,7 @@ def render(template: str, **facts) -> str:
 
 def escape_markdown(text: str) -> str:
     """On a single line, and without the meaning that Markdown, HTML or a table would give its characters."""
-    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", " ".join(text.split()))
 
 
 def code_span(text: str) -> str:
@@ -61,19 +61,42 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     """eval_<split>.json, .md, .png and _images.png; of val also a few images in examples/."""
     stem = Path(folder) / f"eval_{report['split']}"
     write_file(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
-    write_file(stem.with_suffix(".md"), render("report.md.j2", report=report))
-    temperature = report["calibration"]["temperature"] if report["calibration"] else 1.0
-    confidences = confidence(split.scores, temperature)
+    with skip_failure(stem.with_suffix(".md")):
+        write_file(stem.with_suffix(".md"), render("report.md.j2", report=report))
     place = {sample: index for index, sample in enumerate(rows["id"])}
 
     def image_of(index: int, side: int = TILE_SIDE) -> Image.Image:
         return open_thumbnail(rows[place[split.ids[index]]]["image"], side)
 
+    with skip_failure(stem.with_suffix(".png")):
+        _draw_metrics(report, split, image_of, names, stem.with_suffix(".png"))
+    shown = sorted(random.Random(0).sample(range(len(split.ids)), min(SHOWN, len(split.ids))))
+    with skip_failure(f"{stem}_images.png"):
+        answers = []
+        for index in shown:
+            predicted, truth = names[split.scores[index].argmax()], names[split.labels[index]]
+            caption = shorten(truth) if predicted == truth else f"{shorten(predicted)}\nis: {shorten(truth)}"
+            answers.append(Tile(image_of(index), caption, "darkgreen" if predicted == truth else "darkred"))
+        plot_tiles(answers, f"{stem}_images.png")
+    if report["split"] == "val":
+        with skip_failure(Path(folder) / EXAMPLES_FOLDER):
+            examples = [(names[split.labels[index]], image_of(index, EXAMPLE_SIDE)) for index in shown[:EXAMPLES]]
+            _keep_examples(examples, folder)
+    logger.info("saved | %s | %s_images.png", stem.with_suffix(".png"), stem)
+
+
+def _draw_metrics(
+    report: dict, split: SplitScores, image_of: Callable[[int], Image.Image], names: Sequence[str], path: Path
+) -> None:
+    """Accuracies, reliability, confused classes and mistakes."""
+    temperature = report["calibration"]["temperature"] if report["calibration"] else 1.0
+    confidences = confidence(split.scores, temperature)
+
     def first_of(name: str) -> Image.Image | None:
         found = np.flatnonzero(split.labels == names.index(name))
         return image_of(found[0]) if len(found) else None
 
-    pairs, mistakes, answers = [], [], []
+    pairs, mistakes = [], []
     for pair in report["confusions"][:PAIRS]:
         for name, note in zip(pair["names"], (f"confused with the next: {pair['confused']}", "")):
             pairs.append(Tile(first_of(name), f"{shorten(name)}\n{note}", "black"))
@@ -85,17 +108,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     accuracies = {name: found["top1"] for name, found in report["per_class"].items()}
     title = f"{report['split']}: top-1 {report['top1']:.3f} on {report['n']:,} images"
     bins = calibration_bins(confidences, split.correct)
-    plot_report(accuracies, bins, pairs, mistakes, title, stem.with_suffix(".png"))
-    shown = sorted(random.Random(0).sample(range(len(split.ids)), min(SHOWN, len(split.ids))))
-    for index in shown:
-        predicted, truth = names[split.scores[index].argmax()], names[split.labels[index]]
-        caption = truth if predicted == truth else f"{shorten(predicted)}\nis: {truth}"
-        answers.append(Tile(image_of(index), caption, "darkgreen" if predicted == truth else "darkred"))
-    plot_tiles(answers, f"{stem}_images.png")
-    if report["split"] == "val":
-        examples = [(names[split.labels[index]], image_of(index, EXAMPLE_SIDE)) for index in shown[:EXAMPLES]]
-        _keep_examples(examples, folder)
-    logger.info("saved | %s | %s_images.png", stem.with_suffix(".png"), stem)
+    plot_report(accuracies, bins, pairs, mistakes, title, path)
 
 
 def _keep_examples(images: Sequence[tuple[str, Image.Image]], folder: str | Path) -> None:

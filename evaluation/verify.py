@@ -46,8 +46,8 @@ def first_readable(collator: PlantCollator, rows, count: int) -> list[dict]:
 def check_same_data(data: PlantData, run: Run) -> None:
     """Raise UserError unless the classes are those of the run, and its own data set is split as it was."""
     is_own = run.config.dataset == Run.load(run.folder).config.dataset  # not another one, given with --dataset
-    fingerprint = run.recorded["data_fingerprint"] if is_own else None
-    data.assert_matches(run.recorded["class_names"], fingerprint, run.folder)
+    fingerprint = run.recorded.get("data_fingerprint") if is_own else None
+    data.assert_matches(run.class_names, fingerprint, run.folder)
 
 
 # ---- the reload test

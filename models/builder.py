@@ -28,7 +28,7 @@ from transformers import (
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
-from models.checks import DTYPES, LORA_TARGETS, check_model, check_same_base, weights_fingerprint
+from models.checks import DTYPES, LORA_TARGETS, check_adapter, check_model, check_same_base, weights_fingerprint
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
@@ -88,7 +88,7 @@ class PlantModel:
     @classmethod
     def from_run(cls, run: Run, device: torch.device) -> "PlantModel":
         """A run's best/ on the base it was trained on; a base model without its adapter. Raises UserError."""
-        plant = cls.from_config(run.config, run.recorded["class_names"], device)
+        plant = cls.from_config(run.config, run.class_names, device)
         check_same_base(plant.facts(), run)
         if not run.is_base_model:
             load_weights(plant.model, run.best_folder)
@@ -285,7 +285,17 @@ def set_trainable(
             for unused in layers[len(layers) + 1 + layer :]:
                 unused.requires_grad_(False)
         return base
-    settings = LoraConfig(
+    model = get_peft_model(base, lora_settings(trainable, lora_r, lora_alpha, lora_dropout))
+    for name, parameter in model.named_parameters():
+        if trainable == "projector" and "lora_" in name:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
+    return model
+
+
+def lora_settings(trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float) -> LoraConfig:
+    return LoraConfig(
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -293,13 +303,6 @@ def set_trainable(
         task_type="CAUSAL_LM",
         modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
     )
-    model = get_peft_model(base, settings)
-    for name, parameter in model.named_parameters():
-        if trainable == "projector" and "lora_" in name:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
-    return model
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
@@ -309,6 +312,8 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
     load what matches by name and ignore the rest without a word.
     """
     is_adapter = isinstance(model, PeftModel)
+    if is_adapter:
+        check_adapter(Path(folder), model.peft_config["default"])
     try:
         if is_adapter:
             saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)

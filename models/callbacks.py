@@ -22,7 +22,7 @@ from runtime.atomic import replace_dir
 from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
 from runtime.run_files import append_metrics, read_metrics
-from utils.logging_utils import logger
+from utils.logging_utils import logger, skip_failure
 from utils.plot_utils import plot_training
 
 SPIKE_HISTORY, SPIKE_MIN_HISTORY = 50, 10  # steps whose median a value is compared with
@@ -72,7 +72,7 @@ class RunLog(TrainerCallback):
                 f"eval | step {state.global_step} | val loss {metrics['eval_loss']:.4f} | "
                 f"val top-1 {metrics['eval_top1']:.3f} | val top-5 {metrics['eval_top5']:.3f}"
             )
-            plot_training(read_metrics(self.trainer.run.folder), self.trainer.run.folder / "loss.png")
+            self.plot()
         self.step_began = time.perf_counter()  # an evaluation is not part of the next step's time
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -83,7 +83,12 @@ class RunLog(TrainerCallback):
                 kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
                 logger.warning(f"{skipped.total()} of {state.global_step} steps were skipped ({kinds})")
             if self.trainer.eval_dataset is None:  # otherwise the last evaluation plots it
-                plot_training(lines, self.trainer.run.folder / "loss.png")
+                self.plot()
+
+    def plot(self) -> None:
+        path = self.trainer.run.folder / "loss.png"
+        with skip_failure(path):
+            plot_training(read_metrics(path.parent), path)
 
     def format_line(self, state) -> str:
         seconds, images, image_tokens, flops = (
@@ -169,7 +174,10 @@ class BestCheckpoint(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
         if state.is_world_process_zero:
-            best = {"eval_top1": -1.0, "eval_loss": math.inf} | (read_best(self.folder) or {})
+            saved = read_best(self.folder) or {}
+            best = {"eval_top1": -1.0, "eval_loss": math.inf} | {
+                name: saved[name] for name in saved if saved[name] is not None
+            }
             if (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"]):
                 self.save(model, processing_class, {"step": state.global_step} | metrics)
 

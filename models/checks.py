@@ -1,18 +1,22 @@
 """The assertions on a loaded model: that it is what was asked for, walked module by module."""
 
 import hashlib
+import json
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from models.fused_layers import unwrap
 from runtime.run_dir import Run
+from runtime.run_files import ANY, read_json
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
@@ -20,6 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Leaf names alone would match the vision tower too.
 LORA_TARGETS = rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"
+# Fields of adapter_config.json that say where and by what it was saved.
+OF_ITS_PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprint
 
 
@@ -118,6 +124,25 @@ def weights_fingerprint(model: str) -> str | None:
                 file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest() if files else None
+
+
+def check_adapter(folder: Path, settings: LoraConfig) -> None:
+    """Raise UserError unless the folder's adapter_config.json, which anyone may have written, says what the run does.
+
+    Only its tensors are used: adapters are built from the run's own config.
+    """
+    expected = json.loads(json.dumps(settings.to_dict(), default=sorted))
+    try:
+        found = read_json(folder / "adapter_config.json", {str: ANY})
+        wrong = [
+            name for name in expected if name not in OF_ITS_PLACE and found.get(name, expected[name]) != expected[name]
+        ]
+        reason = "; ".join(f"{name}: {reprlib.repr(found[name])}, not {expected[name]}" for name in wrong)
+    except (OSError, ValueError) as error:
+        reason = f"{error}"
+    if reason:
+        problem = f"its adapter_config.json is not that of the run's adapter ({reason})"
+        raise UserError(f"{folder}: {problem}; put the run's own files back, or train again in another folder")
 
 
 def check_same_base(found: dict, run: Run) -> None:

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from models.checks import check_adapter
 from models.loading import load_generation_config, read_tensors
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
@@ -32,17 +34,22 @@ class Adapter(NamedTuple):
     scale: float  # alpha / r
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Names are those of the model without PEFT, such as model.language_model.layers.0.self_attn.q_proj."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+def read_adapter(folder: Path, settings: LoraConfig) -> Adapter:
+    """Names are those of the model without PEFT, such as model.language_model.layers.0.self_attn.q_proj.
+
+    Raises UserError for files that are not of an adapter with these settings.
+    """
+    check_adapter(folder, settings)
     weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     saved = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     all_b = {name.removesuffix(".lora_B.weight"): b for name, b in saved.items() if name.endswith(".lora_B.weight")}
-    low_rank = {name: (saved[f"{name}.lora_A.weight"], b) for name, b in all_b.items()}
+    low_rank = {name: (saved[a], b) for name, b in all_b.items() if (a := f"{name}.lora_A.weight") in saved}
     whole = {name: weight for name, weight in saved.items() if ".lora_" not in name}
-    if 2 * len(low_rank) + len(whole) != len(saved):
-        raise UserError(f"{folder}: holds weights that are of no LoRA adapter; export a run that train.py made")
-    return Adapter(low_rank, whole, settings["lora_alpha"] / settings["r"])
+    ranks = {settings.r, *(a.shape[0] for a, _ in low_rank.values()), *(b.shape[1] for _, b in low_rank.values())}
+    if 2 * len(low_rank) + len(whole) != len(saved) or len(ranks) > 1:
+        reason = f"holds weights that are of no LoRA adapter of rank {settings.r}"
+        raise UserError(f"{folder}: {reason}; export a run that train.py made")
+    return Adapter(low_rank, whole, settings.lora_alpha / settings.r)
 
 
 def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtype) -> None:

@@ -14,6 +14,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data.collator import IGNORED, Batch
@@ -38,7 +40,7 @@ from runtime.distributed import (
 )
 from runtime.interrupt import Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
-from runtime.run_files import PREFIX, step_of, truncate_metrics
+from runtime.run_files import PREFIX, checkpoints_in, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
 
 
@@ -312,7 +314,7 @@ class PlantTrainer(Trainer):
 
     def _prepare_start(self, checkpoint: Path | None) -> bool:
         """Bring metrics, stream and evaluations to the state of a checkpoint; whether a step is left to do."""
-        saved = TrainerState() if checkpoint is None else TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        saved = TrainerState() if checkpoint is None else _load_state(checkpoint)
         is_evaluated = _is_evaluated(saved)
         if self.dist.is_main_process:
             truncate_metrics(self.run.folder, self.run.folder, saved.global_step, is_evaluated)
@@ -362,8 +364,10 @@ class PlantTrainer(Trainer):
         """Load the weights of best/ on every rank. Without validation they are those of the last step."""
         folder, step = self.best.folder, self.state.global_step
         if self.dist.is_main_process:
-            if self.eval_dataset is None or read_best(folder) is None:
+            if self.eval_dataset is None:
                 self.best.save(self.model, self.processing_class, {"step": step})
+            elif read_best(folder) is None:
+                self.make_best_again()
             step = read_best(folder)["step"]
         step = self.dist.gather_object([step])[0]
         if step != self.state.global_step:
@@ -372,6 +376,23 @@ class PlantTrainer(Trainer):
         synchronize(self.args.device)
         self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches
         logger.info("result | %s holds the weights of step %d", folder, step)
+
+    def make_best_again(self) -> None:
+        """best/ from the best of what is left of its evaluated weights: in memory, and in the checkpoints."""
+        last, metrics = self.state.global_step, {}
+        for entry in self.state.log_history:
+            if entry.get("eval_top1") is not None and entry.get("eval_loss") is not None:
+                metrics[entry["step"]] = {name: entry[name] for name in ("eval_top1", "eval_loss")}
+        order = sorted(
+            metrics, key=lambda step: (metrics[step]["eval_top1"], -metrics[step]["eval_loss"]), reverse=True
+        )
+        places = {step_of(path): path for path in checkpoints_in(self.run.folder) if verify_checkpoint(path) is None}
+        step = next((step for step in order if step == last or step in places), last)
+        if step != last:
+            load_weights(self.model, places[step])
+        if order and step != order[0]:
+            logger.warning(f"the weights of step {order[0]}, the best on val, are lost; those of step {step} are used")
+        self.best.save(self.model, self.processing_class, {"step": step} | metrics.get(step, {}))
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run that is no longer in fp16 has none to load
@@ -385,6 +406,11 @@ class PlantTrainer(Trainer):
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     vars(value).pop("is_paged", None)
+        # What was saved is the learning rate of a run of that length: after its last step, 0.
+        schedule = self.lr_scheduler
+        for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = base * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, resume_from_checkpoint)
@@ -475,6 +501,19 @@ class PlantTrainer(Trainer):
         }
 
 
+def _load_state(checkpoint: Path) -> TrainerState:
+    """Raises UserError for a state that transformers cannot use, or that is of another step."""
+    try:
+        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        reason = f"it is of step {state.global_step}"
+    except (OSError, TypeError, ValueError) as error:
+        state, reason = None, first_line(error)
+    if state is None or state.global_step != step_of(checkpoint):
+        move = "delete the folder, and re-run the same command to resume from an older one"
+        raise UserError(f"{checkpoint}: its trainer_state.json cannot be used ({reason}); {move}")
+    return state
+
+
 def _is_evaluated(state: TrainerState) -> bool:
     return any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
@@ -489,30 +528,42 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
+def check_trackers(report_to: str) -> None:
+    """Before anything is loaded: raise UserError for a tracker that transformers does not know or cannot use."""
+    try:
+        for callback in get_reporting_integration_callbacks(
+            report_to if report_to in ("none", "all") else report_to.split(",")
+        ):
+            callback()
+    except Exception as error:  # each tracker's own
+        names = ", ".join(get_available_reporting_integrations()) or "none here"
+        reason = first_line(error)
+        raise UserError(
+            f"--report-to {report_to}: {reason}; install it, or use none or one of those installed: {names}"
+        ) from error
+
+
 def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     """The trainer of a run, with its callbacks. The run's id marks the checkpoints that it may resume and delete."""
     config = run.config
     largest_batch = max(config.effective_batch_size, config.per_device_eval_batch_size)
-    try:
-        trainer = PlantTrainer(
-            run,
-            MemoryOptions(config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding),
-            config.per_device_train_batch_size,
-            config.projector_learning_rate,
-            config.max_bad_fraction,
-            config.max_skipped_steps,
-            config.save_total_limit,
-            model=plant.model,
-            args=build_arguments(config, plant.precision, plant.device, plant.collator.batch_bytes(largest_batch)),
-            data_collator=plant.collator,
-            train_dataset=data.train,
-            eval_dataset=data.validation,
-            processing_class=plant.processor,
-        )
-    except (RuntimeError, ValueError) as error:
-        if "Callback requires" not in str(error) and "is not supported, only" not in str(error):
-            raise
-        raise UserError(f"--report-to {config.report_to}: {error}") from error
+    trainer = PlantTrainer(
+        run,
+        MemoryOptions(config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding),
+        config.per_device_train_batch_size,
+        config.projector_learning_rate,
+        config.max_bad_fraction,
+        config.max_skipped_steps,
+        config.save_total_limit,
+        model=plant.model,
+        args=build_arguments(config, plant.precision, plant.device, plant.collator.batch_bytes(largest_batch)),
+        data_collator=plant.collator,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=plant.processor,
+    )
+    if problem := config.find_warmup_problem(trainer.planned_steps()):  # of epochs, by the number of images
+        raise UserError(problem)
     is_augmented = config.augmentation != "none"
     if trainer.streams:
         data.train.is_augmented = is_augmented

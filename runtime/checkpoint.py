@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+from runtime import run_files
 from runtime.atomic import beside, replace_dir, require_disk_space, sync, write_file
 from runtime.run_files import BEST, PREFIX, checkpoints_in, read_json, step_of, truncate_metrics
 from utils.logging_utils import UserError, logger
@@ -20,6 +21,7 @@ RUN_ID_FILE = "run_id"  # in a checkpoint: the run that wrote it
 DELETED = ".deleted"  # suffix of a directory that is being deleted
 METRICS_OF_BEST = "best.json"
 MODEL_CARD = "README.md"  # rewritten after every evaluation, so no manifest has it
+SCHEMAS: dict[str, dict] = {METRICS_OF_BEST: run_files.BEST_STEP, "trainer_state.json": run_files.STATE}
 MARGIN_BYTES = 200e6  # logs, pictures, the processor's files
 
 
@@ -34,18 +36,33 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Why this directory is no checkpoint, or None if every file is as its manifest says."""
+    """Why this directory is no checkpoint, or None if every file is as its manifest says and its JSON can be used.
+
+    A link, which may lead anywhere, is no file of it.
+    """
     try:
-        for name, entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items():
-            path = folder / name
-            if not path.is_file() or path.is_symlink() or folder.resolve() not in path.resolve().parents:
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-                return f"{name} differs from its manifest"
-    except FileNotFoundError:
+        manifest = read_json(folder / MANIFEST, run_files.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
         return f"{MANIFEST} is missing, so it was not completed"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is corrupted"
+    except ValueError as error:
+        return f"{MANIFEST} is corrupted: {error}"
+    if not manifest:
+        return f"{MANIFEST} is corrupted: it names no file"
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    for name, path in paths.items():
+        if path.is_symlink():
+            return f"{name} is a link"
+    for name, entry in manifest.items():
+        if name not in paths or not (path := paths[name]).is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            return f"{name} differs from its manifest"
+    for name, schema in SCHEMAS.items():
+        try:
+            if name in paths:
+                read_json(paths[name], schema)
+        except ValueError as error:
+            return f"{name} is corrupted: {error}"
     return None
 
 
@@ -91,8 +108,8 @@ def _is_own(checkpoint: Path, run_id: str) -> bool:
     with contextlib.suppress(OSError):
         if (checkpoint / RUN_ID_FILE).read_text(encoding="utf-8", errors="replace") == run_id:
             return True
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        recorded = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))[RUN_ID_FILE]["sha256"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        recorded = read_json(checkpoint / MANIFEST, run_files.MANIFEST)[RUN_ID_FILE]["sha256"]
         return recorded == hashlib.sha256(run_id.encode()).hexdigest()
     return False
 
@@ -136,14 +153,29 @@ def recover_interrupted_replace(folder: Path) -> None:
 
 def read_best(folder: Path) -> dict | None:
     """Step and metrics of best/, or None where it is missing or corrupted."""
-    return read_json(folder / METRICS_OF_BEST) if verify_checkpoint(folder) is None else None
+    problem = verify_checkpoint(folder)
+    with contextlib.suppress(FileNotFoundError):  # best.json, which an edited manifest may not name
+        return None if problem else read_json(folder / METRICS_OF_BEST, run_files.BEST_STEP)
+    return None
+
+
+def needs_best(run_folder: Path) -> bool:
+    """Whether best/ is missing or corrupted, and a checkpoint holds weights to make it again."""
+    if read_best(run_folder / BEST) is not None:
+        return False
+    return any(verify_checkpoint(path) is None for path in checkpoints_in(run_folder))
 
 
 def describe_best(folder: Path) -> str:
     """Which weights these are: their step and a hash of their manifest. Raises UserError for corrupted ones."""
-    if problem := verify_checkpoint(folder):
-        raise UserError(f"{folder}: holds no complete weights ({problem}); complete the run by its own command")
-    return f"step {read_json(folder / METRICS_OF_BEST)['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
+    best = read_best(folder)
+    if best is None:
+        problem = verify_checkpoint(folder) or f"{METRICS_OF_BEST} is missing"
+        move = f"its train.py command, with --output-dir {folder.parent}, makes them again"
+        if run_files.is_completed(folder.parent) and not needs_best(folder.parent):
+            move = "no checkpoint is left to make them from; train again, in another folder"
+        raise UserError(f"{folder}: holds no complete weights ({problem}); {move}")
+    return f"step {best['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
 
 
 def check_disk(run_folder: Path, num_trainable: int, keep: int) -> None:

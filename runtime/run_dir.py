@@ -25,6 +25,7 @@ OF_THE_WEIGHTS = ["model", "trainable", "lora_r", "optim"]  # options that fix t
 NOT_COMPARED = ("output_dir", "resume", "allow_changed")  # options that say where and how a run resumes
 COMPARED = [option for option in dataclasses.fields(TrainingConfig) if option.name not in NOT_COMPARED]
 RESUMABLE = [option.name for option in COMPARED if option.metadata["resumable"]]  # may differ on resume
+LENGTH = ["max_steps", "num_train_epochs"]
 FIXED = [option.name for option in COMPARED if not option.metadata["resumable"]]  # change what a run computes
 # Recorded facts that must be the same on resume, in words, and whether their values are short enough to show.
 SAME_ON_RESUME = {
@@ -77,6 +78,14 @@ class Run:
         if commit is None or asked != [self.config.dataset, self.config.dataset_revision]:
             return self.config
         return dataclasses.replace(self.config, dataset_revision=commit)
+
+    @property
+    def class_names(self) -> list[str]:
+        if "class_names" not in self.recorded:
+            raise ConfigError(
+                f"{self.folder / CONFIG_FILE}: records no class names; restore the file, or use another run"
+            )
+        return self.recorded["class_names"]
 
     @property
     def run_id(self) -> str:
@@ -228,9 +237,9 @@ def _find_obstacle(config: TrainingConfig, folder: Path) -> str | None:
         saved, _ = run_files.load_config(folder)
     except ConfigError:
         return "holds something else"
-    if run_files.is_completed(folder):
-        return "is complete"
     changed = changed_fields(config, saved)
+    if run_files.is_completed(folder) and (changed or not checkpoint.needs_best(folder)):
+        return "is complete"
     return f"has another config ({'; '.join(changed)})" if changed else None
 
 
@@ -246,8 +255,8 @@ def _decide_explicit(config: TrainingConfig) -> Run:
         raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
     saved, _ = run_files.load_config(run.folder)
     notes = _check_options(config, saved, run.folder)
-    same_end = (config.max_steps, config.num_train_epochs) == (saved.max_steps, saved.num_train_epochs)
-    if same_end and run_files.is_completed(run.folder):
+    is_completed = not _changes(config, saved, LENGTH) and run_files.is_completed(run.folder)
+    if is_completed and not checkpoint.needs_best(run.folder):
         note = f"{run.folder} is complete; give a new folder, or a larger --max-steps to continue"
         return dataclasses.replace(run, state="completed", notes=[note])
     return _interrupted(config, notes)
@@ -255,9 +264,20 @@ def _decide_explicit(config: TrainingConfig) -> Run:
 
 def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     saved, recorded = run_files.load_config(config.output_dir or "")
-    changed = "; ".join(_changes(config, saved, RESUMABLE))
+    changed = "; ".join(_changes(config, saved, [name for name in RESUMABLE if name not in LENGTH]))
+    longer = "; ".join(_changes(config, saved, LENGTH))
     note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
-    return Run(config, recorded, state="interrupted", notes=[*notes, note])
+    notes = [*notes, note]
+    if longer:
+        reason = (
+            "the learning rate schedule is stretched, so the result is not that of a run of this length from step 1"
+        )
+        notes.append(f"longer than it began ({longer}): {reason}")
+    if run_files.is_completed(config.output_dir or "") and not longer:
+        notes.append(
+            f"{config.output_dir}/{run_files.BEST} is missing or corrupted; it is made again from a checkpoint"
+        )
+    return Run(config, recorded, state="interrupted", notes=notes)
 
 
 def _decide_named_start(config: TrainingConfig, start: Path) -> Run:
@@ -323,7 +343,7 @@ def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     same_kind = (new.max_steps > 0) == (old.max_steps > 0)
     name = "max_steps" if new.max_steps > 0 else "num_train_epochs"
     if not same_kind or getattr(new, name) < getattr(old, name):
-        changed += _changes(new, old, ["max_steps", "num_train_epochs"])
+        changed += _changes(new, old, LENGTH)
     if new.effective_batch_size != old.effective_batch_size:
         changed.append(f"global batch size: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed

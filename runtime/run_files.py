@@ -1,15 +1,20 @@
-"""The files of a run directory: their names, config and recorded facts, checkpoints, metrics.jsonl.
+"""The files of a run directory: their names and schemas, config and recorded facts, checkpoints, metrics.jsonl.
 
-Nothing heavy is imported here, so that every script can read a run before it imports torch.
+What a run holds may be torn, edited or untrusted: every JSON of it is read here, by its schema. Nothing heavy is
+imported, so that every script can read a run before it imports torch.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import reprlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, config_from_dict
 from runtime.atomic import write_file
@@ -22,6 +27,118 @@ BEST = "best"  # the weights with the best validation accuracy, or the last ones
 LOCK_FILE = "run.lock"  # held by the training that writes to the folder
 
 
+# ---- schemas
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be: in words, and the test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def number(low: float = -1e300, high: float = 1e300) -> Kind:
+    return Kind(
+        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
+    )
+
+
+def integer(low: int = 0, high: int = 2**63) -> Kind:
+    return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def list_of(kind: Kind, count: int) -> Kind:
+    holds = lambda value: isinstance(value, list) and len(value) == count and all(map(kind.holds, value))  # noqa: E731
+    return Kind(f"a list of {count}, each {kind.words}", holds)
+
+
+def _are_names(value: Any) -> bool:
+    """Non-empty, no two alike, and text that can be written: JSON may spell half a character."""
+    is_list = isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
+    return is_list and 0 < len(value) == len({name.encode(errors="replace") for name in value} - {b"?"})
+
+
+# A schema is a Kind; (schema, None): that or null; [schema]: a list of such; or {key: schema}: an object, whose "key?"
+# may be missing, and whose other keys are as the schema of `str` says, or dropped.
+ANY = Kind("anything", lambda value: True)
+TEXT = Kind("text", lambda value: isinstance(value, str))
+NO_TEXT = Kind("text or null", lambda value: value is None or isinstance(value, str))
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER, FRACTION, COUNT = number(), number(0, 1), integer()
+NAMES = Kind("a list of different names", _are_names)
+CONFIG = {
+    "config": {str: ANY},  # checked by config_from_dict
+    "recorded": {
+        "class_names?": NAMES,
+        "precision?": Kind("bf16, fp16 or no", lambda value: value in ("bf16", "fp16", "no")),
+        "ranks?": integer(1),
+        "stream_workers?": (COUNT, None),
+        "tokenizer_probe?": [COUNT],
+        "data_commit?": list_of(NO_TEXT, 3),
+        "packages?": {str: TEXT},
+        "base?": BOOL,
+        "images?": TEXT,  # data_fingerprint of runs before it had that name
+        **dict.fromkeys(("run_id?", "image_processor?", "device?"), TEXT),
+        **dict.fromkeys(("origin?", "data_fingerprint?", "model_commit?", "model_files?"), NO_TEXT),
+    },
+}
+METRIC_NAMES = ("loss", "grad_norm", "learning_rate", "seconds", "peak_gib", "eval_loss", "eval_top1", "eval_top5")
+METRICS: dict = {"step": COUNT, "completed?": BOOL, "skipped?": TEXT, str: ANY}
+METRICS |= dict.fromkeys([f"{name}?" for name in METRIC_NAMES], (NUMBER, None))
+BEST_STEP = {"step": COUNT, "eval_top1?": (NUMBER, None), "eval_loss?": (NUMBER, None)}
+STATE = {"global_step": COUNT, "epoch": (NUMBER, None), "log_history": [METRICS], str: ANY}
+MANIFEST = {str: {"bytes": COUNT, "sha256": TEXT}}
+CALIBRATION = {"temperature": number(1e-3, 1e3), "threshold": (FRACTION, None), "target_selective_accuracy": FRACTION}
+CALIBRATION |= {"images": integer(1)}
+SAVED_CALIBRATION = CALIBRATION | {"scored": {"adapter": NO_TEXT}}
+REPLIES = {
+    "scored": {str: ANY},
+    "metrics": {
+        "replies": integer(1),
+        "exact_match": FRACTION,
+        "substring_match": FRACTION,
+        "unparsed": COUNT,
+        "replies_per_s": (NUMBER, None),
+    },
+}
+REPORT = {
+    "adapter": NO_TEXT,
+    **dict.fromkeys(("per_token?", "prior_calibration?"), BOOL),
+    **dict.fromkeys(("split", "dataset"), TEXT),
+    "n": integer(1),
+    "top1_interval": list_of(FRACTION, 2),
+    **dict.fromkeys(("top1", "top5", "mean_per_class", "ece"), FRACTION),
+    **dict.fromkeys(("coverage", "selective_accuracy?"), (FRACTION, None)),
+    "calibration": (CALIBRATION, None),
+    "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
+    "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],
+    "per_class": {str: {"n": COUNT, "top1": FRACTION}},
+}
+
+
+def validate(value: Any, schema: Any, where: str = "") -> Any:
+    """`value` without the keys that its schema does not know. Raises ValueError with the place that does not fit."""
+    kind, found = schema, value
+    if isinstance(schema, tuple):
+        return None if value is None else validate(value, schema[0], where)
+    if isinstance(schema, list):
+        kind = Kind("a list", lambda value: isinstance(value, list))
+    elif isinstance(schema, dict):
+        kind = Kind("an object", lambda value: isinstance(value, dict))
+    if not kind.holds(value):
+        raise ValueError(f"{where.lstrip('.') or 'it'} must be {kind.words}, not {reprlib.repr(value)}")
+    if isinstance(schema, list):
+        found = [validate(item, schema[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    elif isinstance(schema, dict):
+        missing = [key for key in schema if key is not str and not key.endswith("?") and key not in value]
+        if missing:
+            raise ValueError(f"{where.lstrip('.') or 'it'} lacks {missing[0]}")
+        schemas = {key: schema.get(key, schema.get(f"{key}?", schema.get(str))) for key in value}
+        found = {key: validate(value[key], schemas[key], f"{where}.{key}") for key in value if schemas[key] is not None}
+    return found
+
+
 def save_config(config: TrainingConfig, folder: str | Path, recorded: dict) -> None:
     """Write the resolved config beside the weights, with the recorded facts: commits, versions, class names."""
     text = json.dumps({"config": dataclasses.asdict(config), "recorded": recorded}, indent=2)
@@ -32,12 +149,12 @@ def load_config(folder: str | Path) -> tuple[TrainingConfig, dict]:
     """The config and recorded facts of a run; ConfigError where they are missing, torn, or of another version."""
     path = Path(folder) / CONFIG_FILE
     try:
-        saved = read_json(path)
-        config, recorded = config_from_dict(dict(saved["config"])), dict(saved["recorded"])
+        saved = read_json(path, CONFIG)
+        config, recorded = config_from_dict(saved["config"]), saved["recorded"]
     except (FileNotFoundError, NotADirectoryError):
         move = "Start one with: python train.py --preset tiny"
         raise ConfigError(f"{folder}: not a run, {CONFIG_FILE} is missing. {move}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         move = "restore the file, or use another --output-dir"
         raise ConfigError(f"{path}: cannot be read as a run's config ({error}); {move}") from error
     if "images" in recorded:
@@ -65,7 +182,7 @@ def is_completed(folder: str | Path) -> bool:
 
 def read_metrics(folder: str | Path) -> list[dict]:
     """The lines of metrics.jsonl."""
-    return [line for line in read_lines(Path(folder) / METRICS_FILE) if isinstance(line.get("step"), int)]
+    return read_lines(Path(folder) / METRICS_FILE, METRICS)
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:
@@ -96,7 +213,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
     except filelock.Timeout as error:
-        holder = path.read_text(encoding="utf-8") or "that has just started"
+        holder = path.read_text(encoding="utf-8", errors="replace") or "that has just started"
         move = "wait for it to end, or use another --output-dir"
         raise UserError(f"{folder}: another training, process {holder}, writes to it; {move}") from error
 
@@ -104,22 +221,43 @@ def lock_folder(folder: Path) -> Iterator[None]:
 # ---- readers
 
 
-def read_json(path: Path) -> dict:
-    """An object that a run wrote, under today's keys."""
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=renamed)
+def read_json(path: Path, schema: dict) -> dict:
+    """An object that a run wrote, under today's keys. Raises OSError, or ValueError with what is wrong with it."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # reading a pipe would wait for ever
+    return _parse(path.read_text(encoding="utf-8"), schema)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file with one on each line, without lines that a kill or a crash tore; [] without the file."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    objects = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            objects.append(json.loads(line, object_hook=renamed))
-    return [entry for entry in objects if isinstance(entry, dict)]
+def read_lines(path: Path, schema: dict) -> list[dict]:
+    """The objects of a file with one on each line, without lines that are none or torn; [] without the file."""
+    return [entry for line in _lines(path) if (entry := _parse_line(line, schema)) is not None]
 
 
-def read_entries(path: Path) -> tuple[dict | None, list[dict]]:
-    """(header, entries) of a cache; (None, []) where there is none."""
-    lines = read_lines(path)
-    return (lines[0] if lines else None), [entry for entry in lines[1:] if "image" in entry]
+def read_entries(path: Path, schema: dict) -> tuple[dict | None, list[dict]]:
+    """(header, entries) of a cache; (None, []) where there is none, or none that can be used."""
+    header, *lines = _lines(path) or [""]
+    facts, schema = _parse_line(header, {str: ANY}), {"id": TEXT, "image": ANY} | schema
+    return facts, [entry for line in lines if facts is not None and (entry := _parse_line(line, schema)) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _parse_line(line: str, schema: dict) -> dict | None:
+    with contextlib.suppress(ValueError):
+        return _parse(line, schema)
+    return None
+
+
+def _parse(text: str, schema: dict) -> dict:
+    """What is no finite number is null: NaN, 1e999. Raises ValueError."""
+    try:
+        found = json.loads(text, object_hook=renamed, parse_float=_finite, parse_constant=lambda name: None)
+        return validate(found, schema)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _finite(digits: str) -> float | None:
+    return value if math.isfinite(value := float(digits)) else None

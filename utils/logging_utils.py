@@ -141,6 +141,21 @@ def _mute(stream: TextIO) -> None:
     os.close(null)
 
 
+@contextlib.contextmanager
+def skip_failure(what: str | Path) -> Iterator[None]:
+    """What is only there to be looked at, such as a picture, is skipped with a warning where it cannot be made.
+
+    Hours of training must not end in an error for it, and then again in each retry. A full disk is the user's to mend.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        message = f"{what}: skipped, since it cannot be made ({first_line(error)}); everything else continues"
+        logger.warning(message, exc_info=True, extra={"message_only": True})
+
+
 # ---- errors and signals
 
 

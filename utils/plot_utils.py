@@ -1,11 +1,15 @@
 """Pictures of a run, drawn without a display."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
+
+from utils.logging_utils import logger
 
 COLUMNS = 4  # of a grid of images
 
@@ -33,7 +37,7 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     _curve(rate, metrics, "learning_rate", "learning rate")
     _curve(norm, metrics, "grad_norm", "gradient norm before clipping")
     norm.set(xlabel="optimizer step", yscale="log")
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
 
 
 def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
@@ -41,7 +45,7 @@ def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
     figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows), layout="constrained")
     for number, tile in enumerate(tiles, 1):
         _draw(figure.add_subplot(rows, COLUMNS, number), tile)
-    figure.savefig(path, dpi=80)
+    _save(figure, path, 80)
 
 
 def plot_report(
@@ -61,7 +65,8 @@ def plot_report(
     ordered = sorted(accuracies.items(), key=lambda item: item[1])
     bars.bar(range(len(ordered)), [accuracy for _, accuracy in ordered], color="seagreen")
     size = 9 if len(ordered) <= 40 else 6
-    bars.set_xticks(range(len(ordered)), [shorten(name, 24) for name, _ in ordered], rotation=90, fontsize=size)
+    names = [shorten(name, 24) for name, _ in ordered]
+    bars.set_xticks(range(len(ordered)), names, rotation=90, fontsize=size, parse_math=False)
     bars.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(-0.6, len(ordered) - 0.4))
     reliability = figure.add_subplot(grid[0, COLUMNS - 1])
     confidences, correct, counts = zip(*bins)
@@ -71,12 +76,24 @@ def plot_report(
     reliability.set(xlabel="confidence (area: images)", ylabel="accuracy", xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
     for index, tile in enumerate([*confused, *mistakes]):
         _draw(figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS]), tile)
-    figure.savefig(path, dpi=70)
+    _save(figure, path, 70)
+
+
+def _save(figure: Figure, path: str | Path, dpi: int) -> None:
+    """One sentence in place of matplotlib's warnings, a line of code each, for characters that no font here has."""
+    # A user's matplotlibrc may hand all text to TeX.
+    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context({"text.usetex": False}):
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=dpi)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        logger.warning(
+            f"{path}: shows boxes for characters that no installed font has; what is written is not affected"
+        )
 
 
 def _draw(axes, tile: Tile) -> None:
     axes.axis("off")
-    axes.set_title(tile.caption, fontsize=11, color=tile.color)
+    axes.set_title(tile.caption, fontsize=11, color=tile.color, parse_math=False)  # a dollar of a name is a dollar
     if tile.image is not None:
         axes.imshow(tile.image)
 

@@ -29,7 +29,7 @@ from config.training_config import TrainingConfig
 from data.dataset import build_datasets, take
 from runtime import distributed
 from runtime.distributed import ShardedBatchSampler
-from runtime.run_files import load_config, read_entries, read_metrics
+from runtime.run_files import ANY, load_config, read_entries, read_metrics
 from runtime.watchdog import Watchdog
 from tests.conftest import ROOT
 from tests.distributed.launch import (
@@ -361,7 +361,7 @@ def test_two_ranks_score_as_a_single_one_through_a_fault(scored, small_splits):
     statuses, output = run(scored, argv, "evaluate", fault=functools.partial(fault, faulty=ids[13]))
     assert all(statuses) and output.count("critical: rank 1: OSError: no such image") == 1, output
     file, report_file = scored / "run" / "eval_test.scores.jsonl", scored / "run" / "eval_test.json"
-    before = [entry["id"] for entry in read_entries(file)[1]]
+    before = [entry["id"] for entry in read_entries(file, {str: ANY})[1]]
     assert sorted(before) == sorted(ids[index] for index in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11))
     statuses, output = run(scored, argv, "evaluate", fault=fault)
     assert statuses == [0, 0] and "11 images were scored before" in output, output
@@ -370,11 +370,11 @@ def test_two_ranks_score_as_a_single_one_through_a_fault(scored, small_splits):
     assert (report["n"], report["unreadable_images"], report["ranks"]) == (18, 1, 2)
     log = (scored / "run" / "evaluate.log").read_text()
     assert log.count(f"unreadable image skipped: {ids[3]}: torn") == 2
-    found = {entry["id"]: entry for entry in read_entries(file)[1]}
+    found = {entry["id"]: entry for entry in read_entries(file, {str: ANY})[1]}
     file.unlink()
     statuses, output = run(scored, argv, "evaluate", ranks=1, fault=fault)
     assert statuses == [0], output
-    expected = {entry["id"]: entry for entry in read_entries(file)[1]}
+    expected = {entry["id"]: entry for entry in read_entries(file, {str: ANY})[1]}
     assert found.keys() == expected.keys()
     for image, entry in expected.items():
         assert found[image]["scores"] == pytest.approx(entry["scores"], abs=2e-4)

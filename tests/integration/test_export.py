@@ -232,8 +232,8 @@ def test_the_model_card_describes_the_training_not_the_export(trained_lora, here
 def wrong_scale(monkeypatch):
     real = merging.read_adapter
 
-    def read(folder):
-        adapter = real(folder)
+    def read(folder, settings):
+        adapter = real(folder, settings)
         return adapter._replace(scale=0.0)
 
     attach = verify.attach_adapter  # keeps the right scale

@@ -296,7 +296,7 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--seed", "4294967296"], "seed=4294967296"),
     (nothing, ["--preset", "tiny", "--trainable", "adapter", "--sharding", "fsdp"], "needs several ranks to shard"),
     (nothing, ["--preset", "tiny", "--optim", "sgdd"], "--optim sgdd: not known to transformers; use one of"),
-    (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: paper is not supported, only"),
+    (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: ValueError: paper is not suppor"),
     (nothing, ["--preset", "tiny", "--report-to", "clearml"], "--report-to clearml: "),
     (nothing, ["--preset", "tiny", "--learning-rate", "fast"], "learning_rate=fast: a number is needed"),
     (nothing, ["--presett", "tiny"], "--presett: unknown flag; did you mean --preset?"),

@@ -22,7 +22,7 @@ from runtime.atomic import replace_dir
 from runtime.checkpoint import write_manifest
 from runtime.legacy import RENAMED, renamed
 from runtime.run_dir import Run
-from runtime.run_files import read_entries
+from runtime.run_files import ANY, read_entries
 from utils.logging_utils import UserError, setup_logging
 
 OLD_KEYS = {new: old for old, new in RENAMED.items()}
@@ -39,7 +39,7 @@ def make(tiny, folder, **method):
 
 def score_with_cache(rows, compute, path, header, max_bad_fraction=1.0):
     evaluator = Evaluator(None, path.parent, {}, max_bad_fraction=max_bad_fraction)
-    return evaluator.score_with_cache(rows, compute, path.name, header)
+    return evaluator.score_with_cache(rows, compute, path.name, header, {str: ANY})
 
 
 def under_old_keys(text):
@@ -120,7 +120,7 @@ def test_an_interrupted_evaluation_resumes(tiny, tmp_path, monkeypatch):
     again = evaluator.score(rows(tiny, 10), "val")[0]
     assert scored == [5] and again.ids == whole.ids
     np.testing.assert_allclose(again.scores, whole.scores, atol=2e-4)
-    assert len(read_entries(path)[1]) == 10
+    assert len(read_entries(path, {str: ANY})[1]) == 10
 
 
 def test_scores_of_another_model_are_not_used(tiny, tmp_path):
@@ -248,7 +248,7 @@ def test_a_corrupted_cache_is_scored_again(tiny, tmp_path):
     for corrupted in (b"", b"\x00\xff" * 9, b"\n".join([lines[0], b"{}", b"[1]", b"7", lines[1][:30], *lines[2:]])):
         path.write_bytes(corrupted)
         assert make(tiny, tmp_path).score(rows(tiny, 4), "val")[0].ids == whole.ids
-        assert len(read_entries(path)[1]) == 4
+        assert len(read_entries(path, {str: ANY})[1]) == 4
 
 
 def test_score_kinds(tiny, tmp_path):
@@ -279,7 +279,7 @@ def test_the_least_confident_are_rejected_even_where_all_are_right():
 
 
 def test_correct_images_of_a_run(tiny, tmp_path):
-    run = Run(TrainingConfig(output_dir=str(tmp_path)))
+    run = Run(TrainingConfig(output_dir=str(tmp_path)), {"class_names": tiny.names, "base": True})
     with pytest.raises(UserError, match="no scores yet; make them first: python evaluate.py"):
         read_correct(run, "val")
     scored = make(tiny, tmp_path).score(rows(tiny, 6), "val")[0]
@@ -291,8 +291,9 @@ def test_correct_images_of_a_run(tiny, tmp_path):
     with replace_dir(tmp_path / "best") as draft:
         (draft / "best.json").write_text('{"step": 3}')
         write_manifest(draft)
-    with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
-        read_correct(run, "val")
+    for run.recorded["base"] in (True, False):
+        with pytest.raises(UserError, match="the scores are of other weights than .*score them again"):
+            read_correct(run, "val")
 
 
 @pytest.mark.parametrize(("rate", "is_doubted"), [(0.9, False), (0.2, True)])
