@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         from evaluation.evaluator import build_evaluator
         from evaluation.verify import verify_reload
         from models.builder import PlantModel
-        from models.trainer import build_trainer, check_trackers
+        from models.trainer import build_trainer
+        from models.training_arguments import check_trackers
         from runtime.distributed import init_distributed
         from runtime.run_dir import open_run
 

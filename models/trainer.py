@@ -14,8 +14,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data.collator import IGNORED, Batch
@@ -27,7 +25,7 @@ from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
 from models.scoring import build_tries, rank_true_classes, score_batch
 from models.throughput import FlopCounter
-from models.training_arguments import build_arguments
+from models.training_arguments import build_arguments, load_state
 from runtime.checkpoint import create_checkpoint_dir, read_best, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (
@@ -314,7 +312,7 @@ class PlantTrainer(Trainer):
 
     def _prepare_start(self, checkpoint: Path | None) -> bool:
         """Bring metrics, stream and evaluations to the state of a checkpoint; whether a step is left to do."""
-        saved = TrainerState() if checkpoint is None else _load_state(checkpoint)
+        saved = TrainerState() if checkpoint is None else load_state(checkpoint)
         is_evaluated = _is_evaluated(saved)
         if self.dist.is_main_process:
             truncate_metrics(self.run.folder, self.run.folder, saved.global_step, is_evaluated)
@@ -501,19 +499,6 @@ class PlantTrainer(Trainer):
         }
 
 
-def _load_state(checkpoint: Path) -> TrainerState:
-    """Raises UserError for a state that transformers cannot use, or that is of another step."""
-    try:
-        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
-        reason = f"it is of step {state.global_step}"
-    except (OSError, TypeError, ValueError) as error:
-        state, reason = None, first_line(error)
-    if state is None or state.global_step != step_of(checkpoint):
-        move = "delete the folder, and re-run the same command to resume from an older one"
-        raise UserError(f"{checkpoint}: its trainer_state.json cannot be used ({reason}); {move}")
-    return state
-
-
 def _is_evaluated(state: TrainerState) -> bool:
     return any(entry["step"] == state.global_step and "eval_loss" in entry for entry in state.log_history)
 
@@ -526,21 +511,6 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-def check_trackers(report_to: str) -> None:
-    """Before anything is loaded: raise UserError for a tracker that transformers does not know or cannot use."""
-    try:
-        for callback in get_reporting_integration_callbacks(
-            report_to if report_to in ("none", "all") else report_to.split(",")
-        ):
-            callback()
-    except Exception as error:  # each tracker's own
-        names = ", ".join(get_available_reporting_integrations()) or "none here"
-        reason = first_line(error)
-        raise UserError(
-            f"--report-to {report_to}: {reason}; install it, or use none or one of those installed: {names}"
-        ) from error
 
 
 def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:

@@ -1,16 +1,21 @@
-"""The config in transformers' terms, where a batch is a whole optimizer step; see models/trainer.py."""
+"""Config, trackers and saved state in transformers' terms; a batch is an optimizer step, see models/trainer.py."""
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import TrainerState
 from transformers.training_args import OptimizerNames
 
 from config.training_config import TrainingConfig
 from runtime.device import fit_workers
 from runtime.distributed import get_world_size
-from utils.logging_utils import UserError
+from runtime.run_files import step_of
+from utils.logging_utils import UserError, first_line
 
 
 def build_arguments(
@@ -52,3 +57,28 @@ def build_arguments(
     if device.type == "cpu" and ranks > 1:
         arguments.__dict__["_setup_devices"] = device  # accelerate's cpu:0 is no torch.load map_location
     return arguments
+
+
+def check_trackers(report_to: str) -> None:
+    """Before anything is loaded: raise UserError for a tracker that transformers does not know or cannot use."""
+    names = report_to if report_to in ("none", "all") else report_to.split(",")
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except Exception as error:  # each tracker's own
+        installed = ", ".join(get_available_reporting_integrations()) or "none here"
+        move = f"install it, or use none or one of those installed: {installed}"
+        raise UserError(f"--report-to {report_to}: {first_line(error)}; {move}") from error
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """Raises UserError for a state that transformers cannot use, or that is of another step."""
+    try:
+        state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        reason = f"it is of step {state.global_step}"
+    except (OSError, TypeError, ValueError) as error:
+        state, reason = None, first_line(error)
+    if state is None or state.global_step != step_of(checkpoint):
+        move = "delete the folder, and re-run the same command to resume from an older one"
+        raise UserError(f"{checkpoint}: its trainer_state.json cannot be used ({reason}); {move}")
+    return state

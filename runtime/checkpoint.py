@@ -47,7 +47,7 @@ def verify_checkpoint(folder: Path) -> str | None:
     except ValueError as error:
         return f"{MANIFEST} is corrupted: {error}"
     if not manifest:
-        return f"{MANIFEST} is corrupted: it names no file"
+        return f"{MANIFEST} is corrupted: it lists no file"
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     for name, path in paths.items():
         if path.is_symlink():
