@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -189,11 +190,14 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     name, folder = f"--model {config.model}", find_checkpoint(config.model, config.model_revision)
-    with explain_errors(name, "config"):
+    if (folder / CONFIG_NAME).exists():
+        move = "give its base model, or a folder with merged weights (python export.py) and without that file"
+        raise UserError(f"{name}: holds a LoRA adapter ({CONFIG_NAME}), which would not be loaded; {move}")
+    with explain_errors(name, "config", folder):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(model_config, LlavaNextConfig):
         raise UserError(f"{name}: is a {model_config.model_type} checkpoint; use a llava_next one")
-    with explain_errors(name, "processor"):
+    with explain_errors(name, "processor", folder):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         # The torchvision back end, which transformers prefers, differs by up to 0.03 in normalized pixels.
         processor.image_processor = LlavaNextImageProcessorPil.from_pretrained(folder)
@@ -204,9 +208,14 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     # CLIP's CLS, which "default" drops; a tower without one is used in full.
     processor.num_additional_image_tokens = int(model_config.vision_feature_select_strategy == "default")
-    with explain_errors(name, "generation config"):
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    with explain_errors(name, "generation config", folder):
         stops = load_generation_config(folder, model_config).eos_token_id
-    return processor, build_prompt(processor, config.question, [stops] if isinstance(stops, int) else list(stops or []))
+    prompt = build_prompt(processor, config.question, [stops] if isinstance(stops, int) else list(stops or []))
+    with explain_errors(name, "processor", folder):
+        processor(images=[Image.new("RGB", (64, 64))], text=[prompt.prompt], return_tensors="pt", padding=True)
+    return processor, prompt
 
 
 # ---- the model
@@ -251,7 +260,7 @@ def build_base(
             llm_int8_skip_modules=IN_16_BIT,
         )
     if model in RANDOM_MODELS:
-        with explain_errors(f"--model {model}", "weights"):
+        with explain_errors(f"--model {model}", "weights", Path()):
             if model == "full":
                 return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
             return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)

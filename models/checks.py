@@ -47,7 +47,8 @@ def check_model(
 def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
     config, image_processor = base.config, processor.image_processor
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-    patches, own_tile = (tile // patch) ** 2, image_processor.crop_size["height"]
+    patches, sizes = (tile // patch) ** 2, (image_processor.size, image_processor.crop_size)
+    sides = {side for size in sizes for side in vars(size).values() if side is not None}
     tower = base.model.vision_tower
     positions = [part.shape[-2] for name, part in tower.named_parameters() if "position_embedding" in name]
     pinpoints = [list(map(list, owner.image_grid_pinpoints)) for owner in (image_processor, config)]
@@ -59,7 +60,7 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     kind = type(image_processor).__name__
     yield kind.endswith("Pil"), f"image processor is the PIL back end ({kind})"
     yield token_id == config.image_token_id, f"image token {token_id} is the model's {config.image_token_id}"
-    yield own_tile == tile, f"tiles of {own_tile} pixels are the vision tower's {tile}"
+    yield sides == {tile}, f"tiles of {sorted(sides)} pixels are the vision tower's {tile}"
     yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
     cls = processor.num_additional_image_tokens
     yield positions == [patches + cls], f"a tile is {patches} patches + {cls} CLS, the vision tower has {positions}"

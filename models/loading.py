@@ -24,7 +24,7 @@ from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, first
 PINNED = TrainingConfig.model_revision  # of the default model; as it is, of any other its current commit
 SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]  # files of config, processor and tokenizer
 POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
-AGAIN = "download it again, or use another checkpoint"
+MAX_TILES = 99  # more than any grid of an image has
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # JSON about a weight that was saved in 4 bit
 
 
@@ -102,7 +102,15 @@ def _why_no_download(error: BaseException, revision: str | None) -> str:
         )
     if find(httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotFoundError):
         return f"the hub cannot be reached: check the network, or give a folder that holds the model ({reason})"
-    return f"its download broke off ({reason}); run the same command again, it continues there"
+    move = "check the network, HF_TOKEN and HF_ENDPOINT, and run the same command again: it continues there"
+    return f"its download broke off ({reason}); {move}"
+
+
+def again(folder: Path) -> str:
+    """The next move for a file that is not what it should be; what is in the cache is not downloaded again."""
+    is_cached = folder.parent.name == "snapshots"
+    move = f"delete {folder.parents[1]} and run the same command again" if is_cached else "download it again"
+    return f"{move}, or use another checkpoint"
 
 
 def read_index(path: Path, name: str) -> list[str]:
@@ -114,7 +122,7 @@ def read_index(path: Path, name: str) -> list[str]:
         reason = "it lists no files beside it"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
-    raise UserError(f"{name}: {path.name} is no index of weights ({reason}); {AGAIN}")
+    raise UserError(f"{name}: {path.name} is no index of weights ({reason}); {again(path.parent)}")
 
 
 @dataclass
@@ -162,8 +170,10 @@ def read_tensors(folder: Path, name: str) -> dict[str, SavedTensor]:
             source = safe_open(path, "pt", backend="pread")
         except (OSError, SafetensorError) as error:
             reason = "is not there" if isinstance(error, FileNotFoundError) else f"is corrupted ({first_line(error)})"
-            raise UserError(f"{name}: {path.name} {reason}; {AGAIN}") from error
+            raise UserError(f"{name}: {path.name} {reason}; {again(folder)}") from error
         for key in source.keys():  # noqa: SIM118  it is no dict
+            if key in found:
+                raise UserError(f"{name}: {key} is in two of its files; {again(folder)}")
             part = source.get_slice(key)
             found[key] = SavedTensor(key, part, part.get_shape(), part.get_dtype())
     return found
@@ -182,7 +192,7 @@ def load_generation_config(folder: Path, config: LlavaNextConfig) -> GenerationC
 
 
 @contextlib.contextmanager
-def explain_errors(name: str, part: str) -> Iterator[None]:
+def explain_errors(name: str, part: str, folder: Path) -> Iterator[None]:
     """Raise UserError, with the next move, for a part of a checkpoint that is broken or does not fit."""
     try:
         yield
@@ -192,7 +202,7 @@ def explain_errors(name: str, part: str) -> Iterator[None]:
         move = "use --load-in-4bit true, a larger --gpu-memory-fraction, or a larger GPU"
         raise UserError(f"{name}: does not fit the GPU's memory; {move}") from error
     except Exception as error:  # transformers raises a dozen kinds for a file of another form
-        raise UserError(f"{name}: its {part} cannot be loaded ({first_line(error)}); {AGAIN}") from error
+        raise UserError(f"{name}: its {part} cannot be loaded ({first_line(error)}); {again(folder)}") from error
 
 
 def load_model(
@@ -206,11 +216,14 @@ def load_model(
 
     Raises UserError for weights that are missing, of another shape, without a place, not finite, or quantized already.
     """
-    with explain_errors(name, "weights"):
+    with explain_errors(name, "weights", folder):
         config = LlavaNextConfig.from_pretrained(folder)
         quantization = _check_quantization(config, name, quantization)
         tensors = read_tensors(folder, name)
-        _check_tensors(config, tensors, name)
+        wrong = list(_find_gaps(config, tensors))
+        if wrong:
+            reason = f"its weights are not those that its config.json describes: {'; '.join(wrong)}"
+            raise UserError(f"{name}: {reason}; {again(folder)}")
         problems: list[str] = []
         for tensor in tensors.values():
             # 4 bit would hide NaN; without it tensors are read by threads, where a fork may have broken torch's pool.
@@ -229,7 +242,7 @@ def load_model(
                     if not parameter.isfinite().all():
                         problems.append(f"{key} is not finite")
         if problems:
-            move = f"{AGAIN}, or --mixed-precision bf16" if dtype == torch.float16 else AGAIN
+            move = again(folder) + (", or --mixed-precision bf16" if dtype == torch.float16 else "")
             raise UserError(f"{name}: {len(problems)} weights cannot be used in {dtype} ({problems[0]}); {move}")
         model.generation_config = load_generation_config(folder, config)
     return model
@@ -252,40 +265,44 @@ def _check_quantization(
     return None
 
 
-def _check_tensors(config: LlavaNextConfig, tensors: dict[str, SavedTensor], name: str) -> None:
-    """Raise UserError unless the files hold each weight of the config's model, in its shape, and no other."""
+def _find_gaps(config: LlavaNextConfig, tensors: dict[str, SavedTensor]) -> Iterator[str]:
+    """What keeps the files from holding each weight of the config's model, in its shape, and no other.
+
+    The model is built without memory, from the headers of the files, and its vision tower is run on one image.
+    """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    for key in [key for key in tensors if key.endswith(STATE)]:
-        weight = key.removesuffix(STATE) + ".weight"
-        state = json.loads(bytes(tensors[key][...].tolist()))
-        shapes = {other: shape for other, shape in shapes.items() if not other.startswith(f"{weight}.")}
+    in_4bit = [key.removesuffix(STATE) + ".weight" for key in tensors if key.endswith(STATE)]
+    for weight in in_4bit:
+        state = json.loads(bytes(tensors[weight.removesuffix(".weight") + STATE][...].tolist()))
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith(f"{weight}.")}
         shapes[weight] = state["shape"]
+    if bool(in_4bit) != (getattr(config, "quantization_config", None) is not None):
+        yield f"{len(in_4bit)} are in 4 bit"
     layers = config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers
-    if layers > len(shapes):  # to build them all would take long
-        raise UserError(f"{name}: config.json has {layers} layers, its files {len(shapes)} weights; {AGAIN}")
+    if layers > len(shapes):
+        yield f"{len(shapes)} of them for {layers} layers"
+        return  # to build these would take long
+    config = LlavaNextConfig.from_dict(config.to_dict() | {"quantization_config": None})
+    how = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    config = LlavaNextConfig.from_dict(config.to_dict())
-    config.quantization_config = None
     with _quiet():
-        _, info = LlavaNextForConditionalGeneration.from_pretrained(
-            None,
-            config=config,
-            state_dict=empty,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    texts = sorted(f"{key}: {[*found]} in place of {[*wanted]}" for key, found, wanted in info["mismatched_keys"])
+        model, info = LlavaNextForConditionalGeneration.from_pretrained(None, config=config, state_dict=empty, **how)
+    no_numbers = [key for key in shapes if key.endswith((".weight", ".bias")) and key not in in_4bit]
     kinds = {
-        "are missing": sorted(info["missing_keys"]),
-        "have another shape": texts,
-        "have no place in the model": sorted(info["unexpected_keys"]),
+        "are missing": info["missing_keys"],
+        "have another shape": [
+            f"{key}: {[*has]} in place of {[*wanted]}" for key, has, wanted in info["mismatched_keys"]
+        ],
+        "have no place in the model": info["unexpected_keys"],
+        "are no floating-point numbers": [key for key in no_numbers if not tensors[key].dtype.startswith(("F", "BF"))],
     }
-    wrong = [f"{len(found)} {kind} ({', '.join(found[:2])})" for kind, found in kinds.items() if found]
-    if wrong:
-        raise UserError(
-            f"{name}: its weights are not those that its config.json describes: {'; '.join(wrong)}; {AGAIN}"
-        )
+    yield from (f"{len(keys)} {kind} ({', '.join(sorted(keys)[:2])})" for kind, keys in kinds.items() if keys)
+    side = config.vision_config.image_size
+    pixels = torch.empty(1, MAX_TILES, 3, side, side, device="meta")
+    try:
+        model.model.get_image_features(pixels, torch.tensor([[side, side]]))
+    except Exception as error:  # whatever a value of the config leads to
+        yield f"features of vision layer {config.vision_feature_layer} cannot be computed ({first_line(error)})"
 
 
 @contextlib.contextmanager

@@ -102,6 +102,10 @@ def add_other(tensors: dict) -> None:
     tensors["language_model.draft_head.weight"] = torch.zeros(2, 2)
 
 
+def to_integers(tensors: dict) -> None:
+    tensors.update({name: tensor.to(torch.int8) for name, tensor in tensors.items() if "gate_proj" in name})
+
+
 def spoil(pattern: str, value: float):
     def change(tensors: dict) -> None:
         next(tensor for name, tensor in tensors.items() if pattern in name).view(-1)[3] = value
@@ -119,6 +123,7 @@ GAPS = [
     (widen("gate_proj"), r"gate_proj.weight: \[576, 96\] in place of \[288, 96\]"),
     (widen("embed_tokens"), "1 have another shape .*embed_tokens"),
     (add_other, "1 have no place in the model .*draft_head"),
+    (to_integers, "3 are no floating-point numbers .*gate_proj"),
     (spoil("gate_proj", float("nan")), "gate_proj.weight is not finite"),
     (spoil("vision_tower", float("inf")), "vision_tower.* is not finite"),
 ]
@@ -157,7 +162,7 @@ def test_weights_of_any_floating_type_are_read(dtype, folder):
 
 def test_a_config_of_more_layers_than_the_files_have_weights_is_not_built(folder):
     edit_json(folder / "config.json", lambda config: config["text_config"].update(num_hidden_layers=10**9))
-    assert "has 1000000002 layers" in refusal(folder)
+    assert "74 of them for 1000000002 layers" in refusal(folder)
 
 
 # ---- files
@@ -210,6 +215,38 @@ def no_index(folder: Path) -> None:
     (folder / INDEX).unlink()
 
 
+def same_tensor_twice(folder: Path) -> None:
+    tensors = load_file(folder / "model-0.safetensors")
+    save_file(tensors | load_file(folder / "model-1.safetensors"), folder / "model-1.safetensors", {"format": "pt"})
+
+
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def no_such_layer(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(vision_feature_layer=-50))
+
+
+def no_such_family(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(model_type="gpt2"))
+
+
+def two_channels(folder: Path) -> None:
+    edit_json(folder / "processor_config.json", lambda found: found["image_processor"].update(image_mean=[0, 0]))
+
+
+def other_tile(folder: Path) -> None:
+    edit_json(
+        folder / "processor_config.json", lambda found: found["image_processor"].update(size={"shortest_edge": 56})
+    )
+
+
+def false_quantization(folder: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=settings))
+
+
 def no_json_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -254,6 +291,13 @@ CORRUPTIONS = [
     (no_json_config, "its config cannot be loaded"),
     (list_config, "its config cannot be loaded"),
     (nested_config, "its config cannot be loaded"),
+    (same_tensor_twice, "is in two of its files"),
+    (adapter_beside, "holds a LoRA adapter (adapter_config.json), which would not be loaded; give its base model"),
+    (no_such_layer, "features of vision layer -50 cannot be computed"),
+    (no_such_family, "are missing"),
+    (two_channels, "its processor cannot be loaded"),
+    (other_tile, r"tiles of \[56, 70\] pixels are the vision tower's 70"),
+    (false_quantization, "0 are in 4 bit"),
     (torn_generation_config, "its generation config cannot be loaded"),
     (unknown_stop, "eos_token_id 1000000 is none of the tokenizer's"),
     (other_image_token, "is the model's 7"),
@@ -265,7 +309,7 @@ def test_a_corrupted_file_is_reported(corrupt, words, folder):
     split(folder)
     assert load(folder)
     corrupt(folder)
-    if words.startswith(("eos_token_id", "is the model's")):  # of the model as a whole, not of a file
+    if words.startswith(("eos_token_id", "is the model's", "tiles")):  # of the model as a whole, not of a file
         with pytest.raises(UserError, match=words):
             load(folder)
     else:
@@ -289,6 +333,12 @@ def test_settings_of_generation_that_cannot_be_saved_are_not_kept(folder, tmp_pa
     edit_json(folder / "generation_config.json", lambda found: found.update(temperature=0.2, top_p=0.6))
     load(folder, load_in_4bit=False, trainable="everything").save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "generation_config.json").exists()
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_eos(folder):
+    edit_json(folder / "tokenizer_config.json", lambda found: found.pop("pad_token"))
+    processor, prompt = build_processor(TrainingConfig(model=str(folder)), list(SPECIES))
+    assert processor.tokenizer.pad_token == prompt.eos and load(folder)
 
 
 def test_an_attention_kernel_of_an_untrusted_config_is_not_fetched(folder):
@@ -468,6 +518,15 @@ FAULTS = [
 def test_a_fault_of_the_hub_is_reported(path, answer, words, hub):
     hub.fail = for_path(path, answer)
     assert re.search(words, refusal("owner/model"))
+
+
+def test_a_corrupted_file_of_the_cache_can_be_mended_as_it_says(hub):
+    load("owner/model")
+    cached = next(Path(constants.HF_HUB_CACHE).rglob(WEIGHTS))
+    cached.resolve().write_bytes(cached.read_bytes()[:-5])
+    found = re.search("is corrupted .*; delete (.*) and run the same command again", refusal("owner/model"))
+    shutil.rmtree(found[1])
+    assert load("owner/model")
 
 
 def test_pickles_on_the_hub_get_the_sentence_of_a_folder(hub, folder):

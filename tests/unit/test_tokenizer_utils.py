@@ -50,6 +50,30 @@ def test_a_template_that_cannot_be_used(template, words, checkpoint):
         build_prompt(processor_with(template, checkpoint), QUESTION, [1])
 
 
+NESTED = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if %}", "cannot be used .TemplateSyntaxError: Expected an expression"),
+        ("{{ raise_exception('no images') }}", "cannot be used .TemplateError: no images"),
+        ("{{ messages.user.text }}", "cannot be used .UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be used .SecurityError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "cannot be used .RecursionError"),
+        ("{{ 'a' * 10**10 }}", "cannot be used .MemoryError"),
+        ("{{ 'a' * 10**6 }}", "makes a turn of 1,000,000 characters"),
+        (NESTED, "does not end in 1 s"),
+        (["<image>"], "cannot be used"),
+    ],
+)
+def test_a_template_is_a_program_that_is_not_trusted(template, words, checkpoint, monkeypatch):
+    monkeypatch.setattr("utils.tokenizer_utils.TEMPLATE_S", 1)
+    with pytest.raises(UserError, match=f"the chat template {words}.*; use another checkpoint") as refused:
+        build_prompt(processor_with(template, checkpoint), QUESTION, [1])
+    assert len(str(refused.value)) < 500
+
+
 def test_a_space_at_the_end_of_the_prompt_moves_to_the_response_prefix(checkpoint):
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<image> Q: {% else %}{{ m.content[0].text }}{% endif %}"
