@@ -8,6 +8,7 @@
 Drop or paste a photo, or take one. Photos are classified one by one, kept for an hour, and sent nowhere.
 """
 
+import contextlib
 import os
 import socket
 import sys
@@ -40,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     run, _, options = parse_run_command(argv, __doc__, PageOptions, COMPUTE_FIELDS, Run.load)
     set_environment()
     setup_logging()
-    uploads = tempfile.TemporaryDirectory(prefix="llava_plants_")  # gradio's own folder is shared by all users
-    with report_errors(ConfigError, when_interrupted="the page is closed"), uploads as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with report_errors(ConfigError, when_interrupted="the page is closed"), contextlib.ExitStack() as stack:
+        # gradio's own folder is shared by all users
+        os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="llava_plants_"))
         try:
             import gradio  # noqa: F401  tell at once if it is missing
         except ImportError as error:

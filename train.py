@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 train.py
 
 Writes runs/<preset>/: training_config.json, train.log, metrics.jsonl, loss.png, checkpoint-*/, best/ and eval_val.*.
-The same command resumes an interrupted run. Ctrl-C, or SIGTERM, saves first; a second one ends at once.
+The same command resumes an interrupted run. Ctrl-C, SIGTERM or SIGHUP saves first; a second one ends at once.
 """
 
 import sys

@@ -36,7 +36,7 @@ from runtime.distributed import (
     unshard,
     unsharded,
 )
-from runtime.interrupt import Interrupted, StopRequest, start_worker
+from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, checkpoints_in, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
@@ -73,7 +73,7 @@ class PlantTrainer(Trainer):
         self.projector_learning_rate = projector_learning_rate
         self.max_skipped_steps = max_skipped_steps
         self.save_total_limit = save_total_limit
-        self.stop = StopRequest()
+        self.stop = StopRequest(stops_alone=self.dist.world_size == 1)
         self.step_batch: Batch | None = None  # of the optimizer step in progress
         self.step_loss: torch.Tensor | None = None  # 0-d, on the device
         self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
@@ -147,8 +147,7 @@ class PlantTrainer(Trainer):
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
         for micro_batch in micro_batches:
-            if self.dist.world_size == 1:  # several ranks stop together, at the end of a step
-                self.stop.check()
+            self.stop.check()  # several ranks stop together, at the end of a step
             with self.accelerator.no_sync(model):  # no all-reduce by DDP's hooks; runtime/distributed.py says why
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
@@ -338,9 +337,8 @@ class PlantTrainer(Trainer):
 
     def check_stop(self) -> None:
         """Raise Interrupted on every rank if any rank has received a signal."""
-        if self.dist.world_size == 1:
-            self.stop.check()
-        elif any(self.dist.gather_object([self.stop.signal is not None])):
+        self.stop.check()
+        if self.dist.world_size > 1 and any(self.dist.gather_object([self.stop.signal is not None])):
             raise Interrupted
 
     def save_now(self) -> None:
@@ -444,6 +442,7 @@ class PlantTrainer(Trainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=functools.partial(start_worker, None),
+            timeout=STREAM_S if self.args.dataloader_num_workers else 0,
         )
 
     def _get_dataloader(self, *args, **kwargs):
@@ -454,7 +453,12 @@ class PlantTrainer(Trainer):
             shard_batches(loader, self.dist.rank, self.dist.world_size)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
+        inner.timeout = LOADER_S if inner.num_workers else 0
         return loader
+
+    def get_batch_samples(self, *args, **kwargs):
+        with self.stop.waiting():
+            return super().get_batch_samples(*args, **kwargs)
 
     # ---- evaluation
 
@@ -472,7 +476,7 @@ class PlantTrainer(Trainer):
         scored, unreadable = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng(), unsharded(self.fsdp_modules):
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self.stop.iterate(self.get_eval_dataloader(eval_dataset)):
                 self.check_stop()
                 unreadable += batch.unreadable
                 if self.dist.world_size == 1:  # at once, not after the whole split

@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
 from runtime.watchdog import HEARTBEAT, INTERRUPTED, RESUME, Watchdog, exit_at_once
-from utils.logging_utils import UserError, first_line, logger, setup_logging
+from utils.logging_utils import UserError, first_line, left_aside, logger, setup_logging
 from utils.tensor_utils import find_layers
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -139,7 +139,7 @@ def _read_environment() -> tuple[int, int]:
     if missing := [name for name in VARIABLES if not os.environ.get(name)]:
         raise UserError(f"WORLD_SIZE={world_size}: {', '.join(missing)} missing from the environment. {HOW_TO_START}")
     for name, engine in OTHER_ENGINES.items():
-        if os.environ.get(name, "false").lower() == "true":
+        if left_aside.get(name, "false").lower() == "true":
             problem = f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside"
             raise UserError(f"{problem}. Use torchrun, or accelerate launch --multi_gpu, and --sharding fsdp.")
     return launch_number("RANK", 0), world_size

@@ -1,17 +1,22 @@
-"""SIGINT (Ctrl-C) and SIGTERM: the first asks a training to save and stop, the second ends it. Standard library only.
+"""A training that is asked to stop by a signal, and the signals of its loaders' workers.
 
-Before and after a training they raise KeyboardInterrupt (utils/logging_utils.report_errors).
+Before and after a training signals raise KeyboardInterrupt (utils/logging_utils.report_errors).
 """
 
 import contextlib
+import multiprocessing.queues
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME_S = 0.3  # seconds within which a second signal is the first by another way: to the process, and to its group
+from torch._utils import ExceptionWrapper
+
+from utils.logging_utils import UserError, first_line
+from utils.signal_utils import end_children, handling
+
+LOADER_S = 600  # seconds that a loader may wait for a batch of its workers
+STREAM_S = 3600  # the same of a stream, which reads what it skips on resume
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,47 +24,73 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal asked the training to stop; code that can stop safely calls `check`."""
+    """Whether a signal asked the training to stop; code that can stop safely calls `check`.
 
-    def __init__(self):
+    With `stops_alone` false, one of several ranks: they stop together, so nothing is raised here.
+    """
+
+    def __init__(self, stops_alone: bool = True):
+        self.stops_alone = stops_alone
         self.signal: int | None = None
-        self.since = 0.0
+        self._is_waiting = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are only noted. Call it in the main thread: Python allows handlers in no other."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        try:
+        """Inside, signals are only noted, or end a wait. Call it in the main thread."""
+        with handling(self._note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
         if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
+            self.signal = number
             # Not by the logger, which may be in the middle of a line. The reader may be gone.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this forward pass, then saving; a second signal ends at once\n")
-        elif time.monotonic() - self.since > SAME_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if self._is_waiting:
+            self.check()
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
-        if self.signal is not None:
+        if self.signal is not None and self.stops_alone:
             raise Interrupted(self.signal)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once: what is waited for may never come."""
+        self._is_waiting = True
+        try:
+            self.check()
+            yield
+        except BaseException:
+            end_children()
+            raise
+        finally:
+            self._is_waiting = False
+
+    def iterate(self, batches: Iterable) -> Iterator:
+        """The batches; the wait for each ends with a signal."""
+        iterator, end = iter(batches), object()
+        while True:
+            with self.waiting():
+                batch = next(iterator, end)
+            if batch is end:
+                return
+            yield batch
 
 
 def start_worker(then: Callable[[int], None] | None, number: int) -> None:
     """worker_init_fn: leave signals to the parent; Ctrl-C and a scheduler's SIGTERM reach every process of a run.
 
-    `then` is the worker_init_fn that this one wraps. The worker still obeys its parent's own SIGTERM.
+    `then` is the worker_init_fn that this one wraps. The worker still obeys its parent's own SIGTERM. A batch that
+    cannot be sent raises UserError in the parent.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # threads that start later block it too
         threading.Thread(target=_obey_parent, daemon=True).start()
+    # A hook of its own would print a traceback, and the parent wait for the batch for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_fault  # type: ignore[attr-defined]
     if then is not None:
         then(number)
 
@@ -68,3 +99,11 @@ def _obey_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def _send_fault(queue: multiprocessing.queues.Queue, error: Exception, item: tuple) -> None:
+    """In place of an item, (number, batch), that could not be sent; what raises it in the parent is text alone."""
+    causes = "a TMPDIR too long for the path of a socket, or too few open files (ulimit -n)"
+    problem = f"a loader worker cannot send its batch ({first_line(error)}): {causes}"
+    fault = UserError(f"{problem}; change that and re-run the same command, or use --num-workers 0")
+    queue.put((item[0], ExceptionWrapper((UserError, fault, None), "in DataLoader worker")))

@@ -201,7 +201,8 @@ def open_run(config: TrainingConfig, dist: "Distributed") -> Iterator[Run]:
             yield run
         except BaseException:
             if run.is_main_process:
-                run.discard_if_never_started()
+                with contextlib.suppress(OSError):  # the disk may be what failed
+                    run.discard_if_never_started()
             raise
 
 

@@ -6,6 +6,7 @@ while it trains, saved and result when something came out.
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -13,23 +14,32 @@ import select
 import shutil
 import signal
 import sys
-import threading
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
+
+from utils.signal_utils import end_children, handling
 
 LOG_FILE = "train.log"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG)
+WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # what torch says of a file
 FREE_SPACE = "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
 CHOOSE_PLACE = "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"
+RAISE_LIMIT = (
+    "raise the limit of this process (ulimit -a shows them) or end other programs, then re-run the same command"
+)
+AFTER_MENDING = "once that is mended, re-run the same command to resume from what was saved"
+MOVES = {FULL: FREE_SPACE, FORBIDDEN: CHOOSE_PLACE, LIMITS: RAISE_LIMIT}
 FULL_BYTES = 20e6  # a disk with less free space is why a save failed
-GRACE_S = 10  # seconds between SIGTERM and an exit without cleanup
 HOW_TO_RESUME = (
     "re-run the same command, without --resume never, to resume from what was saved (checkpoints, scored images)"
 )
 logger = logging.getLogger("llava_plants")
+left_aside: dict[str, str] = {}  # environment variables of another program's launcher, such as ACCELERATE_USE_FSDP
 
 
 class UserError(Exception):
@@ -54,11 +64,16 @@ def set_environment() -> None:
     """
     if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C without Python's UTF-8 mode: names would be read wrong
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    _open_streams()
     sys.unraisablehook = _log_unraisable
     warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the image opens all the same
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # transformers has no other name for it
     # Of a fused layer under FSDP; nothing is added in place to what a layer returns.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
+    left_aside.clear()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        left_aside[name] = os.environ.pop(name)
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
     if not sys.stderr.isatty():
@@ -66,6 +81,18 @@ def set_environment() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("HUGGINGFACE_TOKEN"):
         os.environ.setdefault("HF_TOKEN", os.environ["HUGGINGFACE_TOKEN"])
+
+
+def _open_streams() -> None:
+    """What was closed (`>&-`) is /dev/null, whose number no other file gets; what a console cannot show is escaped."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: its own
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # its number became that of another file
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _log_unraisable(error) -> None:
@@ -94,7 +121,7 @@ def setup_logging(
     logger.addHandler(screen)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(folder) / name, encoding="utf-8")
+        file = _FileHandler(Path(folder) / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
@@ -115,7 +142,7 @@ class _ScreenFormatter(logging.Formatter):
 
 
 class _ScreenHandler(logging.StreamHandler):
-    """Lines above a progress bar; a reader that leaves (`train.py | head`) stops the program as SIGTERM does."""
+    """Lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")  # not imported for it
@@ -123,22 +150,38 @@ class _ScreenHandler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
-            super().handleError(record)
-            return
-        _mute(self.stream)
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            on_sigterm(signal.SIGPIPE, None)
+        _on_logging_error(self, super().handleError, record)
 
 
-def _mute(stream: TextIO) -> None:
+class _FileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        _on_logging_error(self, super().handleError, record)
+
+
+def _on_logging_error(handler: logging.StreamHandler, otherwise: Callable, record: logging.LogRecord) -> None:
+    """A program continues without its screen (`train.py | head`, a closed terminal), or without its log file.
+
+    What it cannot write there it still writes to the other.
+    """
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError):
+        otherwise(record)
+        return
+    logger.handlers = [other for other in logger.handlers if other is not handler]  # the list itself is being read
+    if isinstance(handler, _ScreenHandler):
+        mute(handler.stream)
+    name = getattr(handler, "baseFilename", "the screen")
+    logger.warning("%s: %s; no more lines are written there", name, error.strerror)
+
+
+def mute(stream: TextIO) -> None:
     """What this process still writes to the pipe of `stream`, by stdout or stderr, is lost without an error."""
-    pipe, null = os.fstat(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        if os.path.samestat(os.fstat(descriptor), pipe):
-            os.dup2(null, descriptor)
-    os.close(null)
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        pipe, null = os.fstat(stream.fileno()), os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if os.path.samestat(os.fstat(descriptor), pipe):
+                os.dup2(null, descriptor)
+        os.close(null)
 
 
 @contextlib.contextmanager
@@ -164,65 +207,42 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
     """An error inside becomes a log line and exit status 1, a signal 128 + its number, as in a shell.
 
     A UserError, or an error of `kinds`, is its message alone on the screen; the log file has the full traceback.
+    Signals raise KeyboardInterrupt (utils/signal_utils.py).
     """
-    try:
-        with _sigterm_as_interrupt(f"interrupted; {when_interrupted}"):
+    asked: list[int] = []
+
+    def interrupt(number: int, frame) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            raise KeyboardInterrupt(number)
+
+    def say() -> None:
+        logger.warning(f"interrupted; {when_interrupted}")
+
+    with handling(interrupt, say):
+        try:
             yield
             sys.stdout.flush()
-    except KeyboardInterrupt as stop:
-        logger.warning(f"interrupted; {when_interrupted}")
-        sys.exit(exit_status(stop))
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
-            _mute(sys.stdout)
-            sys.exit(128 + signal.SIGPIPE)
-        message = _disk_message(error) or _worker_message(error)
-        if message is None and isinstance(error, (UserError, *kinds)):
-            message = str(error)
-            if message.startswith("Caught "):  # in a loader's worker: its traceback, as torch passes it on
-                message = message.strip().splitlines()[-1].partition(": ")[2]
-        if message:
-            logger.error(message, exc_info=True, extra={"message_only": True})
-        else:
-            logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
-        sys.exit(1)
+        except KeyboardInterrupt as stop:
+            asked.append(0)
+            say()
+            end_children()
+            sys.exit(exit_status(stop))
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):  # by a print, not by a log line
+                mute(sys.stdout)
+                sys.exit(128 + signal.SIGPIPE)
+            if message := _find_message(error, kinds):
+                logger.error(message, exc_info=True, extra={"message_only": True})
+            else:
+                logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
+            end_children()
+            sys.exit(1)
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
     """128 + the signal's number, which the exception may carry; without one it was Ctrl-C."""
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt(message: str) -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, unless another handler stands already.
-
-    Where a library swallows the exception (some do while they are imported), the process exits after GRACE_S.
-    """
-    is_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
-    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    process, is_over = os.getpid(), threading.Event()
-
-    def exit_later(number: int) -> None:
-        if not is_over.wait(GRACE_S):
-            logger.warning(message)
-            os._exit(128 + number)
-
-    def interrupt(number: int, frame) -> None:
-        if os.getpid() != process:  # forked: a pool ends its workers by this signal
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        threading.Thread(target=exit_later, args=(number,), daemon=True).start()
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        is_over.set()
 
 
 def _has_no_reader(stream: TextIO) -> bool:
@@ -231,33 +251,77 @@ def _has_no_reader(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _find_message(error: Exception, kinds: tuple[type[Exception], ...]) -> str | None:
+    """One sentence for the user, or None for an error of this program."""
+    is_ours = isinstance(error, (UserError, *kinds))
+    if message := _system_message(error, is_ours) or _worker_message(error) or _environment_message(error):
+        return message
+    return _without_traceback(error).partition(": ")[2] if is_ours else None
+
+
+def _without_traceback(error: BaseException) -> str:
+    """Type and message; of an error in a loader's worker torch's message is that of the worker with its traceback."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if text.startswith("Caught ") else f"{type(error).__name__}: {text}"
+
+
 def _worker_message(error: Exception) -> str | None:
     """A loader's worker that is gone, in torch's words "DataLoader worker (pid 7) is killed by signal: Killed. "."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader"):
         return None
     move = "re-run the same command with fewer --num-workers, or 0"
+    if "timed out" in text:
+        return f"{text}, waiting for a batch of its workers: the disk with the images may have stalled; {move}"
     if "shared memory" in text or "Bus error" in text:
         move = f"give it more shared memory (docker run --shm-size=1g), or {move}"
     return f"{text.split('. ')[0].strip(' .')}, most often by the system for lack of memory; {move}"
 
 
-def _disk_message(error: BaseException) -> str | None:
-    """What the disk refused, wherever in the chain of causes: libraries wrap it in errors of their own.
+def _environment_message(error: Exception) -> str | None:
+    """A library that cannot be imported, since an environment variable for it has an odd value."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+    if not any(frame.f_code.co_name == "<module>" for frame in frames):  # of a module that is being imported
+        return None
+    odd = [f"{name}={value}" for name, value in os.environ.items() if value and repr(value) in str(error)]
+    return f"{', '.join(odd)}: not a value that a library understands ({first_line(error)}); unset it" if odd else None
 
-    The writers of torch and safetensors do not say it at all; then the run directory's disk is looked at. A UserError
-    has its own message, unless the disk is full.
+
+def _system_message(error: BaseException, is_ours: bool) -> str | None:
+    """What the system refused, wherever in the chain of causes: libraries wrap it in errors of their own.
+
+    Some give the system's words alone, and the writers of torch and safetensors at times not even these; then the run
+    directory's disk is looked at. An error of ours has its own message, unless the disk is full.
     """
-    is_ours = isinstance(error, UserError)
+    is_cause = True
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, OSError) and link.errno in (FULL if is_ours else (*FULL, *FORBIDDEN)):
-            move = FREE_SPACE if link.errno in FULL else CHOOSE_PLACE
-            return f"{link.filename or 'the disk'}: {link.strerror}; {move}"
+        number = _errno_of(link)
+        if number in (FULL if is_ours else errno.errorcode if is_cause else (*FULL, *FORBIDDEN)):
+            move = next((move for numbers, move in MOVES.items() if number in numbers), AFTER_MENDING)
+            if isinstance(link, OSError) and link.strerror:
+                return f"{link.filename or 'the disk'}: {link.strerror}; {move}"
+            return f"{_without_traceback(link).splitlines()[0][:300]}; {move}"
+        is_cause = is_cause and link.__cause__ is not None
         link = link.__cause__ or link.__context__
-    for handler in () if is_ours else logger.handlers:
+    if is_ours:
+        return None
+    for handler in logger.handlers:
         if isinstance(handler, logging.FileHandler):
             folder = Path(handler.baseFilename).parent
-            if shutil.disk_usage(folder).free < FULL_BYTES:
-                return f"{folder}: its disk is full ({type(error).__name__}); {FREE_SPACE}"
+            with contextlib.suppress(OSError):  # it is gone
+                if shutil.disk_usage(folder).free < FULL_BYTES:
+                    return f"{folder}: its disk is full ({type(error).__name__}); {FREE_SPACE}"
+    if any(words in str(error) for words in WRITER):
+        return f"a file cannot be written ({first_line(error)}); {RAISE_LIMIT}"
     return None
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """Of an error of the system, or of a library's that quotes the system's words, such as "File too large"."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+        return getattr(error, "errno", None)
+    text = str(error) if isinstance(error, (OSError, RuntimeError)) or "Error while serializing" in str(error) else ""
+    return next((number for number in errno.errorcode if os.strerror(number) in text), None)

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import psutil
 
-from runtime.interrupt import SAME_S
 from runtime.run_files import checkpoints_in, read_metrics, step_of
+from utils.signal_utils import SAME_S
 
 STEPS, SAVE_STEPS = 12, 3
 RUN = [
@@ -231,7 +231,7 @@ def interrupt_twice(folder: Path, expected: dict) -> Outcome:
     assert process.exitcode is None, output_of(folder)
     time.sleep(SAME_S)  # within it, a second signal counts as the same
     os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == -signal.SIGINT
+    assert finish(process) == 128 + signal.SIGINT
     return resume(folder, expected)
 
 

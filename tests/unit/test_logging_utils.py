@@ -1,15 +1,20 @@
 """Tests of logging utils."""
 
 import errno
+import functools
 import itertools
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
+from utils import logging_utils, signal_utils
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
@@ -122,17 +127,18 @@ def test_lines_carry_their_level_only_from_warning_on(tmp_path, capsys):
 PROGRAM = """
 import signal, time
 from runtime.interrupt import StopRequest
-from utils import logging_utils
-from utils.logging_utils import logger, report_errors, setup_logging
+from utils import signal_utils
+from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
-logging_utils.GRACE_S = 0.2
+signal_utils.GRACE_S = 0.2
+set_environment()
 setup_logging()
 with report_errors():
 """
 
 
-def start(body: str) -> subprocess.Popen:
-    code = PROGRAM + "".join(f"    {line}\n" for line in body.splitlines())
+def start(body: str, grace_s: float = 0.2) -> subprocess.Popen:
+    code = PROGRAM.replace("0.2", f"{grace_s}") + "".join(f"    {line}\n" for line in body.splitlines())
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
@@ -167,27 +173,152 @@ def test_a_signal_while_a_run_loads_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "body",
     [
-        "while True: logger.info('line'); time.sleep(0.01)",
         "while True: print('line', flush=True); time.sleep(0.01)",
         "print('line', flush=True); time.sleep(0.5); print('line')",
-        # A training is asked to stop: it saves first.
-        (
-            "request = StopRequest()\n"
-            "with request.listening():\n"
-            "    while request.signal is None: logger.info('line'); time.sleep(0.01)\n"
-            "    logger.info('saved')\n"
-            "    request.check()"
-        ),
     ],
-    ids=["log", "print", "unflushed", "training"],
+    ids=["print", "unflushed"],
 )
-def test_a_reader_that_leaves_ends_the_program_quietly(body):
+def test_a_reader_that_leaves_ends_a_program_whose_output_is_the_screen_quietly(body):
     process = start(body)
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
     status, errors = process.wait(30), process.stderr.read()
     process.stderr.close()
-    assert status == 141 and errors.replace("\n", "") in ("", STOPPING)
+    assert (status, errors) == (141, "")
+
+
+def test_without_a_reader_of_its_lines_a_program_continues(tmp_path):
+    """`train.py | head -1`: the log has all lines, the screen no more of them, nor an error."""
+    process = start(
+        f"setup_logging({str(tmp_path)!r})\nfor number in range(20): logger.info(f'line {{number}}'); time.sleep(0.02)"
+    )
+    assert process.stdout.readline() == "line 0\n"
+    process.stdout.close()
+    status, errors = process.wait(30), process.stderr.read()
+    process.stderr.close()
+    log = (tmp_path / "train.log").read_text()
+    assert (status, errors) == (0, "") and log.count("INFO line") == 20
+    assert log.count("the screen: Broken pipe; no more lines are written there") == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_a_screen_that_is_closed_or_full_changes_neither_status_nor_log(closed, tmp_path):
+    code = (
+        PROGRAM
+        + f"    setup_logging({str(tmp_path)!r})\n    logger.info('line')\n    raise OSError(5, 'dying', 'disk')"
+    )
+    process = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT, capture_output=True, text=True
+    )
+    log = (tmp_path / "train.log").read_text()
+    assert process.returncode == 1 and "INFO line" in log and "ERROR disk: dying; once that is mended" in log
+    assert "Traceback" not in process.stdout + process.stderr and "Logging error" not in process.stderr
+
+
+def test_a_log_file_that_cannot_be_written_is_said_once(capsys):
+    setup_logging()
+    logger.addHandler(logging_utils._FileHandler("/dev/full"))
+    for _ in range(3):
+        logger.info("line")
+    screen = capsys.readouterr()
+    assert screen.out.splitlines() == [
+        "line",
+        "warning: /dev/full: No space left on device; no more lines are written there",
+        "line",
+        "line",
+    ]
+    assert not screen.err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO), "runs/x/metrics.jsonl"),
+            "runs/x/metrics.jsonl: Input/output error; ",
+        ),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "runs/x"), "runs/x: Stale file handle; once that is mended"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the disk: No such file or directory; once"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "the disk: Resource temporarily unavailable; raise"),
+        (MemoryError(), "MemoryError: ; raise the limit of this process (ulimit -a"),
+        (
+            RuntimeError("Error while serializing: I/O error: File too large (os error 27)"),
+            "File too large (os error 27); raise",
+        ),
+        (
+            RuntimeError("unable to open shared memory object: Too many open files (24)"),
+            "open files (24); raise the limit",
+        ),
+        (
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+            "a file cannot be written (RuntimeError",
+        ),
+        (RuntimeError("DataLoader timed out after 600 seconds"), "waiting for a batch of its workers: the disk"),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback\n"
+                "  x\nOSError: [Errno 5] Input/output error: 'a'\n"
+            ),
+            "error: OSError: [Errno 5] Input/output error: 'a'; once that is mended",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(error, sentence, tmp_path, capsys):
+    status, screen, log = log_error(capsys, tmp_path, error)
+    assert status == 1 and sentence in screen and screen.count("\n") == 1 and screen.startswith("error: ")
+    assert "Traceback" in log
+
+
+def test_an_error_is_reported_although_the_run_folder_is_gone(tmp_path, capsys):
+    folder = tmp_path / "run"
+    setup_logging(folder)
+    with pytest.raises(SystemExit), report_errors():
+        shutil.rmtree(folder)
+        raise RuntimeError("unexpected pos 64")
+    assert capsys.readouterr().out.startswith(
+        "error: a file cannot be written (RuntimeError: unexpected pos 64); raise"
+    )
+
+
+def test_an_odd_value_for_a_library_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "odd_library.py").write_text("import os\nint(os.environ['ODD_TIMEOUT'])")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ODD_TIMEOUT", "soon")
+    setup_logging()
+    with pytest.raises(SystemExit), report_errors():
+        import odd_library  # noqa: F401
+    assert capsys.readouterr().out.startswith("error: ODD_TIMEOUT=soon: not a value that a library understands (ValueE")
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
+    """nohup: SIGHUP is ignored; otherwise it is as SIGTERM."""
+    body = "signal.raise_signal(signal.SIGHUP); print('on')"
+    code = PROGRAM + f"    {body}"
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    ignored = run(["sh", "-c", 'trap \'\' HUP; exec "$0" -c "$1"', sys.executable, code])
+    assert (ignored.returncode, ignored.stdout) == (0, "on\n")
+    assert run([sys.executable, "-c", code]).returncode == 128 + signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # C code that does not return; reporting; a training that saves without end.
+        "import hashlib; print('on', flush=True); hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)",
+        "logger.addFilter(lambda record: print('on', flush=True) or time.sleep(60))\nraise KeyboardInterrupt",
+        "with StopRequest().listening(): print('on', flush=True); time.sleep(60); time.sleep(60)",
+    ],
+    ids=["C", "reporting", "training"],
+)
+def test_a_second_signal_ends_at_once_from_anywhere(body):
+    process = start(body, grace_s=30)
+    assert process.stdout.readline() == "on\n"
+    time.sleep(signal_utils.SAME_S)  # it is in C code by now
+    process.send_signal(signal.SIGHUP)
+    time.sleep(2 * signal_utils.SAME_S)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and errors.strip() in ("", STOPPING)
 
 
 STOPPING = "stopping after this forward pass, then saving; a second signal ends at once"

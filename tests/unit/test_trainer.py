@@ -5,8 +5,10 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -25,12 +27,13 @@ from models.scoring import score_batch
 from models.trainer import build_trainer
 from models.training_arguments import build_arguments
 from runtime.checkpoint import last_checkpoint, read_best
-from runtime.interrupt import SIGNALS, Interrupted, StopRequest
+from runtime.interrupt import Interrupted, StopRequest
 from runtime.run_dir import Run
 from runtime.run_files import append_metrics, read_metrics
 from tests.unit.test_collator import SIZES, rows_of
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
+from utils.signal_utils import SIGNALS, end_children
 
 CPU = torch.device("cpu")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20 GiB."
@@ -454,6 +457,60 @@ def test_loader_workers_ignore_signals_that_are_not_from_their_parent(tiny, tmp_
     worker.terminate()
     worker.join(60)  # returns as soon as it has ended
     assert worker.exitcode == 0
+
+
+def stop_workers(state):
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGSTOP)
+
+
+def long_temporary_folder(state):
+    """Of the workers: too long for the path of a socket, through which they send tensors."""
+    multiprocessing.current_process()._config["tempdir"] = "/tmp/" + 120 * "t"
+
+
+def too_few_files(state):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, HARD_LIMIT))
+
+
+HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        (stop_workers, RuntimeError, "DataLoader timed out after 2 seconds"),
+        (
+            long_temporary_folder,
+            UserError,
+            r"cannot send its batch \(OSError: AF_UNIX path too long\): a TMPDIR too long",
+        ),
+        (too_few_files, (RuntimeError, OSError, UserError), "(?i)too many open files|ancdata|open files"),
+    ],
+)
+def test_a_wait_for_loader_workers_ends(fault, error, words, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("models.trainer.LOADER_S", 2)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    trainer = make_trainer(tiny, tmp_path, num_workers=1, per_device_train_batch_size=2)
+    trainer.add_callback(At("on_train_begin" if fault is not stop_workers else "on_step_begin", fault))
+    try:
+        with pytest.raises(error, match=words):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+        end_children()
+
+
+def test_a_signal_during_a_wait_for_a_stopped_worker_saves(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, num_workers=1, per_device_train_batch_size=2)
+    trainer.add_callback(At("on_step_begin", stop_workers, step=1))
+    timer = threading.Timer(2, send())
+    timer.start()
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert last_checkpoint(tmp_path).name in ("checkpoint-1", "checkpoint-2", "checkpoint-3")
+    end_children()
 
 
 # ---- out of memory
