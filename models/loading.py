@@ -6,6 +6,7 @@ first built without memory from the headers of the files, and what does not fit 
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, first
 PINNED = TrainingConfig.model_revision  # of the default model; as it is, of any other its current commit
 SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]  # files of config, processor and tokenizer
 POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
+WAITS_S = (1, 3)  # before another try, of a download that may pass
 MAX_TILES = 99  # more than any grid of an image has
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # JSON about a weight that was saved in 4 bit
 
@@ -49,67 +51,63 @@ def find_checkpoint(model: str, revision: str | None, with_weights: bool = False
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    def fetch(local_files_only: bool) -> Path:
-        how = {"allow_patterns": patterns, "ignore_patterns": ["*/*"], "local_files_only": local_files_only}
-        return Path(snapshot_download(model, revision=revision, **how))
-
-    try:
+    is_offline = constants.is_offline_mode()
+    how = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*"]}
+    waits = iter(WAITS_S)
+    while True:
         try:
-            return fetch(constants.is_offline_mode())
-        except (httpx.TransportError, errors.HfHubHTTPError):
-            with contextlib.suppress(errors.LocalEntryNotFoundError):
-                return fetch(True)  # all of it is in the cache
-            raise
-    except Exception as error:  # the hub, the network and the disk raise a dozen kinds
-        raise UserError(f"--model {model}: {_why_no_download(error, revision)}") from error
+            try:
+                return Path(snapshot_download(model, local_files_only=is_offline, **how))
+            except (httpx.TransportError, errors.HfHubHTTPError):
+                with contextlib.suppress(errors.LocalEntryNotFoundError):  # all of it may be in the cache
+                    return Path(snapshot_download(model, local_files_only=True, **how))
+                raise
+        except Exception as error:  # the hub, the network and the disk raise a dozen kinds
+            (reason, may_pass), wait = _explain_download(error, revision), next(waits, None)
+            if not may_pass or wait is None:
+                raise UserError(f"--model {model}: {reason}") from error
+        time.sleep(wait)
 
 
-def _why_no_download(error: BaseException, revision: str | None) -> str:
-    chain = [error]
+def _explain_download(error: BaseException, revision: str | None) -> tuple[str, bool]:
+    """(why there is no checkpoint and what to do, whether another try may help)"""
+    chain, reason = [error], first_line(error)
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
 
     def find(*kinds: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, kinds)), None)
 
-    reason = first_line(error)
-    if find(errors.GatedRepoError):
-        return (
-            f"is gated ({reason}); accept its terms on its page of the hub, and set HF_TOKEN to a token that may read"
-        )
-    if find(errors.RevisionNotFoundError):
-        return f"has no revision {revision}; check --model-revision"
     answer = find(errors.HfHubHTTPError, httpx.HTTPStatusError)
     status = answer.response.status_code if answer else 0
-    if find(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403):
-        return f"is no folder here and not on the hub ({reason}); check the name, and that HF_TOKEN may read it"
-    if status:
-        return (
-            f"the hub answers {status} for {answer.response.url.path}; try again later, or give a folder that holds it"
-        )
     refusal = next(
         (link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None
     )
+    if find(errors.GatedRepoError):
+        return f"is gated ({reason}); accept its terms on its page of the hub, and set HF_TOKEN", False
+    if find(errors.RevisionNotFoundError):
+        return f"has no revision {revision}; check --model-revision", False
+    if find(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403, 404):
+        return f"is no folder here and not on the hub ({reason}); check the name, and that HF_TOKEN may read it", False
+    if status:
+        return f"the hub answers {status} for {answer.response.url.path}; try again later, or give a folder", True
     if refusal is not None:
+        where = f"{refusal.filename or constants.HF_HOME}: {refusal.strerror}"
         move = FREE_SPACE if refusal.errno in FULL else CHOOSE_PLACE
-        return (
-            f"cannot be put in the cache, HF_HOME ({refusal.filename or constants.HF_HOME}: {refusal.strerror}); {move}"
-        )
+        return f"cannot be put in the cache, HF_HOME ({where}); {move}", False
     if constants.is_offline_mode():
-        at = f" at {revision}" if revision else ""
-        return (
-            f"is not whole in the cache{at}, and HF_HUB_OFFLINE is set; unset it, or give a folder that holds the model"
-        )
+        where = f"at {revision or 'main'} is not whole in the cache, and HF_HUB_OFFLINE is set"
+        return f"{where}; unset it, give the --model-revision of one that is, or a folder", False
     if find(httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotFoundError):
-        return f"the hub cannot be reached: check the network, or give a folder that holds the model ({reason})"
+        return f"the hub cannot be reached ({reason}); check the network, or give a folder that holds the model", True
     move = "check the network, HF_TOKEN and HF_ENDPOINT, and run the same command again: it continues there"
-    return f"its download broke off ({reason}); {move}"
+    return f"its download broke off ({reason}); {move}", True
 
 
 def again(folder: Path) -> str:
     """The next move for a file that is not what it should be; what is in the cache is not downloaded again."""
     is_cached = folder.parent.name == "snapshots"
-    move = f"delete {folder.parents[1]} and run the same command again" if is_cached else "download it again"
+    move = f"delete {folder.parents[1]} and run the same command again" if is_cached else "download or copy it again"
     return f"{move}, or use another checkpoint"
 
 

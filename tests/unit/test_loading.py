@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
 from config.training_config import TrainingConfig
 from data.synthetic import SPECIES
+from evaluation import verify
 from models import builder, loading
 from models.builder import build_model, build_processor
 from models.checks import check_model
@@ -135,6 +136,14 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(change, wo
     edit_weights(folder, change)
     assert re.search(words, refusal(folder, load_in_4bit))
     assert "MISSING" not in capfd.readouterr().err  # nor the table of transformers
+
+
+def test_weights_of_a_run_and_of_an_export_are_checked_alike(folder):
+    model = load(folder, load_in_4bit=False, trainable="everything")
+    edit_weights(folder, drop("layers.1."))
+    for read in (lambda: builder.load_weights(model, folder), lambda: verify.load_whole(folder, torch.float32, CPU)):
+        with pytest.raises(UserError, match=rf"{folder}.* are missing .*layers\.1\."):
+            read()
 
 
 def test_weights_that_fp16_cannot_hold_are_refused(folder):
@@ -277,7 +286,7 @@ def other_image_token(folder: Path) -> None:
 
 
 CORRUPTIONS = [
-    (no_shard, "model-1.safetensors is not there; download it again"),
+    (no_shard, "model-1.safetensors is not there; download or copy it again"),
     (empty_shard, "model-1.safetensors is corrupted"),
     (short_shard, "model-1.safetensors is corrupted"),
     (pickle_shard, "model-1.safetensors is corrupted"),
@@ -474,7 +483,7 @@ def test_a_cache_that_holds_it_is_enough(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load("owner/model")
     next((Path(constants.HF_HUB_CACHE)).rglob(WEIGHTS)).unlink()
-    assert "is not whole in the cache" in refusal("owner/model")
+    assert "is not whole in the cache, and HF_HUB_OFFLINE is set" in refusal("owner/model")
 
 
 def test_only_what_is_not_there_is_optional(hub, folder):
@@ -499,7 +508,7 @@ def full() -> httpx.Response:
 
 
 FAULTS = [
-    ("/api", lost, "the hub cannot be reached: check the network"),
+    ("/api", lost, "the hub cannot be reached .*; check the network"),
     ("/api", lambda: FakeHub.refuse(None, 401, "GatedRepo"), "set HF_TOKEN"),
     ("/resolve", lambda: FakeHub.refuse(None, 403, "GatedRepo"), "is gated .*accept its terms"),
     ("/api", lambda: FakeHub.refuse(None, 404, "RepoNotFound"), "not on the hub .*check the name"),
@@ -527,6 +536,14 @@ def test_a_corrupted_file_of_the_cache_can_be_mended_as_it_says(hub):
     found = re.search("is corrupted .*; delete (.*) and run the same command again", refusal("owner/model"))
     shutil.rmtree(found[1])
     assert load("owner/model")
+
+
+def test_a_fault_that_passes_is_waited_out(hub):
+    faults = [broken_off, lost, lambda: hub.refuse(500), lambda: hub.refuse(429)]
+    for number, fault in enumerate(faults):
+        hub.commit, left = f"{number}" * 40, [fault, fault]
+        hub.fail = lambda request, left=left: left.pop()() if left else None
+        assert load("owner/model") and not left
 
 
 def test_pickles_on_the_hub_get_the_sentence_of_a_folder(hub, folder):
