@@ -4,6 +4,7 @@ Images in the tables stay memory-mapped. Images that a table names by path are r
 given: a table from elsewhere may name any file of this machine.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Image, concatenate_datasets
 
-from data.classes import CLASS_NAMES, check_official_counts, find_label_column, read_classes
+from data.classes import CLASS_NAMES, check_official_counts, find_label_column, name_labels, read_cells, read_labels
 from data.columns import (
     FIRST_ROWS,
     GROUP_NAMES,
@@ -26,9 +27,9 @@ from data.columns import (
     read_split,
     values_of,
 )
-from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
+from data.rows import SPLITS, ImageRow, Reading, Source, allow_incomplete, build_rows
 from utils.image_utils import printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 
 def read_tables(
@@ -48,8 +49,20 @@ def read_tables(
     image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
     label = find_label_column(first, image, reading.label_column, where)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    parts, unused = _drop_unlabeled(parts, image, label, where)
-    labeling, labels = read_classes(parts, label, reading.class_names, beside, where)
+    if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
+        raise UserError(
+            f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
+            "splits with the same columns"
+        )
+    texts = {split: read_labels(rows, label, split, where) for split, rows in parts.items()}
+    unused = []
+    for split in [split for split in list(parts)[1:] if not any(texts[split])]:
+        count = len(texts.pop(split))
+        unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
+    parts = {split: parts[split] for split in texts}
+    features = {split: rows.features[label] for split, rows in parts.items()}
+    labeling = name_labels(texts, features, reading.class_names, beside, where)
+    labels = {split: np.array([labeling.labels.get(text, -1) for text in texts[split]], np.int64) for split in parts}
     for split, found in labels.items():
         if unlabeled := int((found < 0).sum()):
             unused.append(f"{unlabeled:,} images of {split} have no label and are not used")
@@ -101,33 +114,6 @@ def _build_rows(
     return concatenate_datasets([table, Dataset.from_list(empty, features=table.features)]).select(places)
 
 
-def _drop_unlabeled(
-    parts: Mapping[str, Dataset], image: str, label: str, where: str
-) -> tuple[dict[str, Dataset], list[str]]:
-    """(the parts without those, other than the first, that have no labels and cannot be scored; warnings of these)."""
-    kept: dict[str, Dataset] = {}
-    warnings = []
-    for split, rows in parts.items():
-        if image not in rows.features:
-            raise UserError(
-                f"{where}: {split} has the columns {list_columns(rows.features)} and no {image}; write all splits with "
-                "the same columns"
-            )
-        column = rows.data.column(label) if label in rows.features else None
-        if kept and (column is None or _is_unknown(column)):
-            warnings.append(f"{split} has no labels, so it cannot be scored: its {len(rows):,} images are not used")
-        else:
-            kept[split] = rows
-    return kept, warnings
-
-
-def _is_unknown(labels: pyarrow.ChunkedArray) -> bool:
-    """Whether all are missing, or -1 as the hub writes it."""
-    if labels.null_count == len(labels):
-        return len(labels) > 0
-    return pyarrow.types.is_integer(labels.type) and pyarrow.compute.max(labels).as_py() == -1
-
-
 def _read_paths(rows: Dataset, image: str, by_path: bool, where: str) -> list[str | None]:
     """The path or file name of each image, as written."""
     column = rows.data.column(image)  # in its chunks: combined, images would be copied into memory
@@ -160,7 +146,7 @@ def _read_groups(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """(what tells images of one plant, by split, "" for none; a note of the column that has it)."""
     none = {split: [""] * len(rows) for split, rows in parts.items()}
-    cells = {split: _read_cells(rows, GROUP_NAMES) for split, rows in parts.items()}
+    cells = {split: _read_known(rows, GROUP_NAMES) for split, rows in parts.items()}
     for name in next(iter(cells.values())):
         groups = {split: cells[split].get(name, none[split]) for split in parts}
         if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in parts]).tolist()):
@@ -170,19 +156,18 @@ def _read_groups(
 
 def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
     """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
-    cells = _read_cells(rows, SPLIT_NAMES)
+    cells = _read_known(rows, SPLIT_NAMES)
     column = find_split_column(cells)
-    found = np.array([read_split(column, cell) or "train" for cell in cells[column]] if column else [])
-    if "train" not in found:
-        return {"train": np.ones(len(rows), bool)}
-    return {split: found == split for split in SPLITS if split in found}
+    found = np.array(
+        [read_split(column, cell) or "train" for cell in cells[column]] if column else ["train"] * len(rows)
+    )
+    return {split: found == split for split in SPLITS if split in found} if "train" in found else {"train": found != ""}
 
 
-def _read_cells(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of texts or numbers with these names, the best first, as texts; "" for a missing value."""
-    columns = [name for name in find_known(rows.features, names) if kind_of(rows.features[name]) in ("text", "number")]
-    values = {name: values_of(rows.data.column(name)) for name in columns}
-    return {name: ["" if value is None else str(value) for value in found] for name, found in values.items()}
+def _read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of texts or numbers with these names, the best first."""
+    known = find_known(rows.features, names)
+    return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
 
 
 # ---- images
@@ -211,27 +196,21 @@ def _find_files(
     missing, outside, warnings = [], [], []
     for split, paths in written.items():
         real_roots = [root.resolve() for root in roots[split]]
-        found = {path: _find_file(path, real_roots) for path in {path or "" for path in paths}}
-        missing += [path or "" for path in paths if found[path or ""] == ""]
-        outside += [path or "" for path in paths if found[path or ""] is None]
-        files[split] = [found[path or ""] or "" for path in paths]
+        found = {path: _find_file(path or "", real_roots) for path in {*paths}}
+        missing += [(path or "")[:200] for path in paths if found[path] == ""]
+        outside += [(path or "")[:200] for path in paths if found[path] is None]
+        files[split] = [found[path] or "" for path in paths]
     is_any = any(map(any, files.values()))
     if outside:
-        message = f"{len(outside):,} images are named by paths outside the data set, such as {_list_paths(outside[:1])}"
+        message = f"{len(outside):,} images are named by paths outside the data set, such as {printable(outside[0])}"
         if not is_any:
             raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
         warnings.append(f"{message}; they are not used")
     if missing:
         total = sum(map(len, files.values())) - len(outside)
-        message = f"{len(missing):,} of {total:,} images are missing ({_list_paths(missing)})"
-        if not allow_missing or not is_any:
-            raise UserError(f"{where}: {message}; add them, or continue without them: --allow-missing true")
-        warnings.append(f"{message}; continuing without them")
+        message = f"{where}: {len(missing):,} of {total:,} images are missing ({some(missing)})"
+        warnings.append(allow_incomplete(message, allow_missing and is_any))
     return files, warnings
-
-
-def _list_paths(paths: Sequence[str]) -> str:
-    return ", ".join(printable(path[:200]) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
 def _find_file(path: str, roots: Sequence[Path]) -> str | None:
@@ -239,12 +218,10 @@ def _find_file(path: str, roots: Sequence[Path]) -> str | None:
     found = None
     for root in roots:
         file = root / (path if "/" in path else path.replace("\\", "/"))
-        try:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
             if not file.resolve().is_relative_to(root):
                 continue
             if file.is_file():
                 return str(file)
-        except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL in the name
-            pass
         found = ""
     return found

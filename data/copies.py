@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import datasets
 import pyarrow
@@ -17,12 +18,12 @@ import pyarrow.compute
 from utils.image_utils import is_image_start
 
 CACHE_FILE = "image_hashes.sqlite3"  # in the library's cache folder
-BLOCK = 2**16  # bytes read at a time
-TASK = 100  # files that a thread hashes in one go
+BLOCK = 2**20  # bytes read at a time
 READERS = 8  # threads: hashing and reading release the GIL, and a network disk answers several at once
 NOT_AN_IMAGE = b""  # in place of a hash: equal broken files are unreadable images, not copies of a plant
 SELECT = "SELECT hash FROM hashes WHERE path = ? AND size = ? AND modified_ns = ?"
 CREATE = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER, modified_ns INTEGER, hash BLOB)"
+INSERT = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)"
 
 
 class ImageFile(NamedTuple):
@@ -75,71 +76,54 @@ def _batches(splits: Iterable[datasets.Dataset]) -> Iterator[tuple[pyarrow.Array
 
 def _hash_rows(splits: Sequence[datasets.Dataset], wanted: set[int]) -> dict[int, bytes]:
     """Hashes of images whose bytes are in the rows; one at a time is read."""
-    hashes, first = {}, 0
-    for contents, _ in _batches(splits) if wanted else ():
-        for index in range(len(contents)):
-            if first + index in wanted:
-                content = contents[index].as_buffer()
-                is_image = is_image_start(content[:16].to_pybytes())
-                hashes[first + index] = hashlib.sha256(content).digest() if is_image else NOT_AN_IMAGE
-        first += len(contents)
-    return hashes
+    numbers = itertools.count()
+    return {
+        number: _hash(io.BytesIO(content.as_buffer()))
+        for contents, _ in (_batches(splits) if wanted else ())
+        for content, number in zip(contents, numbers)
+        if number in wanted
+    }
+
+
+def _hash(file: BinaryIO) -> bytes:
+    """sha256 of an image; NOT_AN_IMAGE for a file of another kind."""
+    if not is_image_start(start := file.read(16)):
+        return NOT_AN_IMAGE
+    digest = hashlib.sha256(start)
+    while block := file.read(BLOCK):
+        digest.update(block)
+    return digest.digest()
 
 
 def hash_files(files: dict[int, ImageFile]) -> dict[int, bytes]:
-    """sha256 of each file that can be read, NOT_AN_IMAGE for one of another kind. Keys are those of `files`."""
-    hashes = _read_cache(files)
-    missing = {number: file for number, file in files.items() if number not in hashes}
-    if missing:
-        paths = [file.path for file in missing.values()]
-        tasks = [paths[start : start + TASK] for start in range(0, len(paths), TASK)]
-        with ThreadPoolExecutor(READERS) as pool:
-            contents = itertools.chain(*pool.map(_hash_paths, tasks))
-            found = {number: content for number, content in zip(missing, contents) if content is not None}
-        _write_cache([(*missing[number], content) for number, content in found.items()])
-        hashes |= found
-    return hashes
-
-
-def _hash_paths(paths: list[str]) -> list[bytes | None]:
-    return [_hash_file(path) for path in paths]
+    """The hash of each file that can be read, from the cache where it is known. Keys are those of `files`."""
+    hashes: dict[int, bytes] = {}
+    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache:
+        for number, file in files.items():
+            if (kept := cache.execute(SELECT, file).fetchone()) and isinstance(kept[0], bytes):
+                hashes[number] = kept[0]
+    missing = [number for number in files if number not in hashes]
+    with ThreadPoolExecutor(READERS) as pool:
+        contents = pool.map(_hash_file, (files[number].path for number in missing))
+        found = {number: content for number, content in zip(missing, contents) if content is not None}
+    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache, cache:
+        cache.executemany(INSERT, [(*files[number], content) for number, content in found.items()])
+    return hashes | found
 
 
 def _hash_file(path: str) -> bytes | None:
     try:
-        with open(path, "rb", buffering=0) as file:
-            block = file.read(BLOCK)
-            if not is_image_start(block[:16]):
-                return NOT_AN_IMAGE
-            digest = hashlib.sha256()
-            while block:
-                digest.update(block)
-                block = file.read(BLOCK)
-            return digest.digest()
+        with open(path, "rb") as file:
+            return _hash(file)
     except OSError:
         return None
 
 
 @contextlib.contextmanager
 def _open_cache() -> Iterator[sqlite3.Connection]:
+    """The hashes of earlier starts; a cache that cannot be used only makes a start slower."""
     folder = f"{datasets.config.HF_DATASETS_CACHE}"
     os.makedirs(folder, exist_ok=True)
     with contextlib.closing(sqlite3.connect(os.path.join(folder, CACHE_FILE), timeout=5)) as cache:
         cache.execute(CREATE)
         yield cache
-
-
-def _read_cache(files: dict[int, ImageFile]) -> dict[int, bytes]:
-    """The hashes that are kept; a cache that cannot be used only makes the start slower."""
-    hashes = {}
-    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache:
-        for number, file in files.items():
-            kept = cache.execute(SELECT, file).fetchone()
-            if kept and isinstance(kept[0], bytes):
-                hashes[number] = kept[0]
-    return hashes
-
-
-def _write_cache(entries: list[tuple[str, int, int, bytes]]) -> None:
-    with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache, cache:
-        cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", entries)

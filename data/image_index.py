@@ -23,6 +23,7 @@ class ImageIndex:
     def __init__(self, paths: Iterable[str]):
         """`paths` are relative, with slashes."""
         self.paths = list(paths)
+        self.seen: set[int] = set()  # numbers of those that tables list
         self._by_stem: dict[str, list[int]] = defaultdict(list)
         for number, path in enumerate(self.paths):
             self._by_stem[_stem(path.rpartition("/")[2])].append(number)

@@ -15,7 +15,7 @@ from data.labels import name_key, split_of
 from data.rows import SPLITS
 from data.survey import Excluded, Folder
 from utils.image_utils import printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 # Subfolders of a class that are no classes: the parts of a plant, where and when it was seen, a level of no meaning.
 PARTS = {
@@ -91,20 +91,14 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
             raise UserError(
                 f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
             )
-        if any(not folder.filled for folder in splits.values()):  # classes beside images without labels
-            for split in [split for split, folder in splits.items() if not folder.filled]:
-                excluded.add(
-                    "images in a folder without class folders", splits[split].path, splits.pop(split).num_images
-                )
+        for split in [split for split, folder in splits.items() if not folder.filled]:  # images without labels
+            excluded.add_folder("images in a folder without class folders", splits.pop(split))
         if splits:
             layout.notes.append("class folders beside the split folders are train")
         splits["train"] = Folder(root.path, folders=others, num_images=sum(folder.num_images for folder in others))
         others = []
     for folder in others if splits else ():
-        excluded.add("images beside the split folders", folder.path, folder.num_images)
-    for folder in root.folders if splits else ():
-        if not folder.num_images:
-            excluded.add("folders without images", folder.path)
+        excluded.add_folder("images beside the split folders", folder)
     counts = [
         _read_split(layout, split, folder, excluded)
         for split, folder in sorted((splits or {"train": root}).items(), key=lambda item: SPLITS.index(item[0]))
@@ -129,17 +123,12 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
     known = {name_key(entry.name) for entry in layout.splits.get("train", ())}
     is_flat = len(entries) == 1 < len(known) and name_key(entries[0].name) not in known  # test/unknown/0001.jpg
     if split != "train" and (not entries or is_flat):
-        excluded.add(
-            f"images of {printable(folder.name)} without class folders, so they cannot be scored",
-            folder.path,
-            folder.num_images,
+        excluded.add_folder(
+            f"images of {printable(folder.name)} without class folders, so they cannot be scored", folder
         )
         return ""
     if entries and folder.images:
         excluded.add("images in no class folder", folder.path / folder.images[0].name, len(folder.images))
-    for empty in folder.folders:
-        if not empty.num_images:
-            excluded.add("folders without images", empty.path)
     layout.splits[split] = entries
     place = folder.path.relative_to(layout.root.path).as_posix()
     inner = [entry.folder.path for entry in entries if entry.folder not in folder.folders]
@@ -150,16 +139,16 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
 
 def find_splits(folder: Folder) -> dict[str, Folder]:
     """Its subfolders that are splits, by split. Raises UserError for two of one split."""
-    found: dict[str, list[Folder]] = defaultdict(list)
+    found: dict[str, Folder] = {}
     names = name_splits(folder)
     for below in folder.filled:
-        if below.name in names:
-            found[names[below.name]].append(below)
-    for split, folders in found.items():
-        if len(folders) > 1 and "train" in found:
-            listed = " and ".join(repr(below.name) for below in folders)
-            raise UserError(f"{folder.path}: {listed} are both taken for {split}; rename one, or move it elsewhere")
-    return {split: folders[0] for split, folders in found.items()}
+        if (split := names.get(below.name)) in found and "train" in names.values():
+            raise UserError(
+                f"{folder.path}: {found[split].name!r} and {below.name!r} are both taken for {split}; rename one, or "
+                "move it elsewhere"
+            )
+        found |= {split: found.get(split, below)} if split else {}
+    return found
 
 
 def name_splits(folder: Folder) -> dict[str, str]:
@@ -196,7 +185,7 @@ def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
         raise UserError(f"{folder.path}: holds {len(inner)} data sets; {give_one(below.path for below in inner)}")
     for child in folder.filled if inner else ():
         if child.path != inner[0].path and child.path not in inner[0].path.parents:
-            excluded.add("images beside the data set", child.path, child.num_images)
+            excluded.add_folder("images beside the data set", child)
     return inner[0] if inner else None
 
 
@@ -230,7 +219,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     aside = [child for child in top.filled if child.name.lower() in ASIDE]
     children = [child for child in top.filled if child not in aside] or aside
     for child in aside if children is not aside else ():
-        excluded.add("images in folders that name no class", child.path, child.num_images)
+        excluded.add_folder("images in folders that name no class", child)
     groups = [child for child in children if not child.images and not _is_one_class(child)]
     if len(children) > 1 and all(map(_has_one_inside, groups)):
         groups = []  # rose/balcony/ among class folders: rose
@@ -246,15 +235,15 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
         specimens = deep and _are_specimens(child) and not any(map(_holds_several_plants, child.filled))
         entries.append(ClassFolder(child.name, child, deep, specimens))
         for below in child.filled if not deep else ():
-            excluded.add("images in a folder inside a class folder", below.path, below.num_images)
+            excluded.add_folder("images in a folder inside a class folder", below)
     keys = {name_key(child.name) for child in plain}
     for group in groups:
         if plain and any(map(_has_train, group.walk())):
-            excluded.add("images of a data set among the class folders", group.path, group.num_images)
+            excluded.add_folder("images of a data set among the class folders", group)
             continue
         inner = find_classes(group, excluded)
         if plain and sum(name_key(entry.name) in keys for entry in inner) * 2 > len(inner):
-            excluded.add("images in a folder with the same classes again", group.path, group.num_images)
+            excluded.add_folder("images in a folder with the same classes again", group)
             continue
         if group.images:
             excluded.add("images in no class folder", group.path, len(group.images))
@@ -332,12 +321,11 @@ def describe_flat(folder: Folder) -> str:
         )
     if folder.num_images:
         flat = max(folder.walk(), key=lambda below: len(below.images))
-        listed = ", ".join(printable(path.name) for path in tables[:3]) + (", ..." if len(tables) > 3 else "")
         above = f"; if they are one class of several, --dataset {printable(str(folder.path.parent))!r}"
         return (
             f"{flat.path}: {len(flat.images):,} images lie here, none in a class folder; move them to "
             "<class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
-            + (f" ({listed}: no such table)" if tables else "" if folder.filled else above)
+            + (f" ({some(path.name for path in tables)}: no such table)" if tables else "" if folder.filled else above)
         )
     if archives:
         return (

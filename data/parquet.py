@@ -1,11 +1,12 @@
 """Parquet files and data sets that `datasets` saved, read as memory-mapped Arrow or as a stream."""
 
+import contextlib
 import functools
 import glob
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,14 +17,15 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, load_dataset_builder, load_from_disk
 
 from data.arrow import read_tables
-from data.classes import check_range, find_label_column
+from data.classes import find_label_column
 from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file
 from data.labels import split_of
-from data.rows import SPLITS, Reading, Source
+from data.layout import give_one
+from data.rows import SPLITS, Reading, Source, allow_incomplete
 from data.streaming import Stream
 from data.survey import Folder
 from utils.image_utils import printable
-from utils.logging_utils import UserError, first_line, logger
+from utils.logging_utils import UserError, first_line, logger, some
 
 SERIES = re.compile(r"(.+?)-(\d+)-of-(\d+)(-\w+)?")  # the files of a split: train-00000-of-00004.parquet
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk writes, of several splits and of one
@@ -56,7 +58,7 @@ def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> S
     warnings += _warn_unused("have no images and are not used", path, others)
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
-    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
+    return read_tables(splits, reading, where, roots, _beside(path), warnings)
 
 
 def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
@@ -78,36 +80,25 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     if by_path:
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
-    _check_streamed_labels(path, train_files, splits, label)
-    try:
-        train = Stream(train_files, reading.seed, (image, label))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: the parquet files cannot be read ({first_line(error)})") from error
-    source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
-    return source._replace(splits={"train": train} | source.splits)
-
-
-def _check_streamed_labels(path: Path, files: Sequence[Path], splits: Mapping[str, Dataset], label: str) -> None:
-    """Raise UserError unless all splits have the same ClassLabel, and the streamed `files` labels in its range."""
-    features = {str(file): _read_features(file).get(label) for file in files}
+    features = {str(file): _read_features(file).get(label) for file in train_files}
     features |= {split: rows.features.get(label) for split, rows in splits.items()}
-    names = {name: getattr(feature, "names", None) for name, feature in features.items()}
-    expected = names[str(files[0])]
-    if not expected:
+    names = getattr(features[str(train_files[0])], "names", None)
+    if not names:
+        raise UserError(f"--streaming true: labels in {path} have no names; write them as a ClassLabel, or use false")
+    if other := next((name for name, feature in features.items() if getattr(feature, "names", None) != names), None):
         raise UserError(
-            f"--streaming true: the labels in {path} have no names; write them as a ClassLabel, or use false"
+            f"--streaming true: the label names of {other} in {path} differ from those of train, or are in another "
+            "order; write all with the same ClassLabel"
         )
-    for name, class_names in names.items():
-        if class_names != expected:
+    for file in train_files:
+        labels = pyarrow.parquet.read_table(file, columns=[label]).column(label).unique().to_pylist()
+        if odd := {*labels} - {*range(len(names))}:
             raise UserError(
-                f"--streaming true: the label names of {name} in {path} differ from those of train, or are in another "
-                "order; write all with the same ClassLabel"
+                f"{file}: has the label {odd.pop()}, expected 0 to {len(names) - 1}; leave images without a label out"
             )
-    for file in files:
-        column = pyarrow.parquet.read_table(file, columns=[label]).column(label)
-        check_range(column, len(expected), "train", str(file))
+    source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
+    with _explaining(where, "write the files again, all alike"):
+        return source._replace(splits={"train": Stream(train_files, reading.seed, (image, label)), **source.splits})
 
 
 def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
@@ -119,16 +110,16 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
             "expected is a folder written by save_to_disk, or write parquet: Dataset.from_file(...).to_parquet(...)"
         )
     path, where = found[0], f"saved data set {found[0]}"
-    try:
+    with _explaining(where, "save it again, or write parquet with to_parquet"):
         saved = load_from_disk(str(path))
-    except Exception as error:
-        raise UserError(
-            f"{where}: cannot be read ({first_line(error)}); save it again, or write parquet with to_parquet"
-        ) from error
     splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
-    roots = {split: [path] for split in splits}
-    return read_tables(splits, reading, where, roots, (path, *list(path.parents)[:2]), warnings)
+    return read_tables(splits, reading, where, {split: [path] for split in splits}, _beside(path), warnings)
+
+
+def _beside(path: Path) -> list[Path]:
+    """Folders in which a file may give names to numbers."""
+    return [path, *path.parents][:3]
 
 
 # ---- splits
@@ -138,18 +129,19 @@ def name_splits(tables: Mapping[str, Dataset], where: str) -> tuple[dict[str, Da
     """(the tables as train, validation and test, warnings of those that are not used); one alone is train."""
     if len(tables) == 1 and split_of(next(iter(tables))) in (None, "train"):
         return {"train": next(iter(tables.values()))}, []
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in tables:
-        found[split_of(name) or ""].append(name)
-    unused = found.pop("", [])
+    found: dict[str, str] = {}
     listed = ", ".join(map(printable, tables))
-    for split, names in found.items():
-        if len(names) > 1:
-            raise UserError(f"{where}: {' and '.join(names)} are both taken for {split}; rename one, it has {listed}")
+    for name in tables:
+        if (split := split_of(name)) in found:
+            raise UserError(
+                f"{where}: {found[split]} and {name} are both taken for {split}; rename one, it has {listed}"
+            )
+        found |= {split: name} if split else {}
     if "train" not in found:
         raise UserError(f"{where}: no split is called train, it has {listed}; rename the one to learn from")
-    warnings = [f"splits that are not used: {', '.join(map(printable, unused))}"] if unused else []
-    return {split: tables[found[split][0]] for split in SPLITS if split in found}, warnings
+    unused = [name for name in tables if name not in found.values()]
+    warnings = [f"splits that are not used: {some(unused, 10)}"] if unused else []
+    return {split: tables[found[split]] for split in SPLITS if split in found}, warnings
 
 
 def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tuple[dict[str, list[Path]], list[str]]:
@@ -177,18 +169,14 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
 
 def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
     """Warnings of numbered files that are missing. Raises UserError for these unless they are allowed."""
-    series: Counter[tuple[Path, int]] = Counter()
-    for file in files:
-        if found := SERIES.fullmatch(file.stem):
-            series[file.parent / found[1], int(found[3])] += 1
-    warnings = []
-    for (name, expected), count in series.items():
-        if count < expected:
-            message = f"{name}-*-of-{expected:05d}: {count} of {expected} files are there"
-            if not allow_missing:
-                raise UserError(f"{message}; add the missing files, or continue without them: --allow-missing true")
-            warnings.append(f"{message}; continuing without the missing files")
-    return warnings
+    series = Counter(
+        (file.parent / found[1], int(found[3])) for file in files if (found := SERIES.fullmatch(file.stem))
+    )
+    return [
+        allow_incomplete(f"{name}-*-of-{expected:05d}: {count} of {expected} files are there", allow_missing)
+        for (name, expected), count in series.items()
+        if count < expected
+    ]
 
 
 def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
@@ -199,41 +187,43 @@ def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
             by_name[file.name].append(file.parent)
     folders = max(by_name.values(), key=len, default=[])
     if len(folders) > 1:
-        listed = ", ".join(f"--dataset {printable(str(folder))!r}" for folder in folders)
-        raise UserError(f"{path}: holds {len(folders)} data sets; give one of them: {listed}")
+        raise UserError(f"{path}: holds {len(folders)} data sets; {give_one(folders)}")
 
 
 def _warn_unused(what: str, path: Path, files: Sequence[Path]) -> list[str]:
     if not files:
         return []
-    names = ", ".join(printable(str(file.relative_to(path))) for file in files[:3])
-    return [f"{len(files):,} parquet files {what}: {names}{', ...' if len(files) > 3 else ''}"]
+    return [f"{len(files):,} parquet files {what}: {some(str(file.relative_to(path)) for file in files)}"]
 
 
 # ---- files
 
 
+@contextlib.contextmanager
+def _explaining(where: str, move: str = "write it again") -> Iterator[None]:
+    """An error of Arrow or of `datasets` becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: cannot be read ({first_line(error.__cause__ or error)}); {move}") from error
+
+
 def _read_features(file: Path) -> Features:
-    try:
+    with _explaining(f"parquet file {file}"):
         schema = pyarrow.parquet.read_schema(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: is not a parquet file ({first_line(error)}); write it again") from error
-    if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
-        raise UserError(f"{file}: two columns are called {printable(repeated[0])}; rename one")
-    try:
+        if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
+            raise UserError(f"{file}: two columns are called {printable(repeated[0])}; rename one")
         return Features.from_arrow_schema(schema)
-    except Exception as error:  # what the file says about its columns is not what they are
-        raise UserError(f"{file}: its columns cannot be read ({first_line(error)}); write it again") from error
 
 
 def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
     """The first rows of a column."""
-    try:
+    with _explaining(f"parquet file {file}, column {name}"):
         table = pyarrow.parquet.ParquetFile(file)
         batches = islice(table.iter_batches(FIRST_ROWS, columns=[name]), 1)
         return pyarrow.chunked_array([batch.column(name) for batch in batches], table.schema_arrow.field(name).type)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: the column {name} cannot be read ({first_line(error)}); write it again") from error
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:
@@ -248,13 +238,8 @@ def _read_files(where: str, files: Sequence[Path]) -> Dataset:
         builder.download_and_prepare(**options)
         return builder.as_dataset(split="train")
 
-    try:
+    with _explaining(where, "write the files again, all alike"):
         return load_complete(load)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"{where}: the parquet files cannot be read ({reason}); write them again, all alike") from error
 
 
 def load_complete(load: Callable[..., Dataset | DatasetDict]) -> Dataset | DatasetDict:

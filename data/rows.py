@@ -50,6 +50,13 @@ class Source(NamedTuple):
     is_published: bool = False  # its splits are those that others report on: used as they are, copies and all
 
 
+def allow_incomplete(what: str, is_allowed: bool) -> str:
+    """A warning of a data set that is not complete. Raises UserError unless that is allowed."""
+    if not is_allowed:
+        raise UserError(f"{what}; add what is missing, or continue without it: --allow-missing true")
+    return f"{what}; continuing without the rest"
+
+
 def count_images(rows: Dataset | Stream) -> int:
     """Images of a split; of a stream, those of one pass."""
     return rows.num_images if isinstance(rows, Stream) else len(rows)

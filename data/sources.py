@@ -20,12 +20,12 @@ from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
-from data.rows import ROW, ImageRow, Reading, Source, build_rows
+from data.rows import ROW, ImageRow, Reading, Source, allow_incomplete, build_rows
 from data.survey import ARCHIVES, TABLES, Excluded, Folder, add_unused, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
 from utils.image_utils import is_image_name, printable
-from utils.logging_utils import UserError, logger
+from utils.logging_utils import UserError, logger, some
 
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
@@ -184,13 +184,8 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
                 missing.append(file.name)
         splits[split] = build_rows(images)
     if missing:
-        message = (
-            f"{folder / 'jpg'}: {len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing "
-            f"({', '.join(missing[:5])}, ...)"
-        )
-        if not allow_missing:
-            raise UserError(f"{message}; unpack 102flowers.tgz again, or continue without them: --allow-missing true")
-        warnings.append(f"{message}; continuing without them")
+        count = f"{len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing ({some(missing, 5)})"
+        warnings.append(allow_incomplete(f"{folder / 'jpg'}: {count}", allow_missing))
     return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}", warnings=warnings, is_published=True)
 
 

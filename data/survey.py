@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.image_utils import HEIF_SUFFIXES, SUFFIXES, looks_like_image, printable, reads_heif
-from utils.logging_utils import UserError
+from utils.image_utils import HEIF_SUFFIXES, SUFFIXES, looks_like_image, reads_heif
+from utils.logging_utils import UserError, some
 
 MAX_DEPTH = 32  # folders below the path
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
@@ -76,15 +76,19 @@ class Excluded:
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, reason: str, path: Path, count: int = 1) -> None:
+    def add(self, reason: str, place: Path | str, count: int = 1) -> None:
+        """`place`: a path, which is reported as it lies below the root, or a text such as a cell of a table."""
         self.counts[reason] += count
         if len(self.places[reason]) <= 3:
-            self.places[reason].append(printable(os.path.relpath(path, self.root)))
+            self.places[reason].append(place if isinstance(place, str) else os.path.relpath(place, self.root))
+
+    def add_folder(self, reason: str, folder: Folder) -> None:
+        self.add(reason, folder.path, folder.num_images)
 
     def lines(self) -> list[str]:
         """A line for each reason, e.g. "not used: .mov files: 4 (oak/a.mov, oak/b.mov, oak/c.mov, ...)"."""
         return [
-            f"not used: {reason}: {self.counts[reason]:,} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+            f"not used: {reason}: {self.counts[reason]:,} ({some(place[:100] for place in places)})"
             for reason, places in sorted(self.places.items())
         ]
 
@@ -138,6 +142,8 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
     folder.folders.sort(key=lambda below: below.name)
     folder.images.sort()
     folder.num_images = len(folder.images) + sum(below.num_images for below in folder.folders)
+    if depth and not (folder.images or folder.files or folder.folders):
+        excluded.add("folders without images", path)
     return folder
 
 

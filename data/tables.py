@@ -10,7 +10,6 @@ import operator
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from data.columns import (
 from data.image_index import WAYS, FileColumn, ImageIndex, find_file_column, index_folder
 from data.labels import name_key, split_of
 from data.records import ADDRESS, Records, open_records
-from data.survey import Folder
+from data.survey import Excluded, Folder
 from utils.image_utils import printable
 from utils.logging_utils import UserError
 
@@ -111,32 +110,20 @@ def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str 
     index = index_folder(folder)
     if not index.paths:
         raise UserError(f"{tables[0]}: there are no images in {folder.path} and below; put the table beside its images")
-    contents, warnings, problems = [], [], []
-    seen: set[int] = set()
+    contents, problems, excluded = [], [], Excluded(folder.path)
     for table in tables:
         try:
-            contents.append(_read_content(table, folder.path, index, label_column, seen))
+            contents.append(_read_content(table, index, label_column, excluded))
         except UserError as error:
             problems.append(error)
-            warnings.append(f"not used: {_name(table, folder.path)} ({error})")
     if not contents:
         raise problems[0]
-    rows = _merge(contents, folder.path, warnings)
-    missing = [path for number, path in enumerate(index.paths) if number not in seen]
-    warnings += _not_used("image", f"without a row in the table{'s' if len(tables) > 1 else ''}", missing)
-    notes = _describe(contents, folder.path, rows)
-    return LabelTable(rows, contents[0].labels[0], contents[0].file.name, notes, warnings)
-
-
-def _name(table: Path, root: Path) -> str:
-    return printable(os.path.relpath(table, root))
-
-
-def _not_used(what: str, why: str, examples: Sequence[str], count: int | None = None) -> list[str]:
-    """A warning of as many as there are examples, or of `count`; none of nothing."""
-    count = len(examples) if count is None else count
-    listed = ", ".join(printable(example)[:100] for example in examples[:3]) + (", ..." if count > 3 else "")
-    return [f"not used: {count:,} {what}{'s' if count > 1 else ''} {why} ({listed})"] if count else []
+    rows = _merge(contents, excluded)
+    for number, path in enumerate(index.paths):
+        if number not in index.seen:
+            excluded.add("images without a row in a table", path)
+    warnings = [*(f"not used: {error}" for error in problems), *excluded.lines()]
+    return LabelTable(rows, contents[0].labels[0], contents[0].file.name, _describe(contents, rows), warnings)
 
 
 # ---- content
@@ -147,6 +134,7 @@ class Content:
     """What a table says of the images of a folder."""
 
     table: Path
+    name: str  # below the folder
     columns: Sequence[str]
     file: FileColumn
     split: str  # of all rows, or ""
@@ -154,20 +142,14 @@ class Content:
     group_column: str | None
     labels: list[str] = field(default_factory=list)  # the label column, then others that may be meant
     rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
-    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> first three cells
-    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def read_split(self, row: Mapping[str, str]) -> str:
         return self.split or (read_split(self.split_column, row[self.split_column]) if self.split_column else "")
 
-    def skip(self, reason: str, cell: str) -> None:
-        self.counts[reason] += 1
-        if len(self.skipped[reason]) < 3:
-            self.skipped[reason].append(cell)
 
-
-def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str | None, seen: set[int]) -> Content:
-    """The rows of a table that label images, of which the numbers go to `seen`. Raises UserError."""
+def _read_content(table: Path, index: ImageIndex, label_column: str | None, excluded: Excluded) -> Content:
+    """The rows of a table that label images. Raises UserError."""
+    root, name = excluded.root, printable(os.path.relpath(table, excluded.root))
     records = open_records(table)
     file = find_file_column(records, index)
     if file and next(index.find(file.name), None):  # the first row has no suffix that tells it
@@ -177,13 +159,14 @@ def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str 
         raise _no_file_column(records, root)
     sample = records.sample(without=file.name)
     group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
-    content = Content(table, records.columns, file, split_of_file(table, root), find_split_column(sample), group)
-    matches = _match_rows(content, records, index, root, seen)
+    content = Content(table, name, records.columns, file, split_of_file(table, root), find_split_column(sample), group)
+    matches = _match_rows(content, records, index, excluded)
     first = list(itertools.islice(matches, LABEL_ROWS))
     if not first:
         raise UserError(
             f"{table}: several images have the file names in column {printable(file.name)}, such as "
-            f"{printable(content.skipped[SEVERAL][0])}; write the folder into the column, or move one of them elsewhere"
+            f"{excluded.places[f'rows of {name} {SEVERAL}'][0]}; write the folder into the column, or move one of them "
+            "elsewhere"
         )
     read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
     for images, row in itertools.chain(first, matches):
@@ -196,30 +179,30 @@ def _read_content(table: Path, root: Path, index: ImageIndex, label_column: str 
                 of_image = _split_of_folder(path.rpartition("/")[0]) if folders_tell else split
                 content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), of_image, group)))
             else:
-                is_one_hot = content.labels[0] == ONE_HOT
-                content.skip("without a 1, or with several" if is_one_hot else "without label", printable(path))
+                why = "without a 1, or with several" if content.labels[0] == ONE_HOT else "without label"
+                excluded.add(f"rows of {name} {why}", path)
     return content
 
 
 def _match_rows(
-    content: Content, records: Records, index: ImageIndex, root: Path, seen: set[int]
+    content: Content, records: Records, index: ImageIndex, excluded: Excluded
 ) -> Iterator[tuple[list[int], dict[str, str]]]:
     """(its images, its cells by column) for each row that has an image."""
-    parent, way = content.table.parent, content.file.way
-    near = f"{parent.relative_to(root).as_posix()}/".removeprefix("./") if parent.is_relative_to(root) else ""
+    way, near = content.file.way, content.name.rpartition("/")[0]
+    near = f"{near}/" if near and not near.startswith("..") else ""
     for cells in records.rows():
         cell = cells[content.file.number]
         images = dict(index.find(cell, (way,))).get(way, [])
         if not images:
-            content.skip("whose file is not there", cell or "an empty cell")
+            excluded.add(f"rows of {content.name} whose file is not there", cell or "an empty cell")
             continue
         row = dict(zip(records.columns, cells))
         if way != "observation" and len(images) > 1:
             images = index.narrow(images, cell, near, content.read_split(row))
             if len(images) > 1:
-                content.skip(SEVERAL, cell)
+                excluded.add(f"rows of {content.name} {SEVERAL}", cell)
                 continue
-        seen.update(images)
+        index.seen.update(images)
         yield images, row
 
 
@@ -262,8 +245,8 @@ def _no_file_column(records: Records, root: Path) -> UserError:
 # ---- rows
 
 
-def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list[LabelRow]:
-    """A row for each image that has one label; what is not used goes to `warnings`. UserError if most have two."""
+def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
+    """A row for each image that has one label. Raises UserError if most have two."""
     rows: dict[int, LabelRow] = {}
     conflicts: dict[int, str] = {}
     for content in contents:
@@ -275,11 +258,8 @@ def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list
                 conflicts[image] = f"{row.id}: {known.split}, {row.split}"
             elif known is not row:
                 rows[image] = known._replace(split=known.split or row.split, group=known.group or row.group)
-        for reason, count in content.counts.items():
-            why = f"of {_name(content.table, root)} {reason}"
-            warnings += _not_used("row", why, content.skipped[reason], count)
     if len(conflicts) * 2 > len(rows):
-        listed = " and ".join(_name(content.table, root) for content in contents)
+        listed = " and ".join(content.name for content in contents)
         example = printable(next(iter(conflicts.values())))[:200]
         if {"xmin", "bbox"} & {plain_name(column) for content in contents for column in content.columns}:
             raise UserError(
@@ -290,7 +270,8 @@ def _merge(contents: Sequence[Content], root: Path, warnings: list[str]) -> list
             f"{listed}: {len(conflicts):,} of {len(rows):,} images have several labels or splits ({example}); give one "
             "table (--dataset TABLE), or another column (--label-column NAME)"
         )
-    warnings += _not_used("image", "with several labels or splits", list(conflicts.values()))
+    for conflict in conflicts.values():
+        excluded.add("images with several labels or splits", conflict)
     return _tidy([rows[image] for image in sorted(rows) if image not in conflicts])
 
 
@@ -309,9 +290,9 @@ def _tidy(rows: list[LabelRow]) -> list[LabelRow]:
     ]
 
 
-def _describe(contents: Sequence[Content], root: Path, rows: Sequence[LabelRow]) -> list[str]:
+def _describe(contents: Sequence[Content], rows: Sequence[LabelRow]) -> list[str]:
     first = contents[0]
-    tables = ", ".join(_name(content.table, root) for content in contents)
+    tables = ", ".join(content.name for content in contents)
     notes = [f"labels from column {printable(first.labels[0])} of {tables}"]
     if first.labels[0] == ONE_HOT:
         notes = [f"labels from the columns of 0 and 1 of {tables}"]

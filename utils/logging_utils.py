@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -49,6 +49,12 @@ class UserError(Exception):
 def printable(name: str) -> str:
     """A file name that stays on one line of the log."""
     return name if name.isprintable() else repr(name)
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first of many names, on one line of the log."""
+    names = list(names)
+    return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -253,7 +253,7 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
     rows = [("../secret.jpg", "daisy"), (tmp_path / "secret.jpg", "rose"), ("0001.jpg", "daisy"), ("0002.jpg", "rose")]
     table = read(put(tmp_path / "mine" / "labels.csv", lines("path,label", rows)), tmp_path / "mine")
     assert {row.id for row in table.rows} == {"0001.jpg", "0002.jpg"}
-    assert any("2 rows of labels.csv whose file is not there" in warning for warning in table.warnings)
+    assert any("rows of labels.csv whose file is not there: 2 (" in warning for warning in table.warnings)
 
 
 def test_nothing_matches_says_the_columns_and_what_a_file_column_holds(tmp_path):
@@ -279,7 +279,7 @@ def test_a_file_name_that_several_images_have_is_not_guessed(tmp_path):
     images(tmp_path / "images", 1, "more.jpg")
     table = read(put(tmp_path / "a.csv", labels([*names, "more.jpg"])), tmp_path)
     assert classes(table) == {"images/more.jpg": "rose"}
-    assert table.warnings[0].startswith("not used: 4 rows of a.csv whose file name several images have (0000.jpg, ")
+    assert table.warnings[1].startswith("not used: rows of a.csv whose file name several images have: 4 (0000.jpg, ")
 
 
 # ---- labels
@@ -292,7 +292,7 @@ def test_columns_of_0_and_1_are_classes(tmp_path):
     rows += [f"{names[6]}, 0, 0, 0", f"{names[7]}, 1, 1, 0"]
     table = read(put(tmp_path / "_classes.csv", "\n".join(["filename, daisy, rose, tulip", *rows])), tmp_path)
     assert [row.class_name for row in table.rows] == [*FLOWERS] * 2
-    assert table.warnings == ["not used: 2 rows of _classes.csv without a 1, or with several (0006.jpg, 0007.jpg)"]
+    assert table.warnings == ["not used: rows of _classes.csv without a 1, or with several: 2 (0006.jpg, 0007.jpg)"]
     assert table.notes == ["labels from the columns of 0 and 1 of _classes.csv"]
 
 
@@ -329,10 +329,10 @@ def test_rows_that_cannot_be_used_are_counted_with_examples(tmp_path):
     table = read(put(tmp_path / "a.csv", lines("file,label", rows)), tmp_path)
     assert [row.id for row in table.rows] == [names[number] for number in (0, 1, 3, 4, 5, 6, 7)]
     assert table.warnings == [
-        "not used: 5 rows of a.csv whose file is not there (gone0.jpg, gone1.jpg, gone2.jpg, ...)",
-        "not used: 1 row of a.csv without label (0008.jpg)",
-        "not used: 1 image with several labels or splits (0002.jpg: tulip, rose)",
-        "not used: 3 images without a row in the table (0009.jpg, 0010.jpg, 0011.jpg)",
+        "not used: images with several labels or splits: 1 (0002.jpg: tulip, rose)",
+        "not used: images without a row in a table: 3 (0009.jpg, 0010.jpg, 0011.jpg)",
+        "not used: rows of a.csv whose file is not there: 5 (gone0.jpg, gone1.jpg, gone2.jpg, ...)",
+        "not used: rows of a.csv without label: 1 (0008.jpg)",
     ]
 
 
@@ -408,7 +408,7 @@ def test_tables_of_splits_are_merged_and_one_without_labels_is_not_used(tmp_path
     assert sum(row.split == "validation" for row in table.rows) == 3 and len(table.rows) == 9
     assert "splits from the tables" in table.notes
     (warning,) = table.warnings  # the images of the contest's test are not missing
-    assert warning.startswith("not used: test.csv (") and "has no labels" in warning
+    assert warning.startswith("not used: ") and "test.csv: has no labels" in warning
 
 
 def test_metadata_of_hugging_face_inside_the_split_folders(tmp_path):
