@@ -247,7 +247,8 @@ def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray])
     found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
     by_path = not found
     if by_path:
-        found = [name for name, kind in kinds.items() if kind == "text" and _are_paths(_values(head(name)))]
+        texts = {name: _values(head(name)) for name, kind in kinds.items() if kind == "text"}
+        found = [name for name, cells in texts.items() if sum(map(_is_path, cells)) * 2 > len(cells)]
     known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
     return list(dict.fromkeys([*known, *found])), by_path
 
@@ -275,6 +276,5 @@ def _values(column: pyarrow.ChunkedArray) -> list:
     return [value for value in values_of(column) if value is not None]
 
 
-def _are_paths(values: Sequence[str]) -> bool:
-    paths = [value for value in values if value.lower().endswith(SUFFIXES) and "://" not in value]
-    return len(paths) * 2 > len(values)
+def _is_path(cell: str) -> bool:
+    return cell.lower().endswith(SUFFIXES) and "://" not in cell

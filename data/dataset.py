@@ -61,11 +61,11 @@ class PlantData:
         return digest.hexdigest()
 
     def validate(self) -> None:
-        """Raise UserError for an empty split, fewer than two classes, an ambiguous class name or a repeated image."""
+        """Raise UserError for an empty split, fewer than two classes, or a repeated image."""
         splits = {split: getattr(self, split) for split in SPLITS}
         held = {split: rows for split, rows in splits.items() if not isinstance(rows, Stream)}
-        for split in SPLITS:
-            if (len(held[split]) if split in held else self.num_train) == 0:
+        for split, rows in splits.items():
+            if not count_images(rows):
                 raise UserError(f"{self.source}: split {split} has no images; add some, or use another --dataset")
         # The labels of a stream are not known before it is read.
         if len(self.class_names) < 2 or ("train" in held and len(set(self.train["label"][:])) < 2):
@@ -73,9 +73,6 @@ class PlantData:
                 f"{self.source}: only one class ({self.class_names[0]!r}); there is nothing to classify, add a second"
                 + "".join(f"; {warning}" for warning in self.warnings)
             )
-        for name, count in Counter(self.class_names).items():
-            if count > 1 or not name:
-                raise UserError(f"{self.source}: class name {name!r} is empty or used by two classes; rename one")
         for image_id, count in Counter(itertools.chain(*(rows["id"][:] for rows in held.values()))).items():
             if count > 1:
                 raise UserError(

@@ -1,6 +1,6 @@
 """Image files as a source: those of class folders, and those that tables label."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
 from data.survey import Excluded, Folder, add_unused, is_utf8
 from data.tables import LabelRow, read_label_tables
 from utils.image_utils import printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 
 def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> Source:
@@ -53,15 +53,11 @@ def _build_source(
     counts = Counter(row.class_name for row in rows)
     labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
     add_unused(folder, excluded, {labeling.table, *used})
-    splits = {
-        split: build_rows(
-            ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
-            for row in rows
-            if (row.split or "train") == split
-        )
-        for split in SPLITS
-        if split in {row.split or "train" for row in rows}
-    }
+    by_split: dict[str, list[ImageRow]] = defaultdict(list)
+    for row in rows:
+        image = ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
+        by_split[row.split or "train"].append(image)
+    splits = {split: build_rows(by_split[split]) for split in SPLITS if split in by_split}
     warnings = [*labeling.warnings, *excluded.lines()]
     return Source(splits, labeling.names, f"image folder {root}", [*notes, *labeling.notes], warnings)
 
@@ -83,19 +79,16 @@ def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str
 def _check_unread_classes(layout: Layout) -> None:
     """Raise UserError for class folders that hold images, but none that can be read: a class would be missing."""
     parents = {entry.folder.path.parent for entries in layout.splits.values() for entry in entries}
+    empty = [folder for folder in layout.root.walk() if folder.path.parent in parents and not folder.num_images]
     moves = {
         "heif": "HEIC/HEIF images: pip install pillow-heif",
         "raw": "raw files of a camera: export them as JPEG",
         "archive": "archives: unpack them there",
     }
-    problems = []
-    for kind, move in moves.items():
-        names = [
-            printable(folder.name)
-            for folder in layout.root.walk()
-            if folder.path.parent in parents and not folder.num_images and folder.files.get(kind)
-        ]
-        if names:
-            problems.append(f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} with nothing but {move}")
+    problems = [
+        f"{some(names, 5)} with nothing but {move}"
+        for kind, move in moves.items()
+        if (names := [folder.name for folder in empty if folder.files.get(kind)])
+    ]
     if problems:
         raise UserError(f"{layout.root.path}: class folders without an image that can be read: {'; '.join(problems)}")

@@ -64,8 +64,12 @@ def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:
     for label, numbers in numbers_of.items():
         names = origins[label]
         if is_rule or label in plain:
-            plants = {name: base for base, members in series[label].items() for name in members.values()}
-            plants = {name: base for name, base in plants.items() if _is_one_plant(base, series[label][base])}
+            plants = {
+                name: base
+                for base, members in series[label].items()
+                for name in members.values()
+                if _has_long_number(base) or _is_complete(members)
+            }
             names = [plants.get(name, name) for name in names]
         sizes = Counter(names)
         if len(sizes) > 1 or len(numbers) < 3 or _has_long_number(names[0]):
@@ -76,18 +80,16 @@ def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:
 
 def _origins(ids: list[str]) -> list[str]:
     """For each image of a class the name of the image that it was made from, as a rule its own."""
-    paths = [_without_suffix(image_id) for image_id in ids]
+    paths = [
+        image_id.removesuffix(suffix) if (suffix := os.path.splitext(image_id)[1]).lower() in SUFFIXES else image_id
+        for image_id in ids
+    ]
     paths = [path if len(path) <= MAX_NAME else f"{number}" for number, path in enumerate(paths)]
     stems = [path.rpartition("/")[2] for path in paths]
     # Names that begin anew in each folder tell nothing across folders.
     names = stems if len(set(stems)) == len(stems) else paths
     known = set(names)
     return [_origin(name, known) for name in names]
-
-
-def _without_suffix(image_id: str) -> str:
-    stem, suffix = os.path.splitext(image_id)
-    return stem if suffix.lower() in SUFFIXES else image_id
 
 
 def _origin(name: str, known: set[str]) -> str:
@@ -133,15 +135,7 @@ def _is_plain(series: dict[str, dict[int, str]], count: int) -> bool:
 def _is_complete(numbers: Iterable[int]) -> bool:
     """0, 1, 2 ... or 1, 2, 3 ..., few of them: of a camera's numbers, most are in between."""
     numbers = sorted(numbers)
-    return (
-        numbers[0] in (0, 1)
-        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        and (len(numbers) <= MAX_IN_SERIES)
-    )
-
-
-def _is_one_plant(base: str, numbers: Iterable[int]) -> bool:
-    return _has_long_number(base) or _is_complete(numbers)
+    return len(numbers) <= MAX_IN_SERIES and numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
 
 
 def _has_long_number(base: str) -> bool:

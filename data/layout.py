@@ -232,7 +232,9 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     nested: list[tuple[str, ClassFolder]] = []
     for child in plain:
         deep = bool(child.filled) and (_is_one_class(child) or (not child.images and _has_one_inside(child)))
-        specimens = deep and _are_specimens(child) and not any(map(_holds_several_plants, child.filled))
+        specimens = (
+            deep and _are_specimens(child) and not any(SEVERAL_PLANTS.fullmatch(below.name) for below in child.filled)
+        )
         entries.append(ClassFolder(child.name, child, deep, specimens))
         for below in child.filled if not deep else ():
             excluded.add_folder("images in a folder inside a class folder", below)
@@ -279,10 +281,6 @@ def _is_one_class(folder: Folder) -> bool:
 
 def _are_specimens(folder: Folder) -> bool:
     return all(SPECIMEN.fullmatch(below.name) for below in folder.filled)
-
-
-def _holds_several_plants(folder: Folder) -> bool:
-    return SEVERAL_PLANTS.fullmatch(folder.name) is not None
 
 
 def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:

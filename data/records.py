@@ -49,7 +49,7 @@ def open_records(path: Path, has_header: bool | None = None) -> Records:
     if suffix in (".xlsx", ".xls", ".ods", ".numbers"):
         raise UserError(f"{path}: spreadsheets are not read; save it as .csv and give that")
     if suffix in (".jsonl", ".ndjson"):
-        return _open_json_lines(path)
+        return _as_records(path, lambda: _read_json_lines(path))
     if suffix == ".json":
         return _open_json(path)
     try:
@@ -82,7 +82,7 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
     first = [cell.strip() for cell in next(parse(lines), [])]
     if has_header is None:
         has_header = not any(is_image_name(Path(cell)) and not ADDRESS.match(cell) for cell in first)
-    columns = _unique(first if has_header else [""] * max(len(row) for row in parse(lines)))
+    columns = _unique(first if has_header else [""] * max(map(len, parse(lines))))
 
     def rows() -> Iterator[list[str]]:
         number = int(has_header)
@@ -92,9 +92,8 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
                 if any(row):
                     yield [cell.strip() for cell in row[: len(columns)]] + [""] * (len(columns) - len(row))
         except csv.Error as error:
-            raise UserError(
-                f"{path}: row {number + 1:,} cannot be read ({error}); is a quote opened there and not closed?"
-            ) from error
+            move = "is a quote opened there and not closed?"
+            raise UserError(f"{path}: row {number + 1:,} cannot be read ({error}); {move}") from error
 
     return Records(path, columns, rows)
 
@@ -167,26 +166,23 @@ def _open_json(path: Path) -> Records:
         records = records_of(read_json(path))
     except UserError:
         with contextlib.suppress(UserError):  # JSON lines under the other suffix
-            return _open_json_lines(path)
+            return _as_records(path, lambda: _read_json_lines(path))
         raise
     if not records:
         raise UserError(f"{path}: has no list of records; expected [{{'file_name': ..., 'label': ...}}, ...]")
     return _as_records(path, lambda: iter(records))
 
 
-def _open_json_lines(path: Path) -> Records:
-    def records() -> Iterator[dict]:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                record = _parse(line) if line.strip() else {}
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number:,} is not JSON ({error}); correct or remove it") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}: line {number:,} is no JSON object; write one for each image, or remove it")
-            if record:
-                yield record
-
-    return _as_records(path, records)
+def _read_json_lines(path: Path) -> Iterator[dict]:
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = _parse(line) if line.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number:,} is not JSON ({error}); correct or remove it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: line {number:,} is no JSON object; write one for each image, or remove it")
+        if record:
+            yield record
 
 
 def _as_records(path: Path, records: Callable[[], Iterator[dict]]) -> Records:
@@ -237,12 +233,13 @@ def _join_coco(data: dict) -> list[dict]:
     images, annotations, categories = (
         [record for record in data[key] if isinstance(record, dict)] for key in ("images", "annotations", "categories")
     )
-    names = {
-        cell_of(record.get("id", record.get("category_id"))): record.get("name") or record.get("scientificName")
-        for record in categories
+
+    def key_of(record: dict, *keys: str) -> str:
+        return cell_of(next((record[key] for key in keys if key in record), None))
+
+    names = {key_of(one, "id", "category_id"): one.get("name") or one.get("scientificName") for one in categories}
+    labels = {
+        key_of(one, "image_id"): None if "bbox" in one else names.get(key := key_of(one, "category_id")) or key
+        for one in annotations
     }
-    labels = {}
-    for record in annotations:
-        category = cell_of(record.get("category_id"))
-        labels[cell_of(record.get("image_id"))] = None if "bbox" in record else names.get(category) or category
-    return [{**record, "label": labels.get(cell_of(record.get("id", record.get("image_id"))))} for record in images]
+    return [{**record, "label": labels.get(key_of(record, "id", "image_id"))} for record in images]

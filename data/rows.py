@@ -67,16 +67,19 @@ def build_rows(images: Iterable[ImageRow]) -> Dataset:
 
     Raises UserError for a path that is not UTF-8.
     """
-    columns = list(zip(*images)) or [(), (), (), ()]
-    try:
-        paths = pyarrow.array(columns[0], pyarrow.string())
-    except UnicodeEncodeError as error:
-        odd = next(path for path in columns[0] if not is_utf8(path))
-        raise UserError(f"{odd!r}: the path is not UTF-8, which Arrow needs; rename its folders") from error
-    image = pyarrow.StructArray.from_arrays([pyarrow.nulls(len(paths), pyarrow.binary()), paths], ["bytes", "path"])
-    data = {"image": image, "label": pyarrow.array(columns[1], pyarrow.int64())}
-    data |= {name: pyarrow.array(column, pyarrow.string()) for name, column in zip(("id", "group"), columns[2:])}
-    features = GROUPED_ROW if any(columns[3]) else ROW
-    return Dataset(
-        InMemoryTable(pyarrow.table({name: data[name] for name in features})), DatasetInfo(features=features)
+    paths, labels, ids, groups = list(zip(*images)) or [(), (), (), ()]
+    if odd := next((path for path in paths if not is_utf8(path)), None):
+        raise UserError(f"{odd!r}: the path is not UTF-8, which Arrow needs; rename its folders")
+    contents = [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths, pyarrow.string())]
+    columns = [
+        pyarrow.StructArray.from_arrays(contents, ["bytes", "path"]),
+        labels,
+        ids,
+        *([groups] if any(groups) else []),
+    ]
+    features = GROUPED_ROW if any(groups) else ROW
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(column, field.type) for column, field in zip(columns, features.arrow_schema)],
+        schema=features.arrow_schema,
     )
+    return Dataset(InMemoryTable(table), DatasetInfo(features=features))

@@ -43,7 +43,8 @@ def load_source(dataset: str, reading: Reading) -> Source:
     if path.name in ("", ".."):  # what lies above has names of its own
         path = path.resolve()
     if dataset == "synthetic":
-        return load_synthetic()
+        splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
+        return Source(splits, list(SPECIES), "synthetic flowers of ten invented species", is_published=True)
     if dataset == "oxford_flowers102":
         return load_hub(HUB_REPOSITORY, reading.revision)
     if path.is_dir():
@@ -61,19 +62,13 @@ def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
         return load_hub_dataset(dataset, reading)
     if path.is_symlink():
         raise UserError(f"--dataset {dataset}: is a link to nowhere ({os.readlink(path)}); give the folder itself")
-    near = get_close_matches(path.name, _names_in(path.parent), n=1)
+    names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
     hint = f"; did you mean {printable(str(path.parent / near[0]))}?" if near else ""
     raise UserError(
         f"--dataset {dataset}: no such folder or file; give a folder, a table, owner/name of the hub, "
         f"oxford_flowers102 or synthetic{hint}"
     )
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return [path.name for path in folder.iterdir()]
-    except OSError:
-        return []
 
 
 def load_file(path: Path, reading: Reading) -> Source:
@@ -153,11 +148,6 @@ def _find_release(folder: Folder) -> Folder | None:
         if is_official or set(VGG_MD5) & set(inner.files.get("mat", ())):
             return inner
     return None
-
-
-def load_synthetic() -> Source:
-    splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
-    return Source(splits, list(SPECIES), "synthetic flowers of ten invented species", is_published=True)
 
 
 def load_official_release(folder: Path, allow_missing: bool) -> Source:

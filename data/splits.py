@@ -5,9 +5,10 @@ The place of an image in a cut is a hash of the seed and its id, so that images 
 
 import difflib
 import hashlib
+import itertools
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -17,7 +18,7 @@ from data.copies import find_copies
 from data.groups import group_by_name, group_by_pattern
 from data.rows import SPLITS, Source
 from data.streaming import Stream
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 NOWHERE = -1  # the side of an image that is not used; else it is a place in SPLITS
 LISTED = 10  # class names in a sentence
@@ -83,18 +84,17 @@ class _Images:
                 leaked.append((lower, next(number for number in copies if self.sides[number] == highest)))
             else:
                 self.copies.append(copies)
-                original, copied = sorted((self.ids[number] for number in copies), key=lambda name: (len(name), name))[
-                    :2
-                ]
+                original, copied, *_ = sorted(
+                    (self.ids[number] for number in copies), key=lambda name: (len(name), name)
+                )
                 pairs.append(f"{copied} of {original}")
         if in_two_classes:
             self._skip_contradictions(in_two_classes)
         if leaked:
             self._skip_leaked(leaked)
         if pairs and self.missing:
-            count = sum(map(len, self.copies)) - len(self.copies)
-            number = _count(count, "copy", "copies")
-            self.notes.append(f"{number} of images ({_some(pairs)}): all copies of an image stay in one split")
+            number = _count(sum(map(len, self.copies)) - len(self.copies), "copy", "copies")
+            self.notes.append(f"{number} of images ({some(pairs)}): all copies of an image stay in one split")
 
     def _skip_contradictions(self, found: list[list[int]]) -> None:
         numbers = [number for copies in found for number in copies]
@@ -102,16 +102,14 @@ class _Images:
         kept = self.labels[self.sides != NOWHERE]
         lost = [label for label, count in Counter(self.labels[numbers]).items() if count > 2 and label not in kept]
         if lost:
-            names = _some(self.source.class_names[label] for label in lost)
+            names = some(self.source.class_names[label] for label in lost)
             raise UserError(
                 f"{self.source.description}: all images of {names} are in two classes, such as "
                 f"{' and '.join(self.ids[number] for number in found[0][:2])}; merge folders of one class, or move "
                 "the copies elsewhere"
             )
-        examples = "; ".join(" and ".join(self.ids[number] for number in copies[:3]) for copies in found[:3])
-        more = f"; and {len(found) - 3:,} more" if len(found) > 3 else ""
-        all_of_them = "both" if len(numbers) == 2 else f"all {len(numbers):,} images"
-        self.warnings.append(f"{examples}{more} are the same file in two classes; {all_of_them} are not used")
+        examples = some(" and ".join(self.ids[number] for number in copies[:3]) for copies in found)
+        self.warnings.append(f"{examples} are the same file in two classes; all {len(numbers):,} images are not used")
 
     def _skip_leaked(self, found: list[tuple[list[int], int]]) -> None:
         numbers = [number for lower, _ in found for number in lower]
@@ -125,7 +123,7 @@ class _Images:
         examples = [f"{self.ids[lower[0]]} of {self.ids[scored]}" for lower, scored in found]
         copies = _count(len(numbers), "copy", "copies")
         self.warnings.append(
-            f"{copies} of images of a split that is scored ({_some(examples)}): not used for training or selection"
+            f"{copies} of images of a split that is scored ({some(examples)}): not used for training or selection"
         )
 
     def skip_rare_classes(self, min_images: int) -> None:
@@ -143,12 +141,21 @@ class _Images:
         names = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
         self.warnings.append(
             f"{_count(len(rare), 'class has', 'classes have')} fewer than {min_images} images and "
-            f"{'is' if len(rare) == 1 else 'are'} not used (--min-images {min_images}): {_some(names, LISTED)}"
+            f"{'is' if len(rare) == 1 else 'are'} not used (--min-images {min_images}): {some(names, LISTED)}"
         )
 
     def find_groups(self, pattern: str | None) -> None:
         """Give images of one plant one number; copies are of one plant."""
-        groups, rule = self._read_groups(pattern)
+        if pattern is not None:
+            groups, rule = group_by_pattern(self.ids, pattern), "--group-by"
+        elif any("group" in rows.column_names for rows in self.splits.values()):
+            rule = "plant, as the data has it"
+            columns = [
+                rows["group"][:] if "group" in rows.column_names else [""] * len(rows) for rows in self.splits.values()
+            ]
+            groups = [group or "" for group in itertools.chain(*columns)]
+        else:
+            groups, rule = group_by_name(self.ids, self.labels.tolist()), "file name"
         members = defaultdict(list)
         for number in np.flatnonzero(self.sides != NOWHERE).tolist():
             if groups[number]:
@@ -165,26 +172,13 @@ class _Images:
             shape = (len(self.ids), len(self.ids))
             self.plants = connected_components(coo_array((np.ones(len(first)), (first, second)), shape))[1]
 
-    def _read_groups(self, pattern: str | None) -> tuple[list[str], str]:
-        """(the group of each image, by which rule)"""
-        if pattern is not None:
-            return group_by_pattern(self.ids, pattern), "--group-by"
-        given = [
-            group or ""
-            for rows in self.splits.values()
-            for group in (rows["group"][:] if "group" in rows.column_names else [""] * len(rows))
-        ]
-        if any(given):
-            return given, "plant, as the data has it"
-        return group_by_name(self.ids, self.labels.tolist()), "file name"
-
     def _report_groups(self, groups: list[list[int]], rule: str) -> None:
         if groups and self.missing:
             images = sum(map(len, groups))
             another = "" if rule == "--group-by" else "; --group-by sets another rule"
             self.notes.append(
                 f"{images:,} images in {_count(len(groups), 'group', 'groups')} by {rule} "
-                f"({_some([self.ids[number] for number in groups[0]], 2)}): a group stays in one split{another}"
+                f"({some([self.ids[number] for number in groups[0]], 2)}): a group stays in one split{another}"
             )
         divided = [numbers for numbers in groups if len(set(self.sides[numbers])) > 1]
         if divided:
@@ -204,10 +198,11 @@ class _Images:
         for number in np.flatnonzero(self.sides == 0).tolist():
             numbers_of[int(self.labels[number])].append(number)
         for label, numbers in sorted(numbers_of.items()):
-            first: dict[int, str] = {}  # a group's place is that of one image: the least of all would be a low one
-            for number in numbers:
-                plant = self.plants[number]
-                first[plant] = min(first.get(plant, self.ids[number]), self.ids[number])
+            # A group's place is that of its first image by name: the least place of all would be a low one.
+            first = {
+                self.plants[number]: self.ids[number]
+                for number in sorted(numbers, key=self.ids.__getitem__, reverse=True)
+            }
             places = {plant: _place(image_id, seed) for plant, image_id in first.items()}
             if len(places) < needed:
                 few["images" if len(numbers) < needed else "groups of images"].append(self.source.class_names[label])
@@ -217,7 +212,12 @@ class _Images:
             for number in numbers:
                 self.sides[number] = side_of.get(self.plants[number], 0)
         if sum(map(len, few.values())) == len(numbers_of):
-            self._refuse(few, needed)
+            what = "groups of images" if few["groups of images"] else "images"
+            regroup = "group them otherwise with --group-by, " if few["groups of images"] else ""
+            raise UserError(
+                f"{self.source.description}: no class has {needed} {what}, one each for train and "
+                f"{' and '.join(self.missing)}; add images, {regroup}or give folders train, validation and test"
+            )
         shares = [f"{split} ({fraction:.0%} of each class)" for split, fraction in fractions.items()]
         self.notes.append(f"{' and '.join(shares)} not given: cut from train, with --seed {seed}")
         for what, names in few.items():
@@ -225,17 +225,8 @@ class _Images:
                 leave = f"; --min-images {needed} leaves them out" if what == "images" else ""
                 self.warnings.append(
                     f"{_count(len(names), 'class has', 'classes have')} fewer than {needed} {what} "
-                    f"({_some(names, LISTED)}): they are learned, not scored{leave}"
+                    f"({some(names, LISTED)}): they are learned, not scored{leave}"
                 )
-
-    def _refuse(self, few: dict[str, list[str]], needed: int) -> None:
-        what, regroup = "images", ""
-        if few["groups of images"]:
-            what, regroup = "groups of images", "group them otherwise with --group-by, "
-        raise UserError(
-            f"{self.source.description}: no class has {needed} {what}, one each for train and "
-            f"{' and '.join(self.missing)}; add images, {regroup}or give folders train, validation and test"
-        )
 
     def skip_untrained_classes(self) -> None:
         """Skip the classes that train has no image of: no answer could be right."""
@@ -253,12 +244,12 @@ class _Images:
             hints.append(names[label] + (f" (train has {known[close[0]]})" if close else ""))
         for side in sorted(before - set(self.sides.tolist()) - {NOWHERE}):
             raise UserError(
-                f"{self.source.description}: no class of {SPLITS[side]} is one of train ({_some(hints)}; train has "
-                f"{_some(sorted(known.values()))}); call the classes of both the same"
+                f"{self.source.description}: no class of {SPLITS[side]} is one of train ({some(hints)}; train has "
+                f"{some(sorted(known.values()))}); call the classes of both the same"
             )
         self.warnings.append(
             f"{_count(len(untrained), 'class has', 'classes have')} no images in train and "
-            f"{'is' if len(untrained) == 1 else 'are'} not used: {_some(hints, LISTED)}"
+            f"{'is' if len(untrained) == 1 else 'are'} not used: {some(hints, LISTED)}"
         )
 
     def build(self) -> Source:
@@ -302,8 +293,3 @@ def _sides(places: list[float], fractions: dict[str, float]) -> Iterator[int]:
 
 def _count(number: int, singular: str, plural: str) -> str:
     return f"{number:,} {singular if number == 1 else plural}"
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

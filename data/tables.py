@@ -4,6 +4,7 @@ csv, tsv, JSON and JSON lines; Hugging Face's metadata files, exports of iNatura
 columns of 0 and 1. Every image is one that the survey found: no path leads out of the folder.
 """
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -68,19 +69,22 @@ def find_label_tables(folder: Folder) -> list[Path]:
     give an image in at least half of their rows; and those of a split without labels beside them.
     """
     index = index_folder(folder)
-    below = [child for child in folder.folders if split_of(child.name) or not child.num_images]
-    paths = [path for place in [folder, *below] for path in _own_tables(place)]
+    places = [folder, *(child for child in folder.folders if split_of(child.name) or not child.num_images)]
     with_labels: list[Path] = []
     bare: list[Path] = []
-    for path in paths[:MAX_TABLES] if index.paths else ():
-        try:
+    for path in [path for place in places for path in _own_tables(place)][:MAX_TABLES] if index.paths else ():
+        with contextlib.suppress(UserError):  # not given by the user: another file of his
             records = open_records(path)
             file = find_file_column(records, index)
             if file and max(file.share_of_rows, file.share_of_images) >= 0.5:
                 (with_labels if _has_labels(records, file, folder.path) else bare).append(path)
-        except UserError:  # not given by the user: another file of his
-            continue
     return with_labels + [path for path in bare if split_of_file(path, folder.path)] if with_labels else []
+
+
+def _own_tables(folder: Folder) -> list[Path]:
+    names = sorted(name for name in folder.files.get("table", ()) if "submission" not in name.lower())
+    notes = {name for name in names if name.lower().endswith(".txt")}  # many: one beside each image
+    return [folder.path / name for name in names if name not in notes or len(notes) <= 20]
 
 
 def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
@@ -92,12 +96,6 @@ def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     if file.way in WAYS[:2] or split_of_file(records.path, root):
         return bool(candidates)
     return any(name == ONE_HOT or len({*sample[name]}) < len(sample[name]) for name in candidates)
-
-
-def _own_tables(folder: Folder) -> list[Path]:
-    names = sorted(name for name in folder.files.get("table", ()) if "submission" not in name.lower())
-    notes = {name for name in names if name.lower().endswith(".txt")}  # many: one beside each image
-    return [folder.path / name for name in names if name not in notes or len(notes) <= 20]
 
 
 def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str | None) -> LabelTable:
@@ -272,7 +270,14 @@ def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
         )
     for conflict in conflicts.values():
         excluded.add("images with several labels or splits", conflict)
-    return _tidy([rows[image] for image in sorted(rows) if image not in conflicts])
+    kept = [rows[image] for image in sorted(rows) if image not in conflicts]
+    # Splits only where there are several, and then for all rows; groups only where they tell plants.
+    has_splits = len({row.split for row in kept} - {""}) > 1
+    has_groups = are_groups([row.group for row in kept], [row.class_name for row in kept])
+    return [
+        row._replace(split=(row.split or "train") if has_splits else "", group=row.group if has_groups else "")
+        for row in kept
+    ]
 
 
 @functools.lru_cache(maxsize=1000)
@@ -280,30 +285,20 @@ def _split_of_folder(folder: str) -> str:
     return next(filter(None, map(split_of, folder.split("/"))), "")
 
 
-def _tidy(rows: list[LabelRow]) -> list[LabelRow]:
-    """Splits only where there are several, and then for all rows; groups only where they tell plants."""
-    has_splits = len({row.split for row in rows} - {""}) > 1
-    has_groups = are_groups([row.group for row in rows], [row.class_name for row in rows])
-    return [
-        row._replace(split=(row.split or "train") if has_splits else "", group=row.group if has_groups else "")
-        for row in rows
-    ]
-
-
 def _describe(contents: Sequence[Content], rows: Sequence[LabelRow]) -> list[str]:
-    first = contents[0]
-    tables = ", ".join(content.name for content in contents)
+    first, tables = contents[0], ", ".join(content.name for content in contents)
+    others = [printable(name) for name in first.labels[1:] if name != ONE_HOT]
     notes = [f"labels from column {printable(first.labels[0])} of {tables}"]
     if first.labels[0] == ONE_HOT:
         notes = [f"labels from the columns of 0 and 1 of {tables}"]
-    elif others := [printable(name) for name in first.labels[1:] if name != ONE_HOT]:
+    elif others:
         notes = [f"{notes[0]}; others: {', '.join(others)} (--label-column)"]
     kinds = {"stem": "file names without suffix", "observation": "observations, with several images each"}
-    if first.file.way in kinds:
-        notes.append(f"images by column {printable(first.file.name)}, which holds {kinds[first.file.way]}")
+    if kind := kinds.get(first.file.way):
+        notes.append(f"images by column {printable(first.file.name)}, which holds {kind}")
     if any(row.split for row in rows):
-        place = "the tables" if first.split else "the folders"
-        notes.append(f"splits from {place if first.split_column is None else f'column {first.split_column}'}")
-    if any(row.group for row in rows) and first.group_column is not None:
-        notes.append(f"images of one plant by column {printable(first.group_column)}")
+        place = f"column {first.split_column}" if first.split_column else "the tables" if first.split else "the folders"
+        notes.append(f"splits from {place}")
+    if any(row.group for row in rows):
+        notes.append(f"images of one plant by column {printable(first.group_column or '')}")
     return notes

@@ -172,11 +172,11 @@ def test_copies_in_two_classes_are_not_used():
     done = split_source(make_source([*TWO, copied]), TENTHS, 42)
     assert not {"rose/IMG_0099.jpg", "daisy/00001.jpg"} & set(side_of(done)) and len(side_of(done)) == 59
     assert done.warnings == [
-        "daisy/00001.jpg and rose/IMG_0099.jpg are the same file in two classes; both are not used"
+        "daisy/00001.jpg and rose/IMG_0099.jpg are the same file in two classes; all 2 images are not used"
     ]
     many = [(f"rose/again{number}.jpg", 1, f"daisy/{number:05d}.jpg") for number in range(5)]
     (warning,) = split_source(make_source([*TWO, *many]), TENTHS, 42).warnings
-    assert warning.endswith("again2.jpg; and 2 more are the same file in two classes; all 10 images are not used")
+    assert warning.endswith("again2.jpg, ... are the same file in two classes; all 10 images are not used")
 
 
 def test_a_class_that_another_holds_again_is_refused():
