@@ -5,6 +5,7 @@ given: a table from elsewhere may name any file of this machine.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -62,28 +63,36 @@ def read_tables(
     parts = {split: parts[split] for split in texts}
     features = {split: rows.features[label] for split, rows in parts.items()}
     labeling = name_labels(texts, features, reading.class_names, beside, where)
-    labels = {split: np.array([labeling.labels.get(text, -1) for text in texts[split]], np.int64) for split in parts}
-    for split, found in labels.items():
-        if unlabeled := int((found < 0).sum()):
-            unused.append(f"{unlabeled:,} images of {split} have no label and are not used")
+    # From here on, lists have an entry for each row of all splits.
+    splits = np.repeat(list(parts), list(map(len, parts.values())))
+    labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
+    for split, count in Counter(splits[labels < 0].tolist()).items():
+        unused.append(f"{count:,} images of {split} have no label and are not used")
     groups, group_notes = _read_groups(parts, labels)
-    written = {split: _read_paths(rows, image, by_path, where) for split, rows in parts.items()}
-    ids = _make_ids(written)
-    paths = {split: found for split, found in written.items() if by_path or _are_files(parts[split], image, found)}
-    files, file_warnings = _find_files(paths, roots, where, reading.allow_missing)
-    for split, found_files in files.items():
-        labels[split] = np.where(np.array(found_files, bool), labels[split], -1)
-    splits = {}
+    written = list(chain(*(_read_paths(rows, image, by_path, where) for rows in parts.values())))
+    ids = [printable(Path(path).stem) if path and len(path) < 4096 else "" for path in written]
+    if not all(ids) or len({*ids}) < len(ids):
+        ids = [f"{split}-{number:06d}" for split, rows in parts.items() for number in range(len(rows))]
+    files: list[str] = []
+    file_warnings: list[str] = []
+    are_files = by_path or (any(written) and all(_has_no_bytes(rows, image).all() for rows in parts.values()))
+    if are_files:
+        files, file_warnings = _find_files(list(zip(splits, written)), roots, where, reading.allow_missing)
+        labels[[not file for file in files]] = -1
+    found: dict[str, Dataset] = {}
     for split, rows in parts.items():
-        table = _build_rows(rows, image, files.get(split), labels[split], ids[split], groups[split])
+        first_row = int(np.argmax(splits == split))
+        at = slice(first_row, first_row + len(rows))
+        columns = labels[at], ids[at], groups[at]
+        table = build_rows(map(ImageRow, files[at], *columns)) if are_files else _stored_rows(rows, image, *columns)
         for name, is_in in (_read_splits(rows) if len(parts) == 1 else {split: True}).items():
-            chosen = is_in & (labels[split] >= 0)
-            splits[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
+            chosen = is_in & (labels[at] >= 0)
+            found[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
     is_official = labeling.names == list(CLASS_NAMES)
     if is_official:
-        check_official_counts(splits, where)
+        check_official_counts(found, where)
     return Source(
-        splits,
+        found,
         labeling.names,
         where,
         notes=[*notes, *group_notes, *labeling.notes],
@@ -92,15 +101,8 @@ def read_tables(
     )
 
 
-def _build_rows(
-    rows: Dataset, image: str, files: list[str] | None, labels: np.ndarray, ids: list[str], groups: list[str]
-) -> Dataset:
-    """Rows as a source has them: of `files`, or of the images that the table stores, which stay memory-mapped.
-
-    A stored image without bytes is empty, and no path of it is opened.
-    """
-    if files is not None:
-        return build_rows(map(ImageRow, files, labels.tolist(), ids, groups))
+def _stored_rows(rows: Dataset, image: str, labels: np.ndarray, ids: list[str], groups: list[str]) -> Dataset:
+    """The images that a table stores, which stay memory-mapped. Without bytes they are empty: no path is opened."""
     table = rows.select_columns([image]).cast_column(image, Image(decode=False))
     table = table if image == "image" else table.rename_column(image, "image")
     table = table.add_column("label", labels).add_column("id", ids)
@@ -112,6 +114,13 @@ def _build_rows(
     places = np.arange(len(table))
     places[missing] = len(table) + np.arange(len(missing))
     return concatenate_datasets([table, Dataset.from_list(empty, features=table.features)]).select(places)
+
+
+def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
+    column = rows.data.column(image)
+    if pyarrow.types.is_struct(column.type):
+        column = pyarrow.compute.struct_field(column, "bytes")
+    return pyarrow.compute.is_null(column).to_numpy()
 
 
 def _read_paths(rows: Dataset, image: str, by_path: bool, where: str) -> list[str | None]:
@@ -128,30 +137,14 @@ def _read_paths(rows: Dataset, image: str, by_path: bool, where: str) -> list[st
         raise UserError(f"{where}: file names in the column {image} are not UTF-8; write them again") from error
 
 
-def _make_ids(written: Mapping[str, Sequence[str | None]]) -> dict[str, list[str]]:
-    """The image's file name if it is unique in the source for every image, else split and number."""
-    stems = {split: [_stem(path) for path in paths] for split, paths in written.items()}
-    everywhere = [stem for split in stems for stem in stems[split]]
-    if not all(everywhere) or len(set(everywhere)) < len(everywhere):
-        return {split: [f"{split}-{index:06d}" for index in range(len(paths))] for split, paths in written.items()}
-    return stems
-
-
-def _stem(path: str | None) -> str:
-    return printable(Path(path).stem) if path and len(path) < 4096 else ""
-
-
-def _read_groups(
-    parts: Mapping[str, Dataset], labels: Mapping[str, np.ndarray]
-) -> tuple[dict[str, list[str]], list[str]]:
-    """(what tells images of one plant, by split, "" for none; a note of the column that has it)."""
-    none = {split: [""] * len(rows) for split, rows in parts.items()}
-    cells = {split: _read_known(rows, GROUP_NAMES) for split, rows in parts.items()}
-    for name in next(iter(cells.values())):
-        groups = {split: cells[split].get(name, none[split]) for split in parts}
-        if are_groups(list(chain(*groups.values())), np.concatenate([labels[split] for split in parts]).tolist()):
+def _read_groups(parts: Mapping[str, Dataset], labels: np.ndarray) -> tuple[list[str], list[str]]:
+    """(what tells images of one plant, "" for none; a note of the column that has it)."""
+    cells = [(len(rows), _read_known(rows, GROUP_NAMES)) for rows in parts.values()]
+    for name in cells[0][1]:
+        groups = list(chain(*(known.get(name, [""] * count) for count, known in cells)))
+        if are_groups(groups, labels.tolist()):
             return groups, [f"images of one plant have the same value in the column {name}"]
-    return none, []
+    return [""] * len(labels), []
 
 
 def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
@@ -170,47 +163,27 @@ def _read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
     return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
 
 
-# ---- images
-
-
-def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
-    column = rows.data.column(image)
-    if pyarrow.types.is_struct(column.type):
-        column = pyarrow.compute.struct_field(column, "bytes")
-    return pyarrow.compute.is_null(column).to_numpy()
-
-
-def _are_files(rows: Dataset, image: str, paths: Sequence[str | None]) -> bool:
-    """Whether the images are files beside the table: a path each, and bytes for none."""
-    return any(paths) and bool(_has_no_bytes(rows, image).all())
-
-
 def _find_files(
-    written: Mapping[str, Sequence[str | None]], roots: Mapping[str, Sequence[Path]], where: str, allow_missing: bool
-) -> tuple[dict[str, list[str]], list[str]]:
-    """(the file of each path by split, "" for none; warnings of paths that are not used).
+    written: Sequence[tuple[str, str | None]], roots: Mapping[str, Sequence[Path]], where: str, allow_missing: bool
+) -> tuple[list[str], list[str]]:
+    """(the file of each path of a split, "" for none; warnings of paths that are not used).
 
     Raises UserError if files are missing and that is not allowed, or if there is none to use.
     """
-    files: dict[str, list[str]] = {}
-    missing, outside, warnings = [], [], []
-    for split, paths in written.items():
-        real_roots = [root.resolve() for root in roots[split]]
-        found = {path: _find_file(path or "", real_roots) for path in {*paths}}
-        missing += [(path or "")[:200] for path in paths if found[path] == ""]
-        outside += [(path or "")[:200] for path in paths if found[path] is None]
-        files[split] = [found[path] or "" for path in paths]
-    is_any = any(map(any, files.values()))
+    real = {split: [root.resolve() for root in roots[split]] for split in roots}
+    found = {(split, path): _find_file(path or "", real[split]) for split, path in {*written}}
+    missing = [(key[1] or "")[:200] for key in written if found[key] == ""]
+    outside = [(key[1] or "")[:200] for key in written if found[key] is None]
+    warnings, is_any = [], any(found.values())
     if outside:
         message = f"{len(outside):,} images are named by paths outside the data set, such as {printable(outside[0])}"
         if not is_any:
             raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
         warnings.append(f"{message}; they are not used")
     if missing:
-        total = sum(map(len, files.values())) - len(outside)
-        message = f"{where}: {len(missing):,} of {total:,} images are missing ({some(missing)})"
+        message = f"{where}: {len(missing):,} of {len(written) - len(outside):,} images are missing ({some(missing)})"
         warnings.append(allow_incomplete(message, allow_missing and is_any))
-    return files, warnings
+    return [found[key] or "" for key in written], warnings
 
 
 def _find_file(path: str, roots: Sequence[Path]) -> str | None:

@@ -4,6 +4,7 @@ A file names classes as a table, as JSON or as lines: cat_to_name.json, PlantNet
 COCO's categories, ImageNet's synsets, classes.txt.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from data.labels import name_key
 from data.records import ADDRESS, cell_of, open_records, read_json, read_lines, records_of
 from data.survey import TABLES
 from utils.image_utils import is_image_name
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 HINTS = re.compile(r"class|label|name|species|categor|synset|taxon|plant|flower", re.IGNORECASE)
 NO_NAMES = re.compile(r"readme|licen[cs]e|requirements|changelog|submission", re.IGNORECASE)
@@ -41,16 +42,11 @@ def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Nam
         for path in _files(folder, MAX_JSON_BYTES):
             if found and path.suffix.lower() != ".json":
                 break
-            try:
-                for size, names in _read_names(path, aliases):
-                    if len(names) == len(codes) and _are_names(names):
-                        found.append((size > len(codes), names, path))
-                        break
-            except UserError:  # another file of the user's
-                continue
+            with contextlib.suppress(UserError):  # another file of the user's
+                complete = ((s, names) for s, names in _read_names(path, aliases) if len(names) == len(codes))
+                found += [(s > len(codes), names, path) for s, names in complete if _are_names(names)][:1]
         if found:
-            _, names, path = min(found, key=lambda entry: entry[0])
-            return names, path
+            return min(found, key=lambda entry: entry[0])[1:]
     return None
 
 
@@ -63,11 +59,10 @@ def read_class_names(file: Path, codes: Sequence[str]) -> Names:
     best = max(found, key=lambda names: (len(names), _are_names(names)), default={})
     lacking = [code for code in codes if code not in best]
     if lacking:
-        listed = ", ".join(repr(code) for code in lacking[:5])
         raise UserError(
-            f"--class-names {file}: has no name for {len(lacking):,} of {len(codes):,} class folders ({listed}"
-            f"{', ...' if len(lacking) > 5 else ''}); give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv "
-            "file with a column of folder names and a column of names"
+            f"--class-names {file}: has no name for {len(lacking):,} of {len(codes):,} class folders "
+            f"({some(map(repr, lacking), 5)}); give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv file with a "
+            "column of folder names and a column of names"
         )
     return {code: best[code] for code in codes}
 
@@ -215,12 +210,10 @@ def find_groups(files: Iterable[str], folders: Sequence[Path]) -> tuple[dict[str
     """
     index = ImageIndex(files)
     for path in itertools.chain.from_iterable(_files(folder, 4 * MAX_JSON_BYTES) for folder in folders):
-        try:
+        with contextlib.suppress(UserError):  # another file of the user's
             groups = _read_groups(path, index)
-        except UserError:  # another file of the user's
-            continue
-        if len(groups) * 2 >= len(index.paths) and len({*groups.values()}) > 1:
-            return groups, path
+            if len(groups) * 2 >= len(index.paths) and len({*groups.values()}) > 1:
+                return groups, path
     return None
 
 

@@ -140,8 +140,8 @@ def _names_of(feature) -> list[str]:
 def check_official_counts(splits: Mapping[str, Dataset], description: str) -> None:
     """Raise UserError unless every split of full size has the official number of images of each class."""
     for split, rows in splits.items():
-        counts = Counter(rows["label"]) if len(rows) == OFFICIAL_SIZES[split] else {}
-        for label, expected in enumerate(official_counts(split) if counts else ()):
+        counts = Counter(rows["label"])
+        for label, expected in enumerate(official_counts(split) if len(rows) == OFFICIAL_SIZES[split] else ()):
             if counts[label] != expected:
                 raise UserError(
                     f"{description}: split {split} has {counts[label]} images of {CLASS_NAMES[label]!r}, the official "

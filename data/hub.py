@@ -25,13 +25,11 @@ def load_hub(repository: str, revision: str) -> Source:
     """Oxford Flowers 102 from the hub, whole."""
     reading = Reading(revision, streaming=False, seed=0, allow_missing=False, label_column=None, class_names=None)
     source = _load(repository, revision, reading)
-    for split, expected in OFFICIAL_SIZES.items():
-        found = count_images(source.splits[split]) if split in source.splits else 0
-        if found != expected:
-            raise UserError(
-                f"{source.description}: split {split} has {found} images, expected {expected}; give the official "
-                "revision with --dataset-revision"
-            )
+    if (sizes := {split: count_images(rows) for split, rows in source.splits.items()}) != OFFICIAL_SIZES:
+        raise UserError(
+            f"{source.description}: has {sizes} images, expected {OFFICIAL_SIZES}; give the official revision with "
+            "--dataset-revision"
+        )
     return source
 
 

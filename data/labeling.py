@@ -8,8 +8,7 @@ from pathlib import Path
 from data.class_names import find_class_names, read_class_names
 from data.groups import original_of
 from data.labels import are_codes, name_key, tidy_name, without_numbers
-from utils.image_utils import printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 
 @dataclass
@@ -32,7 +31,7 @@ def name_classes(
     numbers or codes. Raises UserError for a file that lacks some, and for empty names.
     """
     labeling = Labeling()
-    called = _call(written, class_names, beside, labeling)
+    called = {label: tidy_name(name) for label, name in _call(written, class_names, beside, labeling).items()}
     by_key: dict[str, list[str]] = defaultdict(list)
     for label in written:
         by_key[name_key(called[label]) or called[label]].append(label)
@@ -56,22 +55,20 @@ def name_classes(
 def _call(
     written: Sequence[str], class_names: str | None, beside: Sequence[Path], labeling: Labeling
 ) -> Mapping[str, str]:
-    found: tuple[Mapping[str, str], Path] | None = None
+    """What each label is called by the given file or one beside, else by itself without numbers."""
+    called: Mapping[str, str] = dict(zip(written, written))
     if class_names is not None:
-        found = read_class_names(Path(class_names), written), Path(class_names)
+        called, labeling.table = read_class_names(Path(class_names), written), Path(class_names)
     elif (plain := without_numbers(written)) is not None:
         labeling.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
-        return {label: tidy_name(name) for label, name in zip(written, plain)}
+        return dict(zip(written, plain))
     elif are_codes(written):
-        found = find_class_names(written, beside)
-        if found is None:
-            listed = ", ".join(map(printable, written[:3])) + (", ..." if len(written) > 3 else "")
+        called, labeling.table = find_class_names(written, beside) or (called, None)
+        if labeling.table is None:
             labeling.warnings.append(
-                f"classes are called {listed}, and the model would answer with that; a json or csv file of code and "
-                "name gives them names: --class-names FILE"
+                f"classes are called {some(written)}, and the model would answer with that; a json or csv file of code "
+                "and name gives them names: --class-names FILE"
             )
-    if found is None:
-        return {label: tidy_name(label) for label in written}
-    names, labeling.table = found
-    labeling.notes.append(f"names from {labeling.table}: {written[0]} is {tidy_name(names[written[0]])}")
-    return {label: tidy_name(names[label]) for label in written}
+    if labeling.table is not None:
+        labeling.notes.append(f"names from {labeling.table}: {written[0]} is {tidy_name(called[written[0]])}")
+    return called

@@ -8,32 +8,27 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# fmt: off
-CLASS_NAMES = (
-    "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily",
-    "moon orchid", "bird of paradise", "monkshood", "globe thistle", "snapdragon", "colt's foot", "king protea",
-    "spear thistle", "yellow iris", "globe-flower", "purple coneflower", "peruvian lily", "balloon flower",
-    "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger", "grape hyacinth",
-    "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke", "sweet william", "carnation",
-    "garden phlox", "love in the mist", "mexican aster", "alpine sea holly", "ruby-lipped cattleya", "cape flower",
-    "great masterwort", "siam tulip", "lenten rose", "barbeton daisy", "daffodil", "sword lily", "poinsettia",
-    "bolero deep blue", "wallflower", "marigold", "buttercup", "oxeye daisy", "common dandelion", "petunia",
-    "wild pansy", "primula", "sunflower", "pelargonium", "bishop of llandaff", "gaura", "geranium", "orange dahlia",
-    "pink-yellow dahlia?", "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush",
-    "californian poppy", "osteospermum", "spring crocus", "bearded iris", "windflower", "tree poppy", "gazania",
-    "azalea", "water lily", "rose", "thorn apple", "morning glory", "passion flower", "lotus", "toad lily",
-    "anthurium", "frangipani", "clematis", "hibiscus", "columbine", "desert-rose", "tree mallow", "magnolia",
-    "cyclamen", "watercress", "canna lily", "hippeastrum", "bee balm", "ball moss", "foxglove", "bougainvillea",
-    "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper", "blackberry lily",
-)
-
-IMAGES_PER_CLASS = (
-    40, 60, 40, 56, 65, 45, 40, 85, 46, 45, 87, 87, 49, 48, 49, 41, 85, 82, 49, 56, 40, 59, 91, 42, 41, 41, 40, 66,
-    78, 85, 52, 45, 46, 40, 43, 75, 108, 56, 41, 67, 127, 59, 130, 93, 40, 196, 67, 71, 49, 92, 258, 85, 93, 61, 71,
-    109, 67, 114, 67, 109, 50, 55, 54, 52, 102, 61, 42, 54, 54, 62, 78, 96, 194, 171, 120, 107, 251, 137, 41, 105,
-    166, 112, 131, 86, 63, 58, 63, 154, 184, 82, 76, 66, 46, 162, 128, 91, 66, 82, 63, 49, 58, 48,
-)
-# fmt: on
+_OFFICIAL = """
+40 pink primrose, 60 hard-leaved pocket orchid, 40 canterbury bells, 56 sweet pea, 65 english marigold, 45 tiger lily,
+40 moon orchid, 85 bird of paradise, 46 monkshood, 45 globe thistle, 87 snapdragon, 87 colt's foot, 49 king protea,
+48 spear thistle, 49 yellow iris, 41 globe-flower, 85 purple coneflower, 82 peruvian lily, 49 balloon flower,
+56 giant white arum lily, 40 fire lily, 59 pincushion flower, 91 fritillary, 42 red ginger, 41 grape hyacinth,
+41 corn poppy, 40 prince of wales feathers, 66 stemless gentian, 78 artichoke, 85 sweet william, 52 carnation,
+45 garden phlox, 46 love in the mist, 40 mexican aster, 43 alpine sea holly, 75 ruby-lipped cattleya, 108 cape flower,
+56 great masterwort, 41 siam tulip, 67 lenten rose, 127 barbeton daisy, 59 daffodil, 130 sword lily, 93 poinsettia,
+40 bolero deep blue, 196 wallflower, 67 marigold, 71 buttercup, 49 oxeye daisy, 92 common dandelion, 258 petunia,
+85 wild pansy, 93 primula, 61 sunflower, 71 pelargonium, 109 bishop of llandaff, 67 gaura, 114 geranium,
+67 orange dahlia, 109 pink-yellow dahlia?, 50 cautleya spicata, 55 japanese anemone, 54 black-eyed susan,
+52 silverbush, 102 californian poppy, 61 osteospermum, 42 spring crocus, 54 bearded iris, 54 windflower,
+62 tree poppy, 78 gazania, 96 azalea, 194 water lily, 171 rose, 120 thorn apple, 107 morning glory,
+251 passion flower, 137 lotus, 41 toad lily, 105 anthurium, 166 frangipani, 112 clematis, 131 hibiscus, 86 columbine,
+63 desert-rose, 58 tree mallow, 63 magnolia, 154 cyclamen, 184 watercress, 82 canna lily, 76 hippeastrum, 66 bee balm,
+46 ball moss, 162 foxglove, 128 bougainvillea, 91 camellia, 66 mallow, 82 mexican petunia, 63 bromelia,
+49 blanket flower, 58 trumpet creeper, 48 blackberry lily
+"""
+_COUNTED = [entry.strip().split(" ", 1) for entry in _OFFICIAL.split(",")]
+IMAGES_PER_CLASS = tuple(int(count) for count, _ in _COUNTED)
+CLASS_NAMES = tuple(name for _, name in _COUNTED)
 OFFICIAL_PER_CLASS = 10  # images of each class in the official train split, and in val; the rest is test
 # Byte-identical images in two splits of the official release, kept as published.
 KNOWN_DUPLICATES = {

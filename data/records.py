@@ -237,9 +237,11 @@ def _join_coco(data: dict) -> list[dict]:
     def key_of(record: dict, *keys: str) -> str:
         return cell_of(next((record[key] for key in keys if key in record), None))
 
-    names = {key_of(one, "id", "category_id"): one.get("name") or one.get("scientificName") for one in categories}
+    names = {
+        key_of(record, "id", "category_id"): record.get("name", record.get("scientificName")) for record in categories
+    }
     labels = {
-        key_of(one, "image_id"): None if "bbox" in one else names.get(key := key_of(one, "category_id")) or key
-        for one in annotations
+        key_of(record, "image_id"): None if "bbox" in record else names.get(key := key_of(record, "category_id")) or key
+        for record in annotations
     }
     return [{**record, "label": labels.get(key_of(record, "id", "image_id"))} for record in images]

@@ -99,8 +99,7 @@ class Stream(IterableDataset):
         files = [glob.escape(str(file)) for file in self.rank_files]
         rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
         rows = rows.select_columns([*self.columns]).cast_column(self.columns[0], Image(decode=False))
-        renamed = {old: new for old, new in zip(self.columns, ("image", "label")) if old != new}
-        return rows.rename_columns(renamed) if renamed else rows
+        return rows.rename_columns({old: new for old, new in zip(self.columns, ("image", "label")) if old != new})
 
 
 def _with_id(row: dict) -> dict:

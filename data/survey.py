@@ -21,7 +21,7 @@ CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 # Files that are no images: their content is not looked at.
 OTHER_SUFFIXES = (
     *(".aae", ".avi", ".bib", ".cfg", ".db", ".doc", ".docx", ".gitkeep", ".h5", ".htm", ".html", ".ini", ".ipynb"),
-    *(".lock", ".log", ".m4v", ".mat", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
+    *(".lock", ".log", ".m4v", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
     *(".bak", ".crdownload", ".download", ".old", ".part", ".partial", ".tmp"),  # of an image at times, but no other
     *(".safetensors", ".sh", ".svg", ".toml", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml"),
 )
@@ -31,6 +31,13 @@ JUNK = {
 }
 # A folder with one of these files holds no plants to learn from.
 NOT_DATA = {"training_config.json": "a training run", "pyvenv.cfg": "a Python environment"}
+
+
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | {
+    suffix: kind
+    for kind, suffixes in [("table", TABLES), ("archive", ARCHIVES), ("raw", CAMERA_RAW), ("other", OTHER_SUFFIXES)]
+    for suffix in suffixes
+}
 
 
 class File(NamedTuple):
@@ -149,13 +156,8 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
 
 def _add_file(folder: Folder, path: Path, status: os.stat_result, excluded: Excluded) -> None:
     suffix = path.suffix.lower()
-    kinds = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | dict.fromkeys(ARCHIVES, "archive")
-    kinds |= dict.fromkeys(TABLES, "table") | dict.fromkeys(CAMERA_RAW, "raw")
-    is_image = suffix in SUFFIXES or (
-        suffix not in (*kinds, *OTHER_SUFFIXES) and status.st_size > 0 and looks_like_image(path)
-    )
-    if not is_image:
-        kind = kinds.get(suffix, "other")
+    if suffix not in SUFFIXES and (suffix in KINDS or not status.st_size or not looks_like_image(path)):
+        kind = KINDS.get(suffix, "other")
         folder.files[kind].append(path.name)
         if kind == "other":
             excluded.add(f"{suffix or 'nameless'} files", path)
