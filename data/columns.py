@@ -17,7 +17,7 @@ from config.training_config import nearest_name
 from data.labels import split_of
 from data.records import ADDRESS
 from utils.image_utils import SUFFIXES, is_image_start, printable
-from utils.logging_utils import UserError
+from utils.logging_utils import UserError, some
 
 # Names of columns as plain_name gives them, the best first.
 IMAGE_NAMES = (
@@ -63,8 +63,7 @@ def plain_name(column: str) -> str:
 
 def list_columns(columns: Iterable[str]) -> str:
     """Columns in an error, as many as fit."""
-    shown = [printable(column)[:40] for column in columns]
-    return ", ".join(shown[:30]) + (", ..." if len(shown) > 30 else "")
+    return some((column[:40] for column in columns), 30)
 
 
 def find_known(columns: Iterable[str], names: Sequence[str]) -> list[str]:

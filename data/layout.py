@@ -5,9 +5,10 @@ be read in two ways is refused with the paths to give instead.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,7 +181,7 @@ def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
     elif _has_splits_inside(children) or len(leaves) > 1:
         inner = []
     else:
-        inner = list(_topmost_with_train(folder))
+        inner = _topmost_with_train(folder)
     if len(inner) > 1:
         raise UserError(f"{folder.path}: holds {len(inner)} data sets; {give_one(below.path for below in inner)}")
     for child in folder.filled if inner else ():
@@ -189,25 +190,17 @@ def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
     return inner[0] if inner else None
 
 
-def _topmost_with_train(folder: Folder) -> Iterable[Folder]:
-    for child in folder.filled:
-        if _has_train(child):
-            yield child
-        else:
-            yield from _topmost_with_train(child)
+def _topmost_with_train(folder: Folder) -> list[Folder]:
+    found = [[child] if _has_train(child) else _topmost_with_train(child) for child in folder.filled]
+    return list(chain(*found))
 
 
 def _has_splits_inside(children: Sequence[Folder]) -> bool:
     """Whether these are classes with their images in train and test below, not data sets side by side."""
-    splits = [[below for below in child.filled if split_of(below.name)] for child in children]
-    return (
-        len(children) > 1
-        and all(
-            not child.images and found and len(found) == len(child.filled) and not any(below.filled for below in found)
-            for child, found in zip(children, splits)
-        )
-        and any(split_of(below.name) == "train" for found in splits for below in found)
-    )
+    splits = [split_of(below.name) for child in children for below in child.filled]
+    are_classes = all(child.filled and not child.images for child in children) and len(children) > 1
+    are_leaves = not any(below.filled for child in children for below in child.filled)
+    return are_classes and are_leaves and "train" in splits and all(splits)
 
 
 def give_one(paths: Iterable[Path]) -> str:
@@ -273,10 +266,8 @@ def _is_genus_of(parent: str, name: str) -> bool:
 
 def _is_one_class(folder: Folder) -> bool:
     """Whether what lies below is of one class: parts of a plant, plants, years, or a level of no meaning."""
-    names = [below.name.lower() for below in folder.filled]
-    return not any(below.filled for below in folder.filled) and (
-        all(name in PARTS for name in names) or (_are_specimens(folder) and len(names) > 0)
-    )
+    are_parts = all(below.name.lower() in PARTS for below in folder.filled)
+    return not any(below.filled for below in folder.filled) and (are_parts or _are_specimens(folder))
 
 
 def _are_specimens(folder: Folder) -> bool:
@@ -285,16 +276,11 @@ def _are_specimens(folder: Folder) -> bool:
 
 def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
     """Raise UserError if most classes appear in several of the groups, such as color/ and grayscale/."""
-    seen: dict[str, int] = defaultdict(int)
-    for group in groups:
-        for key in {name_key(below.name) for below in group.filled}:
-            seen[key] += 1
+    seen = Counter(key for group in groups for key in {name_key(below.name) for below in group.filled})
     shared = {name for name, count in seen.items() if count > 1}
-    if set(seen) <= STATES:
-        return
-    if len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups):
-        return  # two genera with an epithet in common, which the species' names tell apart
-    if len(shared) * 2 > len(seen):
+    # Two genera may have an epithet in common: the species' names tell them apart.
+    are_species = len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups)
+    if len(shared) * 2 > len(seen) and not are_species and not {*seen} <= STATES:
         raise UserError(
             f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}); "
             f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into "

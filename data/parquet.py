@@ -154,16 +154,20 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     for file in sorted(files):
         found[split_of_file(file, path) if len(files) > 1 else "train"].append(file)
     unnamed = found.pop("", [])
-    if "train" not in found and unnamed:
-        found["train"] = unnamed
-    elif unnamed:
+    if "train" in found:
         warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
-    if "train" not in found:
+    elif not unnamed:
         raise UserError(
             f"{path}: no parquet file for train, only for {' and '.join(found)}; give files or folders names "
             "that begin with train, validation and test"
         )
-    _check_one_data_set(found["train"], path)
+    found.setdefault("train", unnamed)
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for file in found["train"]:
+        by_name[file.name if split_of_file(file, file.parent) else str(file)].append(file.parent)
+    folders = max(by_name.values(), key=len)
+    if len(folders) > 1:
+        raise UserError(f"{path}: holds {len(folders)} data sets; {give_one(folders)}")  # configurations of one
     return {split: found[split] for split in SPLITS if split in found}, warnings
 
 
@@ -177,17 +181,6 @@ def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
         for (name, expected), count in series.items()
         if count < expected
     ]
-
-
-def _check_one_data_set(files: Sequence[Path], path: Path) -> None:
-    """Raise UserError for train files of one name in several folders: configurations of a data set, not its parts."""
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        if split_of_file(file, file.parent):
-            by_name[file.name].append(file.parent)
-    folders = max(by_name.values(), key=len, default=[])
-    if len(folders) > 1:
-        raise UserError(f"{path}: holds {len(folders)} data sets; {give_one(folders)}")
 
 
 def _warn_unused(what: str, path: Path, files: Sequence[Path]) -> list[str]:

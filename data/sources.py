@@ -165,14 +165,13 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
     present = {path.name for path in (folder / "jpg").glob("*.jpg")}
     splits, missing, warnings = {}, [], []
     for split, key in VGG_SPLIT_KEYS.items():
-        images = []
-        for number in sorted(int(number) for number in split_numbers[key][0]):
-            file = folder / "jpg" / f"image_{number:05d}.jpg"
-            if file.name in present:
-                images.append(ImageRow(str(file), int(labels[number - 1]) - 1, file.stem))
-            else:
-                missing.append(file.name)
-        splits[split] = build_rows(images)
+        numbers = {f"image_{number:05d}": int(number) for number in sorted(split_numbers[key][0])}
+        missing += [f"{name}.jpg" for name in numbers if f"{name}.jpg" not in present]
+        splits[split] = build_rows(
+            ImageRow(f"{folder}/jpg/{name}.jpg", int(labels[number - 1]) - 1, name)
+            for name, number in numbers.items()
+            if f"{name}.jpg" in present
+        )
     if missing:
         count = f"{len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing ({some(missing, 5)})"
         warnings.append(allow_incomplete(f"{folder / 'jpg'}: {count}", allow_missing))
