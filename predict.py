@@ -58,7 +58,7 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
         if os.path.isdir(word):  # pathlib would raise for a name that is too long
             folder, excluded = survey(Path(word))
             add_unused(folder, excluded)
-            found = [str(below.path / file.name) for below in folder.walk() for file in below.images]
+            found = list(folder.list_images())
             for line in excluded.lines() if found else ():
                 logger.warning(f"{printable(word)}: {line}")
             reason = f"{printable(word)}: {'; '.join(['holds no images', *excluded.lines()])}"

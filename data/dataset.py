@@ -99,14 +99,7 @@ class PlantData:
 
 def build_datasets(config: TrainingConfig) -> PlantData:
     """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""
-    reading = Reading(
-        config.dataset_revision,
-        config.streaming,
-        config.seed,
-        config.allow_missing,
-        config.label_column,
-        config.class_names,
-    )
+    reading = Reading(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Reading)})
     source = split_source(
         load_source(config.dataset, reading),
         {"validation": config.val_fraction, "test": config.test_fraction},

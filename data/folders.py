@@ -72,8 +72,8 @@ def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str
     for folder in entry.folder.walk() if entry.deep else [entry.folder]:
         below = "" if folder.path == root else f"{folder.path.relative_to(root).as_posix()}/"
         group = below if entry.specimens and folder is not entry.folder else ""
-        for file in folder.images:
-            yield f"{folder.path}/{file.name}", printable(below + file.name), group
+        for name in folder.images:
+            yield f"{folder.path}/{name}", printable(below + name), group
 
 
 def _check_unread_classes(layout: Layout) -> None:

@@ -21,10 +21,9 @@ OFFICIAL_REVISION = TrainingConfig.dataset_revision  # of HUB_REPOSITORY, the de
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def load_hub(repository: str, revision: str) -> Source:
+def load_hub(repository: str, reading: Reading) -> Source:
     """Oxford Flowers 102 from the hub, whole."""
-    reading = Reading(revision, streaming=False, seed=0, allow_missing=False, label_column=None, class_names=None)
-    source = _load(repository, revision, reading)
+    source = _load(repository, reading.dataset_revision, reading)
     if (sizes := {split: count_images(rows) for split, rows in source.splits.items()}) != OFFICIAL_SIZES:
         raise UserError(
             f"{source.description}: has {sizes} images, expected {OFFICIAL_SIZES}; give the official revision with "
@@ -38,7 +37,7 @@ def load_hub_dataset(repository: str, reading: Reading) -> Source:
 
     Raises UserError in one sentence.
     """
-    revision = reading.revision
+    revision = reading.dataset_revision
     if not COMMIT.fullmatch(revision) or revision == OFFICIAL_REVISION:
         asked = None if revision == OFFICIAL_REVISION else revision
         try:

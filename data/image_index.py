@@ -83,12 +83,7 @@ def _stem(name: str) -> str:
 
 def index_folder(folder: Folder) -> ImageIndex:
     """The images of a folder and below, by their paths below it."""
-    return ImageIndex(
-        f"{prefix}{file.name}"
-        for below in folder.walk()
-        for prefix in [f"{below.path.relative_to(folder.path).as_posix()}/".removeprefix("./")]
-        for file in below.images
-    )
+    return ImageIndex(path.removeprefix(f"{folder.path}/") for path in folder.list_images())
 
 
 class FileColumn(NamedTuple):

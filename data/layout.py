@@ -129,7 +129,7 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
         )
         return ""
     if entries and folder.images:
-        excluded.add("images in no class folder", folder.path / folder.images[0].name, len(folder.images))
+        excluded.add("images in no class folder", folder.path / folder.images[0], len(folder.images))
     layout.splits[split] = entries
     place = folder.path.relative_to(layout.root.path).as_posix()
     inner = [entry.folder.path for entry in entries if entry.folder not in folder.folders]

@@ -111,6 +111,8 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
         )
     path, where = found[0], f"saved data set {found[0]}"
     with _explaining(where, "save it again, or write parquet with to_parquet"):
+        for file in folder.find("arrow"):
+            _check_size(file)
         saved = load_from_disk(str(path))
     splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
@@ -261,25 +263,35 @@ def _check_complete(loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
 
 
 def _check_size(file: Path) -> None:
-    """Raise UserError for a file that unfolds to far more than it is: it would fill memory, and the disk."""
-    limit = max(MAX_UNFOLDING * file.stat().st_size, ANY_UNFOLDING)
-    metadata = pyarrow.parquet.read_metadata(file)
-    size, repeated = 0, set()
+    """Raise UserError for a file that unpacks to far more than it is: it would fill memory, and the disk."""
+    file_size, total = file.stat().st_size, 0
+    limit = max(MAX_UNFOLDING * file_size, ANY_UNFOLDING)
+    for size in _read_batch_sizes(file) if file.suffix == ".arrow" else _read_sizes(file, limit):
+        total += size
+        if total > limit:
+            raise UserError(
+                f"{file}: has {file_size / 1e6:,.1f} MB and unpacks to {total / 1e6:,.0f} MB or more, as images do not; "
+                "write it again with JPEG or PNG images, or remove it"
+            )
+
+
+def _read_batch_sizes(file: Path) -> Iterator[int]:
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
+        yield from (batch.get_total_buffer_size() for batch in batches)
+
+
+def _read_sizes(file: Path, limit: int) -> Iterator[int]:
+    """Bytes of the columns of a parquet file; a value that repeats is stored once, and read where it may matter."""
+    metadata, repeated = pyarrow.parquet.read_metadata(file), set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for chunk in map(group.column, range(metadata.num_columns)):
             is_text = chunk.physical_type == "BYTE_ARRAY"
-            size += max(chunk.total_uncompressed_size, 0 if is_text else 8 * chunk.num_values)
+            yield max(chunk.total_uncompressed_size, 0 if is_text else 8 * chunk.num_values)
             if is_text and chunk.has_dictionary_page and chunk.num_values * chunk.total_uncompressed_size > limit:
-                repeated.add(chunk.path_in_schema)  # a value that repeats is stored once
-    if size <= limit and repeated:
-        reader = pyarrow.parquet.ParquetFile(file, read_dictionary=[*repeated])
-        for batch in reader.iter_batches(1000, columns=[*repeated]):
-            size += sum(map(_unfolded_size, batch.columns))
-    if size > limit:
-        raise UserError(
-            f"{file}: has {file.stat().st_size / 1e6:,.1f} MB and unpacks to {size / 1e6:,.0f} MB or more, as "
-            "images do not; write it again with JPEG or PNG images, or remove it"
-        )
+                repeated.add(chunk.path_in_schema)
+    reader = pyarrow.parquet.ParquetFile(file, read_dictionary=[*repeated])
+    for batch in reader.iter_batches(1000, columns=[*repeated]) if repeated else ():
+        yield sum(map(_unfolded_size, batch.columns))
 
 
 def _unfolded_size(column: pyarrow.Array) -> int:

@@ -21,7 +21,7 @@ GROUPED_ROW = Features({**ROW, "group": Value("string")})
 class Reading:
     """How a source is read: the options of a run that decide it."""
 
-    revision: str  # of a hub data set
+    dataset_revision: str  # of a hub data set
     streaming: bool
     seed: int
     allow_missing: bool

@@ -46,7 +46,7 @@ def load_source(dataset: str, reading: Reading) -> Source:
         splits = {split: Dataset.from_list(draw_split(split), features=ROW) for split in SPLIT_SIZES}
         return Source(splits, list(SPECIES), "synthetic flowers of ten invented species", is_published=True)
     if dataset == "oxford_flowers102":
-        return load_hub(HUB_REPOSITORY, reading.revision)
+        return load_hub(HUB_REPOSITORY, reading)
     if path.is_dir():
         return load_folder(path, reading)
     if path.exists():
@@ -144,7 +144,7 @@ def _find_release(folder: Folder) -> Folder | None:
     """The folder of the official release of Oxford Flowers 102: it, or one below."""
     for inner in folder.walk():
         jpg = next((below for below in inner.folders if below.name == "jpg"), None)
-        is_official = jpg is not None and jpg.images and all(VGG_IMAGE.fullmatch(file.name) for file in jpg.images)
+        is_official = jpg is not None and jpg.images and all(map(VGG_IMAGE.fullmatch, jpg.images))
         if is_official or set(VGG_MD5) & set(inner.files.get("mat", ())):
             return inner
     return None
@@ -188,8 +188,4 @@ def load_ood_images(folder: Path) -> Dataset:
         raise UserError("; ".join([f"--ood {folder}: no images found there", *excluded.lines(), move]))
     for line in excluded.lines():
         logger.warning("--ood %s: %s", folder, line)
-    return build_rows(
-        ImageRow(f"{below.path}/{file.name}", 0, str((below.path / file.name).relative_to(folder)))
-        for below in found.walk()
-        for file in below.images
-    )
+    return build_rows(ImageRow(path, 0, os.path.relpath(path, folder)) for path in found.list_images())

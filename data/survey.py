@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from utils.image_utils import HEIF_SUFFIXES, SUFFIXES, looks_like_image, reads_heif
 from utils.logging_utils import UserError, some
@@ -40,18 +39,12 @@ KINDS = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | {
 }
 
 
-class File(NamedTuple):
-    name: str
-    size: int  # bytes
-    modified_ns: int
-
-
 @dataclass
 class Folder:
     """A folder with what it holds; hidden files and what systems leave behind are not in it."""
 
     path: Path
-    images: list[File] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     files: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # kind, e.g. "parquet" -> names
     folders: list["Folder"] = field(default_factory=list)
     num_images: int = 0  # in it and below
@@ -69,6 +62,12 @@ class Folder:
         yield self
         for folder in self.folders:
             yield from folder.walk()
+
+    def list_images(self) -> Iterator[str]:
+        """Paths of the images in it and below."""
+        for folder in self.walk():
+            prefix = f"{folder.path}/".removeprefix("./")
+            yield from (prefix + name for name in folder.images)
 
     def find(self, kind: str) -> list[Path]:
         """Paths of the files of a kind in it and below, sorted."""
@@ -169,7 +168,7 @@ def _add_file(folder: Folder, path: Path, status: os.stat_result, excluded: Excl
         folder.files["heif"].append(path.name)
         excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
     else:
-        folder.images.append(File(path.name, status.st_size, status.st_mtime_ns))
+        folder.images.append(path.name)
 
 
 def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] = ()) -> None:

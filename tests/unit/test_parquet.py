@@ -642,6 +642,17 @@ def test_saved_data_sets_that_cannot_be_used(tmp_path):
         load_saved_dataset(survey(tmp_path)[0], OPTIONS)
 
 
+def test_a_saved_data_set_of_compressed_buffers_that_unpack_to_much_is_refused(tmp_path):
+    Dataset.from_dict({"image": pictures(6), "label": NAMES * 2}).save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    batch = pyarrow.record_batch({"image": same(20_000_000, 6), "label": NAMES * 2})
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_stream(str(file), batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(UserError, match="has 0.. MB and unpacks to 1.. MB or more, as images do not"):
+        load_saved_dataset(survey(tmp_path)[0], OPTIONS)
+
+
 def test_splits_of_a_data_set_may_have_other_names(tmp_path):
     save(tmp_path / "one", ("training", "dev", "extra"))
     source = load_saved_dataset(survey(tmp_path / "one")[0], OPTIONS)
@@ -688,7 +699,7 @@ def table(columns=None):
 
 def test_any_image_data_set_of_the_hub_at_the_commit_it_has_now(fake_hub):
     asked = fake_hub(DatasetDict({"train": table()}))
-    source = hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"revision": OFFICIAL_REVISION}))
+    source = hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"dataset_revision": OFFICIAL_REVISION}))
     assert asked == [("info", "someone/plants", None), ("load", "someone/plants", COMMIT)]
     assert source.class_names == NAMES and source.revision == COMMIT
     assert source.description == "hub data set someone/plants at 0123456789ab"
@@ -699,7 +710,10 @@ def test_any_image_data_set_of_the_hub_at_the_commit_it_has_now(fake_hub):
 @pytest.mark.parametrize(("revision", "calls"), [("main", 2), (COMMIT, 1)])
 def test_a_commit_is_not_asked_for_again(revision, calls, fake_hub):
     asked = fake_hub(DatasetDict({"train": table()}))
-    assert hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"revision": revision})).revision == COMMIT
+    assert (
+        hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"dataset_revision": revision})).revision
+        == COMMIT
+    )
     assert len(asked) == calls and asked[-1] == ("load", "someone/plants", COMMIT)
 
 
