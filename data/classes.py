@@ -85,12 +85,11 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
                 "ClassLabel with its names"
             )
     elif kind == "number":
-        texts = [text.lower().removesuffix(".0").removesuffix("inf") for text in texts]
+        texts = [re.sub(r"\.0$|-?inf$|^-1(\.0)?$", "", text.lower()) for text in texts]
         if unusual := next((text for text in texts if not re.fullmatch(r"-?\d*|true|false", text)), None):
             raise UserError(
                 f"{where}: labels of {split} are no whole numbers ({unusual}); name another column: --label-column"
             )
-        texts = ["" if text in ("-1", "-") else text for text in texts]
     return texts
 
 

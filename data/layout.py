@@ -297,7 +297,7 @@ def find_boxes(folder: Folder) -> list[Path]:
 
 def describe_flat(folder: Folder) -> str:
     """Why a folder without class folders cannot be used, and the next move."""
-    archives, tables = folder.find("archive"), folder.find("table")
+    archives, tables, heif = folder.find("archive"), folder.find("table"), folder.find("heif")
     if folder.num_images and (boxes := find_boxes(folder)):
         return (
             f"{folder.path}: looks like a detection data set (boxes in {printable(str(boxes[0]))}), whose images "
@@ -312,15 +312,13 @@ def describe_flat(folder: Folder) -> str:
             + (f" ({some(path.name for path in tables)}: no such table)" if tables else "" if folder.filled else above)
         )
     if archives:
-        return (
-            f"{folder.path}: holds no images but {len(archives)} archives such as {printable(archives[0].name)}; "
-            f"unpack them first: {unpack_command(archives[0])}"
-        )
-    if heif := folder.find("heif"):
+        found = f"no images but {len(archives)} archives such as {printable(archives[0].name)}"
+        return f"{folder.path}: holds {found}; unpack them first: {unpack_command(archives[0])}"
+    if heif:
         return f"{folder.path}: its {len(heif)} images are HEIC/HEIF; to read them: pip install pillow-heif"
-    others = [printable(path.name) for kind in ("raw", "other") for path in folder.find(kind)]
+    others = some(path.name for kind in ("raw", "other") for path in folder.find(kind))
     return (
-        f"{folder.path}: no images found{f', but {others[0]}' if others else ''}; expected <class name>/photo.jpg, "
+        f"{folder.path}: no images found{others and f', but {others}'}; expected <class name>/photo.jpg, "
         "<split>/<class name>/photo.jpg, a table, parquet files, or jpg/ with the two .mat files"
     )
 

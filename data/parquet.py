@@ -269,10 +269,8 @@ def _check_size(file: Path) -> None:
     for size in _read_batch_sizes(file) if file.suffix == ".arrow" else _read_sizes(file, limit):
         total += size
         if total > limit:
-            raise UserError(
-                f"{file}: has {file_size / 1e6:,.1f} MB and unpacks to {total / 1e6:,.0f} MB or more, as images do not; "
-                "write it again with JPEG or PNG images, or remove it"
-            )
+            sizes = f"has {file_size / 1e6:,.1f} MB and unpacks to {total / 1e6:,.0f} MB or more, as images do not"
+            raise UserError(f"{file}: {sizes}; write it again with JPEG or PNG images, or remove it")
 
 
 def _read_batch_sizes(file: Path) -> Iterator[int]:

@@ -237,9 +237,9 @@ def _join_coco(data: dict) -> list[dict]:
     def key_of(record: dict, *keys: str) -> str:
         return cell_of(next((record[key] for key in keys if key in record), None))
 
-    names = {
-        key_of(record, "id", "category_id"): record.get("name", record.get("scientificName")) for record in categories
-    }
+    names = {}
+    for record in categories:
+        names[key_of(record, "id", "category_id")] = record.get("name") or record.get("scientificName")
     labels = {
         key_of(record, "image_id"): None if "bbox" in record else names.get(key := key_of(record, "category_id")) or key
         for record in annotations
