@@ -195,7 +195,7 @@ class TrainingConfig:
             yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
         if (fault := _why_no_pattern(self.group_by)) is not None:
             yield (
-                f"group_by={self.group_by!r}: not a regular expression ({fault}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
+                f"--group-by {self.group_by!r}: not a regular expression ({fault}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
             )
         if self.streaming and (self.group_by is not None or self.min_images > 1 or self.class_balance):
             yield (

@@ -161,10 +161,10 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
     matches = _match_rows(content, records, index, excluded)
     first = list(itertools.islice(matches, LABEL_ROWS))
     if not first:
+        example = printable(excluded.places[f"rows of {name} {SEVERAL}"][0])
         raise UserError(
-            f"{table}: several images have the file names in column {printable(file.name)}, such as "
-            f"{excluded.places[f'rows of {name} {SEVERAL}'][0]}; write the folder into the column, or move one of them "
-            "elsewhere"
+            f"{table}: several images have the file names in column {printable(file.name)}, such as {example}; write the "
+            "folder into the column, or move one of them elsewhere"
         )
     read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
     for images, row in itertools.chain(first, matches):
