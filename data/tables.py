@@ -163,8 +163,8 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
     if not first:
         example = printable(excluded.places[f"rows of {name} {SEVERAL}"][0])
         raise UserError(
-            f"{table}: several images have the file names in column {printable(file.name)}, such as {example}; write the "
-            "folder into the column, or move one of them elsewhere"
+            f"{table}: several images have the file names in column {printable(file.name)}, such as {example}; write "
+            "the folder into the column, or move one of them elsewhere"
         )
     read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
     for images, row in itertools.chain(first, matches):
