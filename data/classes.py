@@ -13,6 +13,7 @@ from datasets.features.features import FeatureType
 from data.columns import (
     LABEL_NAMES,
     LABEL_ROWS,
+    MISSING,
     ONE_HOT,
     choose_label,
     describe,
@@ -85,12 +86,12 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
                 "ClassLabel with its names"
             )
     elif kind == "number":
-        texts = [re.sub(r"\.0$|-?inf$|^-1(\.0)?$", "", text.lower()) for text in texts]
+        texts = [re.sub(r"\.0$|-?inf$", "", text.lower()) for text in texts]
         if unusual := next((text for text in texts if not re.fullmatch(r"-?\d*|true|false", text)), None):
             raise UserError(
                 f"{where}: labels of {split} are no whole numbers ({unusual}); name another column: --label-column"
             )
-    return texts
+    return ["" if text in MISSING else text for text in texts]
 
 
 def name_labels(

@@ -47,6 +47,7 @@ GROUP_NAMES = (
 RANKS = ("kingdom", "phylum", "order", "family")  # beside these, "class" is a rank: Magnoliopsida
 NOT_KNOWN = 2 * len(LABEL_NAMES)
 ONES, ZEROS = ("1", "1.0", "true", "True", "TRUE", "yes"), ("0", "0.0", "false", "False", "FALSE", "no")
+MISSING = ("", "-1", "-1.0", "nan", "NaN", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "<NA>")  # no label, as written
 ONE_HOT = "(one for each class)"  # stands for the column that columns of 0 and 1 are together
 # Addresses, dates, decimals, file names and texts are no labels where a column's name does not say so.
 NO_LABEL = re.compile(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from data.columns import (
     GROUP_NAMES,
     LABEL_ROWS,
+    MISSING,
     ONE_HOT,
     ONES,
     are_groups,
@@ -172,7 +173,7 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
         group = row[content.group_column] if content.group_column is not None else ""
         for image in images:
             path = index.paths[image]
-            if label:
+            if label not in MISSING:
                 folders_tell = content.split_column is None and not split
                 of_image = _split_of_folder(path.rpartition("/")[0]) if folders_tell else split
                 content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), of_image, group)))

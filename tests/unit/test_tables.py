@@ -336,6 +336,15 @@ def test_rows_that_cannot_be_used_are_counted_with_examples(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("missing", ["", "NaN", "null", "-1", "N/A"])
+def test_a_missing_label_is_no_class(missing, tmp_path):
+    names = images(tmp_path, 7)
+    rows = [*((name, FLOWERS[number % 3]) for number, name in enumerate(names[:6])), (names[6], missing)]
+    table = read(put(tmp_path / "a.csv", lines("file,label", rows)), tmp_path)
+    assert {row.class_name for row in table.rows} == {*FLOWERS}
+    assert table.warnings == ["not used: rows of a.csv without label: 1 (0006.jpg)"]
+
+
 def test_a_table_whose_images_have_several_labels_is_refused(tmp_path):
     names = images(tmp_path, 4)
     rows = [(name, flower) for name in names for flower in FLOWERS]
