@@ -84,7 +84,7 @@ def _explain_download(error: BaseException, revision: str | None) -> tuple[str, 
         (link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None
     )
     if find(errors.GatedRepoError):
-        return f"is gated ({reason}); accept its terms on its page of the hub, and set HF_TOKEN", False
+        return f"is gated ({reason}); accept its terms on the hub, and check that HF_TOKEN may read it", False
     if find(errors.RevisionNotFoundError):
         return f"has no revision {revision}; check --model-revision", False
     if find(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403, 404):
@@ -147,7 +147,7 @@ class SavedTensor:
             self.problems.append(f"{self.name} cannot be read ({first_line(error)})")
             raise
         if self.limit is not None and self.dtype.startswith(("F", "BF")) and tensor.numel():
-            low, high = tensor.to(torch.float32).aminmax()
+            low, high = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
             if not (-self.limit <= low and high <= self.limit):  # NaN is in no range
                 self.problems.append(f"{self.name} is not finite")
         return tensor

@@ -246,4 +246,8 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
     assert run(capsys, "run", "images", *FAST)[1] == first
     shutil.rmtree(cache / "snapshots" / old)
     status, out, err = run(capsys, "run", "images", *FAST)
-    assert status == 1 and out == "" and "error: --model me/plants: its config cannot be loaded" in err
+    assert (
+        status == 1
+        and out == ""
+        and "error: --model me/plants: at aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa is not whole in the cache" in err
+    )

@@ -509,7 +509,7 @@ def full() -> httpx.Response:
 
 FAULTS = [
     ("/api", lost, "the hub cannot be reached .*; check the network"),
-    ("/api", lambda: FakeHub.refuse(None, 401, "GatedRepo"), "set HF_TOKEN"),
+    ("/api", lambda: FakeHub.refuse(None, 401, "GatedRepo"), "check that HF_TOKEN"),
     ("/resolve", lambda: FakeHub.refuse(None, 403, "GatedRepo"), "is gated .*accept its terms"),
     ("/api", lambda: FakeHub.refuse(None, 404, "RepoNotFound"), "not on the hub .*check the name"),
     ("/api", lambda: FakeHub.refuse(None, 404, "RevisionNotFound"), "has no revision .*check --model-revision"),
