@@ -9,7 +9,9 @@ Drop or paste a photo, or take one. Photos are classified one by one, kept for a
 """
 
 import contextlib
+import ipaddress
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -112,7 +114,7 @@ def build_page(predictor, run: Run):
         event = {"fn": partial(answer_to, predictor, texts), "inputs": photo, "outputs": answer}
         event |= {"trigger_mode": "always_last", "concurrency_id": "model", "api_visibility": "private"}
         gr.on([photo.input, photo.clear], **event)
-        examples = [str(path) for path in sorted((run.folder / EXAMPLES_FOLDER).glob("*.jpg"))]
+        examples = find_examples(run.folder.resolve() / EXAMPLES_FOLDER)
         if examples:
             shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
             shown.load_input_event.then(**event)
@@ -120,10 +122,47 @@ def build_page(predictor, run: Run):
     return page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
 
 
+def find_examples(folder: Path) -> list[str]:
+    """The images of a run's own folder. gradio serves what a link points at, and a run from elsewhere may hold any."""
+    paths = sorted(map(str, folder.glob("*.jpg")))
+    return [path for path in paths if os.path.realpath(path) == path and os.path.isfile(path)]
+
+
+class KnownHosts:
+    """Refuses requests for other names than this page's: by DNS rebinding a site could read it under its own.
+
+    A name cannot be rebound to look like an address, so those are taken as they are.
+    """
+
+    def __init__(self, app, host: str):
+        self.app = app
+        self.names = {"localhost", host, socket.gethostname().lower()}
+
+    async def __call__(self, scope, receive, send) -> None:
+        from starlette.responses import PlainTextResponse
+
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1").lower()
+        if scope["type"] in ("http", "websocket") and not self.is_known(host):
+            text = "This page is not served under that name; use its address, or start it with --host NAME.\n"
+            await PlainTextResponse(text, status_code=400)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def is_known(self, host: str) -> bool:
+        """Whether a Host header, such as "localhost:7860" or "[::1]:7860", is one of this page's."""
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_address(name)
+            return True
+        return name in self.names
+
+
 def serve(page, options: PageOptions) -> None:
     """Until Ctrl-C or SIGTERM."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
+    hosts = Middleware(KnownHosts, host=options.host.lower())
     # gradio asks itself whether it runs, and would send that through a proxy
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},localhost,{options.host}"
@@ -139,7 +178,7 @@ def serve(page, options: PageOptions) -> None:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [hosts]},
         theme=gr.themes.Default(primary_hue="emerald", secondary_hue="emerald", font=font, font_mono=["monospace"]),
         css_paths=WEB / "page.css",
         head=f"<script>{(WEB / 'page.js').read_text(encoding='utf-8')}</script>",

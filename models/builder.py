@@ -1,6 +1,5 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from runtime.device import choose_precision, fit_workers
 from runtime.distributed import get_local_world_size
-from runtime.interrupt import LOADER_S, start_worker
+from runtime.interrupt import worker_options
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, is_watched
 from utils.tensor_utils import find_layers
@@ -164,9 +163,8 @@ class PlantModel:
     def _predict(self, rows, collate: Callable, predict: Callable) -> Iterator[tuple[list, list[str]]]:
         """For each batch: (sample, prediction) in any order, and "id: reason" of each unreadable image."""
         self.model.eval()
-        workers = {"num_workers": self.num_workers, "timeout": LOADER_S if self.num_workers else 0}
-        workers["worker_init_fn"] = functools.partial(start_worker, None)
-        loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, **workers)
+        options = worker_options(self.num_workers)
+        loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
         for batch in tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False):
             found = []
             if batch.samples:

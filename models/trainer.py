@@ -36,7 +36,7 @@ from runtime.distributed import (
     unshard,
     unsharded,
 )
-from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker
+from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker, worker_options
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, checkpoints_in, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
@@ -441,8 +441,7 @@ class PlantTrainer(Trainer):
             self.args.device,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-            worker_init_fn=functools.partial(start_worker, None),
-            timeout=STREAM_S if self.args.dataloader_num_workers else 0,
+            **worker_options(self.args.dataloader_num_workers, STREAM_S),
         )
 
     def _get_dataloader(self, *args, **kwargs):

@@ -4,6 +4,7 @@ Before and after a training signals raise KeyboardInterrupt (utils/logging_utils
 """
 
 import contextlib
+import functools
 import multiprocessing.queues
 import os
 import signal
@@ -76,6 +77,11 @@ class StopRequest:
             if batch is end:
                 return
             yield batch
+
+
+def worker_options(num_workers: int, limit_s: int = LOADER_S) -> dict:
+    """Options of a torch DataLoader: its workers leave signals to the parent, and the wait for a batch has a limit."""
+    return {"timeout": limit_s if num_workers else 0, "worker_init_fn": functools.partial(start_worker, None)}
 
 
 def start_worker(then: Callable[[int], None] | None, number: int) -> None:

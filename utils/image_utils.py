@@ -6,6 +6,7 @@ H, W: height and width in pixels of the upright image.
 import io
 import math
 import random
+import re
 import stat
 import zlib
 from pathlib import Path
@@ -40,6 +41,10 @@ MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
 MAX_JPEG_PIXELS = 256_000_000  # the largest phone sensors have 200 million; a JPEG is decoded smaller
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS  # PIL warns above it; the limits here are checked first
 MAX_BYTES = 400_000_000  # of a file: MAX_PIXELS of 16-bit RGB, not compressed
+# A JPEG may repeat its scans without end, and each takes as long as the first: 0.3 MB took 12 s.
+JPEG_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # of all scans; progressive ones have about 10
+MAX_TILES = 100_000  # of a TIFF; PIL's own loop takes 5 microseconds for each
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
@@ -193,6 +198,10 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({error})") from error
+    scans = len(JPEG_SCAN.findall(contents)) if image.format in ("JPEG", "MPO") else 0
+    if scans * image.width * image.height > MAX_SCANNED_PIXELS or len(image.tile) > MAX_TILES:
+        parts = f"{image.width} x {image.height} in {max(scans, len(image.tile)):,} parts"
+        raise ImageError(f"{name}: {parts} takes too long to decode; save it anew")
     _decode_smaller(image, max_pixels, side)
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"

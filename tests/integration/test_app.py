@@ -1,5 +1,6 @@
 """The web demo without gradio: its texts, its port, its uploads. In a browser: tests/browser/."""
 
+import asyncio
 import os
 import re
 import socket
@@ -136,3 +137,40 @@ def test_uploads_go_to_a_folder_of_their_own(monkeypatch, tmp_path):
     save_config(TrainingConfig(), tmp_path, {})
     assert app.main([str(tmp_path), "--port", "0"]) == 0
     assert len(folders) == 1 and not folders[0].exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost:7860", "LOCALHOST", "127.0.0.1:1", "[::1]:7860", "[::1]", "192.168.1.7:80", "plants.local:7860"]
+)
+def test_the_page_is_served_under_its_own_names_and_addresses(name):
+    assert app.KnownHosts(None, "plants.local").is_known(name.lower())
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil", "", "["]
+)
+def test_a_page_of_another_name_gets_nothing(name):
+    pytest.importorskip("starlette")
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", name.encode())]}
+    asyncio.run(app.KnownHosts(None, "127.0.0.1")(scope, None, send))
+    assert sent[0]["status"] == 400 and b"start it with --host NAME" in sent[1]["body"]
+
+
+def test_examples_are_files_of_the_run_itself(tmp_path):
+    """gradio would serve what a link points at."""
+    folder = tmp_path / "run" / "examples"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / "secret.jpg", folder / "0 oak.jpg"):
+        path.write_bytes(b"x")
+    (folder / "1 link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "2 folder.jpg").mkdir()
+    os.mkfifo(folder / "3 pipe.jpg")
+    (folder / "4 loop.jpg").symlink_to(folder / "4 loop.jpg")
+    assert app.find_examples(folder) == [str(folder / "0 oak.jpg")]
+    (tmp_path / "other").symlink_to(folder)
+    assert app.find_examples(tmp_path / "other") == []

@@ -1,8 +1,10 @@
 """Tests of image utils."""
 
 import io
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +267,31 @@ def test_heic_of_any_name_says_what_reads_it_where_nothing_does(monkeypatch):
     monkeypatch.setattr("utils.image_utils.reads_heif", lambda: False)
     with pytest.raises(ImageError, match=r"photo.jpg: is HEIC/HEIF, which pillow-heif reads \(pip install pillow-heif"):
         open_image(row)
+
+
+def progressive(side: int, repeats: int) -> bytes:
+    """A JPEG whose last scan comes again and again."""
+    file = io.BytesIO()
+    Image.new("L", (side, side), 128).save(file, "JPEG", progressive=True)
+    contents = file.getvalue()
+    return contents[:-2] + contents[contents.rindex(b"\xff\xda") : -2] * repeats + contents[-2:]
+
+
+def many_tiles(count: int) -> bytes:
+    """A TIFF whose tiles are all the same bytes."""
+    tags = [(256, 7900), (257, 7900), (258, 8), (259, 1), (262, 1), (277, 1), (322, 16), (323, 16)]
+    start = 8 + 2 + 12 * 10 + 4
+    entries = [(tag, 1, value) for tag, value in tags] + [(324, count, start), (325, count, start + 4 * count)]
+    head = struct.pack("<2sHIH", b"II", 42, 8, 10) + b"".join(
+        struct.pack("<HHII", tag, 4, *rest) for tag, *rest in entries
+    )
+    return head + bytes(4) + struct.pack("<I", start + 8 * count) * count + struct.pack("<I", 256) * count + bytes(256)
+
+
+def test_what_would_take_too_long_to_decode_is_refused():
+    assert open_image({"bytes": progressive(64, 1000), "path": "small.jpg"}).size == (64, 64)
+    for bomb in (progressive(4000, 90), many_tiles(100_001)):
+        began = time.perf_counter()
+        with pytest.raises(ImageError, match=r"a: \d+ x \d+ in [\d,]+ parts takes too long to decode; save it anew"):
+            open_image({"bytes": bomb, "path": "a"})
+        assert time.perf_counter() - began < 2
