@@ -65,7 +65,7 @@ class TrainingConfig:
         "which parameters are trained; adapter: LoRA on all projections of the language model",
         choices=("adapter", "adapter+projector", "projector", "everything"),
     )
-    lora_r: int = fixed(16, "rank of the adapter", low=1)
+    lora_r: int = fixed(16, "rank of the adapter", low=1, high=8192)
     lora_alpha: int = fixed(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
     lora_dropout: float = fixed(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
     gradient_checkpointing: str = option(
@@ -119,7 +119,9 @@ class TrainingConfig:
     max_bad_fraction: float = option(
         0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1
     )
-    image_size: int | None = fixed(336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28)
+    image_size: int | None = fixed(
+        336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28, high=4096
+    )
     question: str = fixed("What flower is shown in this image?", "what the model is asked about every image")
     num_workers: int = option(2, "processes that decode images; 0: the training process", low=0)
     pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU")

@@ -10,8 +10,10 @@ from utils.logging_utils import UserError
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write beside `path`, sync to disk, then replace it."""
+    """Write beside `path`, sync to disk, then replace it. Raises UserError for a folder in its place."""
     draft, _ = beside(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder where a file is to be written; move it, then re-run the same command")
     draft.write_text(text, encoding="utf-8")
     sync(draft)
     os.replace(draft, path)

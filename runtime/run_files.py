@@ -7,7 +7,6 @@ imported, so that every script can read a run before it imports torch.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import reprlib
 import socket
@@ -66,6 +65,8 @@ TEXT = Kind("text", lambda value: isinstance(value, str))
 NO_TEXT = Kind("text or null", lambda value: value is None or isinstance(value, str))
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 NUMBER, FRACTION, COUNT = number(), number(0, 1), integer()
+# What Python's JSON writes of a loss that overflowed: NaN and infinities are numbers here and in no other Kind.
+LOGGED = Kind("a number or null", lambda value: value is None or type(value) is float or NUMBER.holds(value))
 NAMES = Kind("a list of different names", _are_names)
 CONFIG = {
     "config": {str: ANY},  # checked by config_from_dict
@@ -85,9 +86,18 @@ CONFIG = {
 }
 METRIC_NAMES = ("loss", "grad_norm", "learning_rate", "seconds", "peak_gib", "eval_loss", "eval_top1", "eval_top5")
 METRICS: dict = {"step": COUNT, "completed?": BOOL, "skipped?": TEXT, str: ANY}
-METRICS |= dict.fromkeys([f"{name}?" for name in METRIC_NAMES], (NUMBER, None))
-BEST_STEP = {"step": COUNT, "eval_top1?": (NUMBER, None), "eval_loss?": (NUMBER, None)}
-STATE = {"global_step": COUNT, "epoch": (NUMBER, None), "log_history": [METRICS], str: ANY}
+METRICS |= dict.fromkeys([f"{name}?" for name in METRIC_NAMES], LOGGED)
+BEST_STEP = {"step": COUNT, "eval_top1?": LOGGED, "eval_loss?": LOGGED}
+STATE: dict = {  # what transformers computes with when it resumes
+    "global_step": COUNT,
+    "epoch": (NUMBER, None),
+    "log_history": [METRICS],
+    "total_flos": NUMBER,
+    "train_batch_size": (integer(1), None),
+    "stateful_callbacks": {"TrainerControl": ANY, str: ANY},
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), number(1e-9)),
+    str: ANY,
+}
 MANIFEST = {str: {"bytes": COUNT, "sha256": TEXT}}
 CALIBRATION = {"temperature": number(1e-3, 1e3), "threshold": (FRACTION, None), "target_selective_accuracy": FRACTION}
 CALIBRATION |= {"images": integer(1)}
@@ -225,7 +235,7 @@ def read_json(path: Path, schema: dict) -> dict:
     """An object that a run wrote, under today's keys. Raises OSError, or ValueError with what is wrong with it."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")  # reading a pipe would wait for ever
-    return _parse(path.read_text(encoding="utf-8"), schema)
+    return _parse(path.read_text(encoding="utf-8-sig"), schema)  # an editor may have put a mark before it
 
 
 def read_lines(path: Path, schema: dict) -> list[dict]:
@@ -251,13 +261,7 @@ def _parse_line(line: str, schema: dict) -> dict | None:
 
 
 def _parse(text: str, schema: dict) -> dict:
-    """What is no finite number is null: NaN, 1e999. Raises ValueError."""
     try:
-        found = json.loads(text, object_hook=renamed, parse_float=_finite, parse_constant=lambda name: None)
-        return validate(found, schema)
+        return validate(json.loads(text, object_hook=renamed), schema)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-
-
-def _finite(digits: str) -> float | None:
-    return value if math.isfinite(value := float(digits)) else None
