@@ -25,6 +25,7 @@ from evaluation.model_card import base_name, build_model_card
 from models import merging
 from models.builder import PlantModel, build_base, check_same_base, lora_settings, weights_fingerprint
 from models.loading import find_checkpoint
+from models.tiny import SIZES, build_config
 from runtime.atomic import beside, replace_dir, require_disk_space
 from runtime.checkpoint import MODEL_CARD, describe_best
 from runtime.device import choose_device, collect_memory, refuse_several_ranks
@@ -170,10 +171,17 @@ def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] |
 
 
 def find_base(run: Run, processor, scratch: Path) -> Path:
-    """The folder that is merged into: the base model's safetensors, or best/ of a full fine-tune."""
+    """The folder that is merged into: the base model, or best/'s weights of a full fine-tune with the base's config."""
     config = run.config
     if config.trainable == "everything":
-        return run.best_folder
+        if config.model in RANDOM_MODELS:
+            build_config(processor, SIZES[config.model]).save_pretrained(scratch)
+        else:
+            for path in find_checkpoint(config.model, config.model_revision).glob("*config.json"):
+                shutil.copyfile(path, scratch / path.name)
+        for path in run.best_folder.glob("*.safetensors*"):
+            (scratch / path.name).symlink_to(path.resolve())
+        return scratch
     if config.model in RANDOM_MODELS:
         build_base(config, processor, torch.device("cpu"), torch.float32).save_pretrained(scratch)
         return scratch

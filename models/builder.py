@@ -329,7 +329,7 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None
         if is_adapter:
             saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
         else:
-            saved = load_model(Path(folder), str(folder), model.dtype, {}).state_dict()
+            saved = load_model(Path(folder), str(folder), model.dtype, {}, config=model.config).state_dict()
     except (OSError, SafetensorError) as error:
         reason = first_line(error)
         raise UserError(f"{folder}: its weights cannot be loaded ({reason}); only *.safetensors are read") from error

@@ -209,13 +209,15 @@ def load_model(
     dtype: torch.dtype,
     placement: dict[str, Any],
     quantization: BitsAndBytesConfig | None = None,
+    config: LlavaNextConfig | None = None,
 ) -> LlavaNextForConditionalGeneration:
     """The model of a checkpoint's folder, each of its weights from the files. `name` is what messages call it.
 
+    With a `config` that of the folder, which anyone may have written, is not read.
     Raises UserError for weights that are missing, of another shape, without a place, not finite, or quantized already.
     """
     with explain_errors(name, "weights", folder):
-        config = LlavaNextConfig.from_pretrained(folder)
+        config = LlavaNextConfig.from_pretrained(folder) if config is None else config
         quantization = _check_quantization(config, name, quantization)
         tensors = read_tensors(folder, name)
         wrong = list(_find_gaps(config, tensors))

@@ -265,8 +265,10 @@ def _decide_explicit(config: TrainingConfig) -> Run:
 
 def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     saved, recorded = run_files.load_config(config.output_dir or "")
-    changed = "; ".join(_changes(config, saved, [name for name in RESUMABLE if name not in LENGTH]))
     longer = "; ".join(_changes(config, saved, LENGTH))
+    if config.lr_scheduler_type == "constant_with_warmup" and config.warmup_steps >= 1:
+        longer = ""  # no rate depends on the length
+    changed = "; ".join(_changes(config, saved, [name for name in RESUMABLE if not longer or name not in LENGTH]))
     note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
     notes = [*notes, note]
     if longer:
