@@ -12,6 +12,7 @@ from PIL import Image
 from utils.logging_utils import logger
 
 COLUMNS = 4  # of a grid of images
+plain_text = matplotlib.rc_context({"text.usetex": False})  # a user's matplotlibrc may hand all text to TeX
 
 
 class Tile(NamedTuple):
@@ -22,6 +23,7 @@ class Tile(NamedTuple):
     color: str
 
 
+@plain_text
 def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     """Loss, validation accuracy, learning rate and gradient norm by optimizer step, from the lines of metrics.jsonl."""
     has_evaluations = any("eval_loss" in line for line in metrics)
@@ -40,6 +42,7 @@ def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     _save(figure, path, 100)
 
 
+@plain_text
 def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
     rows = -(-len(tiles) // COLUMNS)
     figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows), layout="constrained")
@@ -48,6 +51,7 @@ def plot_tiles(tiles: Sequence[Tile], path: str | Path) -> None:
     _save(figure, path, 80)
 
 
+@plain_text
 def plot_report(
     accuracies: dict[str, float],
     bins: Sequence[tuple[float, float, int]],
@@ -81,8 +85,7 @@ def plot_report(
 
 def _save(figure: Figure, path: str | Path, dpi: int) -> None:
     """One sentence in place of matplotlib's warnings, a line of code each, for characters that no font here has."""
-    # A user's matplotlibrc may hand all text to TeX.
-    with warnings.catch_warnings(record=True) as caught, matplotlib.rc_context({"text.usetex": False}):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=dpi)
     if any("missing from font" in str(warning.message) for warning in caught):

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import evaluate
+import export
 import train
 from data import dataset
 from models import callbacks
+from models.builder import lora_settings
+from models.merging import read_adapter
 from runtime.checkpoint import write_manifest
 from tests.conftest import run_printed
+from utils.logging_utils import UserError
 
 RUN = ["--preset", "tiny", "--max-steps", "4", "--save-steps", "2", "--num-workers", "0", "--output-dir", "run"]
 
@@ -103,3 +107,88 @@ def test_code_that_comes_with_a_model_is_not_executed(kind, checkpoint, image_fo
     assert (status == 0) == (kind == "llava_next") and "Traceback" not in output
     assert status == 0 or "/model: its config cannot be loaded" in output
     assert not Path("planted").exists()
+
+
+# ---- files of a run that were planted or edited
+
+
+def edit(path: Path, **changes) -> None:
+    """Of a JSON file in a folder whose manifest then fits."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_manifest(path.parent)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "IA3"},
+        {"r": 8},
+        {"lora_alpha": 64},
+        {"use_rslora": True},
+        {"alpha_pattern": {".*": 64}},
+        {"target_modules": ["q_proj"]},
+        {"auto_mapping": {"base_model_class": "Model", "parent_library": "planted"}},
+        {"megatron_core": "planted"},
+    ],
+)
+def test_an_adapter_config_that_is_not_the_runs_is_refused(changes, trained_lora, here, monkeypatch, capsys):
+    Path("planted.py").write_text("open('planted', 'w').close()")
+    monkeypatch.syspath_prepend(here)
+    edit(trained_lora / "best" / "adapter_config.json", **changes)
+    status, output = run_printed(evaluate.main, capsys, "two", "--num-workers", "0")
+    assert status == 1 and "error: two/best: its adapter_config.json is not that of the run's adapter (" in output
+    assert next(iter(changes)) in output and "Traceback" not in output and not Path("planted").exists()
+    (trained_lora / "best" / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="it is nested too deep.; put the run's own files back, or train again"):
+        read_adapter(trained_lora / "best", lora_settings("adapter+projector", 4, 32, 0.0))
+
+
+def test_an_adapter_of_another_rank_is_not_merged(trained_lora):
+    config = trained_lora / "best" / "adapter_config.json"
+    assert read_adapter(config.parent, lora_settings("adapter+projector", 4, 32, 0.0)).scale == 8
+    edit(config, r=8)
+    with pytest.raises(UserError, match="holds weights that are of no LoRA adapter of rank 8; export a run"):
+        read_adapter(config.parent, lora_settings("adapter+projector", 8, 32, 0.0))
+
+
+def test_of_a_full_fine_tune_only_the_tensors_are_read(trained, capsys):
+    """Neither another attention, nor another model type, nor an adapter with a base on the hub."""
+    best = trained / "best"
+    names = {"attn_implementation": "owner/kernel", "_attn_implementation": "owner/kernel"}
+    edit(best / "config.json", model_type="mistral", auto_map={"AutoConfig": "code.Config"}, **names)
+    (best / "code.py").write_text("open('planted', 'w').close()")
+    (best / "custom_generate").mkdir()
+    (best / "custom_generate" / "generate.py").write_text("open('planted', 'w').close()")
+    (best / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
+    write_manifest(best)
+    before = json.loads((trained / "eval_val.json").read_text())
+    assert (
+        run_printed(evaluate.main, capsys, "one", "--num-workers", "0", "--protocol", "both")[0] == 0
+        and not Path("planted").exists()
+    )
+    after = json.loads((trained / "eval_val.json").read_text())
+    assert after["ece"] == pytest.approx(before["ece"], abs=1e-3) and after["top1"] == before["top1"]
+    assert run_printed(export.main, capsys, "one", "out")[0] == 0 and not Path("planted").exists()
+    assert not {"auto_map", "attn_implementation"} & json.loads(Path("out/config.json").read_text()).keys()
+
+
+def test_weights_that_are_a_link_are_refused(trained, here, capsys):
+    weights = trained / "best" / "model.safetensors"
+    weights.rename(here / "elsewhere")
+    weights.symlink_to(here / "elsewhere")
+    status, output = run_printed(evaluate.main, capsys, "one", "--num-workers", "0")
+    assert status == 1 and "one/best: holds no complete weights (model.safetensors is a link)" in output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"more": 1}, {"global_step": 3}, {"log_history": [None]}, {"total_flos": "x"}, {"stateful_callbacks": []}],
+)
+def test_a_state_that_transformers_cannot_use(changes, run, capsys):
+    edit(run / "checkpoint-2" / "trainer_state.json", **changes)
+    status, output = run_printed(train.main, capsys, *RUN)
+    assert "Traceback" not in output
+    if status:  # what only transformers can tell
+        assert "checkpoint-2: its trainer_state.json cannot be used (" in output and "delete the folder" in output
+    else:
+        assert "trainer_state.json is corrupted: " in output and "no checkpoint to resume from" in output

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import train
+from config.cli import parse_config
 from evaluation import verify
 from models import callbacks
 from models.trainer import PlantTrainer
-from runtime.checkpoint import verify_checkpoint
-from runtime.run_files import lock_folder, read_metrics
+from runtime.checkpoint import describe_best, verify_checkpoint
+from runtime.run_files import lock_folder, read_metrics, save_config
 from tests.conftest import FLOWERS, run_printed
 from utils.logging_utils import UserError
 
@@ -298,6 +299,10 @@ BAD_INPUT = [
     (nothing, ["--preset", "tiny", "--optim", "sgdd"], "--optim sgdd: not known to transformers; use one of"),
     (nothing, ["--preset", "tiny", "--report-to", "paper"], "--report-to paper: ValueError: paper is not suppor"),
     (nothing, ["--preset", "tiny", "--report-to", "clearml"], "--report-to clearml: "),
+    (
+        nothing, ["--preset", "tiny", "--max-steps", "-1", "--num-train-epochs", "1", "--warmup-steps", "700"],
+        "warmup_steps=700: as long as the run of",
+    ),
     (nothing, ["--preset", "tiny", "--learning-rate", "fast"], "learning_rate=fast: a number is needed"),
     (nothing, ["--presett", "tiny"], "--presett: unknown flag; did you mean --preset?"),
 ]  # fmt: skip
@@ -424,3 +429,61 @@ def test_the_trained_model_is_freed_before_the_fresh_one_is_loaded(not_completed
 def test_a_model_that_was_hardly_trained_is_reported(here, small_splits, checkpoint, capsys):
     flags = ["--model", checkpoint(), "--trainable", "adapter", "--max-steps", "1", "--learning-rate", "1e-30"]
     assert "its scores are those of the base model; it was hardly trained" in run(capsys, *TINY, *flags)[1]
+
+
+def test_trackers_are_checked_before_anything_is_loaded(small_splits, capsys):
+    status, output = run(capsys, *TINY, "--report-to", "wandb")
+    assert status == 1 and len(output.splitlines()) == 1 and not Path("runs").exists()
+    assert output.startswith("error: --report-to wandb: ") and "use none or one of those installed: " in output
+
+
+# ---- best/ again, and longer runs
+
+
+def flip_a_bit(best: Path) -> None:
+    file = best / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, shutil.rmtree])
+def test_the_command_of_a_run_makes_best_again_from_a_checkpoint(damage, completed, full_run, small_splits, capsys):
+    damage(completed / "best")
+    with pytest.raises(
+        UserError, match=r"holds no complete weights \(.*; its train.py command, with --output-dir .* makes"
+    ):
+        describe_best(completed / "best")
+    status, output = run(capsys, *TINY, *SHAPE)
+    assert status == 0 and "runs/tiny/best is missing or corrupted; it is made again from a checkpoint" in output
+    assert verify_checkpoint(completed / "best") is None and losses(completed) == losses(full_run.folder)
+    is_lost = json.loads((full_run.folder / "best" / "best.json").read_text())["step"] == 3  # not a checkpoint's
+    assert ("the weights of step 3, the best on val, are lost; those of step 6 are used" in output) == is_lost
+    assert same(weights_of(completed), load_file(full_run.folder / "checkpoint-6" / "model.safetensors"))
+    assert run(capsys, *TINY, *SHAPE, "--output-dir", "runs/tiny")[1].startswith("run | runs/tiny is complete")
+
+
+def test_a_run_without_weights_stays_complete(completed, small_splits, capsys):
+    for folder in (completed / "best", *completed.glob("checkpoint-*")):
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no checkpoint is left to make them from; train again, in another folder"):
+        describe_best(completed / "best")
+    assert "is complete" in run(capsys, *TINY, *SHAPE, "--output-dir", "runs/tiny")[1]
+
+
+def test_a_longer_run_begins_at_its_own_learning_rate(completed, small_splits, capsys):
+    status, output = run(capsys, *TINY, *SHAPE, "--max-steps", "9", "--output-dir", "runs/tiny")
+    assert status == 0 and "longer than it began (max_steps: 6 -> 9): the learning rate schedule is stretched" in output
+    assert "keep the result" not in output
+    rates = [line["learning_rate"] for line in read_metrics(completed) if line["step"] > 6 and "loss" in line]
+    assert len(rates) == 3 and 0 < rates[2] < rates[1] < rates[0]
+
+
+def test_what_stands_in_the_way_of_pictures_is_no_end(small_splits, capsys):
+    for name in ("loss.png", "eval_val.png", "eval_val_images.png", "eval_val.md"):
+        Path("runs/tiny", name).mkdir(parents=True)
+    Path("runs/tiny/examples").write_text("no folder")
+    save_config(parse_config([*TINY, "--output-dir", "runs/tiny"]), "runs/tiny", {})
+    status, output = run(capsys, *TINY, "--output-dir", "runs/tiny", "--allow-changed")
+    assert status == 0 and output.count(": skipped, since it cannot be made (") == 5 and "Traceback" not in output
+    assert read_metrics(Path("runs/tiny"))[-1]["completed"]
