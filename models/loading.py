@@ -106,6 +106,10 @@ def _explain_download(error: BaseException, revision: str | None) -> tuple[str, 
 
 def again(folder: Path) -> str:
     """The next move for a file that is not what it should be; what is in the cache is not downloaded again."""
+    for path in sorted(folder.glob("*.*")):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # folders, too
+            if file.read(len(POINTER)) == POINTER:
+                return f"{path.name} is a git-LFS pointer: run git lfs pull"
     is_cached = folder.parent.name == "snapshots"
     move = f"delete {folder.parents[1]} and run the same command again" if is_cached else "download or copy it again"
     return f"{move}, or use another checkpoint"
@@ -162,9 +166,6 @@ def read_tensors(folder: Path, name: str) -> dict[str, SavedTensor]:
     found: dict[str, SavedTensor] = {}
     for path in [whole] if whole.exists() else [folder / file for file in read_index(index, name)]:
         try:
-            with open(path, "rb") as file:
-                if file.read(len(POINTER)) == POINTER:
-                    raise UserError(f"{name}: {path.name} is a git-LFS pointer, not weights; run git lfs pull")
             source = safe_open(path, "pt", backend="pread")
         except (OSError, SafetensorError) as error:
             reason = "is not there" if isinstance(error, FileNotFoundError) else f"is corrupted ({first_line(error)})"
@@ -220,7 +221,8 @@ def load_model(
         config = LlavaNextConfig.from_pretrained(folder) if config is None else config
         quantization = _check_quantization(config, name, quantization)
         tensors = read_tensors(folder, name)
-        wrong = list(_find_gaps(config, tensors))
+        with explain_errors(name, "config", folder):
+            wrong = list(_find_gaps(config, tensors))
         if wrong:
             reason = f"its weights are not those that its config.json describes: {'; '.join(wrong)}"
             raise UserError(f"{name}: {reason}; {again(folder)}")

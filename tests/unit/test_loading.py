@@ -190,8 +190,16 @@ def short_shard(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def pointer(folder: Path) -> None:
-    (folder / "model-1.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+def pointer(folder: Path, name: str = "model-1.safetensors") -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def pointer_of_tokenizer(folder: Path) -> None:
+    pointer(folder, "tokenizer.json")
+
+
+def odd_activation(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(hidden_act="unheard-of"))
 
 
 def pickle_shard(folder: Path) -> None:
@@ -290,7 +298,9 @@ CORRUPTIONS = [
     (empty_shard, "model-1.safetensors is corrupted"),
     (short_shard, "model-1.safetensors is corrupted"),
     (pickle_shard, "model-1.safetensors is corrupted"),
-    (pointer, "model-1.safetensors is a git-LFS pointer, not weights; run git lfs pull"),
+    (pointer, "model-1.safetensors is a git-LFS pointer: run git lfs pull"),
+    (pointer_of_tokenizer, "tokenizer.json is a git-LFS pointer: run git lfs pull"),
+    (odd_activation, "its config cannot be loaded"),
     (torn_index, f"{INDEX} is no index of weights"),
     (list_index, f"{INDEX} is no index of weights"),
     (empty_index, f"{INDEX} is no index of weights"),
