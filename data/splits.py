@@ -34,12 +34,7 @@ def split_source(
     """
     missing = [split for split in SPLITS if split not in source.splits]
     if any(isinstance(rows, Stream) for rows in source.splits.values()):
-        if missing:
-            raise UserError(
-                f"{source.description}: has no split {' and '.join(missing)}, and a stream is not split; give files "
-                "for each, or use --streaming false"
-            )
-        return source
+        return source  # with all splits
     if source.is_published and not missing and group_by is None and min_images == 1:
         return source
     if "train" in missing:

@@ -226,7 +226,7 @@ def _choose_label(
     if label == ONE_HOT:
         return read_one_hot
     if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
-        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] else ""
+        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""
     return operator.itemgetter(label)
 
 

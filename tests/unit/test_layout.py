@@ -256,6 +256,16 @@ def test_images_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkey
     assert line.endswith("which pillow-heif reads (pip install pillow-heif): 1 (rose/IMG_9.heic)")
 
 
+def test_a_class_folder_whose_name_is_no_name(tree):
+    with pytest.raises(UserError, match="labels without a name: '___'; rename them, or use --class-names FILE"):
+        tree("rose", "daisy", "___")()
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path):
+    with pytest.raises(UserError, match="gone: cannot be listed .No such file.*; check the path and its permissions"):
+        survey(tmp_path / "gone")
+
+
 def test_folder_names_that_are_not_utf8(tree):
     read = tree(*CLASSES)
     os.rename(tree.root / "rose", os.fsencode(tree.root) + b"/ros\xe9")

@@ -335,6 +335,18 @@ def test_two_columns_of_one_name_and_a_schema_that_lies(tmp_path):
 # ---- labels
 
 
+def test_splits_without_the_column_of_images_or_any_label(tmp_path):
+    write(tmp_path / "a" / "train.parquet", {"image": pictures(6), "label": NAMES * 2})
+    write(tmp_path / "a" / "test.parquet", {"picture": pictures(6), "label": NAMES * 2})
+    with pytest.raises(
+        UserError, match="test has the columns picture, label and no image; write all splits with the same"
+    ):
+        load(tmp_path / "a")
+    write(tmp_path / "b" / "train.parquet", {"image": pictures(6), "label": [-1] * 6})
+    with pytest.raises(UserError, match="the column of labels holds no labels; name another: --label-column"):
+        load(tmp_path / "b")
+
+
 def test_a_label_that_has_no_name(tmp_path):
     features = Features({"image": Image(), "label": ClassLabel(names=["ash", "elm"])})
     columns = {"image": pictures(6), "label": [0, 1, 2] * 2}

@@ -5,7 +5,7 @@ import itertools
 import datasets
 import pytest
 from accelerate import skip_first_batches
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
 from config.cli import parse_config
@@ -167,6 +167,20 @@ def test_bad_files(how, words, tmp_path):
     write_parquet(tmp_path / "images", **({"files": 2, "rows": 4} | how))
     with pytest.raises(UserError, match=words):
         streamed(tmp_path / "images")
+
+
+def test_a_stream_needs_all_splits_and_images_in_its_files(tmp_path):
+    write_parquet(tmp_path / "images", 2, 4)
+    for file in (tmp_path / "images").rglob("validation*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no parquet file for validation, and none is cut from a stream; give files"):
+        streamed(tmp_path / "images")
+    features = Features({"image": Value("string"), "label": ClassLabel(names=NAMES)})
+    for split in ("train", "validation", "test"):
+        rows = Dataset.from_list([{"image": f"{n}.png", "label": n} for n in range(3)], features=features)
+        rows.to_parquet(tmp_path / "paths" / f"{split}.parquet")
+    with pytest.raises(UserError, match="holds paths of images and no images; use false"):
+        streamed(tmp_path / "paths")
 
 
 def test_columns_of_other_names_are_streamed(tmp_path):

@@ -123,6 +123,8 @@ def test_half_a_character_in_json_becomes_a_question_mark(tmp_path):
         ("a.json", b'{"images": true, "annotations": [], "categories": 3}', "no list of records"),
         ("a.json", b'[{"file": ' + b"9" * 10_000 + b"}]", "no column gives images"),
         ("a.jsonl", b'{"file": "a.jpg"}\n{"file": \n', "line 2"),
+        ("a.jsonl", b'{"file": "a.jpg"}\n[1]\n', "line 2 is no JSON object; write one for each image, or remove it"),
+        ("a.jsonl", b"{}\n", "is empty; expected a record for each image"),
         ("a.xlsx", b"PK\3\4", "save it as .csv"),
         ("missing.csv", None, "cannot be read"),
     ],
