@@ -19,6 +19,7 @@ from utils.image_utils import is_image_start
 
 CACHE_FILE = "image_hashes.sqlite3"  # in the library's cache folder
 BLOCK = 2**20  # bytes read at a time
+TASK = 100  # files that a thread hashes in one go
 READERS = 8  # threads: hashing and reading release the GIL, and a network disk answers several at once
 NOT_AN_IMAGE = b""  # in place of a hash: equal broken files are unreadable images, not copies of a plant
 SELECT = "SELECT hash FROM hashes WHERE path = ? AND size = ? AND modified_ns = ?"
@@ -103,8 +104,10 @@ def hash_files(files: dict[int, ImageFile]) -> dict[int, bytes]:
             if (kept := cache.execute(SELECT, file).fetchone()) and isinstance(kept[0], bytes):
                 hashes[number] = kept[0]
     missing = [number for number in files if number not in hashes]
+    paths = [files[number].path for number in missing]
+    tasks = [paths[start : start + TASK] for start in range(0, len(paths), TASK)]
     with ThreadPoolExecutor(READERS) as pool:
-        contents = pool.map(_hash_file, (files[number].path for number in missing))
+        contents = itertools.chain(*pool.map(lambda paths: list(map(_hash_file, paths)), tasks))
         found = {number: content for number, content in zip(missing, contents) if content is not None}
     with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache, cache:
         cache.executemany(INSERT, [(*files[number], content) for number, content in found.items()])
