@@ -39,7 +39,7 @@ def load_source(dataset: str, reading: Reading) -> Source:
 
     Raises UserError for what cannot be used, with the next move.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))  # unlike Path's, it leaves ~nobody as it is
     if path.name in ("", ".."):  # what lies above has names of its own
         path = path.resolve()
     if dataset == "synthetic":
@@ -47,9 +47,9 @@ def load_source(dataset: str, reading: Reading) -> Source:
         return Source(splits, list(SPECIES), "synthetic flowers of ten invented species", is_published=True)
     if dataset == "oxford_flowers102":
         return load_hub(HUB_REPOSITORY, reading)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for names that no file system takes
         return load_folder(path, reading)
-    if path.exists():
+    if os.path.exists(path):
         return load_file(path, reading)
     return load_elsewhere(dataset, path, reading)
 
@@ -58,15 +58,15 @@ def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
     """A data set of the hub; UserError for what is no path."""
     if ADDRESS.match(dataset):
         raise UserError(f"--dataset {dataset}: is a web address; download it, unpack it, and give the folder")
-    if HUB_ID.fullmatch(dataset) and not path.parent.is_dir():
+    if HUB_ID.fullmatch(dataset) and not os.path.isdir(path.parent):
         return load_hub_dataset(dataset, reading)
-    if path.is_symlink():
+    if os.path.islink(path):
         raise UserError(f"--dataset {dataset}: is a link to nowhere ({os.readlink(path)}); give the folder itself")
-    names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
+    names = os.listdir(path.parent) if os.path.isdir(path.parent) and os.access(path.parent, os.R_OK) else []
     near = get_close_matches(path.name, names, n=1)
     hint = f"; did you mean {printable(str(path.parent / near[0]))}?" if near else ""
     raise UserError(
-        f"--dataset {dataset}: no such folder or file; give a folder, a table, owner/name of the hub, "
+        f"--dataset {printable(dataset[:200])}: no such folder or file; give a folder, a table, owner/name of the hub, "
         f"oxford_flowers102 or synthetic{hint}"
     )
 
@@ -180,7 +180,7 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
 
 def load_ood_images(folder: Path) -> Dataset:
     """The images in a folder, whatever they show; the label 0 means nothing. What is not used is logged."""
-    folder = folder.expanduser()
+    folder = Path(os.path.expanduser(folder))
     found, excluded = survey(folder) if folder.is_dir() else (Folder(folder), Excluded(folder))
     add_unused(found, excluded)
     if not found.num_images:
