@@ -2,7 +2,6 @@
 
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -14,7 +13,7 @@ from data.arrow import read_tables
 from data.classes import OFFICIAL_SIZES
 from data.parquet import load_complete, name_splits
 from data.rows import Reading, Source, count_images
-from utils.logging_utils import UserError, first_line
+from utils.logging_utils import UserError, causes_of, first_line
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
 OFFICIAL_REVISION = TrainingConfig.dataset_revision  # of HUB_REPOSITORY, the default of --dataset-revision
@@ -61,7 +60,7 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
 
 def _explain(error: Exception, repository: str, revision: str | None) -> UserError:
     """What the user can do about an error of the hub or of `datasets`."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     statuses = [getattr(getattr(cause, "response", None), "status_code", 0) for cause in causes]
     status = next(filter(None, statuses), 0)
     name = f"data set {repository}"
@@ -87,9 +86,3 @@ def _explain(error: Exception, repository: str, revision: str | None) -> UserErr
         f"{name}{at} cannot be loaded ({first_line(error)}); check the network and HF_TOKEN, or give --dataset FOLDER "
         "with the images"
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

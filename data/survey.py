@@ -182,8 +182,4 @@ def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] =
 
 def is_utf8(name: str) -> bool:
     """Arrow takes no other names; Python keeps the bytes of others as lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name.encode(errors="ignore").decode() == name

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlavaNextConfig, 
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from config.training_config import TrainingConfig
-from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, first_line
+from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, causes_of, first_line
 
 PINNED = TrainingConfig.model_revision  # of the default model; as it is, of any other its current commit
 SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]  # files of config, processor and tokenizer
@@ -71,9 +71,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _explain_download(error: BaseException, revision: str | None) -> tuple[str, bool]:
     """(why there is no checkpoint and what to do, whether another try may help)"""
-    chain, reason = [error], first_line(error)
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain, reason = list(causes_of(error)), first_line(error)
 
     def find(*kinds: type[BaseException]) -> Any:
         return next((link for link in chain if isinstance(link, kinds)), None)

@@ -57,6 +57,13 @@ def some(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")
 
 
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library inside a sentence of ours: its type and the first line of its message."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip().splitlines()  # torch's are in colors
