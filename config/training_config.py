@@ -65,7 +65,7 @@ class TrainingConfig:
         "which parameters are trained; adapter: LoRA on all projections of the language model",
         choices=("adapter", "adapter+projector", "projector", "everything"),
     )
-    lora_r: int = fixed(16, "rank of the adapter", low=1, high=8192)
+    lora_r: int = fixed(16, "rank of the adapter", low=1)
     lora_alpha: int = fixed(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
     lora_dropout: float = fixed(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
     gradient_checkpointing: str = option(

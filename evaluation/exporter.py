@@ -23,7 +23,8 @@ from evaluation import verify
 from evaluation.evaluator import read_calibration, read_correct
 from evaluation.model_card import base_name, build_model_card
 from models import merging
-from models.builder import PlantModel, build_base, check_same_base, lora_settings, weights_fingerprint
+from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint
+from models.checks import lora_settings
 from models.loading import find_checkpoint
 from models.tiny import SIZES, build_config
 from runtime.atomic import beside, replace_dir, require_disk_space

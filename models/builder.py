@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import SafetensorError
@@ -29,7 +29,7 @@ from transformers import (
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
-from models.checks import DTYPES, LORA_TARGETS, check_adapter, check_model, check_same_base, weights_fingerprint
+from models.checks import DTYPES, check_adapter, check_model, check_same_base, lora_settings, weights_fingerprint
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
@@ -303,17 +303,6 @@ def set_trainable(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     return model
-
-
-def lora_settings(trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float) -> LoraConfig:
-    return LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=LORA_TARGETS,
-        task_type="CAUSAL_LM",
-        modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
-    )
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

@@ -127,6 +127,17 @@ def weights_fingerprint(model: str) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def lora_settings(trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float) -> LoraConfig:
+    return LoraConfig(
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+        modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
+    )
+
+
 def check_adapter(folder: Path, settings: LoraConfig) -> None:
     """Raise UserError unless the folder's adapter_config.json, which anyone may have written, says what the run does.
 

@@ -13,7 +13,7 @@ import export
 import train
 from data import dataset
 from models import callbacks
-from models.builder import lora_settings
+from models.checks import lora_settings
 from models.merging import read_adapter
 from runtime.checkpoint import write_manifest
 from tests.conftest import run_printed

@@ -447,9 +447,9 @@ def flip_a_bit(best: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, shutil.rmtree])
-def test_the_command_of_a_run_makes_best_again_from_a_checkpoint(damage, completed, full_run, small_splits, capsys):
-    damage(completed / "best")
+@pytest.mark.parametrize("corrupt", [flip_a_bit, shutil.rmtree])
+def test_the_command_of_a_run_makes_best_again_from_a_checkpoint(corrupt, completed, full_run, small_splits, capsys):
+    corrupt(completed / "best")
     with pytest.raises(
         UserError, match=r"holds no complete weights \(.*; its train.py command, with --output-dir .* makes"
     ):

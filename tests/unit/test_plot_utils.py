@@ -23,7 +23,7 @@ def test_names_are_no_mathematics(usetex, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_characters_that_no_font_has_are_told_in_one_sentence(tmp_path, capsys):
+def test_characters_that_no_font_has_are_reported_in_one_sentence(tmp_path, capsys):
     setup_logging()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

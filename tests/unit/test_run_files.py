@@ -31,7 +31,7 @@ from runtime.run_files import ANY, NAMES, TEXT, integer, load_config, number, re
         ),
     ],
 )
-def test_what_does_not_fit_is_told_by_its_place(value, schema, words, tmp_path):
+def test_what_does_not_fit_is_reported_by_its_place(value, schema, words, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(value))
     with pytest.raises(ValueError) as raised:
         read_json(tmp_path / "x.json", schema)
