@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from models.fused_layers import unwrap
 from runtime.run_dir import Run
-from runtime.run_files import ANY, read_json
+from runtime.run_files import ANY, brief, read_json
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
@@ -149,7 +148,7 @@ def check_adapter(folder: Path, settings: LoraConfig) -> None:
         wrong = [
             name for name in expected if name not in OF_ITS_PLACE and found.get(name, expected[name]) != expected[name]
         ]
-        reason = "; ".join(f"{name}: {reprlib.repr(found[name])}, not {expected[name]}" for name in wrong)
+        reason = "; ".join(f"{name}: {brief(found[name])}, not {expected[name]}" for name in wrong[:3])
     except (OSError, ValueError) as error:
         reason = f"{error}"
     if reason:

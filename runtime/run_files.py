@@ -127,6 +127,11 @@ REPORT = {
 }
 
 
+def brief(value: Any) -> str:
+    """For a sentence."""
+    return reprlib.repr(value)[:60]
+
+
 def validate(value: Any, schema: Any, where: str = "") -> Any:
     """`value` without the keys that its schema does not know. Raises ValueError with the place that does not fit."""
     kind, found = schema, value
@@ -137,7 +142,7 @@ def validate(value: Any, schema: Any, where: str = "") -> Any:
     elif isinstance(schema, dict):
         kind = Kind("an object", lambda value: isinstance(value, dict))
     if not kind.holds(value):
-        raise ValueError(f"{where.lstrip('.') or 'it'} must be {kind.words}, not {reprlib.repr(value)}")
+        raise ValueError(f"{where.lstrip('.') or 'it'} must be {kind.words}, not {brief(value)}")
     if isinstance(schema, list):
         found = [validate(item, schema[0], f"{where}[{index}]") for index, item in enumerate(value)]
     elif isinstance(schema, dict):
