@@ -35,7 +35,7 @@ from models.loading import explain_errors, find_checkpoint, load_generation_conf
 from models.memory import MicroBatcher
 from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
-from runtime.device import choose_precision, fit_workers
+from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.distributed import get_local_world_size
 from runtime.interrupt import worker_options
 from runtime.run_dir import Run
@@ -117,14 +117,13 @@ class PlantModel:
 
     def facts(self) -> dict:
         """What a run records beside its config, so that other scripts can tell whether they loaded the same model."""
-        is_cuda = self.device.type == "cuda"
         return {
             "model_commit": getattr(self.base.config, "_commit_hash", None),
             "model_files": weights_fingerprint(self.base.config._name_or_path),
             "image_processor": type(self.processor.image_processor).__name__,
             "tokenizer_probe": tokenizer_probe(self.processor.tokenizer),
             "precision": self.precision,
-            "device": torch.cuda.get_device_name(self.device) if is_cuda else self.device.type,
+            "device": describe_gpu(self.device),
             "packages": {name: version(name) for name in PACKAGES},
         }
 
@@ -234,8 +233,8 @@ def build_model(
     checkpointing = config.gradient_checkpointing != "false"
     fused = fuse_layers(base.model.language_model.layers)
     if fused:
-        offload = config.gradient_checkpointing == "offload"
-        set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offload)
+        offloaded = len(fused) if config.gradient_checkpointing == "offload" else 0
+        set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offloaded)
         if config.compile == "true":
             fused[0].kernels.compile()
     elif checkpointing:  # of the language model alone: a frozen vision tower keeps no activations

@@ -15,6 +15,7 @@ norms. Here
 Same mathematics as the stock layer; tests/unit/test_fused_layers.py compares loss and gradients.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -136,6 +137,59 @@ def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a @ b).float()
 
 
+# ---- activation offloading
+
+
+class Offloaded:
+    """A layer's input in page-locked memory of the CPU, copied there and back on a stream of its own.
+
+    It is copied while the layer computes, and fetched while the layer behind it runs backward, so that the GPU does not
+    wait. `before`: what was offloaded before it; held weakly, since a forward that failed leaves one behind.
+    """
+
+    def __init__(self, h: torch.Tensor, stream: torch.cuda.Stream, before: "Offloaded | None"):
+        self.stream, self.device = stream, h.device
+        self.before = (lambda: None) if before is None else weakref.ref(before)
+        self.rows: torch.Tensor | None = None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self.host = torch.empty(h.shape, dtype=h.dtype, pin_memory=True).copy_(h, non_blocking=True)
+        h.record_stream(stream)
+
+    def prefetch(self) -> None:
+        """Start the copy back."""
+        if self.rows is not None:
+            return
+        self.rows = torch.empty_like(self.host, device=self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still use that memory
+        with torch.cuda.stream(self.stream):
+            self.rows.copy_(self.host, non_blocking=True)
+        self.rows.record_stream(self.stream)
+
+    def fetch(self) -> torch.Tensor:
+        """The input, on the GPU; starts to fetch the one before."""
+        self.prefetch()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if before := self.before():
+            before.prefetch()
+        return self.rows
+
+
+class Offloader:
+    """What the layers of a model offload, in order."""
+
+    def __init__(self):
+        self.stream: torch.cuda.Stream | None = None
+        self.last = lambda: None
+
+    def __call__(self, h: torch.Tensor) -> Offloaded:
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(h.device)
+        offloaded = Offloaded(h, self.stream, self.last())
+        self.last = weakref.ref(offloaded)
+        return offloaded
+
+
 # ---- a layer
 
 
@@ -168,11 +222,12 @@ class FusedLayer:
     input in the CPU's memory. Few rows, a mask in training, and disabled or merged adapters go to the stock layer.
     """
 
-    def __init__(self, layer: nn.Module, kernels: Kernels):
+    def __init__(self, layer: nn.Module, kernels: Kernels, offloader: Offloader):
         attention, mlp = layer.self_attn, layer.mlp
         self.stock, layer.forward = layer.forward, self
         self.layer = layer
         self.kernels = kernels
+        self.offloader = offloader
         self.keep = False
         self.offload = False
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -292,17 +347,16 @@ class _Function(torch.autograd.Function):
     def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, *parameters):
         with torch.autocast(h.device.type, enabled=False):
             out, ctx.saved = layer.forward(Rows(images, h, cos, sin), keep=layer.keep)
-        if layer.offload:  # to page-locked memory, so that the GPU does not wait for the copy
-            h = torch.empty(h.shape, dtype=h.dtype, pin_memory=h.is_cuda).copy_(h, non_blocking=True)
-        ctx.save_for_backward(h, cos, sin)
+        ctx.offloaded = layer.offloader(h) if layer.offload and h.is_cuda else None
+        ctx.save_for_backward(cos, sin, *(() if ctx.offloaded else (h,)))
         ctx.layer, ctx.images = layer, images
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        h, cos, sin = ctx.saved_tensors
-        rows, saved = Rows(ctx.images, h.to(gradient.device, non_blocking=True), cos, sin), [ctx.saved]
-        ctx.saved = None
+        cos, sin, *h = ctx.saved_tensors
+        rows = Rows(ctx.images, ctx.offloaded.fetch() if ctx.offloaded else h[0], cos, sin)
+        saved, ctx.saved, ctx.offloaded = [ctx.saved], None, None
         with torch.autocast(gradient.device.type, enabled=False):
             if saved[0] is None:
                 saved[0] = ctx.layer.forward(rows, needs_output=False)[1]
@@ -333,8 +387,8 @@ def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     """Put a FusedLayer in place of each layer's forward, if all can be fused; modules, names and weights stay."""
     if not all(map(can_fuse, layers)):
         return []
-    kernels = Kernels()
-    return [FusedLayer(layer, kernels) for layer in layers]
+    kernels, offloader = Kernels(), Offloader()
+    return [FusedLayer(layer, kernels, offloader) for layer in layers]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -347,11 +401,11 @@ def get_fused_layers(layers: Iterable[nn.Module]) -> list[FusedLayer]:
     return [layer.forward for layer in layers if isinstance(layer.forward, FusedLayer)]
 
 
-def set_activation_checkpointing(fused: Sequence[FusedLayer], kept: int, offload: bool = False) -> None:
+def set_activation_checkpointing(fused: Sequence[FusedLayer], kept: int, offloaded: int = 0) -> None:
     """Activation checkpointing in all but the last `kept` layers: those free their activations first in the backward.
 
-    `offload`: the checkpointed inputs are kept in the CPU's memory.
+    The inputs of the first `offloaded` layers, which wait longest, are kept in the CPU's memory.
     """
     for index, layer in enumerate(fused):
         layer.keep = index >= len(fused) - kept
-        layer.offload = offload and not layer.keep
+        layer.offload = index < offloaded and not layer.keep

@@ -4,18 +4,25 @@ Holds for the layers of models/fused_layers.py. If a step runs out of memory all
 with half the micro-batch.
 """
 
+import contextlib
+import json
 import math
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 
 from models.fused_layers import set_activation_checkpointing, unwrap
+from runtime.atomic import write_file
 from runtime.device import (
     GIB,
     available_gpu_memory,
     collect_memory,
+    describe_gpu,
     is_out_of_memory,
     memory_in_use,
     peak_memory,
@@ -27,9 +34,10 @@ from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)
 WORKSPACE = 200e6  # bytes: the libraries' buffers, logits of the supervised rows and the like (docs/LOG.md)
-# Dequantization and kernel launches cost a micro-batch as much time as a forward of so many tokens (docs/LOG.md).
-MICRO_BATCH_TOKENS = 800
-RECOMPUTED = 0.8  # of a layer's forward: recomputation leaves out its last matmul
+# A pass over the layers dequantizes the weights, and takes at least as long as launching its kernels, for which a fast
+# GPU waits where tokens are few; both as a forward of so many tokens on an H100 (docs/LOG.md).
+LAUNCH_TOKENS, DEQUANTIZATION_TOKENS = 2800, 540
+RECOMPUTED = 0.7  # of a layer's forward: recomputation leaves out its last matmul
 BACKWARD = 1.1  # of a forward: the weights are frozen, so only rows and LoRA need gradients
 # Bytes of optimizer state per trainable parameter, by a part of transformers' name; the first match counts.
 OPTIMIZER_BYTES = {"paged": 0, "8bit": 2, "4bit": 1, "sgd": 0, "adafactor": 0, "adam": 8}
@@ -37,6 +45,8 @@ COMPILE_SECONDS = 60  # that compiling may take; 25 with 16 cores (docs/LOG.md)
 COMPILE_SAVES = 0.2  # share of the time that compiled kernels save; 0.38 of a training step on an H100 (docs/LOG.md)
 # Scoring an image, where nothing was measured; puts the choice at the 2,000 images measured on an H100 (docs/LOG.md).
 SCORING_SECONDS = 0.15
+TRIED_PLANS = 6  # the fastest by arithmetic, each tried for two micro-batches
+TRIAL_SECONDS = 20  # that all trials may take, once a plan has been found that fits
 
 
 class MicroBatcher:
@@ -67,16 +77,32 @@ class Cost(NamedTuple):
     tokens: int  # of the longest sample
     layers: int  # of the language model
 
-    def peak(self, micro_batch_size: int, kept: int, offload: bool = False) -> float:
-        per_image = self.transient + kept * self.activation + (0 if offload else self.checkpoint)
+    def peak(self, micro_batch_size: int, kept: int, offloaded: int = 0) -> float:
+        waiting = self.layers - offloaded + (2 if offloaded else 0)  # one is in use and one fetched ahead
+        per_image = self.transient + kept * self.activation + self.checkpoint * waiting / self.layers
         return self.static + micro_batch_size * per_image
+
+    def seconds(self, plan: "Plan", images: int, launch_tokens: float = LAUNCH_TOKENS) -> float:
+        """Of a step of so many images, in units of a token's forward."""
+        recomputed = 1 - plan.kept / self.layers
+        computed = plan.micro_batch_size * self.tokens * (1 + BACKWARD + RECOMPUTED * recomputed)
+        passes = 2 + recomputed
+        return plan.micro_batches(images) * max(launch_tokens * passes, DEQUANTIZATION_TOKENS * passes + computed)
 
 
 class Plan(NamedTuple):
     micro_batch_size: int
     kept: int  # layers without activation checkpointing
-    offload: bool  # inputs of checkpointed layers are offloaded to the CPU
+    offloaded: int  # layers with it whose inputs are offloaded to the CPU
     peak: float  # bytes
+
+    def micro_batches(self, images: int) -> int:
+        return math.ceil(images / self.micro_batch_size)
+
+    def describe(self, layers: int) -> str:
+        offloaded = f", {self.offloaded} offloaded to CPU" if self.offloaded else ""
+        checkpointed = f"activation checkpointing {layers - self.kept}/{layers} layers"
+        return f"micro-batch {self.micro_batch_size} | {checkpointed}{offloaded}"
 
 
 def optimizer_bytes(optim: str, trainable: int) -> int:
@@ -109,27 +135,42 @@ def step_cost(config, lora_columns: int, itemsize: int, compiled: bool, tokens: 
     )
 
 
-def choose_plan(cost: Cost, images: int, budget: float, checkpointing: str = "auto", host: float = math.inf) -> Plan:
-    """The fastest plan for a step of so many images within `budget` bytes of the GPU and, with offloading, `host` bytes
-    of the CPU's memory.
+def propose_plans(
+    cost: Cost, images: int, budget: float, checkpointing: str = "auto", host: float = math.inf
+) -> list[Plan]:
+    """Plans for a step of so many images within `budget` bytes of the GPU and `host` bytes of the CPU's memory.
 
-    `checkpointing`: of any number of layers (auto), all (true, offload) or none (false). Where nothing fits the answer
-    is the smallest: one image, and with auto all layers' inputs offloaded.
+    `checkpointing`: of any number of layers (auto), all (true, offload) or none (false); with auto as many inputs are
+    offloaded as are needed. The fastest first, if launching kernels takes the time it takes beside an H100, or none: a
+    trial tells. Where nothing fits there is one, the smallest: one image, and with auto all inputs offloaded.
     """
-    offload = checkpointing == "offload"
-    layers_kept = {"auto": range(cost.layers + 1), "false": [cost.layers]}.get(checkpointing, [0])
-    found = []
+    layers, found = cost.layers, []
     for size in {math.ceil(images / micro_batches) for micro_batches in range(1, images + 1)}:
-        for kept in layers_kept if not offload or size * cost.checkpoint <= host else ():
-            plan = Plan(size, kept, offload, cost.peak(size, kept, offload))
-            forwards = 1 + BACKWARD + RECOMPUTED * (cost.layers - kept) / cost.layers
-            tokens = images * cost.tokens * forwards + math.ceil(images / size) * MICRO_BATCH_TOKENS  # forward
-            if plan.peak <= budget:
-                found.append((tokens, plan))
-    if found:
-        return min(found)[1]
-    offload = checkpointing in ("auto", "offload")
-    return Plan(1, layers_kept[0], offload, cost.peak(1, layers_kept[0], offload))
+        fastest = {}
+        for kept in {"auto": range(layers + 1), "false": [layers]}.get(checkpointing, [0]):
+            for offloaded in _offloads(cost, size, kept, budget, checkpointing):
+                # Of the plans that offload and of those that do not, the one that recomputes least.
+                plan = Plan(size, kept, offloaded, cost.peak(size, kept, offloaded))
+                if plan.peak <= budget and size * offloaded * cost.checkpoint / layers <= host:
+                    fastest[offloaded > 0] = plan
+        found += fastest.values()
+    if not found:
+        kept = layers if checkpointing == "false" else 0
+        offloaded = layers if checkpointing in ("auto", "offload") else 0
+        return [Plan(1, kept, offloaded, cost.peak(1, kept, offloaded))]
+    rankings = [sorted(found, key=lambda plan: cost.seconds(plan, images, launch)) for launch in (LAUNCH_TOKENS, 0)]
+    return list(dict.fromkeys(plan for pair in zip(*rankings) for plan in pair))
+
+
+def _offloads(cost: Cost, size: int, kept: int, budget: float, checkpointing: str) -> list[int]:
+    """How many layers to offload: none, or as few as bring the peak within the budget; [] where not even all do."""
+    checkpointed = cost.layers - kept
+    if checkpointing == "offload":
+        return [checkpointed]
+    if checkpointing != "auto" or cost.peak(size, kept) <= budget:
+        return [0]
+    needed = 1 + math.ceil((cost.peak(size, kept, 1) - budget) / (size * cost.checkpoint / cost.layers))
+    return [needed] if needed <= checkpointed else []
 
 
 def is_worth_compiling(compile: str, images: float, seconds_per_image: float = SCORING_SECONDS) -> bool:
@@ -157,10 +198,11 @@ class MemoryOptions(NamedTuple):
 def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
 
-    `row` is the largest sample to come. The plan is arithmetic; a micro-batch of such samples, which updates no weight,
-    then measures it. `steps_left` decides whether compiling is worth its time. Without a CUDA GPU or fused layers
-    (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are sharded first, and the micro-batch
-    is as configured: all ranks compute it or none. Raises UserError where one image, or that micro-batch, does not fit.
+    `row` is the largest sample to come. Arithmetic proposes plans; micro-batches of such samples, which update no
+    weight, measure them, and the fastest that fits is kept. `steps_left` decides whether compiling is worth its time.
+    Without a CUDA GPU or fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are
+    sharded first, and the micro-batch is as configured: all ranks compute it or none. Raises UserError where one image,
+    or that micro-batch, does not fit.
     """
     device, options = trainer.args.device, trainer.memory_options
     began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size
@@ -168,9 +210,7 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
         if options.sharding == "fsdp":
             _shard(trainer, row, steps_left)
         elif available is not None and trainer.fused:
-            # With micro-batch 1 a step waits for the CPU, and compiling saves nothing (docs/LOG.md).
-            if options.auto_batch or size > 1:
-                _compile_if_worth(trainer, row, 1, steps_left)
+            _compile_if_worth(trainer, row, size if not options.auto_batch else 1, steps_left)
             if options.auto_batch:
                 _fit(trainer, row, available)
             elif trainer.fused[0].kernels.compiled:
@@ -238,6 +278,14 @@ def _shard(trainer, row: dict, steps_left: float) -> None:
     )
 
 
+class Tried(NamedTuple):
+    """A plan that was tried for two micro-batches."""
+
+    plan: Plan
+    step: float  # seconds of an optimizer step
+    peak: float  # bytes, with the optimizer's state; infinite if it does not fit
+
+
 def _fit(trainer, row: dict, available: float) -> None:
     """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
     (sample,) = trainer.data_collator([row]).samples
@@ -249,33 +297,91 @@ def _fit(trainer, row: dict, available: float) -> None:
     itemsize, config = base.get_input_embeddings().weight.element_size(), base.config.text_config
     lora_columns, compiled = fused[0].groups[0].columns, fused[0].kernels.compiled
     cost = step_cost(config, lora_columns, itemsize, compiled, sample.length, held)
-    budget = allowed = available * (1 - FRAGMENTATION)
+    allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
     checkpointing = trainer.memory_options.gradient_checkpointing
-    smallest = choose_plan(cost, images, 0, checkpointing)
-    while True:
-        plan = choose_plan(cost, images, budget, checkpointing, host)
+
+    def try_plan(plan: Plan) -> Tried:
         trainer.micro_batcher.size = plan.micro_batch_size
-        set_activation_checkpointing(fused, plan.kept, plan.offload)
-        _, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
+        set_activation_checkpointing(fused, plan.kept, plan.offloaded)
+        seconds, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
         collect_memory(device)
-        if plan == smallest and peak == math.inf:
-            raise UserError(f"memory: {out_of_memory_message(trainer)}")
-        if plan == smallest or peak + state <= budget:
-            break
-        logger.warning(
-            f"memory: micro-batch {plan.micro_batch_size} with activation checkpointing in {cost.layers - plan.kept} "
-            f"of {cost.layers} layers does not fit; trying less"
-        )
-        budget = cost.static + 0.8 * (plan.peak - cost.static)
-    if peak + state > allowed:
-        logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
-    logger.info(
-        f"memory | micro-batch {plan.micro_batch_size} | activation checkpointing {cost.layers - plan.kept}/"
-        f"{cost.layers} layers{', offloaded to CPU' if plan.offload else ''} | peak {plan.peak / GIB:.2f} GiB "
-        f"predicted, {(peak + state) / GIB:.2f} measured, {allowed / GIB:.2f} available"
+        return Tried(plan, seconds * plan.micro_batch_size * plan.micro_batches(images), peak + state)
+
+    key = repr(
+        (describe_gpu(device), round(2 * available / GIB), cost._replace(static=0), images, checkpointing, compiled)
     )
+    known = recall_plan(key)
+    best = try_plan(known) if known else None
+    if best is None or best.peak > allowed:
+        best = _find_plan(
+            cost, try_plan, allowed, lambda cost, budget: propose_plans(cost, images, budget, checkpointing, host)
+        )
+        if best.peak == math.inf:
+            raise UserError(f"memory: {out_of_memory_message(trainer)}")
+        if best.peak > allowed:
+            logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
+        elif trainer.dist.is_main_process:
+            remember_plan(key, best.plan)
+    plan = best.plan
+    trainer.micro_batcher.size = plan.micro_batch_size
+    set_activation_checkpointing(fused, plan.kept, plan.offloaded)
+    peak = f"peak {best.peak / GIB:.2f} GiB measured, {allowed / GIB:.2f} available"
+    logger.info(f"memory | {plan.describe(cost.layers)} | {peak}")
+
+
+def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Tried:
+    """The fastest of the plans that are tried and fit into `allowed` bytes, else the smallest one.
+
+    The smallest is tried first: how far its peak is from arithmetic is known then for all.
+    """
+    began = time.perf_counter()
+    (smallest,) = propose(cost, 0)
+    best = first = try_plan(smallest)
+    if first.peak < math.inf:
+        cost = cost._replace(static=cost.static + first.peak - smallest.peak)
+    budget, fits = allowed, False
+    while not fits and budget > cost.static * 1.001:
+        plans = [plan for plan in propose(cost, budget) if plan[:3] != smallest[:3]][:TRIED_PLANS]
+        for plan in plans:
+            tried = try_plan(plan)
+            fits |= tried.peak <= allowed
+            if tried.peak > allowed:
+                logger.warning(f"memory: {plan.describe(cost.layers)} does not fit; trying less")
+            elif best.peak > allowed or tried.step < best.step:
+                best = tried
+            if fits and time.perf_counter() - began > TRIAL_SECONDS:
+                break
+        if not plans:
+            break
+        budget = cost.static + 0.8 * (max(plan.peak for plan in plans) - cost.static)
+    return best
+
+
+# ---- plans of earlier runs
+
+
+def plans_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_plants" / "plans.json"
+
+
+def recall_plan(key: str) -> Plan | None:
+    """What was the fastest for the same GPU, model and settings; None where nothing is known, or cannot be read."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):  # RuntimeError: no home
+        size, kept, offloaded = map(int, json.loads(plans_file().read_text())[key])
+        return Plan(size, kept, offloaded, 0.0) if size > 0 else None
+    return None
+
+
+def remember_plan(key: str, plan: Plan) -> None:
+    """For recall_plan; nothing where the cache cannot be written, since the next run finds it again in seconds."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path, plans = plans_file(), {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            plans = dict(json.loads(path.read_text()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(plans | {key: plan[:3]}, indent=1))
 
 
 def out_of_memory_message(trainer) -> str:

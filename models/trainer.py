@@ -167,7 +167,7 @@ class PlantTrainer(Trainer):
         step, measure = self.state.global_step + 1, ""
         can_offload = not self.fsdp_modules and any(layer.keep or not layer.offload for layer in self.fused)
         if is_out_of_memory(error) and self.micro_batcher.size == 1 and can_offload:
-            set_activation_checkpointing(self.fused, 0, offload=True)
+            set_activation_checkpointing(self.fused, 0, offloaded=len(self.fused))
             measure = ", activation checkpointing in all layers, offloaded to the CPU"
         else:
             self.micro_batcher.halve(error, f"step {step}: {out_of_memory_message(self)}")

@@ -82,6 +82,11 @@ def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/s
     return 0
 
 
+def describe_gpu(device: torch.device) -> str:
+    """The name of a CUDA GPU, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 # ---- memory
 
 

@@ -137,12 +137,13 @@ def small_splits(monkeypatch):
 
 
 @pytest.fixture
-def simulated_gpu(monkeypatch):
-    """A machine whose process may have 4 GB more than it has now; a small model is fused too."""
+def simulated_gpu(monkeypatch, tmp_path):
+    """A machine whose process may have 4 GB more than it has now; a small model is fused too. No plan is remembered."""
     from runtime.device import memory_in_use
 
     monkeypatch.setattr("models.memory.available_gpu_memory", lambda device: memory_in_use(device) + 4e9)
     monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return monkeypatch
 
 

@@ -96,7 +96,7 @@ def test_output_and_gradients_are_those_of_the_stock_layers(kind, load_in_4bit, 
     stock = run(language_model(kind, load_in_4bit).train(), needs_rows)
     model = language_model(kind, load_in_4bit).train()
     layers = fuse_layers(layers_of(model))
-    set_activation_checkpointing(layers, 3 if how == "keep" else 0, offload=how == "offload")
+    set_activation_checkpointing(layers, 3 if how == "keep" else 0, offloaded=3 if how == "offload" else 0)
     assert_same(stock, run(model, needs_rows))
 
 
