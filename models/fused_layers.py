@@ -15,6 +15,7 @@ norms. Here
 Same mathematics as the stock layer; tests/unit/test_fused_layers.py compares loss and gradients.
 """
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
 from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -144,33 +146,40 @@ class Offloaded:
     """A layer's input in page-locked memory of the CPU, copied there and back on a stream of its own.
 
     It is copied while the layer computes, and fetched while the layer behind it runs backward, so that the GPU does not
-    wait. `before`: what was offloaded before it; held weakly, since a forward that failed leaves one behind.
+    wait. No block of memory is freed before the other stream is done with it, in the order of the GPU's work: with
+    `record_stream` blocks would be free only when the GPU comes to that point, long after the CPU asks for more.
+    `before`: what was offloaded before it; held weakly, since a forward that failed leaves one behind.
     """
 
     def __init__(self, h: torch.Tensor, stream: torch.cuda.Stream, before: "Offloaded | None"):
-        self.stream, self.device = stream, h.device
-        self.before = (lambda: None) if before is None else weakref.ref(before)
-        self.rows: torch.Tensor | None = None
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream, self.before = stream, None if before is None else weakref.ref(before)
+        self.rows: torch.Tensor | None = h
+        stream.wait_stream(torch.cuda.current_stream(h.device))
         with torch.cuda.stream(stream):
             self.host = torch.empty(h.shape, dtype=h.dtype, pin_memory=True).copy_(h, non_blocking=True)
-        h.record_stream(stream)
+            self.copied = stream.record_event()
+        if before is not None:
+            before.release()
+
+    def release(self) -> None:
+        """Free the GPU's copy, once it is in the CPU's memory."""
+        torch.cuda.current_stream().wait_event(self.copied)
+        self.rows = None
 
     def prefetch(self) -> None:
-        """Start the copy back."""
-        if self.rows is not None:
-            return
-        self.rows = torch.empty_like(self.host, device=self.device)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still use that memory
-        with torch.cuda.stream(self.stream):
-            self.rows.copy_(self.host, non_blocking=True)
-        self.rows.record_stream(self.stream)
+        """Start the copy back, if the GPU has none."""
+        if self.rows is None:
+            self.rows = torch.empty_like(self.host, device=self.stream.device)
+            self.stream.wait_stream(torch.cuda.current_stream())  # which may still use that memory
+            with torch.cuda.stream(self.stream):
+                self.rows.copy_(self.host, non_blocking=True)
+                self.copied = self.stream.record_event()
 
     def fetch(self) -> torch.Tensor:
         """The input, on the GPU; starts to fetch the one before."""
         self.prefetch()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        if before := self.before():
+        torch.cuda.current_stream().wait_event(self.copied)
+        if self.before is not None and (before := self.before()) is not None:
             before.prefetch()
         return self.rows
 
@@ -295,7 +304,9 @@ class FusedLayer:
         ]
         if cache is not None:
             leaves[1:] = cache.update(*leaves[1:], attention.layer_idx)
-        with torch.set_grad_enabled(keep):
+        trained = self.kernels.attention if mask is None and cache is None else None
+        chosen = sdpa_kernel(trained) if trained else contextlib.nullcontext()
+        with torch.set_grad_enabled(keep), chosen:
             leaves = [leaf.detach().requires_grad_(keep) for leaf in leaves]
             attended, _ = sdpa_attention_forward(attention, *leaves, mask, scaling=attention.scaling)
         return leaves, attended

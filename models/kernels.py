@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from runtime.device import is_out_of_memory
 from utils.logging_utils import first_line, logger
@@ -190,6 +191,7 @@ class Kernels:
     def __init__(self):
         self.by_name: dict[str, Callable] = ELEMENTWISE
         self.has_triton = triton is not None
+        self.attention: SDPBackend | None = None  # without a mask; None: torch chooses (models/attention.py)
         self._positions = None, None
 
     def __getattr__(self, name: str) -> Callable:

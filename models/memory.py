@@ -16,6 +16,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from models.attention import choose_attention
 from models.fused_layers import set_activation_checkpointing, unwrap
 from runtime.atomic import write_file
 from runtime.device import (
@@ -206,6 +207,10 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """
     device, options = trainer.args.device, trainer.memory_options
     began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size
+    if trainer.fused and device.type == "cuda":
+        (sample,) = trainer.data_collator([row]).samples
+        trainer.fused[0].kernels.attention = choose_attention(trainer.fused, 2, sample.length)
+        collect_memory(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
             _shard(trainer, row, steps_left)
