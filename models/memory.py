@@ -209,7 +209,7 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
     began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size
     if trainer.fused and device.type == "cuda":
         (sample,) = trainer.data_collator([row]).samples
-        trainer.fused[0].kernels.attention = choose_attention(trainer.fused, 2, sample.length)
+        trainer.fused[0].kernels.attention = choose_attention(trainer.fused, 4, sample.length)
         collect_memory(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
