@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +63,22 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
                 logger.warning(f"{printable(word)}: {line}")
             reason = f"{printable(word)}: {'; '.join(['holds no images', *excluded.lines()])}"
         elif glob.has_magic(word) and not os.path.exists(word):
-            found = sorted(path for path in glob.glob(word, recursive=True) if not os.path.isdir(path))
+            found = sorted(path for path in match(word) if not os.path.isdir(path))
             reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"
         else:
             found = [word]  # whether it is there shows when it is opened
         yield from [(path, None) for path in found] or [(word, reason)]
+
+
+def match(pattern: str) -> Iterable[str]:
+    """What a pattern stands for. `**` follows no links: two that lead back would take it through 2^40 folders."""
+    path = Path(pattern)
+    if "**" not in path.parts:
+        return glob.glob(pattern)
+    found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
+    return (
+        str(each) for each in found if not any(part.startswith(".") for part in each.parts if part not in path.parts)
+    )
 
 
 def format_line(image: str, found, top: int) -> str:

@@ -49,8 +49,10 @@ def load_source(dataset: str, reading: Reading) -> Source:
         return load_hub(HUB_REPOSITORY, reading)
     if os.path.isdir(path):  # unlike Path.is_dir, False for names that no file system takes
         return load_folder(path, reading)
-    if os.path.exists(path):
+    if os.path.isfile(path):
         return load_file(path, reading)
+    if os.path.exists(path):  # reading a pipe would wait for ever
+        raise UserError(f"--dataset {dataset}: is a device or pipe; give a folder or a file")
     return load_elsewhere(dataset, path, reading)
 
 

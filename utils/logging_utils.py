@@ -27,6 +27,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG)
 WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # what torch says of a file
+NO_MEMORY = ("could not create a primitive", "can't allocate memory", "bad_alloc")  # what torch says of the CPU's
 FREE_SPACE = "free space and re-run the same command, or write to another disk (--output-dir, HF_HOME)"
 CHOOSE_PLACE = "choose a place that you may write to (--output-dir, HF_HOME), or change its permissions"
 RAISE_LIMIT = (
@@ -315,7 +316,12 @@ def _system_message(error: BaseException, is_ours: bool) -> str | None:
             move = next((move for numbers, move in MOVES.items() if number in numbers), AFTER_MENDING)
             if isinstance(link, OSError) and link.strerror:
                 return f"{link.filename or 'the disk'}: {link.strerror}; {move}"
-            return f"{_without_traceback(link).splitlines()[0][:300]}; {move}"
+            problem = _without_traceback(link).splitlines()[0][:300]
+            return (
+                f"the system gave no more memory ({problem}); {move}"
+                if number == errno.ENOMEM
+                else f"{problem}; {move}"
+            )
         is_cause = is_cause and link.__cause__ is not None
         link = link.__cause__ or link.__context__
     if is_ours:
@@ -333,7 +339,7 @@ def _system_message(error: BaseException, is_ours: bool) -> str | None:
 
 def _errno_of(error: BaseException) -> int | None:
     """Of an error of the system, or of a library's that quotes the system's words, such as "File too large"."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return errno.ENOMEM
     if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
         return getattr(error, "errno", None)

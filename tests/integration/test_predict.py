@@ -42,6 +42,18 @@ def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
     assert names == ["images/08.png", *deep, *[f"images/0{number}.png" for number in range(4)], "images/deep/09.png"]
 
 
+def test_links_that_lead_back_do_not_lead_a_pattern_astray(here, images):
+    for name in "ab":
+        (images / name).symlink_to(".")
+    (images / ".hidden").mkdir()
+    (images / ".hidden" / "00.png").write_bytes(b"x")
+    for pattern in ("**/0[01].png", f"{here}/**/0[01].png"):
+        assert [path.removeprefix(f"{here}/") for path, _ in predict.find_images([pattern])] == [
+            "images/00.png",
+            "images/01.png",
+        ]
+
+
 def test_files_of_a_folder_that_are_no_images_are_counted_also_raw_ones(here, images, caplog):
     (images / "deep/IMG_1.DNG").write_bytes(b"II*\0")
     assert len(list(predict.find_images(["images"]))) == 12

@@ -240,7 +240,14 @@ def test_a_log_file_that_cannot_be_written_is_said_once(capsys):
         (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "runs/x"), "runs/x: Stale file handle; once that is mended"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the disk: No such file or directory; once"),
         (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "the disk: Resource temporarily unavailable; raise"),
-        (MemoryError(), "MemoryError: ; raise the limit of this process (ulimit -a"),
+        (
+            MemoryError(),
+            "error: the system gave no more memory (MemoryError: ); raise the limit of this process (ulimit -a",
+        ),
+        (
+            RuntimeError("could not create a primitive"),
+            "gave no more memory (RuntimeError: could not create a primitive)",
+        ),
         (
             RuntimeError("Error while serializing: I/O error: File too large (os error 27)"),
             "File too large (os error 27); raise",
