@@ -50,7 +50,7 @@ class PreFlight:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv, __doc__)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 reports for all
+    if os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ:  # rank 0 reports for all
         return 0
     set_environment()
     setup_logging()

@@ -142,7 +142,9 @@ def _read_environment() -> tuple[int, int]:
         if left_aside.get(name, "false").lower() == "true":
             problem = f"{name}=true: the launcher asks for {engine}, which cannot be set up from outside"
             raise UserError(f"{problem}. Use torchrun, or accelerate launch --multi_gpu, and --sharding fsdp.")
-    return launch_number("RANK", 0), world_size
+    if (rank := launch_number("RANK", 0)) >= world_size:
+        raise UserError(f"RANK={rank}: is not one of WORLD_SIZE={world_size} ranks, counted from 0. {HOW_TO_START}")
+    return rank, world_size
 
 
 @contextlib.contextmanager

@@ -596,6 +596,7 @@ BAD_STARTS = {
         "rendezvous at 127.0.0.1:{port} timed out after 2 s: 1 of 2 ranks joined. Start the missing rank",
     ),
     "no rank 0": (START | {"RANK": "1"}, "rendezvous at 127.0.0.1:{port} failed for rank 1 of 2: "),
+    "too high a rank": (START | {"RANK": "2"}, "RANK=2: is not one of WORLD_SIZE=2 ranks, counted from 0. Start"),
     "other engine": (
         START | {"ACCELERATE_USE_FSDP": "true"},
         "ACCELERATE_USE_FSDP=true: the launcher asks for FSDP, which cannot be set up",
