@@ -6,6 +6,7 @@ step, a file or an event of the run, never after a time that a test guessed.
 """
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -51,14 +52,16 @@ class Outcome(NamedTuple):
 
 def context():
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["train", "models.trainer", "models.builder", "evaluation.evaluator", "data.dataset"])
+    found.set_forkserver_preload(
+        ["train", "predict", "evaluate", "models.trainer", "evaluation.predictor", "evaluation.report", "data.dataset"]
+    )
     return found
 
 
-def start(folder: Path, argv: Sequence[str] = RUN, fault: Fault | None = None):
-    """train.py as a process in `folder`."""
+def start(folder: Path, argv: Sequence[str] = RUN, fault: Fault | None = None, script: str = "train"):
+    """A script, by its module's name, as a process in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    process = context().Process(target=_train, args=(str(folder), list(argv), fault))
+    process = context().Process(target=_run, args=(str(folder), script, list(argv), fault))
     process.start()
     return process
 
@@ -76,7 +79,7 @@ def run(folder: Path, fault: Fault | None = None, argv: Sequence[str] = RUN, tim
     return finish(start(folder, argv, fault), timeout_s)
 
 
-def _train(folder: str, argv: list[str], fault: Fault | None) -> None:
+def _run(folder: str, script: str, argv: list[str], fault: Fault | None) -> None:
     import torch
 
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as if train.py had been run
@@ -88,7 +91,6 @@ def _train(folder: str, argv: list[str], fault: Fault | None) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     from data import dataset
     from models.trainer import PlantTrainer
-    from train import main
 
     dataset.SPLIT_SIZES.update(train=48, validation=20, test=20)
     training_step = PlantTrainer.training_step
@@ -103,7 +105,7 @@ def _train(folder: str, argv: list[str], fault: Fault | None) -> None:
     PlantTrainer.training_step = record
     if fault is not None:
         fault()
-    sys.exit(main(argv))
+    sys.exit(importlib.import_module(script).main(argv))
 
 
 def at_step(step: int, action: Callable) -> None:
