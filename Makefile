@@ -21,6 +21,8 @@ runs/tiny/best/manifest.json: | $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(PYTEST)
 
+# Ten minutes of random faults; test-slow alone takes half a minute.
+test-all: export FAULTS_SECONDS ?= 600
 test-all: test test-slow
 
 # What `make test` leaves out: slow tests, several ranks, faults. One process: they fork, kill and count time.
@@ -31,9 +33,11 @@ test-slow: $(VENV)/installed-dev
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest tests/browser
 
-# Every fault many times; writes the table of docs/faults.md.
+# Every fault many times, then an hour of random faults; writes the tables of docs/faults.md.
+faults: export FAULTS_TABLE = docs/faults.md
+faults: export FAULTS_SECONDS ?= 3600
 faults: $(VENV)/installed-dev
-	FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -s -m '' tests/faults/test_faults.py
+	$(BIN)/python -m pytest -s -m '' tests/faults/test_faults.py tests/faults/test_random_faults.py
 
 fuzz: $(VENV)/installed-dev
 	FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/faults/test_fuzz.py

@@ -3,6 +3,7 @@
 Shapes: B images, T tokens, H query heads, K key and value heads, D head_dim.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ def choose_attention(fused, images: int, tokens: int) -> SDPBackend | None:
 def _try_backend(layer, backend: SDPBackend, images: int, tokens: int) -> Trial | None:
     """None where the GPU, the precision or the shapes are not for this back end."""
     try:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says why another back end is not used
             error = max(attention_error(layer, 1, length) for length in (tokens, tokens - 1))
             leaves = _random_leaves(layer, images, tokens)
             timer = Timer("run(leaves)", globals={"run": lambda leaves: _gradients(layer, leaves), "leaves": leaves})

@@ -38,9 +38,11 @@ class Kind:
 
 
 def number(low: float = -1e300, high: float = 1e300) -> Kind:
-    return Kind(
-        f"a number from {low:g} to {high:g}", lambda value: type(value) in (int, float) and low <= value <= high
-    )
+    def holds(value: Any) -> bool:
+        is_number = type(value) is float or (type(value) is int and abs(value) < 2**63)  # numpy takes no larger ones
+        return is_number and low <= value <= high
+
+    return Kind(f"a number from {low:g} to {high:g}", holds)
 
 
 def integer(low: int = 0, high: int = 2**63) -> Kind:

@@ -72,10 +72,12 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
     child = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, processor, dialogs), daemon=True)
     child.start()
     sender.close()
+    problem, texts = f"does not end in {TEMPLATE_S} s, or takes too much memory", []
     try:
-        problem, texts = receiver.recv()
+        if receiver.poll(TEMPLATE_S + 2):  # a child that cannot even set its own limit
+            problem, texts = receiver.recv()
     except EOFError:
-        problem, texts = f"does not end in {TEMPLATE_S} s, or takes too much memory", []
+        pass
     finally:
         child.kill()
         child.join()

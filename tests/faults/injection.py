@@ -479,3 +479,14 @@ def _note_resources(trainer) -> None:
     found |= {"processes": len(me.children(recursive=True)), "threads": me.num_threads()}
     with open(RESOURCES, "a") as file:
         file.write(json.dumps(found) + "\n")
+
+
+# ---- docs/faults.md
+
+
+def write_table(page: Path, name: str, rows: list[str]) -> None:
+    """Between the marks of this name."""
+    marks = f"<!-- {name}: written by make faults -->", f"<!-- end of {name} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text("\n".join([f"{before}{marks[0]}", *rows, f"{marks[1]}{after}"]), encoding="utf-8")

@@ -18,7 +18,6 @@ from tests.faults import injection
 from tests.faults.injection import CORRUPTIONS, Outcome
 
 TABLE = os.environ.get("FAULTS_TABLE")  # a page; given, each fault is tried many times
-MARKS = ("<!-- faults: written by make faults -->", "<!-- end of faults -->")
 ROWS: dict[str, str] = {}
 
 
@@ -123,7 +122,7 @@ def test_table_is_written():
     if not TABLE:
         pytest.skip("make faults writes it")
     rows = ["| fault | tries | runs lost | most steps repeated | end identical |", "|---|---|---|---|---|"]
-    write_between(Path(TABLE), "\n".join([*rows, *(ROWS[fault.label] for fault in FAULTS)]))
+    injection.write_table(Path(TABLE), "faults", [*rows, *(ROWS[fault.label] for fault in FAULTS)])
 
 
 def test_page_lists_every_fault():
@@ -137,9 +136,3 @@ def test_nothing_leaks(tmp_path):
     early, late = found[4], found[-1]
     assert len(found) == 20 and late["mb"] < early["mb"] + 30
     assert all(late[name] <= early[name] for name in ("files", "processes", "threads"))
-
-
-def write_between(path: Path, text: str) -> None:
-    before, _, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Faults drawn at random from many kinds, each with its own check of what came of it.
+"""Random faults of many kinds, each with its own check of what came of it.
 
 A try is a function of (folder, base, draw): it breaks something in a run of its own, runs the program, and gives the
 words of its outcome. It raises Failure for a traceback on the screen, a hang, or something wrong without a word.
@@ -348,15 +348,16 @@ def _places(value):
         yield from _places(inner)
 
 
-# Facts that only tell of a run: another value in range is no fault that a program could see.
-TELLS = ("training_config.json", "eval_val.json", "metrics.jsonl", "eval_val.scores.jsonl", "best/best.json")
+READ_BY_SCRIPTS = ("training_config.json", "eval_val.json", "metrics.jsonl", "eval_val.scores.jsonl", "best/best.json")
 
 
 def change_state(folder: Path, base: Base, draw: random.Random) -> str:
     """A JSON file of a completed run is odd: predict.py, evaluate.py or the same command says so, or is as before."""
     shutil.copytree(base.completed, folder)
     found = [path for path in files_below(folder / "run") if path.suffix in (".json", ".jsonl")]
-    known = [path for path in found if str(path.relative_to(folder / "run")) in TELLS or path.parent.name == "run"]
+    known = [
+        path for path in found if str(path.relative_to(folder / "run")) in READ_BY_SCRIPTS or path.parent.name == "run"
+    ]
     fault = change_json(draw.choice(known), draw)
     outcome = REFUSED
     status, answer = predict(folder, fault)

@@ -1,6 +1,6 @@
-"""Faults drawn at random from kinds: no traceback, no hang, nothing wrong in silence, and the run's end is identical.
+"""Random faults: no traceback, no hang, nothing wrong in silence, and the run's end is identical.
 
-FAULTS_SECONDS: how long, 30 by default; FAULTS_SEED: where to begin; a failure names the seed that repeats it.
+FAULTS_SECONDS: how long, 30 by default; FAULTS_SEED: where to begin; a failure prints the seed that repeats it.
 """
 
 import os
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.drawn import COMPLETED, IDENTICAL, KINDS, REFUSED, Failure, make_base
+from tests.faults.injection import write_table
+from tests.faults.random_faults import COMPLETED, IDENTICAL, KINDS, REFUSED, Failure, make_base
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", 30))
 SEED = int(os.environ.get("FAULTS_SEED", 0))
 AT_ONCE = 2
-TABLE = os.environ.get("FAULTS_DRAWN_TABLE")
+TABLE = os.environ.get("FAULTS_TABLE")  # a page, given by make faults
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
 
 
-def test_drawn_faults(base, tmp_path):
+def test_random_faults(base, tmp_path):
     """Kinds in turn, each try with a seed of its own; a second process runs the next one meanwhile."""
     ends = time.monotonic() + SECONDS
     outcomes: dict[str, Counter] = {kind.label: Counter() for kind in KINDS}
@@ -49,23 +50,28 @@ def test_drawn_faults(base, tmp_path):
     for label, found in outcomes.items():
         print(f"{label}: {dict(found)}")
     if TABLE:
-        write_table(Path(TABLE), outcomes)
+        write_table(Path(TABLE), "random faults", table(outcomes))
     assert not failures, "\n\n".join(failures)
 
 
-def write_table(path: Path, outcomes: dict[str, Counter]) -> None:
+def table(outcomes: dict[str, Counter]) -> list[str]:
     columns = (IDENTICAL, COMPLETED, REFUSED, "failed")
     rows = [f"| kind | tries | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for label, found in outcomes.items():
-        rows.append(f"| {label} | {found.total()} | {' | '.join(str(found[column]) for column in columns)} |")
-    path.write_text("\n".join(rows) + "\n")
+        rows.append(f"| {label} | {sum(found.values())} | {' | '.join(str(found[column]) for column in columns)} |")
+    return rows
+
+
+def test_page_lists_every_kind():
+    page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert [kind.label for kind in KINDS if f"| {kind.label} |" not in page] == []
 
 
 def test_a_failure_is_one():
     """The harness itself: a traceback on the screen is found."""
-    from tests.faults import drawn
+    from tests.faults import random_faults
 
     folder = Path("unused")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Failure, match="traceback"):
-        patch.setattr(drawn, "output_of", lambda folder: "Traceback (most recent call last)\n  ...")
-        drawn.screen_of(folder, 1, "something")
+        patch.setattr(random_faults, "output_of", lambda folder: "Traceback (most recent call last)\n  ...")
+        random_faults.screen_of(folder, 1, "something")
