@@ -456,7 +456,8 @@ class PlantTrainer(Trainer):
         return loader
 
     def get_batch_samples(self, *args, **kwargs):
-        with self.stop.waiting():
+        limit_s = (STREAM_S if self.streams else LOADER_S) + 2 if self.args.dataloader_num_workers else 0
+        with self.stop.waiting(limit_s):  # a little after torch's
             return super().get_batch_samples(*args, **kwargs)
 
     # ---- evaluation

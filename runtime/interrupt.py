@@ -56,12 +56,17 @@ class StopRequest:
             raise Interrupted(self.signal)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once: what is waited for may never come."""
+    def waiting(self, limit_s: int = 0) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once: what is waited for may never come.
+
+        RuntimeError after `limit_s` seconds, 0: no limit. torch's own limit does not hold once a batch is on its way
+        from a worker that then stops.
+        """
         self._is_waiting = True
         try:
             self.check()
-            yield
+            with _time_limit(limit_s):
+                yield
         except BaseException:
             end_children()
             raise
@@ -72,11 +77,30 @@ class StopRequest:
         """The batches; the wait for each ends with a signal."""
         iterator, end = iter(batches), object()
         while True:
-            with self.waiting():
+            with self.waiting(LOADER_S + 2):  # a little after torch
                 batch = next(iterator, end)
             if batch is end:
                 return
             yield batch
+
+
+@contextlib.contextmanager
+def _time_limit(limit_s: int) -> Iterator[None]:
+    """RuntimeError, in torch's words, after so many seconds; nothing outside the main thread."""
+
+    def stop(number: int, frame) -> None:
+        raise RuntimeError(f"DataLoader timed out after {limit_s} seconds")
+
+    if not limit_s or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def worker_options(num_workers: int, limit_s: int = LOADER_S) -> dict:
