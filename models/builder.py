@@ -37,7 +37,7 @@ from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.distributed import get_local_world_size
-from runtime.interrupt import worker_options
+from runtime.interrupt import StopRequest, worker_options
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, is_watched
 from utils.tensor_utils import find_layers
@@ -164,7 +164,8 @@ class PlantModel:
         self.model.eval()
         options = worker_options(self.num_workers)
         loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
-        for batch in tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False):
+        batches = tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
+        for batch in StopRequest().iterate(batches):  # for its limit of a wait; signals raise as they do elsewhere
             found = []
             if batch.samples:
                 with self.autocast():

@@ -1,6 +1,7 @@
 """Scores of the token trie against each class name scored alone, and generation."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -218,3 +219,13 @@ def test_replies_do_not_depend_on_the_batch(tiny):
     rows = Dataset.from_list(tiny.rows(7), features=ROW)
     assert replies(tiny, rows, 1) == replies(tiny, rows, 4)
     assert [sample for sample, _ in replies(tiny, rows, 3)] == rows["id"]
+
+
+def test_a_wait_for_a_batch_ends(tiny, monkeypatch):
+    """Also where torch's own limit does not hold, as with a worker that stops in the middle of a batch."""
+    monkeypatch.setattr("runtime.interrupt.LOADER_S", -1)  # a second in all
+    reader, writer = os.pipe()
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        list(plant_of(tiny)._predict(tiny.rows(2), lambda rows: os.read(reader, 1), len))
+    os.close(reader)
+    os.close(writer)
