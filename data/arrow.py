@@ -46,15 +46,8 @@ def read_tables(
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
     a file may give names to numbers; `warnings`: those of who found the tables. Raises UserError in one sentence.
     """
-    first = next(iter(parts.values()))
-    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
-    label = find_label_column(first, image, reading.label_column, where)
+    image, label, by_path = _find_columns(parts, reading, where)
     notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
-        raise UserError(
-            f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
-            "splits with the same columns"
-        )
     texts = {split: read_labels(rows, label, split, where) for split, rows in parts.items()}
     unused = []
     for split in [split for split in list(parts)[1:] if not any(texts[split])]:
@@ -99,6 +92,19 @@ def read_tables(
         warnings=[*warnings, *labeling.warnings, *unused, *file_warnings],
         is_published=is_official,
     )
+
+
+def _find_columns(parts: Mapping[str, Dataset], reading: Reading, where: str) -> tuple[str, str, bool]:
+    """(column of the images, column of the labels, whether images are named by path), of the first table."""
+    first = next(iter(parts.values()))
+    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
+    label = find_label_column(first, image, reading.label_column, where)
+    if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
+        raise UserError(
+            f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
+            "splits with the same columns"
+        )
+    return image, label, by_path
 
 
 def _stored_rows(rows: Dataset, image: str, labels: np.ndarray, ids: list[str], groups: list[str]) -> Dataset:
