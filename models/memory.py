@@ -307,9 +307,12 @@ def _fit(trainer, row: dict, available: float) -> None:
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
     checkpointing = trainer.memory_options.gradient_checkpointing
 
-    def try_plan(plan: Plan) -> Tried:
+    def use(plan: Plan) -> None:
         trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offloaded)
+
+    def try_plan(plan: Plan) -> Tried:
+        use(plan)
         seconds, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
         collect_memory(device)
         return Tried(plan, seconds * plan.micro_batch_size * plan.micro_batches(images), peak + state)
@@ -329,11 +332,9 @@ def _fit(trainer, row: dict, available: float) -> None:
             logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
         elif trainer.dist.is_main_process:
             remember_plan(key, best.plan)
-    plan = best.plan
-    trainer.micro_batcher.size = plan.micro_batch_size
-    set_activation_checkpointing(fused, plan.kept, plan.offloaded)
+    use(best.plan)
     peak = f"peak {best.peak / GIB:.2f} GiB measured, {allowed / GIB:.2f} available"
-    logger.info(f"memory | {plan.describe(cost.layers)} | {peak}")
+    logger.info(f"memory | {best.plan.describe(cost.layers)} | {peak}")
 
 
 def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Tried:
