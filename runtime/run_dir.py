@@ -272,9 +272,7 @@ def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
     notes = [*notes, note]
     if longer:
-        reason = (
-            "the learning rate schedule is stretched, so the result is not that of a run of this length from step 1"
-        )
+        reason = "the learning rate schedule is stretched: the result is not that of a run of this length from step 1"
         notes.append(f"longer than it began ({longer}): {reason}")
     if run_files.is_completed(config.output_dir or "") and not longer:
         notes.append(
