@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from utils.logging_utils import first_line, logger
@@ -46,6 +45,8 @@ def choose_attention(fused, images: int, tokens: int) -> SDPBackend | None:
 
 def _try_backend(layer, backend: SDPBackend, images: int, tokens: int) -> Trial | None:
     """None where the GPU, the precision or the shapes are not for this back end."""
+    from torch.utils.benchmark import Timer  # it prints a line where there is no GPU
+
     try:
         with sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says why another back end is not used
