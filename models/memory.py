@@ -345,8 +345,9 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
     began = time.perf_counter()
     (smallest,) = propose(cost, 0)
     best = first = try_plan(smallest)
-    if first.peak < math.inf:
-        cost = cost._replace(static=cost.static + first.peak - smallest.peak)
+    if first.peak == math.inf:  # then nothing does
+        return first
+    cost = cost._replace(static=cost.static + first.peak - smallest.peak)
     budget, fits = allowed, False
     while not fits and budget > cost.static * 1.001:
         plans = [plan for plan in propose(cost, budget) if plan[:3] != smallest[:3]][:TRIED_PLANS]

@@ -270,11 +270,13 @@ def test_a_plan_that_takes_more_than_predicted_is_made_smaller(tiny, tmp_path, s
     assert 16 in tried and trainer.micro_batcher.size <= 4
 
 
-def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path, simulated_gpu):
+def test_a_gpu_too_small_for_one_image_is_reported_before_the_run(tiny, tmp_path, timed_gpu):
+    """At once: where the smallest plan does not fit, no other is tried."""
     trainer = make_fused(tiny, tmp_path)
     limit_memory(trainer.model, 0)
     with pytest.raises(UserError, match="memory: out of memory with micro-batch 1; use --gradient-checkpointing"):
-        plan(trainer, tiny)
+        plan(trainer, tiny, compile="false")
+    assert timed_gpu.tried == [(1, 0, 3)]
 
 
 def test_without_auto_batch_it_is_what_the_config_says(tiny, tmp_path, simulated_gpu):
