@@ -203,38 +203,31 @@ def check_processor(found: PreFlight) -> str:
     return f"{turn} | the tokenizer survives saving"
 
 
-def find_unreadable(rows) -> list[str]:
-    """Why images of these rows cannot be opened, as far as their headers tell."""
+def read_sizes(rows, max_bad_fraction: float) -> tuple[list[tuple[dict, tuple[int, int]]], list[str]]:
+    """((row, (H, W) of its image), why others cannot be opened), as far as headers tell. ImageError for too many."""
+    from data.dataset import check_unreadable_fraction
     from utils.image_utils import ImageError, read_image_size
 
-    unreadable = []
+    sizes, unreadable = [], []
     for row in rows:
         try:
-            read_image_size(row["image"])
+            sizes.append((row, read_image_size(row["image"])))
         except ImageError as error:
             unreadable.append(f"{error}")
-    return unreadable
+    check_unreadable_fraction(unreadable, len(rows), max_bad_fraction)
+    return sizes, unreadable
 
 
 def check_lengths(found: PreFlight) -> str:
-    from data.dataset import check_unreadable_fraction, sample_rows
-    from utils.image_utils import ImageError, fitted_size, read_image_size
+    from data.dataset import sample_rows
+    from utils.image_utils import fitted_size
 
-    lengths, sizes, unreadable = [], [], []
-    for row in found.rows:
-        try:
-            height, width = read_image_size(row["image"])
-        except ImageError as error:
-            unreadable.append(f"{error}")
-            continue
-        sizes.append(f"{width}x{height}")
-        lengths.append(found.collator.describe(row, fitted_size((height, width), found.config.image_size)).length)
-    check_unreadable_fraction(unreadable, len(found.rows), found.config.max_bad_fraction)
+    image_size, limit = found.config.image_size, found.config.max_bad_fraction
+    read, unreadable = read_sizes(found.rows, limit)
     for rows in filter(None, (found.data.validation, found.data.test)):
-        scored = sample_rows(rows)
-        others = find_unreadable(scored)
-        check_unreadable_fraction(others, len(scored), found.config.max_bad_fraction)
-        unreadable += others
+        unreadable += read_sizes(sample_rows(rows), limit)[1]
+    lengths = [found.collator.describe(row, fitted_size(size, image_size)).length for row, size in read]
+    sizes = [f"{width}x{height}" for _, (height, width) in read]
     if not lengths:
         raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
     low, _, high = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else lengths * 3

@@ -51,21 +51,8 @@ SPLIT_WORDS = {
 }
 FILLERS = (
     *("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "pics", "jpg", "files"),
-    *(
-        "folder",
-        "split",
-        "seg",
-        "mini",
-        "small",
-        "full",
-        "final",
-        "raw",
-        "only",
-        "augmented",
-        "aug",
-        "class",
-        "classes",
-    ),
+    *("folder", "split", "seg", "mini", "small", "full", "final", "raw", "only", "augmented", "aug"),
+    *("class", "classes"),
 )
 
 

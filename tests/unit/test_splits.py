@@ -15,7 +15,7 @@ from data.dataset import build_datasets, check_unreadable_fraction
 from data.groups import group_by_name
 from data.rows import ROW, SPLITS, Source
 from data.splits import split_source
-from test_trainer import PreFlight, check_data, find_unreadable
+from test_trainer import PreFlight, check_data, read_sizes
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
 
@@ -431,7 +431,7 @@ def test_the_pre_flight_finds_unreadable_images_of_each_split(image_folder):
     (root / "val/oak/x.jpg").write_bytes(b"<html>")
     found = PreFlight(parse_config(["--dataset", str(root)]))
     check_data(found)
-    (reason,) = find_unreadable(found.data.validation)
+    _, (reason,) = read_sizes(found.data.validation, 1.0)
     assert reason.startswith(f"{root}/val/oak/x.jpg: is not an image in any of the formats")
 
 
