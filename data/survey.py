@@ -124,14 +124,14 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
     for entry in entries:
         if entry.name.startswith(".") or entry.name.endswith(("~", ".lrdata")) or entry.name.lower() in JUNK:
             continue
-        entry_path = path / entry.name
         try:
             status = entry.stat()
         except OSError as error:
             reason = "links to nowhere" if entry.is_symlink() else f"files that cannot be read: {error.strerror}"
-            excluded.add(reason, entry_path)
+            excluded.add(reason, path / entry.name)
             continue
         if stat.S_ISDIR(status.st_mode):
+            entry_path = path / entry.name
             if (status.st_dev, status.st_ino) in seen:
                 excluded.add("links to a folder that is read already, or above", entry_path)
             elif depth == MAX_DEPTH:
@@ -142,9 +142,9 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
                 seen.add((status.st_dev, status.st_ino))
                 folder.folders.append(_look(entry_path, excluded, seen, depth + 1))
         elif not stat.S_ISREG(status.st_mode):
-            excluded.add("devices or pipes", entry_path)
+            excluded.add("devices or pipes", path / entry.name)
         else:
-            _add_file(folder, entry_path, status, excluded)
+            _add_file(folder, entry.name, status.st_size, excluded)
     folder.folders.sort(key=lambda below: below.name)
     folder.images.sort()
     folder.num_images = len(folder.images) + sum(below.num_images for below in folder.folders)
@@ -153,22 +153,23 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
     return folder
 
 
-def _add_file(folder: Folder, path: Path, status: os.stat_result, excluded: Excluded) -> None:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES and (suffix in KINDS or not status.st_size or not looks_like_image(path)):
+def _add_file(folder: Folder, name: str, size: int, excluded: Excluded) -> None:
+    """Of a million files, most are images: a Path is made for others only."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in SUFFIXES and (suffix in KINDS or not size or not looks_like_image(folder.path / name)):
         kind = KINDS.get(suffix, "other")
-        folder.files[kind].append(path.name)
+        folder.files[kind].append(name)
         if kind == "other":
-            excluded.add(f"{suffix or 'nameless'} files", path)
-    elif not status.st_size:
-        excluded.add("empty image files (0 bytes)", path)
-    elif not is_utf8(path.name):
-        excluded.add("images whose name is not UTF-8", path)
+            excluded.add(f"{suffix or 'nameless'} files", folder.path / name)
+    elif not size:
+        excluded.add("empty image files (0 bytes)", folder.path / name)
+    elif not is_utf8(name):
+        excluded.add("images whose name is not UTF-8", folder.path / name)
     elif suffix in HEIF_SUFFIXES and not reads_heif():
-        folder.files["heif"].append(path.name)
-        excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", path)
+        folder.files["heif"].append(name)
+        excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", folder.path / name)
     else:
-        folder.images.append(path.name)
+        folder.images.append(name)
 
 
 def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] = ()) -> None:
