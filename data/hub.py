@@ -2,17 +2,20 @@
 
 import functools
 import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePath
 
 import datasets
 from datasets import DatasetDict, load_dataset
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
 from data.classes import OFFICIAL_SIZES
 from data.parquet import load_complete, name_splits
 from data.rows import Reading, Source, count_images
+from data.survey import ARCHIVES
+from utils.image_utils import SUFFIXES
 from utils.logging_utils import UserError, causes_of, first_line
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
@@ -31,19 +34,30 @@ def load_hub(repository: str, reading: Reading) -> Source:
     return source
 
 
-def load_hub_dataset(repository: str, reading: Reading) -> Source:
+def load_hub_dataset(repository: str, reading: Reading, load_folder: Callable[[Path, Reading], Source]) -> Source:
     """Any data set of images, `owner/name`, at the revision that was asked for or at its current commit.
 
+    Image files are downloaded and read by `load_folder`, as those of a local folder; tables and archives by `datasets`.
     Raises UserError in one sentence.
     """
     revision = reading.dataset_revision
-    if not COMMIT.fullmatch(revision) or revision == OFFICIAL_REVISION:
-        asked = None if revision == OFFICIAL_REVISION else revision
-        try:
-            revision = HfApi().dataset_info(repository, revision=asked).sha or ""
-        except Exception as error:
+    asked = None if revision == OFFICIAL_REVISION else revision
+    try:
+        info = HfApi().dataset_info(repository, revision=asked)
+    except Exception as error:
+        if not COMMIT.fullmatch(asked or ""):
             raise _explain(error, repository, asked) from error
-    return _load(repository, revision, reading)
+        return _load(repository, revision, reading)  # without a network, `datasets` may have it in its cache
+    revision = info.sha or ""
+    suffixes = {PurePath(file.rfilename).suffix.lower() for file in info.siblings or ()}
+    if not suffixes & {*SUFFIXES} or suffixes & {".parquet", ".arrow", *ARCHIVES}:
+        return _load(repository, revision, reading)
+    try:
+        folder = snapshot_download(repository, repo_type="dataset", revision=revision)
+    except Exception as error:
+        raise _explain(error, repository, revision) from error
+    where = f"hub data set {repository} at {revision[:12]}"
+    return load_folder(Path(folder), reading)._replace(description=where, revision=revision)
 
 
 def _load(repository: str, revision: str, reading: Reading) -> Source:
@@ -64,7 +78,8 @@ def _explain(error: Exception, repository: str, revision: str | None) -> UserErr
     statuses = [getattr(getattr(cause, "response", None), "status_code", 0) for cause in causes]
     status = next(filter(None, statuses), 0)
     name = f"data set {repository}"
-    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+    # `datasets` tells a gated repository by the text of an error of its own.
+    if any(isinstance(cause, errors.GatedRepoError) or "gated dataset" in str(cause) for cause in causes):
         page = f"https://huggingface.co/datasets/{repository}"
         return UserError(f"{name} is gated; accept its terms at {page} and set HF_TOKEN")
     if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
@@ -83,6 +98,6 @@ def _explain(error: Exception, repository: str, revision: str | None) -> UserErr
         )
     at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"{name}{at} cannot be loaded ({first_line(error)}); check the network and HF_TOKEN, or give --dataset FOLDER "
-        "with the images"
+        f"{name}{at} cannot be loaded ({first_line(error.__cause__ or error)}); check the network and HF_TOKEN, or "
+        "give --dataset FOLDER with the images"
     )

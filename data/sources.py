@@ -61,7 +61,7 @@ def load_elsewhere(dataset: str, path: Path, reading: Reading) -> Source:
     if ADDRESS.match(dataset):
         raise UserError(f"--dataset {dataset}: is a web address; download it, unpack it, and give the folder")
     if HUB_ID.fullmatch(dataset) and not os.path.isdir(path.parent):
-        return load_hub_dataset(dataset, reading)
+        return load_hub_dataset(dataset, reading, load_folder)
     if os.path.islink(path):
         raise UserError(f"--dataset {dataset}: is a link to nowhere ({os.readlink(path)}); give the folder itself")
     names = os.listdir(path.parent) if os.path.isdir(path.parent) and os.access(path.parent, os.R_OK) else []

@@ -1,7 +1,6 @@
 """Checkpoints as people and the hub have them: whole, with gaps, torn, quantized, and a hub that fails."""
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from huggingface_hub import constants, set_client_factory
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlavaNextForConditionalGeneration
 
@@ -22,6 +21,7 @@ from models import builder, loading
 from models.builder import build_model, build_processor
 from models.checks import check_model
 from tests.conftest import FAMILIES
+from tests.fake_hub import FakeHub
 from utils.logging_utils import UserError
 
 CPU = torch.device("cpu")
@@ -426,52 +426,14 @@ def test_a_checkpoint_of_another_quantization_is_refused(method, part, folder):
 # ---- the hub
 
 
-class FakeHub:
-    """A hub in this process that serves a folder as owner/model; `fail(request)` may answer in its place."""
-
-    commit = "c" * 40
-
-    def __init__(self, folder: Path):
-        self.folder, self.requests = folder, []
-        self.fail: Callable[[httpx.Request], httpx.Response | None] = lambda request: None
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        path = request.url.path
-        self.requests.append(path)
-        answer = self.fail(request)
-        if answer is not None:
-            return answer
-        if path.startswith("/api/models/owner/model/tree/"):
-            files = [{"path": name, "size": len(data), "oid": _oid(data)} for name, data in self.files().items()]
-            return httpx.Response(200, json=[{"type": "file", **file} for file in files])
-        if path.startswith("/api/models/owner/model"):
-            return httpx.Response(200, json={"id": "owner/model", "sha": self.commit, "siblings": []})
-        data = self.files().get(path.rpartition("/")[2]) if path.startswith("/owner/model/resolve/") else None
-        if data is None:
-            return self.refuse(404, "EntryNotFound" if "/owner/model/" in path else "RepoNotFound")
-        head = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(data))}
-        return httpx.Response(200, headers=head, content=b"" if request.method == "HEAD" else data)
-
-    def files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
-
-    def refuse(self, status: int, code: str = "") -> httpx.Response:
-        return httpx.Response(status, headers={"X-Error-Code": code, "X-Error-Message": code}, json={"error": code})
-
-
-def _oid(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
-
-
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     served = FakeHub(folder)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
-    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(served), follow_redirects=True))
-    yield served
-    set_client_factory(lambda: httpx.Client(follow_redirects=True))
+    with served.serving():
+        yield served
 
 
 def for_path(part: str, answer: Callable[[], httpx.Response]) -> Callable:

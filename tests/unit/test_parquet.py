@@ -5,20 +5,16 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
-import httpx
 import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from huggingface_hub import errors
 
 from config.cli import parse_config
-from data import hub, labeling
+from data import labeling
 from data.dataset import build_datasets
-from data.hub import OFFICIAL_REVISION
 from data.labels import CLASS_NAMES
 from data.parquet import has_images, load_parquet_files, load_saved_dataset
 from data.rows import SPLITS, Reading
@@ -672,124 +668,3 @@ def test_splits_of_a_data_set_may_have_other_names(tmp_path):
     save(tmp_path / "two", ("train", "val", "validation"))
     with pytest.raises(UserError, match="val and validation are both taken for validation; rename one"):
         load_saved_dataset(survey(tmp_path / "two")[0], OPTIONS)
-
-
-# ---- the hub
-
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-@pytest.fixture
-def fake_hub(monkeypatch):
-    """fake_hub(splits or error, error of dataset_info) answers for the hub; `asked` are the revisions asked for."""
-    asked = []
-
-    def make(loaded, problem=None):
-        def info(self, repository, revision=None):
-            asked.append(("info", repository, revision))
-            if problem:
-                raise problem
-            return SimpleNamespace(sha=COMMIT)
-
-        def load_dataset(repository, revision, download_mode=None):
-            asked.append(("load", repository, revision))
-            if isinstance(loaded, Exception):
-                raise loaded
-            return loaded
-
-        monkeypatch.setattr(hub.HfApi, "dataset_info", info)
-        monkeypatch.setattr(hub, "load_dataset", load_dataset)
-        return asked
-
-    return make
-
-
-def table(columns=None):
-    return Dataset.from_dict(columns or {"image": pictures(30), "species": NAMES * 10})
-
-
-def test_any_image_data_set_of_the_hub_at_the_commit_it_has_now(fake_hub):
-    asked = fake_hub(DatasetDict({"train": table()}))
-    source = hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"dataset_revision": OFFICIAL_REVISION}))
-    assert asked == [("info", "someone/plants", None), ("load", "someone/plants", COMMIT)]
-    assert source.class_names == NAMES and source.revision == COMMIT
-    assert source.description == "hub data set someone/plants at 0123456789ab"
-    data = build("--dataset", "someone/plants")
-    assert (len(data.train), len(data.test)) == (24, 3)
-
-
-@pytest.mark.parametrize(("revision", "calls"), [("main", 2), (COMMIT, 1)])
-def test_a_commit_is_not_asked_for_again(revision, calls, fake_hub):
-    asked = fake_hub(DatasetDict({"train": table()}))
-    assert (
-        hub.load_hub_dataset("someone/plants", Reading(**vars(OPTIONS) | {"dataset_revision": revision})).revision
-        == COMMIT
-    )
-    assert len(asked) == calls and asked[-1] == ("load", "someone/plants", COMMIT)
-
-
-def answer(kind, status: int):
-    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
-    return kind("the hub says no", response=response)
-
-
-@pytest.mark.parametrize(
-    ("problem", "words"),
-    [
-        (answer(errors.RepositoryNotFoundError, 404), "no such folder here, and no such data set on the hub, or it"),
-        (answer(errors.GatedRepoError, 403), "someone/plants is gated; accept its terms at https://.* and set HF"),
-        (answer(errors.RevisionNotFoundError, 404), "--dataset-revision main: data set someone/plants has no such"),
-        (answer(errors.HfHubHTTPError, 401), "or it is private; check the name, or set HF_TOKEN"),
-        (answer(errors.HfHubHTTPError, 503), "data set someone/plants: the hub answers 503; try again later"),
-        (answer(errors.HfHubHTTPError, 429), "the hub answers 429; try again later"),
-        (errors.OfflineModeIsEnabled("offline"), r"cannot be loaded \(OfflineModeIsEnabled: offline\); check the net"),
-        (httpx.ConnectError("no route"), r"cannot be loaded \(ConnectError: no route\); check the network and HF"),
-    ],
-)
-def test_problems_of_the_hub_are_one_sentence(problem, words, fake_hub):
-    fake_hub(DatasetDict({"train": table()}), problem)
-    with pytest.raises(UserError, match=words):
-        hub.load_hub_dataset("someone/plants", OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("loaded", "words"),
-    [
-        (DatasetDict({"train": table({"text": ["a"], "label": [0]})}), "no column of images among text, label"),
-        (DatasetDict({"fold a": table(), "fold b": table()}), "no split is called train, it has fold a, fold b"),
-        (ValueError("Config name is missing.\nPick one"), "has several configurations; download one and give"),
-        (RuntimeError("Dataset scripts are no longer supported"), "cannot be loaded .*scripts are no longer supported"),
-    ],
-)
-def test_data_sets_of_the_hub_that_cannot_be_used(loaded, words, fake_hub):
-    fake_hub(loaded)
-    with pytest.raises(UserError, match=words):
-        hub.load_hub_dataset("someone/plants", OPTIONS)
-
-
-def test_a_path_in_a_table_of_the_hub_is_read_in_the_caches_alone(secret, fake_hub):
-    images = [{"bytes": None, "path": str(secret)}] * 6
-    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("string")})
-    rows = Dataset.from_dict({"image": images, "label": NAMES * 2}, features=features)
-    fake_hub(DatasetDict({"train": rows}))
-    with pytest.raises(UserError, match="6 images are named by paths outside the data set"):
-        hub.load_hub_dataset("someone/plants", OPTIONS)
-
-
-def test_unreachable_hub_is_an_error_with_repository_and_next_move():
-    with pytest.raises(
-        UserError, match=r"Donghyun99/Oxford-Flower-102 at revision abc .*check the network and HF_TOKEN, or"
-    ):
-        build("--dataset-revision", "abc")
-
-
-def test_hub_splits_of_another_size_are_an_error(parquet_folder, monkeypatch):
-    folder = parquet_folder()
-    real = hub.load_dataset
-    monkeypatch.setattr(
-        hub, "load_dataset",
-        lambda name, revision: real("parquet", data_files={s: f"{folder}/{s}-*.parquet" for s in SPLITS}),
-    )  # fmt: skip
-    with pytest.raises(UserError, match="has {.train.: 102, .* images, expected {.train.: 1020"):
-        build()
