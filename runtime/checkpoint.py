@@ -170,8 +170,12 @@ def describe_best(folder: Path) -> str:
     """Which weights these are: their step and a hash of their manifest. Raises UserError for corrupted ones."""
     best = read_best(folder)
     if best is None:
+        command = f"its train.py command, with --output-dir {folder.parent},"
+        if not folder.exists() and not run_files.is_completed(folder.parent):
+            move = f"if it is training, wait for that; else {command} resumes it"
+            raise UserError(f"{folder}: is not there yet; the first evaluation of the run writes it; {move}")
         problem = verify_checkpoint(folder) or f"{METRICS_OF_BEST} is missing"
-        move = f"its train.py command, with --output-dir {folder.parent}, makes them again"
+        move = f"{command} makes them again"
         if run_files.is_completed(folder.parent) and not needs_best(folder.parent):
             move = "no checkpoint is left to make them from; train again, in another folder"
         raise UserError(f"{folder}: holds no complete weights ({problem}); {move}")

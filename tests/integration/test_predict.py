@@ -192,6 +192,11 @@ def incomplete(folder):
     shutil.rmtree(folder / "best")
 
 
+def still_training(folder):
+    incomplete(folder)
+    (folder / "metrics.jsonl").unlink()
+
+
 def torn_calibration(folder):
     (folder / "calibration.json").write_text("{")
 
@@ -207,6 +212,11 @@ BAD_INPUT = [
     (nothing, ["one", "x.png", "--question", "What?"], "error: --question What?: is fixed by the run"),
     (nothing, ["one", "x.png", "--load-in-4bit", "true"], "error: trainable=everything with load_in_4bit=true"),
     (incomplete, ["one", "images"], "error: one/best: holds no complete weights (manifest.json is missing"),
+    (
+        still_training,
+        ["one", "images"],
+        "error: one/best: is not there yet; the first evaluation of the run writes it; if",
+    ),
     (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be used (Expecting"),
 ]
 
