@@ -29,7 +29,8 @@ from models.loading import find_checkpoint
 from models.tiny import SIZES, build_config
 from runtime.atomic import beside, replace_dir, require_disk_space
 from runtime.checkpoint import MODEL_CARD, describe_best
-from runtime.device import choose_device, collect_memory, refuse_several_ranks
+from runtime.device import choose_device, collect_memory
+from runtime.launcher import refuse_several_ranks
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, logger
 from utils.tokenizer_utils import Prompt, tokenizer_probe

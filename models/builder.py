@@ -36,8 +36,8 @@ from models.memory import MicroBatcher
 from models.scoring import score_batch, tries_of
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from runtime.device import choose_precision, describe_gpu, fit_workers
-from runtime.distributed import get_local_world_size
 from runtime.interrupt import StopRequest, worker_options
+from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, is_watched
 from utils.tensor_utils import find_layers

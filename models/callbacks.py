@@ -1,25 +1,21 @@
-"""What accompanies a run: metrics.jsonl, step lines, loss.png, best/, early stopping, the progress bar.
+"""What accompanies a run: metrics.jsonl, step lines, loss.png, early stopping, the progress bar.
 
 No callback changes the model.
 """
 
 import contextlib
 import gc
-import json
 import math
 import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from models.throughput import measure_matmul_rate
-from runtime.atomic import replace_dir
-from runtime.checkpoint import METRICS_OF_BEST, MODEL_CARD, read_best, write_manifest
 from runtime.device import GIB, collect_memory, memory_in_use, peak_memory
 from runtime.run_files import append_metrics, read_metrics
 from utils.logging_utils import logger, skip_failure
@@ -51,7 +47,7 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        step = self.trainer.step_metrics | {
+        step = self.trainer.step_checks.metrics | {
             "seconds": round(now - self.step_began, 4),
             "memory_gib": round(memory_in_use(args.device) / GIB, 4),
             "peak_gib": round(peak_memory(args.device) / GIB, 4),
@@ -164,31 +160,6 @@ class EarlyStopping(TrainerCallback):
 def resolvable_gain(top1: float, num_images: int) -> float:
     """The standard error of a top-1 accuracy over so many images, at least one image."""
     return max(math.sqrt(top1 * (1 - top1) / num_images), 1 / num_images)
-
-
-class BestCheckpoint(TrainerCallback):
-    """Keeps the weights of the best evaluation in best/: by top-1, then by the lower loss."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
-        if state.is_world_process_zero:
-            saved = read_best(self.folder) or {}
-            best = {"eval_top1": -1.0, "eval_loss": math.inf} | {
-                name: saved[name] for name in saved if saved[name] is not None
-            }
-            if (metrics["eval_top1"], -metrics["eval_loss"]) > (best["eval_top1"], -best["eval_loss"]):
-                self.save(model, processing_class, {"step": state.global_step} | metrics)
-
-    def save(self, model, processor, facts: dict) -> None:
-        """Trainable weights, processor, `facts` (step and metrics) and a manifest; nothing pickled."""
-        with replace_dir(self.folder) as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            (folder / MODEL_CARD).unlink(missing_ok=True)  # PEFT's template, with nothing filled in
-            (folder / METRICS_OF_BEST).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            write_manifest(folder)
 
 
 class MemoryCollector(TrainerCallback):

@@ -30,7 +30,8 @@ from runtime.device import (
     reset_peak_memory,
     synchronize,
 )
-from runtime.distributed import checksum_quantized, get_local_world_size, unsharded
+from runtime.distributed import checksum_quantized, unsharded
+from runtime.launcher import get_local_world_size
 from utils.logging_utils import UserError, logger
 
 FRAGMENTATION = 0.05  # share of a GPU's memory that the allocator holds but cannot hand out (docs/LOG.md: 3 to 4 %)

@@ -19,14 +19,15 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from data.collator import IGNORED, Batch
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from data.sampling import Sampling, TrainRows, TrainSampler
+from models.best_checkpoint import BestCheckpoint
 from models.builder import PlantModel, load_weights, unwrap
-from models.callbacks import BestCheckpoint, EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
 from models.scoring import build_tries, rank_true_classes, score_batch
-from models.throughput import FlopCounter
+from models.step_checks import StepChecks
 from models.training_arguments import build_arguments, load_state
-from runtime.checkpoint import create_checkpoint_dir, read_best, rotate, verify_checkpoint, write_manifest
+from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (
     Distributed,
@@ -38,7 +39,7 @@ from runtime.distributed import (
 )
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker, worker_options
 from runtime.run_dir import Run
-from runtime.run_files import PREFIX, checkpoints_in, step_of, truncate_metrics
+from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
 
 
@@ -71,28 +72,25 @@ class PlantTrainer(Trainer):
         self.memory_options = memory_options
         self.micro_batcher = MicroBatcher(micro_batch_size)
         self.projector_learning_rate = projector_learning_rate
-        self.max_skipped_steps = max_skipped_steps
         self.save_total_limit = save_total_limit
         self.stop = StopRequest(stops_alone=self.dist.world_size == 1)
         self.step_batch: Batch | None = None  # of the optimizer step in progress
         self.step_loss: torch.Tensor | None = None  # 0-d, on the device
         self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
-        self.skipped: list[str] = []  # what was non-finite in the last steps in a row
-        self.step_metrics: dict = {}  # of the last complete step, for RunLog
         self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
         self.fsdp_modules: list = []  # modules whose frozen weights are sharded across ranks
         super().__init__(**kwargs)
         base = unwrap(self.model)
         self.fused = get_fused_layers(base.model.language_model.layers)
         self.tile = base.config.vision_config.image_size
-        self.count_flops = FlopCounter(self.model)
         self.tries = build_tries(self.data_collator.name_ids)
         self.eval_micro_batcher = MicroBatcher(self.args.per_device_eval_batch_size)
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.sampling: Sampling | None = None  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
-        self.unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_bad_fraction)
+        unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_bad_fraction)
+        self.step_checks = StepChecks(self, max_skipped_steps, unreadable_train)
         self.unreadable_val = UnreadableImages("val", count_images(self.eval_dataset or ()), max_bad_fraction)
         if self.streams:
             self.train_dataset.set_rank(self.dist.rank, self.dist.world_size, self.total_batch_size)
@@ -177,90 +175,12 @@ class PlantTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Called between clipping and the optimizer's update: the one place in a step where the device is read."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        values = self.read_step(grad_norm)
+        values = self.step_checks.read(self.step_batch, self.step_loss, grad_norm)
         if values["stops"] and self.dist.world_size > 1:
             raise Interrupted
-        self.check_step(values)
+        self.step_checks.check(self.step_batch, values)
         self.random_state = _get_random_state(self.args.device)  # the optimizer draws no random numbers
         return grad_norm
-
-    def read_step(self, grad_norm: torch.Tensor) -> dict[str, float]:
-        """Mean loss, norm of the gradient, and sums over all ranks.
-
-        `miscounted`: samples whose number of image tokens is not the collator's; `stops`: ranks with a signal.
-        """
-        batch, miscounted = self.step_batch, torch.zeros_like(self.step_loss)
-        if batch.samples:
-            is_image_token = batch["input_ids"] == self.processing_class.image_token_id
-            miscounted = (is_image_token.sum(dim=1) != batch["image_tokens"]).sum()
-        counts = {
-            "images": len(batch.samples),
-            "image_tokens": sum(sample.image_tokens for sample in batch.samples),
-            "flops": sum(self.count_flops(sample.length, sample.tiles) for sample in batch.samples),
-            "unreadable": len(batch.unreadable),
-            "stops": self.stop.signal is not None,
-        }
-        values = torch.tensor(list(counts.values()), dtype=torch.float32).to(self.args.device)
-        values = torch.cat([torch.stack([self.step_loss.float(), miscounted.float()]), values])
-        if self.dist.world_size > 1:
-            torch.distributed.all_reduce(values)
-            values[0] /= self.dist.world_size
-        values = torch.cat([values, grad_norm.to(values).reshape(1)]).tolist()
-        return dict(zip(("loss", "miscounted", *counts, "grad_norm"), values))
-
-    def check_step(self, values: dict[str, float]) -> None:
-        """Fill `step_metrics`; raise the same error on every rank for a step that must not update the weights."""
-        step, loss, norm, batch = self.state.global_step + 1, values["loss"], values["grad_norm"], self.step_batch
-        if values["unreadable"]:
-            unreadable = self.dist.gather_object(batch.unreadable)
-            self.unreadable_train.add(unreadable, self.dist.is_main_process)
-            if not values["images"]:
-                raise UserError(
-                    f"step {step}: none of its images can be read; fix or remove them ({'; '.join(unreadable[:5])})"
-                )
-        self.step_metrics = {
-            "step": step,
-            "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "learning_rate": self._get_learning_rate(),
-            "images": int(values["images"]),
-            "image_tokens": int(values["image_tokens"]),
-            "flops": values["flops"],
-        }
-        if math.isfinite(loss) and math.isfinite(norm) and not values["miscounted"]:
-            self.skipped.clear()
-            return
-        ids = ", ".join(self.dist.gather_object([sample.id for sample in batch.samples]))
-        if values["miscounted"]:
-            raise UserError(
-                f"step {step}: the number of image tokens of {values['miscounted']:.0f} samples changed between the "
-                f"collator and the step; the weights were not updated, please report this (samples: {ids})"
-            )
-        self.handle_non_finite_step(loss, norm, ids)
-
-    def handle_non_finite_step(self, loss: float, norm: float, ids: str) -> None:
-        """Skip a step without a trace in weights and optimizer, or raise UserError after too many in a row.
-
-        With fp16 an infinite gradient is no fault: the loss scaler skips such a step and halves its scale.
-        """
-        step, scaler = self.step_metrics["step"], self.accelerator.scaler
-        if scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1:
-            scale = scaler.get_scale()
-            logger.warning("step %d: gradient overflow at loss scale %g; the loss scaler skips the step", step, scale)
-            self.step_metrics["skipped"] = "overflow"
-            return
-        reason = f"step {step}: loss {loss}, gradient norm {norm}"
-        self.skipped.append(f"{reason} (samples: {ids})")
-        if len(self.skipped) > self.max_skipped_steps:
-            steps = "this step" if len(self.skipped) == 1 else f"the last {len(self.skipped)} steps"
-            raise UserError(
-                f"{reason}; the weights were not updated in {steps}. Check these images, or use a lower "
-                f"--learning-rate or --mixed-precision bf16: {'; '.join(self.skipped)}"
-            )
-        if self.dist.is_main_process:
-            logger.warning("%s; the step is skipped (samples: %s)", reason, ids)
-        self.step_metrics["skipped"] = "not finite"
-        self.model.zero_grad()  # without gradients the optimizer updates nothing
 
     # ---- the run
 
@@ -358,37 +278,13 @@ class PlantTrainer(Trainer):
 
     def load_best(self) -> None:
         """Load the weights of best/ on every rank. Without validation they are those of the last step."""
-        folder, step = self.best.folder, self.state.global_step
-        if self.dist.is_main_process:
-            if self.eval_dataset is None:
-                self.best.save(self.model, self.processing_class, {"step": step})
-            elif read_best(folder) is None:
-                self.make_best_again()
-            step = read_best(folder)["step"]
-        step = self.dist.gather_object([step])[0]
+        step = self.dist.broadcast_object(self.best.find(self) if self.dist.is_main_process else None)
         if step != self.state.global_step:
-            load_weights(self.model, folder)
+            load_weights(self.model, self.best.folder)
         unshard(self.fsdp_modules)  # last: reading or writing a state dict reshards
         synchronize(self.args.device)
         self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches
-        logger.info("result | %s holds the weights of step %d", folder, step)
-
-    def make_best_again(self) -> None:
-        """best/ from the best of what is left of its evaluated weights: in memory, and in the checkpoints."""
-        last, metrics = self.state.global_step, {}
-        for entry in self.state.log_history:
-            if entry.get("eval_top1") is not None and entry.get("eval_loss") is not None:
-                metrics[entry["step"]] = {name: entry[name] for name in ("eval_top1", "eval_loss")}
-        order = sorted(
-            metrics, key=lambda step: (metrics[step]["eval_top1"], -metrics[step]["eval_loss"]), reverse=True
-        )
-        places = {step_of(path): path for path in checkpoints_in(self.run.folder) if verify_checkpoint(path) is None}
-        step = next((step for step in order if step == last or step in places), last)
-        if step != last:
-            load_weights(self.model, places[step])
-        if order and step != order[0]:
-            logger.warning(f"the weights of step {order[0]}, the best on val, are lost; those of step {step} are used")
-        self.best.save(self.model, self.processing_class, {"step": step} | metrics.get(step, {}))
+        logger.info("result | %s holds the weights of step %d", self.best.folder, step)
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run that is no longer in fp16 has none to load

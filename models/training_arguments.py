@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from config.training_config import TrainingConfig
 from runtime.device import fit_workers
-from runtime.distributed import get_world_size
+from runtime.launcher import get_world_size
 from runtime.run_files import step_of
 from utils.logging_utils import UserError, first_line
 

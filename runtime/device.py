@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from config.training_config import CPU_MODELS
-from runtime.distributed import get_world_size, launch_number
+from runtime.launcher import get_world_size, launch_number, refuse_several_ranks
 from utils.logging_utils import UserError, logger
 
 GIB = 2**30
@@ -46,13 +46,6 @@ def choose_device(model: str, gpu_memory_fraction: float, several_ranks: bool = 
         return torch.device("cpu")
     move = "check nvidia-smi and the driver, or try --preset tiny, which runs on the CPU"
     raise UserError(f"--model {model}: needs a CUDA GPU and torch sees none; {move}")
-
-
-def refuse_several_ranks() -> None:
-    """Raise UserError in one of several ranks."""
-    world_size = get_world_size()
-    if world_size > 1:
-        raise UserError(f"WORLD_SIZE={world_size}: this program runs as a single process. Start it without torchrun.")
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

@@ -264,7 +264,7 @@ def hold_lock(is_locked) -> None:
 
 
 def hub_id(monkeypatch):
-    monkeypatch.setattr("runtime.device.choose_device", lambda *_, **__: __import__("torch").device("cpu"))
+    monkeypatch.setattr("runtime.distributed.choose_device", lambda *_, **__: __import__("torch").device("cpu"))
 
 
 def full_disk(monkeypatch):

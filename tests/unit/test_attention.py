@@ -67,4 +67,4 @@ def test_the_layers_train_with_the_back_end_that_was_chosen(tiny, tmp_path, simu
     layers[0].kernels.attention = SDPBackend.CUDNN_ATTENTION
     with pytest.raises(RuntimeError, match="No viable backend|No available kernel"):
         trainer.train()
-    assert torch.isfinite(torch.tensor(trainer.step_metrics["loss"]))
+    assert torch.isfinite(torch.tensor(trainer.step_checks.metrics["loss"]))

@@ -201,18 +201,18 @@ def test_a_non_finite_gradient_stops_too(tiny, tmp_path):
 def test_the_loss_scaler_skips_an_overflow_until_its_scale_is_1(tiny, tmp_path, capsys):
     setup_logging()
     trainer = make_trainer(tiny, tmp_path)
-    trainer.step_metrics = {"step": 7}
+    trainer.step_checks.metrics = {"step": 7}
     scale = [65536.0]
     trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: scale[0])
-    trainer.handle_non_finite_step(2.0, math.inf, "a, b")
-    assert trainer.step_metrics["skipped"] == "overflow"
+    trainer.step_checks.handle_non_finite_step(2.0, math.inf, "a, b")
+    assert trainer.step_checks.metrics["skipped"] == "overflow"
     expected = "warning: step 7: gradient overflow at loss scale 65536; the loss scaler skips the step"
     assert expected in capsys.readouterr().out
     with pytest.raises(UserError, match="step 7: loss nan"):
-        trainer.handle_non_finite_step(math.nan, 1.0, "a, b")
+        trainer.step_checks.handle_non_finite_step(math.nan, 1.0, "a, b")
     scale[0] = 1.0
     with pytest.raises(UserError, match="step 7: loss 2.0, gradient norm inf"):
-        trainer.handle_non_finite_step(2.0, math.inf, "a, b")
+        trainer.step_checks.handle_non_finite_step(2.0, math.inf, "a, b")
 
 
 def poison_steps(trainer, steps: set[int]) -> None:
