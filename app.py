@@ -86,14 +86,12 @@ def build_page(predictor, run: Run):
 
     from evaluation.model_card import WARNING, read_reports
     from evaluation.report import EXAMPLES_FOLDER
-    from runtime.checkpoint import describe_best
 
     # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
     # subclass gradio writes a .pyi file beside this one, and an instance it copies.
     gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
     names, texts = run.class_names, load_texts()
-    weights = None if run.is_base_model else describe_best(run.best_folder)
-    reports = read_reports(run.folder, weights, run.config.dataset)
+    reports = read_reports(run.folder, run.describe_weights(), run.config.dataset)
     report = reports.get("test", reports.get("val"))
     foot = texts.footer(run.folder.resolve().name, names, report, predictor.calibration is not None, WARNING)
     with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as page:

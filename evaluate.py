@@ -65,7 +65,6 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from evaluation.verify import check_same_data
     from models.builder import PlantModel
     from models.memory import is_worth_compiling
-    from runtime.checkpoint import describe_best
     from runtime.distributed import assert_same_across_ranks, init_distributed
 
     # Every rank has all weights here, so one rank can evaluate a run that was sharded.
@@ -75,7 +74,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
             data = build_datasets(run.data_config)
             if not run.is_base_model:
                 check_same_data(data, run)
-                describe_best(run.best_folder)  # raises for corrupted weights, before a model is loaded
+                run.describe_weights()  # raises for corrupted ones, before a model is loaded
         assert_same_across_ranks({"images": data.fingerprint()}, dist)
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)

@@ -46,65 +46,122 @@ def read_tables(
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
     a file may give names to numbers; `warnings`: those of who found the tables. Raises UserError in one sentence.
     """
-    image, label, by_path = _find_columns(parts, reading, where)
-    notes = [] if (image, label) == ("image", "label") else [f"images from column {image}, labels from {label}"]
-    texts = {split: read_labels(rows, label, split, where) for split, rows in parts.items()}
-    unused = []
-    for split in [split for split in list(parts)[1:] if not any(texts[split])]:
-        count = len(texts.pop(split))
-        unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
-    parts = {split: parts[split] for split in texts}
-    features = {split: rows.features[label] for split, rows in parts.items()}
-    labeling = name_labels(texts, features, reading.class_names, beside, where)
-    # From here on, lists have an entry for each row of all splits.
-    splits = np.repeat(list(parts), list(map(len, parts.values())))
-    labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
-    for split, count in Counter(splits[labels < 0].tolist()).items():
-        unused.append(f"{count:,} images of {split} have no label and are not used")
-    groups, group_notes = _read_groups(parts, labels)
-    written = list(chain(*(_read_paths(rows, image, by_path, where) for rows in parts.values())))
-    ids = [printable(Path(path).stem) if path and len(path) < 4096 else "" for path in written]
-    if not all(ids) or len({*ids}) < len(ids):
-        ids = [f"{split}-{number:06d}" for split, rows in parts.items() for number in range(len(rows))]
-    files: list[str] = []
-    file_warnings: list[str] = []
-    are_files = by_path or (any(written) and all(_has_no_bytes(rows, image).all() for rows in parts.values()))
-    if are_files:
-        files, file_warnings = _find_files(list(zip(splits, written)), roots, where, reading.allow_missing)
-        labels[[not file for file in files]] = -1
-    found: dict[str, Dataset] = {}
-    for split, rows in parts.items():
-        first_row = int(np.argmax(splits == split))
-        at = slice(first_row, first_row + len(rows))
-        columns = labels[at], ids[at], groups[at]
-        table = build_rows(map(ImageRow, files[at], *columns)) if are_files else _stored_rows(rows, image, *columns)
-        for name, is_in in (_read_splits(rows) if len(parts) == 1 else {split: True}).items():
-            chosen = is_in & (labels[at] >= 0)
-            found[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
-    is_official = labeling.names == list(CLASS_NAMES)
-    if is_official:
-        check_official_counts(found, where)
-    return Source(
-        found,
-        labeling.names,
-        where,
-        notes=[*notes, *group_notes, *labeling.notes],
-        warnings=[*warnings, *labeling.warnings, *unused, *file_warnings],
-        is_published=is_official,
-    )
+    tables = _Tables(parts, reading.label_column, where, warnings)
+    tables.read_classes(reading.class_names, beside)
+    tables.read_groups()
+    tables.find_images(roots, reading.allow_missing)
+    return tables.build()
 
 
-def _find_columns(parts: Mapping[str, Dataset], reading: Reading, where: str) -> tuple[str, str, bool]:
-    """(column of the images, column of the labels, whether images are named by path), of the first table."""
-    first = next(iter(parts.values()))
-    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
-    label = find_label_column(first, image, reading.label_column, where)
-    if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
-        raise UserError(
-            f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
-            "splits with the same columns"
-        )
-    return image, label, by_path
+class _Tables:
+    """The rows of the tables of all splits in one row, and what is found out about them."""
+
+    def __init__(self, parts: Mapping[str, Dataset], label_column: str | None, where: str, warnings: Sequence[str]):
+        first = next(iter(parts.values()))
+        image, self.by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
+        label = find_label_column(first, image, label_column, where)
+        if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
+            raise UserError(
+                f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
+                "splits with the same columns"
+            )
+        self.parts, self.where, self.image, self.label = dict(parts), where, image, label
+        is_plain = (image, label) == ("image", "label")
+        self.notes = [] if is_plain else [f"images from column {image}, labels from {label}"]
+        self.warnings = list(warnings)
+        self.files: list[str] | None = None  # the file of each row, "" for none; None: images are in the tables
+
+    def read_classes(self, class_names: str | None, beside: Sequence[Path]) -> None:
+        """Set names, and splits and labels of all rows, -1 for none; a later split without labels is excluded."""
+        texts = {split: read_labels(rows, self.label, split, self.where) for split, rows in self.parts.items()}
+        unused = []
+        for split in [split for split in list(texts)[1:] if not any(texts[split])]:
+            count = len(texts.pop(split))
+            del self.parts[split]
+            unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
+        features = {split: rows.features[self.label] for split, rows in self.parts.items()}
+        labeling = name_labels(texts, features, class_names, beside, self.where)
+        self.names = labeling.names
+        self.splits = np.repeat(list(texts), list(map(len, texts.values())))
+        self.labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
+        for split, count in Counter(self.splits[self.labels < 0].tolist()).items():
+            unused.append(f"{count:,} images of {split} have no label and are not used")
+        self.label_notes = labeling.notes
+        self.warnings += [*labeling.warnings, *unused]
+
+    def read_groups(self) -> None:
+        """Set what tells images of one plant, "" for none, by the first column of such a name that does."""
+        self.groups = [""] * len(self.labels)
+        cells = [(len(rows), _read_known(rows, GROUP_NAMES)) for rows in self.parts.values()]
+        for name in cells[0][1]:
+            groups = list(chain(*(known.get(name, [""] * count) for count, known in cells)))
+            if are_groups(groups, self.labels.tolist()):
+                self.groups = groups
+                self.notes.append(f"images of one plant have the same value in the column {name}")
+                return
+
+    def find_images(self, roots: Mapping[str, Sequence[Path]], allow_missing: bool) -> None:
+        """Set ids, and the files of images named by path. Raises UserError for missing ones, or if none can be used."""
+        written = list(chain(*(self._read_paths(rows) for rows in self.parts.values())))
+        self.ids = [printable(Path(path).stem) if path and len(path) < 4096 else "" for path in written]
+        if not all(self.ids) or len({*self.ids}) < len(self.ids):
+            self.ids = [f"{split}-{number:06d}" for split, rows in self.parts.items() for number in range(len(rows))]
+        are_stored = not any(written) or not all(_has_no_bytes(rows, self.image).all() for rows in self.parts.values())
+        if not self.by_path and are_stored:
+            return
+        keys = [(split, path or "") for split, path in zip(self.splits.tolist(), written)]
+        real = {split: [root.resolve() for root in roots[split]] for split in self.parts}
+        found = {(split, path): _find_file(path, real[split]) for split, path in {*keys}}
+        missing = [path[:200] for split, path in keys if found[split, path] == ""]
+        outside = [path[:200] for split, path in keys if found[split, path] is None]
+        is_any = any(found.values())
+        if outside:
+            count = f"{len(outside):,} images"
+            message = f"{count} are named by paths outside the data set, such as {printable(outside[0])}"
+            if not is_any:
+                move = "which are never opened; write paths relative to its folder"
+                raise UserError(f"{self.where}: {message}, {move}")
+            self.warnings.append(f"{message}; they are not used")
+        if missing:
+            count = f"{len(missing):,} of {len(keys) - len(outside):,} images"
+            message = f"{self.where}: {count} are missing ({some(missing)})"
+            self.warnings.append(allow_incomplete(message, allow_missing and is_any))
+        self.files = [found[key] or "" for key in keys]
+        self.labels[[not file for file in self.files]] = -1
+
+    def _read_paths(self, rows: Dataset) -> list[str | None]:
+        """The path or file name of each image, as written."""
+        column = rows.data.column(self.image)  # in its chunks: combined, images would be copied into memory
+        if self.by_path:
+            return values_of(column)
+        index = column.type.get_field_index("path") if pyarrow.types.is_struct(column.type) else -1
+        if index < 0 or "string" not in str(column.type.field(index).type):
+            return [None] * len(rows)
+        try:
+            return pyarrow.compute.struct_field(column, "path").to_pylist()
+        except UnicodeDecodeError as error:
+            problem = f"file names in the column {self.image} are not UTF-8; write them again"
+            raise UserError(f"{self.where}: {problem}") from error
+
+    def build(self) -> Source:
+        """The source of the images that have a label."""
+        found: dict[str, Dataset] = {}
+        for split, rows in self.parts.items():
+            first = int(np.argmax(self.splits == split))
+            at = slice(first, first + len(rows))
+            columns = self.labels[at], self.ids[at], self.groups[at]
+            if self.files is None:
+                table = _stored_rows(rows, self.image, *columns)
+            else:
+                table = build_rows(map(ImageRow, self.files[at], *columns))
+            for name, is_in in (_read_splits(rows) if len(self.parts) == 1 else {split: True}).items():
+                chosen = is_in & (self.labels[at] >= 0)
+                found[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
+        is_official = self.names == list(CLASS_NAMES)
+        if is_official:
+            check_official_counts(found, self.where)
+        notes = [*self.notes, *self.label_notes]
+        return Source(found, self.names, self.where, notes, self.warnings, is_published=is_official)
 
 
 def _stored_rows(rows: Dataset, image: str, labels: np.ndarray, ids: list[str], groups: list[str]) -> Dataset:
@@ -129,30 +186,6 @@ def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
     return pyarrow.compute.is_null(column).to_numpy()
 
 
-def _read_paths(rows: Dataset, image: str, by_path: bool, where: str) -> list[str | None]:
-    """The path or file name of each image, as written."""
-    column = rows.data.column(image)  # in its chunks: combined, images would be copied into memory
-    if by_path:
-        return values_of(column)
-    index = column.type.get_field_index("path") if pyarrow.types.is_struct(column.type) else -1
-    if index < 0 or "string" not in str(column.type.field(index).type):
-        return [None] * len(rows)
-    try:
-        return pyarrow.compute.struct_field(column, "path").to_pylist()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: file names in the column {image} are not UTF-8; write them again") from error
-
-
-def _read_groups(parts: Mapping[str, Dataset], labels: np.ndarray) -> tuple[list[str], list[str]]:
-    """(what tells images of one plant, "" for none; a note of the column that has it)."""
-    cells = [(len(rows), _read_known(rows, GROUP_NAMES)) for rows in parts.values()]
-    for name in cells[0][1]:
-        groups = list(chain(*(known.get(name, [""] * count) for count, known in cells)))
-        if are_groups(groups, labels.tolist()):
-            return groups, [f"images of one plant have the same value in the column {name}"]
-    return [""] * len(labels), []
-
-
 def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
     """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
     cells = _read_known(rows, SPLIT_NAMES)
@@ -167,29 +200,6 @@ def _read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
     """The columns of texts or numbers with these names, the best first."""
     known = find_known(rows.features, names)
     return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
-
-
-def _find_files(
-    written: Sequence[tuple[str, str | None]], roots: Mapping[str, Sequence[Path]], where: str, allow_missing: bool
-) -> tuple[list[str], list[str]]:
-    """(the file of each path of a split, "" for none; warnings of paths that are not used).
-
-    Raises UserError if files are missing and that is not allowed, or if there is none to use.
-    """
-    real = {split: [root.resolve() for root in roots[split]] for split in roots}
-    found = {(split, path): _find_file(path or "", real[split]) for split, path in {*written}}
-    missing = [(key[1] or "")[:200] for key in written if found[key] == ""]
-    outside = [(key[1] or "")[:200] for key in written if found[key] is None]
-    warnings, is_any = [], any(found.values())
-    if outside:
-        message = f"{len(outside):,} images are named by paths outside the data set, such as {printable(outside[0])}"
-        if not is_any:
-            raise UserError(f"{where}: {message}, which are never opened; write paths relative to its folder")
-        warnings.append(f"{message}; they are not used")
-    if missing:
-        message = f"{where}: {len(missing):,} of {len(written) - len(outside):,} images are missing ({some(missing)})"
-        warnings.append(allow_incomplete(message, allow_missing and is_any))
-    return [found[key] or "" for key in written], warnings
 
 
 def _find_file(path: str, roots: Sequence[Path]) -> str | None:

@@ -34,10 +34,7 @@ MAX_NAME = 200  # characters; longer texts are captions
 
 
 def find_label_column(rows: Dataset, image: str, label_column: str | None, where: str) -> str:
-    """The column of labels: the one that is asked for, else the one that its name or its values tell.
-
-    Raises UserError with what to ask for.
-    """
+    """The column of labels: the one asked for, else the one that its name or values tell. Raises UserError."""
     features = rows.features
     usable = [name for name in features if name != image and kind_of(features[name]) in ("class", "text", "number")]
     expected = "expected is one name or number for each image"
@@ -71,10 +68,7 @@ def read_cells(rows: Dataset, names: Iterable[str], places: np.ndarray | None = 
 
 
 def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
-    """Labels as texts, "" for none, which the hub writes as -1: names of a ClassLabel, whole numbers, or texts.
-
-    Raises UserError for numbers that are no labels.
-    """
+    """Labels as texts, "" for none (-1 on the hub). Raises UserError for numbers that are no labels."""
     if label not in rows.features:
         return [""] * len(rows)
     kind, texts = kind_of(rows.features[label]), read_cells(rows, [label])[label]

@@ -122,10 +122,7 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
-    """Of candidates the label: text before numbers, then by name; after it, others that may be meant.
-
-    Raises UserError if all cells are empty, or where names do not tell several columns apart.
-    """
+    """The label, text before numbers, then by name; behind it others that may be meant. Raises UserError."""
     distinct = {name: {*column} - {""} for name, column in cells.items() if any(column)}
     if not distinct:
         raise UserError(

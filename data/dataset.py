@@ -47,10 +47,7 @@ class PlantData:
         return count_images(self.train)
 
     def fingerprint(self) -> str:
-        """Hash of which images are in train and val, with which labels.
-
-        An image that changes sides would be trained on and scored.
-        """
+        """Hash of which images are in train and val: one that changes sides would be trained on and scored."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             if isinstance(rows, Stream):

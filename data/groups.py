@@ -33,10 +33,7 @@ AUGMENTED = re.compile(rf"(?:{_CHANGE}[_\- ]+(?P<after>.+)|(?P<before>.+?)(?:[_\
 
 
 def group_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
-    """What a regular expression finds in the file name, or else in the path: its first group, or all of it.
-
-    Raises UserError if it finds nothing in any id.
-    """
+    """The first group, or all, of what a pattern finds in file names or else paths. Raises UserError for nothing."""
     compiled = re.compile(pattern)
     found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
     groups = [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]

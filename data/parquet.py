@@ -47,10 +47,7 @@ def has_images(file: Path, by_path: bool = True) -> bool:
 
 
 def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> Source:
-    """Parquet files in the folder `path` or below; the names of files and folders tell splits.
-
-    Files without images beside others are not used, with a warning. Raises UserError in one sentence.
-    """
+    """Parquet files in the folder `path` or below; names of files and folders tell splits. Raises UserError."""
     where = f"parquet file {files[0]}" if len(files) == 1 else f"parquet folder {path}"
     with_images = [file for file in files if has_images(file)] or files[:1]  # whose columns the error then lists
     others = [file for file in files if file not in with_images]

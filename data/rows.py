@@ -63,23 +63,13 @@ def count_images(rows: Dataset | Stream) -> int:
 
 
 def build_rows(images: Iterable[ImageRow]) -> Dataset:
-    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB; loader workers share them.
-
-    Raises UserError for a path that is not UTF-8.
-    """
+    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB. Raises UserError."""
     paths, labels, ids, groups = list(zip(*images)) or [(), (), (), ()]
     if odd := next((path for path in paths if not is_utf8(path)), None):
         raise UserError(f"{odd!r}: the path is not UTF-8, which Arrow needs; rename its folders")
     contents = [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths, pyarrow.string())]
-    columns = [
-        pyarrow.StructArray.from_arrays(contents, ["bytes", "path"]),
-        labels,
-        ids,
-        *([groups] if any(groups) else []),
-    ]
+    images = pyarrow.StructArray.from_arrays(contents, ["bytes", "path"])
     features = GROUPED_ROW if any(groups) else ROW
-    table = pyarrow.Table.from_arrays(
-        [pyarrow.array(column, field.type) for column, field in zip(columns, features.arrow_schema)],
-        schema=features.arrow_schema,
-    )
-    return Dataset(InMemoryTable(table), DatasetInfo(features=features))
+    schema = features.arrow_schema
+    columns = [pyarrow.array(column, field.type) for column, field in zip((images, labels, ids, groups), schema)]
+    return Dataset(InMemoryTable(pyarrow.Table.from_arrays(columns, schema=schema)), DatasetInfo(features=features))

@@ -35,10 +35,7 @@ HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 def load_source(dataset: str, reading: Reading) -> Source:
-    """The source that `dataset` refers to: a name, a hub id, a file, or a folder whose contents tell its kind.
-
-    Raises UserError for what cannot be used, with the next move.
-    """
+    """The source that `dataset` refers to; what a folder holds tells its kind. Raises UserError with the next move."""
     path = Path(os.path.expanduser(dataset))  # unlike Path's, it leaves ~nobody as it is
     if path.name in ("", ".."):  # what lies above has names of its own
         path = path.resolve()

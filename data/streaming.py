@@ -33,7 +33,7 @@ class Stream(IterableDataset):
         self.columns = columns  # of images and labels
         self.num_images = sum(rows.values())
         self.set_rank(0, 1, 1)
-        self.features = self._open().features
+        self._open()  # what cannot be streamed is an error here
 
     def set_rank(self, rank: int, world_size: int, total_batch_size: int) -> None:
         """Read the files of this rank, and its part of the images that all ranks take in a step."""
@@ -46,15 +46,8 @@ class Stream(IterableDataset):
         self.skip_steps(0)
 
     def skip_steps(self, steps: int) -> None:
-        """Skip the samples of the first `steps` steps, except the last few batches: see `batches_to_skip`."""
+        """Skip the samples of the first `steps` steps: in each worker as many, and in the loader the rest."""
         self.steps_done = steps
-
-    def batches_to_skip(self, workers: int) -> int:
-        """Batches that a loader must drop after `skip_steps`: it asks its workers in turn, beginning with the first.
-
-        So each worker skips the same number of batches, and the remainder of the last round comes out of the loader.
-        """
-        return self.steps_done % max(workers, 1)
 
     def build_loader(self, num_workers: int, device: torch.device, **options) -> DataLoaderShard:
         """This rank's batches, from the step after `skip_steps`; `options` are those of torch's DataLoader.
@@ -65,7 +58,7 @@ class Stream(IterableDataset):
         return DataLoaderShard(
             self,
             device=device,
-            skip_batches=self.batches_to_skip(workers),
+            skip_batches=self.steps_done % max(workers, 1),  # it asks its workers in turn, beginning with the first
             batch_size=self.batch_size,
             num_workers=workers,
             generator=torch.Generator(),  # by default it draws from the random state that a checkpoint restored

@@ -21,7 +21,6 @@ from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrat
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
 from runtime.atomic import write_file
-from runtime.checkpoint import describe_best
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.run_dir import Run
 from runtime.run_files import COUNT, REPLIES, SAVED_CALIBRATION, TEXT, integer, list_of, number, read_entries, read_json
@@ -52,7 +51,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
         "model": config.model,
         "commit": getattr(plant.base.config, "_commit_hash", None),
         "files": [[path.name, *image_fingerprint({"bytes": None, "path": path})] for path in weights_files],
-        "adapter": None if run.is_base_model else describe_best(run.best_folder),
+        "adapter": run.describe_weights(),
         "load_in_4bit": config.load_in_4bit,
         "precision": plant.precision,
         "question": config.question,
@@ -272,6 +271,6 @@ def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
     again = f"python evaluate.py {run.folder} --split {split}"
     if facts is None or not entries:
         raise UserError(f"{path}: no scores yet; make them first: {again}")
-    if facts.get("adapter") != (None if run.is_base_model else describe_best(run.best_folder)):
+    if facts.get("adapter") != run.describe_weights():
         raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
     return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

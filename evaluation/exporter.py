@@ -28,7 +28,7 @@ from models.checks import lora_settings
 from models.loading import find_checkpoint
 from models.tiny import SIZES, build_config
 from runtime.atomic import beside, replace_dir, require_disk_space
-from runtime.checkpoint import MODEL_CARD, describe_best
+from runtime.checkpoint import MODEL_CARD
 from runtime.device import choose_device, collect_memory
 from runtime.launcher import refuse_several_ranks
 from runtime.run_dir import Run
@@ -49,7 +49,7 @@ def check_can_export(run: Run, out: Path, adapter_only: bool, repository: str | 
         raise UserError(f"{out}: is a link, a disk or the working directory; use a folder that does not exist yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already exists; use a new folder")
-    describe_best(run.best_folder)
+    run.describe_weights()  # raises for corrupted ones
     if not run.completed:
         logger.warning(f"{folder}: is not completed; its best weights so far are exported")
     if adapter_only and is_whole:
@@ -194,7 +194,7 @@ def save_classes(run: Run, prompt: Prompt, draft: Path) -> None:
     """class_names.json: all that is needed to predict as this project does."""
     facts = {"class_names": run.class_names, "question": run.config.question, **prompt._asdict()}
     facts["image_size"] = run.config.image_size
-    calibration = read_calibration(run.folder, describe_best(run.best_folder))
+    calibration = read_calibration(run.folder, run.describe_weights())
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

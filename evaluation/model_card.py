@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from config.training_config import RANDOM_MODELS
 from evaluation.report import render
 from runtime.atomic import write_file
-from runtime.checkpoint import MODEL_CARD, describe_best, read_best
+from runtime.checkpoint import MODEL_CARD, read_best
 from runtime.run_dir import Run
 from runtime.run_files import REPORT, read_json, read_metrics
 from utils.logging_utils import skip_failure
@@ -35,7 +35,7 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     dataset = Path(config.dataset).name
     is_adapter = config.trainable != "everything" and not is_merged
     is_random_base, is_local_base = config.model in RANDOM_MODELS, Path(config.model).is_dir()
-    reports = read_reports(folder, describe_best(run.best_folder), config.dataset)
+    reports = read_reports(folder, run.describe_weights(), config.dataset)
     results = [
         EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
         for split, report in reports.items()

@@ -11,7 +11,6 @@ from scipy.special import softmax
 from evaluation.evaluator import read_calibration
 from evaluation.metrics import Calibration
 from models.builder import PlantModel
-from runtime.checkpoint import describe_best
 from runtime.device import choose_device
 from runtime.run_dir import Run
 from utils.logging_utils import logger
@@ -33,8 +32,7 @@ def percent(share: float) -> str:
 
 def load_predictor(run: Run) -> "Predictor":
     """A run's model with the calibration of its weights; warns where there is none. Raises UserError."""
-    adapter = None if run.is_base_model else describe_best(run.best_folder)
-    calibration = read_calibration(run.folder, adapter)
+    calibration = read_calibration(run.folder, run.describe_weights())
     plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
     doubt = None
     if calibration is None:

@@ -121,10 +121,7 @@ def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
 
 @contextlib.contextmanager
 def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> Iterator[None]:
-    """Add the adapter's low-rank products to those of the base model's linear layers, by forward hooks.
-
-    Not by PEFT, which cannot attach to a model of which a part is offloaded.
-    """
+    """Add an adapter by forward hooks: PEFT cannot attach it to a model of which a part is offloaded."""
 
     def low_rank(down, up):
         return lambda _, given, output: output + (adapter.scale * linear(linear(given[0].float(), down), up)).to(output)

@@ -28,10 +28,7 @@ class Trial(NamedTuple):
 
 
 def choose_attention(fused, images: int, tokens: int) -> SDPBackend | None:
-    """The fastest back end for these layers that agrees with fp32 mathematics; None leaves the choice to torch.
-
-    Compared in the layers' own layout, precision and shapes, for T tokens and for one less.
-    """
+    """The fastest back end that agrees with fp32 in these layers' layout and shapes; None: torch chooses."""
     layer = fused[0]
     found = [trial for backend in BACKENDS if (trial := _try_backend(layer, backend, images, tokens))]
     right = sorted((trial for trial in found if trial.error <= MAX_ERROR), key=lambda trial: trial.seconds)

@@ -198,13 +198,11 @@ class MemoryOptions(NamedTuple):
 
 
 def plan_memory(trainer, row: dict, steps_left: float) -> None:
-    """Choose micro-batch, activation checkpointing and compilation for `trainer`, a PlantTrainer, and log them.
+    """Choose micro-batch, activation checkpointing and compilation for a PlantTrainer, and log them.
 
-    `row` is the largest sample to come. Arithmetic proposes plans; micro-batches of such samples, which update no
-    weight, measure them, and the fastest that fits is kept. `steps_left` decides whether compiling is worth its time.
-    Without a CUDA GPU or fused layers (dropout, full fine-tuning) the config decides. With fsdp the frozen weights are
-    sharded first, and the micro-batch is as configured: all ranks compute it or none. Raises UserError where one image,
-    or that micro-batch, does not fit.
+    `row` is the largest sample to come. Arithmetic proposes plans, trials that update no weight measure them, and the
+    fastest that fits is kept. Without a CUDA GPU or fused layers the config decides; with fsdp the micro-batch is as
+    configured: all ranks compute it or none. Raises UserError where it, or one image, does not fit.
     """
     device, options = trainer.args.device, trainer.memory_options
     began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size

@@ -158,10 +158,7 @@ class PlantTrainer(Trainer):
         return dummy | {name: torch.full_like(dummy[name], IGNORED) for name in ("labels", "shift_labels")}
 
     def halve_micro_batch(self, error: RuntimeError) -> None:
-        """Make the next attempt smaller. Raises `error` unless it is out-of-memory, and UserError if nothing is left.
-
-        With micro-batch 1, what is left is to checkpoint the activations of all layers and offload them to the CPU.
-        """
+        """Retry with half the micro-batch, or offloaded. Raises another `error`, and UserError if nothing is left."""
         step, measure = self.state.global_step + 1, ""
         can_offload = not self.fsdp_modules and any(layer.keep or not layer.offload for layer in self.fused)
         if is_out_of_memory(error) and self.micro_batcher.size == 1 and can_offload:

@@ -23,10 +23,7 @@ RENAMED = {
 
 
 def renamed(entry: dict) -> dict:
-    """An object of a run's JSON under today's keys; for json.loads as `object_hook`.
-
-    Not the metrics of each class, or of each kind of image, whose keys are names that users chose.
-    """
+    """A JSON object under today's keys, unless its keys are names of classes or kinds, which users chose."""
     if all(isinstance(value, dict) and "n" in value for value in entry.values()):
         return entry
     return {RENAMED.get(key, key): value for key, value in entry.items()}

@@ -96,6 +96,10 @@ class Run:
         """Whether it holds the scores of a base model, of which nothing was trained."""
         return bool(self.recorded.get("base"))
 
+    def describe_weights(self) -> str | None:
+        """Which weights best/ holds; None for a base model. Raises UserError for corrupted ones."""
+        return None if self.is_base_model else checkpoint.describe_best(self.best_folder)
+
     @property
     def is_main_process(self) -> bool:
         return self.dist is None or self.dist.is_main_process

@@ -257,10 +257,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """PIL clips these modes at 255, which turns a 16-bit image almost white; here 65535 is white.
-
-    A floating-point image has no fixed white: it is stretched from its own minimum to its own maximum.
-    """
+    """65535 is white, where PIL clips at 255; floating-point images are stretched, minimum to maximum."""
     values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
         values = np.nan_to_num(values, copy=False)

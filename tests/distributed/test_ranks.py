@@ -320,10 +320,10 @@ def test_paths_may_differ_between_machines(there, is_same):
 
 
 def have_other_weights(rank: int) -> None:
-    from evaluation import evaluator
+    from runtime import checkpoint
 
     if rank == 1:
-        evaluator.describe_best = lambda folder: "step 7, manifest 0"
+        checkpoint.describe_best = lambda folder: "step 7, manifest 0"
 
 
 def test_a_machine_with_other_weights_is_an_error(scored):
