@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 
 import datasets
-from datasets import DatasetDict, load_dataset
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from datasets import load_dataset_builder
+from huggingface_hub import HfApi, constants, snapshot_download
 
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
@@ -15,8 +15,9 @@ from data.classes import OFFICIAL_SIZES
 from data.parquet import load_complete, name_splits
 from data.rows import Reading, Source, count_images
 from data.survey import ARCHIVES
+from utils.hub_utils import explain_hub_error
 from utils.image_utils import SUFFIXES
-from utils.logging_utils import UserError, causes_of, first_line
+from utils.logging_utils import UserError, first_line
 
 HUB_REPOSITORY = "Donghyun99/Oxford-Flower-102"
 OFFICIAL_REVISION = TrainingConfig.dataset_revision  # of HUB_REPOSITORY, the default of --dataset-revision
@@ -62,11 +63,13 @@ def load_hub_dataset(repository: str, reading: Reading, load_folder: Callable[[P
 
 def _load(repository: str, revision: str, reading: Reading) -> Source:
     try:
-        loaded = load_complete(functools.partial(load_dataset, repository, revision=revision))
+        loaded = load_complete(functools.partial(load_dataset_builder, repository, revision=revision))
+    except UserError:
+        raise
     except Exception as error:  # the library and the hub raise a dozen kinds
         raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"
-    splits, warnings = name_splits(loaded if isinstance(loaded, DatasetDict) else {"train": loaded}, where)
+    splits, warnings = name_splits(loaded, where)
     # Where the library puts files of a data set; their tables name them by path.
     caches = [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
     return read_tables(splits, reading, where, dict.fromkeys(splits, caches), (), warnings)._replace(revision=revision)
@@ -74,30 +77,10 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
 
 def _explain(error: Exception, repository: str, revision: str | None) -> UserError:
     """What the user can do about an error of the hub or of `datasets`."""
-    causes = list(causes_of(error))
-    statuses = [getattr(getattr(cause, "response", None), "status_code", 0) for cause in causes]
-    status = next(filter(None, statuses), 0)
-    name = f"data set {repository}"
-    # `datasets` tells a gated repository by the text of an error of its own.
-    if any(isinstance(cause, errors.GatedRepoError) or "gated dataset" in str(cause) for cause in causes):
-        page = f"https://huggingface.co/datasets/{repository}"
-        return UserError(f"{name} is gated; accept its terms at {page} and set HF_TOKEN")
-    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in causes):
-        return UserError(f"--dataset-revision {revision}: {name} has no such revision; see its commits on the hub")
-    if status in (401, 403, 404):
-        return UserError(
-            f"--dataset {repository}: no such folder here, and no such data set on the hub, or it is private; check "
-            "the name, or set HF_TOKEN"
-        )
-    if status == 429 or status >= 500:
-        return UserError(f"{name}: the hub answers {status}; try again later")
+    move = "if its download broke off, run the same command again; else give --dataset FOLDER with the images"
+    problem = f"cannot be loaded ({first_line(error.__cause__ or error)}); {move}"
     if "config name" in str(error).lower():
-        return UserError(
-            f"{name} has several configurations; download one and give its folder: hf download {repository} "
-            f"--repo-type dataset --local-dir FOLDER ({first_line(error)})"
-        )
-    at = f" at revision {revision}" if revision else ""
-    return UserError(
-        f"{name}{at} cannot be loaded ({first_line(error.__cause__ or error)}); check the network and HF_TOKEN, or "
-        "give --dataset FOLDER with the images"
-    )
+        get = f"hf download {repository} --repo-type dataset --local-dir FOLDER"
+        problem = f"has several configurations; download one and give its folder: {get} ({first_line(error)})"
+    reason, _ = explain_hub_error(error, "--dataset", revision, problem)
+    return UserError(f"--dataset {repository}: {reason}")

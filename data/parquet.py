@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import glob
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +11,17 @@ from pathlib import Path
 
 import datasets
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    DatasetInfo,
+    DownloadConfig,
+    Features,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 from data.arrow import read_tables
 from data.classes import find_label_column
@@ -22,6 +29,7 @@ from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, sp
 from data.labels import split_of
 from data.layout import give_one
 from data.rows import SPLITS, Reading, Source, allow_incomplete
+from data.sizes import CheckedDownloads, check_sizes
 from data.streaming import Stream
 from data.survey import Folder
 from utils.image_utils import printable
@@ -29,8 +37,6 @@ from utils.logging_utils import UserError, first_line, logger, some
 
 SERIES = re.compile(r"(.+?)-(\d+)-of-(\d+)(-\w+)?")  # the files of a split: train-00000-of-00004.parquet
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk writes, of several splits and of one
-MAX_UNFOLDING = 50  # times the size of its file is what a table may take: images are compressed already
-ANY_UNFOLDING = 100_000_000  # bytes that it may take in any case
 
 
 def has_images(file: Path, by_path: bool = True) -> bool:
@@ -87,6 +93,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
             f"--streaming true: the label names of {other} in {path} differ from those of train, or are in another "
             "order; write all with the same ClassLabel"
         )
+    with _explaining(where):
+        check_sizes(train_files)
     for file in train_files:
         labels = pyarrow.parquet.read_table(file, columns=[label]).column(label).unique().to_pylist()
         if odd := {*labels} - {*range(len(names))}:
@@ -108,8 +116,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
         )
     path, where = found[0], f"saved data set {found[0]}"
     with _explaining(where, "save it again, or write parquet with to_parquet"):
-        for file in folder.find("arrow"):
-            _check_size(file)
+        check_sizes(folder.find("arrow"))
         saved = load_from_disk(str(path))
     splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
@@ -223,21 +230,26 @@ def _read_files(where: str, files: Sequence[Path]) -> Dataset:
     if not pyarrow.parquet.read_metadata(files[0]).num_rows:
         raise UserError(f"{where}: {printable(files[0].name)} has no rows; write it again with images")
 
-    def load(**options) -> Dataset:
-        builder = load_dataset_builder("parquet", data_files=[glob.escape(str(file)) for file in files])
-        for file in files if options or not os.path.isdir(builder.cache_dir) else ():
-            _check_size(file)
-        builder.download_and_prepare(**options)
-        return builder.as_dataset(split="train")
-
     with _explaining(where, "write the files again, all alike"):
-        return load_complete(load)
+        names = [glob.escape(str(file)) for file in files]
+        return load_complete(functools.partial(load_dataset_builder, "parquet", data_files=names))["train"]
 
 
-def load_complete(load: Callable[..., Dataset | DatasetDict]) -> Dataset | DatasetDict:
-    """What `load` takes from the cache of `datasets`; if it is corrupted, `load(download_mode=...)` builds it again."""
+def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
+    """The splits of a data set from the cache of `datasets`; if they are corrupted there, they are built again.
+
+    Raises UserError for files that unpack to far more than they are.
+    """
+
+    def load(**options) -> DatasetDict:
+        builder = find_builder()
+        config = DownloadConfig(use_etag=False)
+        downloads = CheckedDownloads(download_config=config, base_path=builder.base_path)
+        builder.download_and_prepare(dl_manager=downloads, **options)
+        return _check_complete(builder.as_dataset())
+
     try:
-        return _check_complete(load())
+        return load()
     except (ValueError, OSError) as error:  # of Arrow and of JSON; any other cause comes again
         cache = Path(datasets.config.HF_DATASETS_CACHE)
         for info in cache.glob("*/*/*/*/dataset_info.json"):
@@ -245,53 +257,15 @@ def load_complete(load: Callable[..., Dataset | DatasetDict]) -> Dataset | Datas
                 DatasetInfo.from_directory(str(info.parent))
             except (ValueError, TypeError, AttributeError):  # with it, the library could not begin
                 info.unlink()
-        loaded = _check_complete(load(download_mode="reuse_cache_if_exists"))
+        loaded = load(download_mode="reuse_cache_if_exists")
         logger.warning("a corrupted table in the cache %s is built again (%s)", cache, first_line(error))
         return loaded
 
 
-def _check_complete(loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
+def _check_complete(loaded: DatasetDict) -> DatasetDict:
     """A file that is cut short between two batches is read without an error."""
-    for rows in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
+    for rows in loaded.values():
         written = (rows.info.splits or {}).get(str(rows.split))
         if written and written.num_examples != len(rows):
             raise ValueError(f"{len(rows)} of {written.num_examples} rows are there")
     return loaded
-
-
-def _check_size(file: Path) -> None:
-    """Raise UserError for a file that unpacks to far more than it is: it would fill memory, and the disk."""
-    file_size, total = file.stat().st_size, 0
-    limit = max(MAX_UNFOLDING * file_size, ANY_UNFOLDING)
-    for size in _read_batch_sizes(file) if file.suffix == ".arrow" else _read_sizes(file, limit):
-        total += size
-        if total > limit:
-            sizes = f"has {file_size / 1e6:,.1f} MB and unpacks to {total / 1e6:,.0f} MB or more, as images do not"
-            raise UserError(f"{file}: {sizes}; write it again with JPEG or PNG images, or remove it")
-
-
-def _read_batch_sizes(file: Path) -> Iterator[int]:
-    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
-        yield from (batch.get_total_buffer_size() for batch in batches)
-
-
-def _read_sizes(file: Path, limit: int) -> Iterator[int]:
-    """Bytes of the columns of a parquet file; a value that repeats is stored once, and read where it may matter."""
-    metadata, repeated = pyarrow.parquet.read_metadata(file), set()
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for chunk in map(group.column, range(metadata.num_columns)):
-            is_text = chunk.physical_type == "BYTE_ARRAY"
-            yield max(chunk.total_uncompressed_size, 0 if is_text else 8 * chunk.num_values)
-            if is_text and chunk.has_dictionary_page and chunk.num_values * chunk.total_uncompressed_size > limit:
-                repeated.add(chunk.path_in_schema)
-    reader = pyarrow.parquet.ParquetFile(file, read_dictionary=[*repeated])
-    for batch in reader.iter_batches(1000, columns=[*repeated]) if repeated else ():
-        yield sum(map(_unfolded_size, batch.columns))
-
-
-def _unfolded_size(column: pyarrow.Array) -> int:
-    """Bytes of the values of a column in which those that repeat are stored once."""
-    if pyarrow.types.is_dictionary(column.type):
-        sizes = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
-        return pyarrow.compute.sum(sizes.cast(pyarrow.int64())).as_py() or 0
-    return sum(map(_unfolded_size, column.flatten())) if pyarrow.types.is_struct(column.type) else column.nbytes

@@ -20,7 +20,8 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlavaNextConfig, 
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from config.training_config import TrainingConfig
-from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, causes_of, first_line
+from utils.hub_utils import explain_hub_error
+from utils.logging_utils import UserError, first_line
 
 PINNED = TrainingConfig.model_revision  # of the default model; as it is, of any other its current commit
 SETTINGS = ["*.json", "*.jinja", "*.model", "*.txt"]  # files of config, processor and tokenizer
@@ -63,43 +64,12 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
                     return Path(snapshot_download(model, local_files_only=True, **how))
                 raise
         except Exception as error:  # the hub, the network and the disk raise a dozen kinds
-            (reason, may_pass), wait = _explain_download(error, revision), next(waits, None)
+            move = "check the network, HF_TOKEN and HF_ENDPOINT, and run the same command again: it continues there"
+            otherwise, wait = f"its download broke off ({first_line(error)}); {move}", next(waits, None)
+            reason, may_pass = explain_hub_error(error, "--model", revision, otherwise)
             if not may_pass or wait is None:
                 raise UserError(f"--model {model}: {reason}") from error
         time.sleep(wait)
-
-
-def _explain_download(error: BaseException, revision: str | None) -> tuple[str, bool]:
-    """(why there is no checkpoint and what to do, whether another try may help)"""
-    chain, reason = list(causes_of(error)), first_line(error)
-
-    def find(*kinds: type[BaseException]) -> Any:
-        return next((link for link in chain if isinstance(link, kinds)), None)
-
-    answer = find(errors.HfHubHTTPError, httpx.HTTPStatusError)
-    status = answer.response.status_code if answer else 0
-    refusal = next(
-        (link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None
-    )
-    if find(errors.GatedRepoError):
-        return f"is gated ({reason}); accept its terms on the hub, and check that HF_TOKEN may read it", False
-    if find(errors.RevisionNotFoundError):
-        return f"has no revision {revision}; check --model-revision", False
-    if find(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403, 404):
-        return f"is no folder here and not on the hub ({reason}); check the name, and that HF_TOKEN may read it", False
-    if status:
-        return f"the hub answers {status} for {answer.response.url.path}; try again later, or give a folder", True
-    if refusal is not None:
-        where = f"{refusal.filename or constants.HF_HOME}: {refusal.strerror}"
-        move = FREE_SPACE if refusal.errno in FULL else CHOOSE_PLACE
-        return f"cannot be put in the cache, HF_HOME ({where}); {move}", False
-    if constants.is_offline_mode():
-        where = f"at {revision or 'main'} is not whole in the cache, and HF_HUB_OFFLINE is set"
-        return f"{where}; unset it, give the --model-revision of one that is, or a folder", False
-    if find(httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotFoundError):
-        return f"the hub cannot be reached ({reason}); check the network, or give a folder that holds the model", True
-    move = "check the network, HF_TOKEN and HF_ENDPOINT, and run the same command again: it continues there"
-    return f"its download broke off ({reason}); {move}", True
 
 
 def again(folder: Path) -> str:

@@ -45,8 +45,10 @@ class FakeHub:
         if name not in files:
             return self.refuse(404, "EntryNotFound" if path.startswith(self.page) else "RepoNotFound")
         data = files[name]
+        first, _, last = request.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        data = data[int(first or 0) : int(last or len(data)) + 1]
         head = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(data))}
-        return httpx.Response(200, headers=head, content=b"" if request.method == "HEAD" else data)
+        return httpx.Response(206 if last else 200, headers=head, content=b"" if request.method == "HEAD" else data)
 
     def files(self) -> dict[str, bytes]:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())

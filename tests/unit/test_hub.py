@@ -1,11 +1,18 @@
 """Image data sets of the hub: the real code of huggingface_hub and `datasets`, with a hub in this process."""
 
+import errno
+import gzip
 import hashlib
+import io
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 
 import datasets
 import httpx
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import HfFileSystem, constants
@@ -121,6 +128,14 @@ def lost(request):
     raise httpx.ConnectError("no route")
 
 
+def full(request):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def forbidden(request):
+    raise PermissionError(errno.EACCES, "Permission denied", "/cache/x")
+
+
 def refusing(status: int, code: str = "", part: str = "/api"):
     return lambda request: FakeHub.refuse(None, status, code) if part in request.url.path else None
 
@@ -128,14 +143,16 @@ def refusing(status: int, code: str = "", part: str = "/api"):
 @pytest.mark.parametrize(
     ("fail", "words"),
     [
-        (refusing(404, "RepoNotFound"), "no such folder here, and no such data set on the hub, or it is private; "),
-        (refusing(401, "GatedRepo"), "data set owner/plants is gated; accept its terms at https://.* and set HF_TOKEN"),
-        (refusing(403, "GatedRepo", "/resolve/"), "data set owner/plants is gated; accept its terms"),
-        (refusing(404, "RevisionNotFound"), "--dataset-revision main: data set owner/plants has no such revision; see"),
-        (refusing(401), "or it is private; check the name, or set HF_TOKEN"),
-        (refusing(503), "data set owner/plants: the hub answers 503; try again later"),
-        (refusing(429, part="/resolve/"), "the hub answers 429; try again later"),
-        (lost, r"cannot be loaded \(ConnectError: no route\); check the network and HF_TOKEN"),
+        (refusing(404, "RepoNotFound"), "--dataset owner/plants: is no folder here and not on the hub"),
+        (refusing(401, "GatedRepo"), "owner/plants: is gated .*; accept its terms on the hub, and check that HF_TOKEN"),
+        (refusing(403, "GatedRepo", "/resolve/"), "owner/plants: is gated .*; accept its terms"),
+        (refusing(404, "RevisionNotFound"), "owner/plants: has no revision main; check --dataset-revision"),
+        (refusing(401), "check the name, and that HF_TOKEN may read it"),
+        (refusing(503), "owner/plants: the hub answers 503 for .*; try again later, or give a folder"),
+        (refusing(429, part="/resolve/"), "the hub answers 429 for .*; try again later"),
+        (lost, r"the hub cannot be reached \(.*\); check the network, or give a folder"),
+        (full, "owner/plants: cannot be put in the cache, HF_HOME .*; free space"),
+        (forbidden, "owner/plants: cannot be put in the cache, HF_HOME ./cache/x: Permission denied.; choose a place"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["images", "parquet"])
@@ -154,7 +171,9 @@ def test_without_a_network_image_files_are_refused_with_a_sentence(repository):
     put_images(repository.folder / "ash", 4)
     repository.fail = lost
     for revision in ("main", repository.commit):
-        with pytest.raises(UserError, match="cannot be loaded .*; check the network and HF_TOKEN, or give --dataset F"):
+        with pytest.raises(
+            UserError, match="the hub cannot be reached .*; check the network, or give a folder that holds it"
+        ):
             build("--dataset", "owner/plants", "--dataset-revision", revision)
 
 
@@ -199,6 +218,49 @@ def test_data_sets_of_the_hub_that_cannot_be_used(put, words, repository):
         build("--dataset", "owner/plants")
 
 
+def write_zip(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ash/1.jpg", bytes(120_000_000))
+
+
+def write_sparse_tar(file):
+    with tarfile.open(file, "w") as archive:
+        entry = tarfile.TarInfo("1.jpg")
+        entry.size, entry.pax_headers = 512, {"GNU.sparse.size": "120000000", "GNU.sparse.map": "0,512"}
+        archive.addfile(entry, io.BytesIO(bytes(512)))
+
+
+def write_compressed(file):
+    file.write_bytes(gzip.compress(b'{"image": 1, "label": 2}\n' * 5_000_000, 1))
+
+
+def write_arrow_file(file):
+    table = pyarrow.table({"image": [bytes(120_000_000)], "label": [1]})
+    with pyarrow.ipc.new_file(file, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+
+
+def write_parquet_file(file):
+    nulls = {name: pyarrow.nulls(13_000_000, pyarrow.binary()) for name in ("image", "label")}
+    pyarrow.parquet.write_table(pyarrow.table(nulls), file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write_file"),
+    [
+        ("train.parquet", write_parquet_file),
+        ("train.arrow", write_arrow_file),
+        ("train.zip", write_zip),
+        ("train.tar", write_sparse_tar),
+        ("train.jsonl.gz", write_compressed),
+    ],
+)
+def test_a_file_of_the_hub_that_unpacks_to_much_is_refused(name, write_file, repository):
+    write_file(repository.folder / name)
+    with pytest.raises(UserError, match=f"{name}: [0-9.]* MB unpack to 1.. MB or more, .* or use another data set"):
+        build("--dataset", "owner/plants")
+
+
 def test_a_path_in_a_table_of_the_hub_is_read_in_the_caches_alone(repository, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(1))
     images = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 6
@@ -212,7 +274,7 @@ def test_a_path_in_a_table_of_the_hub_is_read_in_the_caches_alone(repository, tm
 
 def test_unreachable_hub_is_an_error_with_repository_and_next_move():
     with pytest.raises(
-        UserError, match=r"Donghyun99/Oxford-Flower-102 at revision abc .*check the network and HF_TOKEN, or"
+        UserError, match="--dataset Donghyun99/Oxford-Flower-102: at abc is not whole in the cache, and .*; unset it"
     ):
         build("--dataset-revision", "abc")
 
@@ -220,6 +282,6 @@ def test_unreachable_hub_is_an_error_with_repository_and_next_move():
 def test_hub_splits_of_another_size_are_an_error(monkeypatch):
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     rows = Dataset.from_dict({"image": [{"bytes": png(1), "path": None}], "label": [0]}, features=features)
-    monkeypatch.setattr(hub, "load_dataset", lambda name, revision: DatasetDict(dict.fromkeys(SPLITS, rows)))
+    monkeypatch.setattr(hub, "load_complete", lambda find: DatasetDict(dict.fromkeys(SPLITS, rows)))
     with pytest.raises(UserError, match="has {.train.: 1, .* images, expected {.train.: 1020"):
         build()

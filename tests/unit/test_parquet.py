@@ -194,16 +194,29 @@ def same(size: int, count: int) -> list[dict]:
         {"image": same(20_000_000, 6), "label": NAMES * 2},  # stored once
         {"image": [{"bytes": bytes([n]) * 20_000_000} for n in range(6)], "label": NAMES * 2},
         {"image": pictures(6), "label": NAMES * 2, "caption": ["x" * 20_000_000] * 6},
+        {
+            "image": pictures(6),
+            "label": NAMES * 2,
+            "key": pyarrow.array([bytes(20_000_000)] * 6, pyarrow.binary(20_000_000)),
+        },
         {"image": pyarrow.nulls(13_000_000, pyarrow.binary()), "label": pyarrow.nulls(13_000_000, pyarrow.int32())},
     ],
-    ids=["equal images", "images", "texts", "rows"],
+    ids=["equal images", "images", "texts", "fixed widths", "rows"],
 )
 def test_a_small_file_that_unpacks_to_much_is_refused(columns, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet", compression="zstd")
     before = [*Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")]
-    with pytest.raises(UserError, match="train.parquet: has 0.. MB and unpacks to 1.. MB or more, .* or remove it"):
+    with pytest.raises(UserError, match="train.parquet: 0.. MB unpack to 1.. MB or more, .* remove it, or use"):
         load(tmp_path)
     assert [*Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")] == before
+
+
+def test_files_that_only_together_unpack_to_much_are_refused(tmp_path):
+    for number in range(3):  # each of 48 MB
+        columns = pyarrow.table({"image": same(16_000, 3000), "label": NAMES * 1000})
+        pyarrow.parquet.write_table(columns, tmp_path / f"train-{number}.parquet", compression="zstd")
+    with pytest.raises(UserError, match="train-2.parquet, file 3 of 3: 0.. MB unpack to 1.. MB or more"):
+        load(tmp_path)
 
 
 def test_many_copies_of_a_small_image_are_no_such_file(tmp_path):
@@ -657,7 +670,7 @@ def test_a_saved_data_set_of_compressed_buffers_that_unpack_to_much_is_refused(t
     options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
     with pyarrow.ipc.new_stream(str(file), batch.schema, options=options) as writer:
         writer.write_batch(batch)
-    with pytest.raises(UserError, match="has 0.. MB and unpacks to 1.. MB or more, as images do not"):
+    with pytest.raises(UserError, match="0.. MB unpack to 1.. MB or more, as images do not"):
         load_saved_dataset(survey(tmp_path)[0], OPTIONS)
 
 

@@ -3,6 +3,7 @@
 import itertools
 
 import datasets
+import pyarrow.parquet
 import pytest
 from accelerate import skip_first_batches
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -206,6 +207,15 @@ def test_a_path_in_a_streamed_row_is_never_opened(tmp_path):
     rows = [{"image": {"bytes": None, "path": str(secret)}, "label": 0}, {"image": None, "label": 1}]
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
     assert [row["image"]["bytes"] for row in Stream([tmp_path / "train.parquet"], seed=1).head(2)] == [b"", b""]
+
+
+def test_a_streamed_file_that_unpacks_to_much_is_refused(tmp_path):
+    files = write_parquet(tmp_path / "images", 2, 4)
+    schema = pyarrow.parquet.read_schema(files[1])
+    table = pyarrow.Table.from_arrays([pyarrow.nulls(13_000_000, each.type) for each in schema], schema=schema)
+    pyarrow.parquet.write_table(table, files[1])
+    with pytest.raises(UserError, match="train-01.parquet, file 2 of 2: 0.. MB unpack to 1.. MB or more"):
+        streamed(tmp_path / "images")
 
 
 def test_other_folders_are_not_streamed(image_folder):
