@@ -1,15 +1,18 @@
 """Image files as a source: those of class folders, and those that tables label."""
 
+import contextlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.class_names import find_groups
 from data.labeling import name_classes
+from data.labels import name_key
 from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
-from data.survey import Excluded, Folder, add_unused, is_utf8
-from data.tables import LabelRow, read_label_tables
+from data.survey import TABLES, Excluded, Folder, add_unused, is_utf8
+from data.tables import LabelRow, LabelTable, find_label_tables, read_label_tables
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
 
@@ -26,12 +29,43 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         for entry in entries
         for path, image_id, group in _list_images(entry, root)
     ]
-    notes = list(layout.notes)
+    notes, used = list(layout.notes), list[Path]()
+    for split, folder in layout.flat.items():
+        if labels := _find_labels(folder, layout.names):
+            given, tables = labels
+            rows += [row._replace(id=printable(os.path.relpath(row.path, root)), split=split) for row in given.rows]
+            notes, used = [*notes, *given.notes], [*used, *tables]
+        else:
+            reason = f"images of {printable(folder.name)} without class folders, so they cannot be scored"
+            excluded.add_folder(reason, folder)
     if not any(row.group for row in rows) and (found := find_groups([row.id for row in rows], _beside(root))):
         groups, table = found
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
-    return _build_source(rows, layout.root, notes, excluded, reading)
+    return _build_source(rows, layout.root, notes, excluded, reading, used)
+
+
+def with_parent_tables(folder: Folder) -> Folder:
+    """The folder beside the tables of the folder above it: images/ is often given alone, with labels.csv beside it."""
+    above = Folder(folder.path.parent, folders=[folder], num_images=folder.num_images)
+    with contextlib.suppress(OSError):  # a folder above that may not be listed has no tables for us
+        above.files["table"] = sorted(path.name for path in above.path.iterdir() if path.suffix.lower() in TABLES)
+    return above
+
+
+def _find_labels(folder: Folder, names: Iterable[str]) -> tuple[LabelTable, list[Path]] | None:
+    """(what tables in or beside a split folder say of its images, these tables), if they give several of the `names`.
+
+    One class for all is what the example of an answer gives, as competitions have it.
+    """
+    known = {name_key(name) for name in names}
+    for place in (folder, with_parent_tables(folder)):
+        with contextlib.suppress(UserError):  # another table of the user's
+            if tables := find_label_tables(place):
+                found = read_label_tables(tables, place, None)
+                if len(keys := {name_key(row.class_name) for row in found.rows}) > 1 and keys <= known:
+                    return found, tables
+    return None
 
 
 def load_tables(tables: list[Path], folder: Folder, excluded: Excluded, reading: Reading) -> Source:

@@ -45,25 +45,32 @@ def official_counts(split: str) -> list[int]:
 
 # Words of folder, file and column values that name a split, in any case; fillers may stand beside them: seg_train.
 SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation"),
+    **dict.fromkeys(("train", "training", "trn", "trainval", "trainings", "entrainement", "apprentissage"), "train"),
+    **dict.fromkeys(("entrenamiento", "treino", "treinamento", "addestramento", "обучение", "训练", "訓練"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "validierung", "validierungs"), "validation"),
+    **dict.fromkeys(("validacion", "validacao", "validazione", "validatie", "валидация", "验证", "検証"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout"), "test"),
+    **dict.fromkeys(("prueba", "pruebas", "teste", "testes", "тест", "测试", "テスト"), "test"),
 }
 FILLERS = (
     *("set", "sets", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "pics", "jpg", "files"),
     *("folder", "split", "seg", "mini", "small", "full", "final", "raw", "only", "augmented", "aug"),
-    *("class", "classes"),
+    *("class", "classes", "daten", "bilder", "datos", "dados", "de", "imagenes", "imagens", "集", "数据"),
 )
 
 
 def split_of(name: str) -> str | None:
-    """train, validation or test if a name is a word for it: Training, train_images, seg_test, valset; else None."""
-    found = set()
-    for word in re.findall(r"[a-z]+", name.lower()):
-        if word not in FILLERS:
-            stems = (word, *(word.removeprefix(filler).removesuffix(filler) for filler in FILLERS))
-            found.add(next((SPLIT_WORDS[stem] for stem in stems if stem in SPLIT_WORDS), None))
-    return found.pop() if len(found) == 1 else None
+    """train, validation or test if a name is a word for it: Training, train_images, trainA, valset; else None."""
+    plain = "".join(char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    for text in (plain, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", plain)):
+        found = set()
+        for word in re.findall(r"[^\W\d_]{2,}", text.lower()):
+            if word not in FILLERS:
+                stems = (word, *(word.removeprefix(filler).removesuffix(filler) for filler in FILLERS))
+                found.add(next((SPLIT_WORDS[stem] for stem in stems if stem in SPLIT_WORDS), None))
+        if len(found) == 1 and None not in found:
+            return found.pop()
+    return None
 
 
 def name_key(name: str) -> str:

@@ -61,6 +61,7 @@ class Layout:
     root: Folder
     splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    flat: dict[str, Folder] = field(default_factory=dict)  # splits without class folders
     train_names: dict[Path, str] = field(default_factory=dict)  # of class folders, by their path below that of train
 
     @property
@@ -124,9 +125,7 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
     known = {name_key(entry.name) for entry in layout.splits.get("train", ())}
     is_flat = len(entries) == 1 < len(known) and name_key(entries[0].name) not in known  # test/unknown/0001.jpg
     if split != "train" and (not entries or is_flat):
-        excluded.add_folder(
-            f"images of {printable(folder.name)} without class folders, so they cannot be scored", folder
-        )
+        layout.flat[split] = folder
         return ""
     if entries and folder.images:
         excluded.add("images in no class folder", folder.path / folder.images[0], len(folder.images))

@@ -4,7 +4,6 @@ A folder is looked at once (data/survey.py); its contents tell whether it is the
 102, parquet files, a saved data set, a table of labels, or class folders. What is not used is reported.
 """
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from data.classes import OFFICIAL_SIZES
-from data.folders import load_class_folders, load_tables
+from data.folders import load_class_folders, load_tables, with_parent_tables
 from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
@@ -116,7 +115,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
     if parquet:
         return load_parquet_files(path, parquet, reading)
     if not has_classes or reading.label_column is not None:
-        for place in (layout.root, _with_parent_tables(layout.root)):
+        for place in (layout.root, with_parent_tables(layout.root)):
             if tables := find_label_tables(place):
                 return load_tables(tables, place, excluded, reading)
         if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
@@ -129,14 +128,6 @@ def load_folder(path: Path, reading: Reading) -> Source:
         if not layout.names or (not has_classes and find_boxes(folder)):
             raise UserError("; ".join([describe_flat(folder), *not_in_classes.lines()]))
     return load_class_folders(layout, not_in_classes, reading)
-
-
-def _with_parent_tables(folder: Folder) -> Folder:
-    """The folder beside the tables of the folder above it: images/ is often given alone, with labels.csv beside it."""
-    above = Folder(folder.path.parent, folders=[folder], num_images=folder.num_images)
-    with contextlib.suppress(OSError):  # a folder above that may not be listed has no tables for us
-        above.files["table"] = sorted(path.name for path in above.path.iterdir() if path.suffix.lower() in TABLES)
-    return above
 
 
 def _find_release(folder: Folder) -> Folder | None:

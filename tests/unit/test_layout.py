@@ -47,6 +47,10 @@ def in_each(*parents):
     [
         (in_each("."), CLASSES, {"train": 6}),
         (in_each("Training", "valid", "test_set"), CLASSES, {"train": 6, "validation": 6, "test": 6}),
+        (in_each("Entra\u00eenement", "Validaci\u00f3n", "Testdaten"), CLASSES,
+         {"train": 6, "validation": 6, "test": 6}),
+        (in_each("\u8bad\u7ec3\u96c6", "\u6d4b\u8bd5\u96c6"), CLASSES, {"train": 6, "test": 6}),
+        (in_each("trainA", "TestB"), CLASSES, {"train": 6, "test": 6}),
         (in_each("TRAIN", "Dev"), CLASSES, {"train": 6, "validation": 6}),
         (in_each("seg_train/seg_train", "seg_test/seg_test"), CLASSES, {"train": 6, "test": 6}),
         (in_each("plants_train", "plants_test"), CLASSES, {"train": 6, "test": 6}),
@@ -104,6 +108,7 @@ def test_classes_and_splits(folders, names, splits, tree):
         (in_each("Train_Test_Train", "Train_Test_Test"), "if splits, call them train, validation and test"),
         (in_each("lab/train", "field/train"), "holds 2 data sets; give one of them: --dataset '.*/field', --data"),
         (in_each("train", "Training"), "'Training' and 'train' are both taken for train; rename one"),
+        (["trainA", "trainB"], "'trainA' and 'trainB' are both taken for train; rename one"),
         (in_each("val", "test"), "has test and val, and no train folder to learn from; add one"),
         ([*in_each("val", "test"), "pool"], "has test and val, and no train folder to learn from; add one"),
         (["train"], "3 images lie here, none in a class folder; move them to <class name>/photo.jpg, or give a table"),
@@ -136,6 +141,25 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folde
 def test_images_that_are_not_used_are_reported(folders, reported, tree):
     source = tree(*folders)()
     assert tuple(source.class_names) == CLASSES and f"not used: {reported}" in source.warnings
+
+
+@pytest.mark.parametrize("table", ["set/test.csv", "set/test/labels.csv"])
+@pytest.mark.parametrize("labels", ["daisy,rose,rose", "daisy,daisy,daisy", "1,2,1"])
+def test_a_table_labels_a_split_without_class_folders(labels, table, tree):
+    load = tree(*in_each("set/train"), "set/test")
+    rows = [f"{number}.png,{label}" for number, label in enumerate(labels.split(","))]
+    (tree.root / table).write_text("\n".join(["Path,ClassId", *rows]))
+    source = load()
+    assert tuple(source.class_names) == CLASSES and len(source.splits["train"]) == 6
+    if labels == "daisy,rose,rose":  # of one class alone: the example of an answer; of others: not those of train
+        assert [CLASSES[label] for label in source.splits["test"]["label"]] == ["daisy", "rose", "rose"]
+        assert source.splits["test"]["id"][0] == "test/0.png" and source.warnings == []
+        assert any(note.startswith("labels from column ClassId of ") for note in source.notes)
+    else:
+        assert "test" not in source.splits
+        assert (
+            "not used: images of test without class folders, so they cannot be scored: 3 (set/test)" in source.warnings
+        )
 
 
 def test_notes_say_what_was_taken_for_what(tree):
