@@ -41,7 +41,7 @@ from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, is_watched
 from utils.tensor_utils import find_layers
-from utils.tokenizer_utils import Prompt, build_prompt, tokenizer_probe
+from utils.tokenizer_utils import Prompt, build_prompt, refuse_special_tokens, tokenizer_probe
 
 # The list replaces the default of transformers, so lm_head is in it.
 # The norm behind the last layer, pooling heads, and what masked pretraining needed: CLIP, SigLIP, DINOv2.
@@ -187,9 +187,10 @@ class PlantModel:
 
 
 def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
-    """The checkpoint's own processor on the PIL back end, and the prompt of the config's question."""
+    """The checkpoint's own processor on the PIL back end, and the prompt of the config's question. Raises UserError."""
     if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
+        refuse_special_tokens(processor, config.question, class_names)
         return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
     name, folder = f"--model {config.model}", find_checkpoint(config.model, config.model_revision)
     if (folder / CONFIG_NAME).exists():
@@ -212,6 +213,7 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     processor.num_additional_image_tokens = int(model_config.vision_feature_select_strategy == "default")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    refuse_special_tokens(processor, config.question, class_names)
     with explain_errors(name, "generation config", folder):
         stops = load_generation_config(folder, model_config).eos_token_id
     prompt = build_prompt(processor, config.question, [stops] if isinstance(stops, int) else list(stops or []))

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch._utils import ExceptionWrapper
 
@@ -18,6 +19,7 @@ from utils.signal_utils import end_children, handling
 
 LOADER_S = 600  # seconds that a loader may wait for a batch of its workers
 STREAM_S = 3600  # the same of a stream, which reads what it skips on resume
+STOP_S = 10  # seconds that one of several ranks may wait for a batch after a signal; torchrun kills after 30
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,6 +51,7 @@ class StopRequest:
                 os.write(2, b"\nstopping after this forward pass, then saving; a second signal ends at once\n")
         if self._is_waiting:
             self.check()
+            signal.setitimer(signal.ITIMER_REAL, STOP_S)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -56,16 +59,23 @@ class StopRequest:
             raise Interrupted(self.signal)
 
     @contextlib.contextmanager
-    def waiting(self, limit_s: int = 0) -> Iterator[None]:
+    def waiting(self, limit_s: float) -> Iterator[None]:
         """Inside, a signal raises Interrupted at once: what is waited for may never come.
 
-        RuntimeError after `limit_s` seconds, 0: no limit. torch's own limit does not hold once a batch is on its way
-        from a worker that then stops.
+        One of several ranks has STOP_S more, then KeyboardInterrupt: others wait for it in a collective, so none can
+        save. RuntimeError, in torch's words, after `limit_s` seconds: torch's own limit does not hold once a batch is
+        on its way from a worker that then stops. Call it in the main thread.
         """
+
+        def end(number: int, frame) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt(self.signal)
+            raise RuntimeError(f"DataLoader timed out after {limit_s} seconds")
+
         self._is_waiting = True
         try:
             self.check()
-            with _time_limit(limit_s):
+            with _timer(limit_s if self.signal is None else STOP_S, end):
                 yield
         except BaseException:
             end_children()
@@ -85,21 +95,17 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def _time_limit(limit_s: int) -> Iterator[None]:
-    """RuntimeError, in torch's words, after so many seconds; nothing outside the main thread."""
-
-    def stop(number: int, frame) -> None:
-        raise RuntimeError(f"DataLoader timed out after {limit_s} seconds")
-
-    if not limit_s or threading.current_thread() is not threading.main_thread():
+def _timer(seconds: float, then: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, `then` is called after so many seconds, 0: never; nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(limit_s)
+    before = signal.signal(signal.SIGALRM, then)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 

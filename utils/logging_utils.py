@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from utils.lock_utils import LIMIT_S, watching_locks
 from utils.signal_utils import end_children, handling
 
 LOG_FILE = "train.log"
@@ -234,7 +235,7 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
     def say() -> None:
         logger.warning(f"interrupted; {when_interrupted}")
 
-    with handling(interrupt, say):
+    with handling(interrupt, say), watching_locks(_report_lock):
         try:
             yield
             sys.stdout.flush()
@@ -253,6 +254,15 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
                 logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
             end_children()
             sys.exit(1)
+
+
+def _report_lock(path: str, is_over: bool) -> None:
+    if not is_over:
+        logger.warning(f"waiting for the lock {path}, which another program holds, for at most {LIMIT_S:,} s")
+        return
+    move = f"end the program that holds it (fuser {path} shows it), and {HOW_TO_RESUME}"
+    logger.error(f"the lock {path} was not free within {LIMIT_S:,} s; {move}")
+    os._exit(1)  # nothing else ends the thread that waits
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import resource
 import signal
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -59,6 +60,14 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     template_eos = (stop for stop in stop_ids if tail.lstrip().startswith(tokenizer.convert_ids_to_tokens(stop)))
     eos_id = next(template_eos, fallback)
     return Prompt(prompt, response_prefix, tokenizer.convert_ids_to_tokens(eos_id), eos_id)
+
+
+def refuse_special_tokens(processor, question: str, class_names: Sequence[str]) -> None:
+    """Raise UserError for text with a special token in it, such as <image> or </s>: it would be read as that."""
+    tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
+    for where, text in [("--question", question), *(("class name", name) for name in class_names)]:
+        if found := next((token for token in tokens if token in text), None):
+            raise UserError(f"{where} {text!r}: holds {found}, a special token of the model's tokenizer; leave it out")
 
 
 def _render(processor, dialogs: list[list[dict]]) -> list[str]:

@@ -356,6 +356,20 @@ def test_a_model_that_is_not_there(model, words):
         build_processor(TrainingConfig(model=model), NAMES)
 
 
+@pytest.mark.parametrize("model", ["tiny", None])
+@pytest.mark.parametrize(
+    ("question", "name", "words"),
+    [
+        ("What is <image> this?", "oak", "--question 'What is <image> this.': holds <image>, a special token of"),
+        ("What is it?", "oak</s>", "class name 'oak</s>': holds </s>, a special token .*; leave it out"),
+    ],
+)
+def test_special_tokens_in_the_words_of_a_user_are_refused(question, name, words, model, checkpoint):
+    config = TrainingConfig(model=model or str(checkpoint("mistral")), question=question)
+    with pytest.raises(UserError, match=words):
+        build_processor(config, ["ash", name])
+
+
 def test_old_processors_on_the_hub_are_completed(checkpoint, tmp_path):
     import json
 

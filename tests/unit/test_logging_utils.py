@@ -11,10 +11,11 @@ import sys
 import time
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
 from tests.conftest import ROOT
-from utils import logging_utils, signal_utils
+from utils import lock_utils, logging_utils, signal_utils
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
@@ -120,6 +121,24 @@ def test_lines_carry_their_level_only_from_warning_on(tmp_path, capsys):
     logger.info("step 1")
     logger.warning("careful")
     assert capsys.readouterr().out == "step 1\nwarning: careful\n"
+
+
+def test_a_lock_that_another_program_holds_is_named_and_ends_the_wait(tmp_path, capsys, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for name, seconds in (("LOOK_S", 0.02), ("SAID_S", 0.1), ("LIMIT_S", 0.4)):
+        monkeypatch.setattr(lock_utils, name, seconds)
+    setup_logging()
+    path = tmp_path / "datasets_builder.lock"
+    with filelock.FileLock(path), report_errors():
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(path).acquire(timeout=0.3)
+        assert not ended
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(path).acquire(timeout=0.8)
+    said = capsys.readouterr().out
+    assert f"warning: waiting for the lock {path}, which another program holds, for at most 3,600 s" in said
+    assert ended[0] == 1 and f"error: the lock {path} was not free within 3,600 s; end the program that holds" in said
 
 
 # ---- signals, in a process of its own
