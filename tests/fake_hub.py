@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, unquote
 
 import httpx
 from huggingface_hub import set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 
 
 class FakeHub:
@@ -69,7 +70,7 @@ class FakeHub:
         try:
             yield self
         finally:
-            set_client_factory(lambda: httpx.Client(follow_redirects=True))
+            set_client_factory(default_client_factory)  # which refuses while offline; another would wait for a network
 
 
 def _oid(data: bytes) -> str:
