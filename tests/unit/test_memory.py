@@ -177,17 +177,18 @@ def timed_gpu(simulated_gpu):
 
 def test_what_fits_is_chosen_and_logged_and_changes_no_weight(tiny, tmp_path, capsys, timed_gpu):
     setup_logging()
-    trainer = make_fused(tiny, tmp_path / "a", per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    trainer = make_fused(tiny, tmp_path / "a", **settings)
     before, state = weights(trainer), torch.get_rng_state()
     plan(trainer, tiny)
-    assert (trainer.micro_batcher.size, [layer.keep for layer in trainer.fused]) == (16, [True] * 3)
+    assert (trainer.micro_batcher.size, [layer.keep for layer in trainer.fused]) == (8, [True] * 3)
     assert equal(before, weights(trainer)) and torch.equal(state, torch.get_rng_state())
     assert not any(parameter.grad is not None for parameter in trainer.model.parameters())
     printed = capsys.readouterr().out
-    assert "memory | micro-batch 16 | activation checkpointing 0/3 layers | peak " in printed
+    assert "memory | micro-batch 8 | activation checkpointing 0/3 layers | peak " in printed
     assert "memory | kernels not compiled: the run would not win back the time | tried in" in printed
     trainer.train()
-    other = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    other = make_fused(tiny, tmp_path / "b", **settings)
     other.train()
     assert equal(weights(trainer), weights(other), 1e-5)
 
@@ -205,23 +206,28 @@ def test_the_fastest_plan_that_was_tried_is_kept_whatever_arithmetic_says(tiny, 
 def test_a_plan_is_remembered_for_the_same_gpu_model_and_settings(tiny, tmp_path, timed_gpu):
     tried = timed_gpu.tried
     timed_gpu.setattr("models.memory.available_gpu_memory", lambda device: 16e9)
-    plan(make_fused(tiny, tmp_path / "a"), tiny)
+    plan(make_fused(tiny, tmp_path / "a", per_device_train_batch_size=4), tiny)
     assert len(tried) > 3 and tried[1][0] == 1
     del tried[:]
-    again = make_fused(tiny, tmp_path / "b")
+    again = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=4)
     plan(again, tiny, compile="false")
-    assert tried == [(16, 3, 0)] and again.micro_batcher.size == 16
+    assert tried == [(4, 3, 0)] and again.micro_batcher.size == 4
     del tried[:]
-    plan(make_fused(tiny, tmp_path / "c"), tiny, gradient_checkpointing="true", compile="false")
+    plan(
+        make_fused(tiny, tmp_path / "c", per_device_train_batch_size=4),
+        tiny,
+        gradient_checkpointing="true",
+        compile="false",
+    )
     assert len(tried) > 1
 
 
 def test_a_remembered_plan_that_does_not_fit_any_more_is_found_anew(tiny, tmp_path, timed_gpu):
-    plan(make_fused(tiny, tmp_path / "a"), tiny)
-    trainer = make_fused(tiny, tmp_path / "b")
-    limit_memory(trainer.model, 4)
+    plan(make_fused(tiny, tmp_path / "a", per_device_train_batch_size=4), tiny)
+    trainer = make_fused(tiny, tmp_path / "b", per_device_train_batch_size=4)
+    limit_memory(trainer.model, 2)
     plan(trainer, tiny)
-    assert trainer.micro_batcher.size == 4
+    assert trainer.micro_batcher.size == 2
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_a_file_of_plans_that_cannot_be_read_holds_none(content, simulated_gpu):
     "checkpointing, keeps, offloads", [("true", 0, False), ("offload", 0, True), ("false", 3, False)]
 )
 def test_activation_checkpointing_as_configured(checkpointing, keeps, offloads, tiny, tmp_path, simulated_gpu):
-    trainer = make_fused(tiny, tmp_path)
+    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=4)
     plan(trainer, tiny, gradient_checkpointing=checkpointing)
     assert (
         sum(layer.keep for layer in trainer.fused) == keeps

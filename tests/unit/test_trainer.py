@@ -120,7 +120,7 @@ def test_loss_and_gradients_do_not_depend_on_the_micro_batch(tiny, tmp_path):
 def test_losses_of_a_run_do_not_depend_on_the_micro_batch(tiny, tmp_path):
     losses = []
     for size in (16, 2):
-        make_trainer(tiny, tmp_path / str(size), **split_into(size)).train()
+        make_trainer(tiny, tmp_path / str(size), max_steps=2, **split_into(size)).train()
         losses.append([step["loss"] for step in steps_of(tmp_path / str(size))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
@@ -157,7 +157,7 @@ def test_more_ranks_than_images_in_a_step(monkeypatch):
 
 
 def test_as_many_checkpoints_are_kept_as_configured(tiny, tmp_path):
-    make_trainer(tiny, tmp_path, save_steps=1, save_total_limit=3).train()
+    make_trainer(tiny, tmp_path, save_steps=1, save_total_limit=3, per_device_train_batch_size=4).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4)]
 
 
@@ -347,6 +347,16 @@ def interrupt_and_resume(tiny, folder, interrupt, **settings):
     return trainer, resumed
 
 
+INTERRUPTED = {"max_steps": 5, "eval_steps": 3} | split_into(8)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    trainer = make_trainer(tiny, tmp_path_factory.mktemp("undisturbed"), model=with_dropout(tiny), **INTERRUPTED)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("number", "event", "step"),
     [
@@ -356,18 +366,17 @@ def interrupt_and_resume(tiny, folder, interrupt, **settings):
         (signal.SIGINT, "on_step_end", 3),
     ],
 )
-def test_a_signal_saves_the_last_complete_step_and_a_resume_changes_nothing(number, event, step, tiny, tmp_path):
-    settings = {"max_steps": 5, "eval_steps": 3} | split_into(8)
-    undisturbed = make_trainer(tiny, tmp_path / "a", model=with_dropout(tiny), **settings)
-    undisturbed.train()
+def test_a_signal_saves_the_last_complete_step_and_a_resume_changes_nothing(
+    number, event, step, tiny, tmp_path, undisturbed
+):
     trainer, resumed = interrupt_and_resume(
-        tiny, tmp_path / "b", lambda trainer: trainer.add_callback(At(event, send(number), step)), **settings
+        tiny, tmp_path, lambda trainer: trainer.add_callback(At(event, send(number), step)), **INTERRUPTED
     )
     assert (trainer.state.global_step, resumed.state.global_step) == (step, 5)
     assert equal(weights(undisturbed), weights(resumed))
     lines, others = (
-        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(tmp_path / name)]
-        for name in "ab"
+        [(line["step"], line.get("loss"), line.get("eval_loss")) for line in read_metrics(folder)]
+        for folder in (undisturbed.run.folder, tmp_path)
     )
     assert lines == others and len(lines) == 7
 
@@ -395,7 +404,7 @@ def test_a_signal_before_the_first_step_is_complete_saves_nothing(tiny, tmp_path
 @pytest.mark.parametrize("eval_steps", [None, 2])
 def test_an_evaluation_that_was_interrupted_twice_is_logged_once(eval_steps, tiny, tmp_path):
     """Stopped between a step and its evaluation, then after the evaluation that makes up for it."""
-    settings = {"max_steps": 4, "eval_steps": eval_steps, "save_steps": 2}
+    settings = {"max_steps": 4, "eval_steps": eval_steps, "save_steps": 2, "per_device_train_batch_size": 4}
     trainer = make_trainer(tiny, tmp_path, **settings)
     trainer.add_callback(At("on_step_end", send(), step=eval_steps or 4))
     with pytest.raises(Interrupted):
@@ -423,13 +432,15 @@ def test_a_signal_after_the_last_step_ends_the_run_too(tiny, tmp_path):
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
-    make_trainer(tiny, tmp_path, save_steps=2).train()
+    settings = {"save_steps": 2, "per_device_train_batch_size": 4}
+    make_trainer(tiny, tmp_path, **settings).train()
     lines = read_metrics(tmp_path)
     for entry in ({"step": 5, "loss": 0.5}, {"step": 4, "completed": True}):
         append_metrics(tmp_path, entry)
-    make_trainer(tiny, tmp_path, save_steps=2).train(tmp_path / "checkpoint-4")
+    make_trainer(tiny, tmp_path, **settings).train(tmp_path / "checkpoint-4")
     assert read_metrics(tmp_path) == lines
-    make_trainer(tiny, tmp_path, max_steps=2).train()  # a run that was killed before its first checkpoint
+    # a run that was killed before its first checkpoint
+    make_trainer(tiny, tmp_path, max_steps=2, per_device_train_batch_size=4).train()
     assert [step["step"] for step in steps_of(tmp_path)] == [1, 2]
 
 
