@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
-        from data.labels import CLASS_NAMES
+        from data.oxford_flowers import CLASS_NAMES
         from models.builder import PlantModel
         from models.throughput import FlopCounter, measure_matmul_rate
         from runtime.device import GIB, choose_device, peak_memory

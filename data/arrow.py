@@ -14,21 +14,18 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Image, concatenate_datasets
 
-from data.classes import CLASS_NAMES, check_official_counts, find_label_column, name_labels, read_cells, read_labels
-from data.columns import (
-    FIRST_ROWS,
-    GROUP_NAMES,
-    SPLIT_NAMES,
-    are_groups,
+from data.arrow_columns import (
     find_image_column,
-    find_known,
-    find_split_column,
-    kind_of,
-    list_columns,
-    read_split,
+    find_label_column,
+    name_labels,
+    read_known,
+    read_labels,
+    read_splits,
     values_of,
 )
-from data.rows import SPLITS, ImageRow, Reading, Source, allow_incomplete, build_rows
+from data.columns import GROUP_NAMES, are_groups, list_columns
+from data.oxford_flowers import CLASS_NAMES, check_official_counts
+from data.rows import ImageRow, Reading, Source, allow_incomplete, build_rows
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
 
@@ -58,7 +55,7 @@ class _Tables:
 
     def __init__(self, parts: Mapping[str, Dataset], label_column: str | None, where: str, warnings: Sequence[str]):
         first = next(iter(parts.values()))
-        image, self.by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
+        image, self.by_path = find_image_column(first, where)
         label = find_label_column(first, image, label_column, where)
         if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
             raise UserError(
@@ -92,7 +89,7 @@ class _Tables:
     def read_groups(self) -> None:
         """Set what tells images of one plant, "" for none, by the first column of such a name that does."""
         self.groups = [""] * len(self.labels)
-        cells = [(len(rows), _read_known(rows, GROUP_NAMES)) for rows in self.parts.values()]
+        cells = [(len(rows), read_known(rows, GROUP_NAMES)) for rows in self.parts.values()]
         for name in cells[0][1]:
             groups = list(chain(*(known.get(name, [""] * count) for count, known in cells)))
             if are_groups(groups, self.labels.tolist()):
@@ -154,7 +151,7 @@ class _Tables:
                 table = _stored_rows(rows, self.image, *columns)
             else:
                 table = build_rows(map(ImageRow, self.files[at], *columns))
-            for name, is_in in (_read_splits(rows) if len(self.parts) == 1 else {split: True}).items():
+            for name, is_in in (read_splits(rows) if len(self.parts) == 1 else {split: True}).items():
                 chosen = is_in & (self.labels[at] >= 0)
                 found[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
         is_official = self.names == list(CLASS_NAMES)
@@ -184,22 +181,6 @@ def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
     if pyarrow.types.is_struct(column.type):
         column = pyarrow.compute.struct_field(column, "bytes")
     return pyarrow.compute.is_null(column).to_numpy()
-
-
-def _read_splits(rows: Dataset) -> dict[str, np.ndarray]:
-    """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
-    cells = _read_known(rows, SPLIT_NAMES)
-    column = find_split_column(cells)
-    found = np.array(
-        [read_split(column, cell) or "train" for cell in cells[column]] if column else ["train"] * len(rows)
-    )
-    return {split: found == split for split in SPLITS if split in found} if "train" in found else {"train": found != ""}
-
-
-def _read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of texts or numbers with these names, the best first."""
-    known = find_known(rows.features, names)
-    return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
 
 
 def _find_file(path: str, roots: Sequence[Path]) -> str | None:

@@ -1,4 +1,4 @@
-"""Columns of tables, in text or Arrow, by their names, else by what they hold: images, labels, splits and plants.
+"""Columns of tables by their names, else by what their cells hold: labels, splits and plants.
 
 `cells` are columns by name, each with its cells in the order of the rows; "" is an empty cell.
 """
@@ -6,17 +6,12 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-import pyarrow
-import pyarrow.compute
-from datasets import ClassLabel, Features, Image, Value
 
 from config.training_config import nearest_name
 from data.labels import split_of
 from data.records import ADDRESS
-from utils.image_utils import SUFFIXES, is_image_start, printable
 from utils.logging_utils import UserError, some
 
 # Names of columns as plain_name gives them, the best first.
@@ -54,7 +49,6 @@ NO_LABEL = re.compile(
     rf"{ADDRESS.pattern}|\d{{2,4}}[-/.]\d\d?[-/.]|[-+]?\d*\.\d+$|.*\.(jpe?g|png)$|.{{100}}", re.IGNORECASE
 )
 LABEL_ROWS = 20_000  # tell which column is the label
-FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
 
 
 def plain_name(column: str) -> str:
@@ -200,78 +194,3 @@ def are_groups(groups: Sequence[str], labels: Sequence[object]) -> bool:
     counts = Counter(group for group in groups if group)
     of_labels = {label for group, label in zip(groups, labels) if group}
     return len(counts) > len(of_labels) and any(count > 1 for count in counts.values())
-
-
-# ---- columns of Arrow
-
-
-def kind_of(feature) -> str:
-    """What a column may be used as: image, class (a ClassLabel), text, number, or else "other"."""
-    if isinstance(feature, Image):
-        return "image"
-    if isinstance(feature, ClassLabel):
-        return "class"
-    if isinstance(feature, Mapping) and "bytes" in feature:
-        stores = getattr(feature["bytes"], "dtype", "")
-        return "image" if stores.endswith("binary") or (stores == "null" and "path" in feature) else "other"
-    kinds = {"binary": "image", "large_binary": "image", "string": "text", "large_string": "text", "bool": "number"}
-    dtype = feature.dtype if isinstance(feature, Value) else ""
-    return kinds.get(dtype, "number" if re.match(r"u?int\d|float\d", dtype) else "other")
-
-
-def describe(feature) -> str:
-    """What a column holds, in an error."""
-    if kind_of(feature) == "image":
-        return "images"
-    return f"{feature.dtype} values" if isinstance(feature, Value) else "lists or records"
-
-
-def values_of(column: pyarrow.ChunkedArray) -> list:
-    """The values of a column; what is not UTF-8 in texts becomes a question mark."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        values = pyarrow.compute.cast(column, pyarrow.large_binary()).to_pylist()
-        return [None if value is None else value.decode(errors="replace") for value in values]
-
-
-def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> tuple[list[str], bool]:
-    """(columns of images, whether they hold paths of files), the best name first; `head`: a column's FIRST_ROWS."""
-    kinds = {name: kind_of(feature) for name, feature in features.items()}
-    found = [name for name, kind in kinds.items() if kind == "image"]
-    # Bytes of no telling name may also be a hash or an embedding.
-    telling = [name for name in found if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
-    found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
-    by_path = not found
-    if by_path:
-        texts = {name: _values(head(name)) for name, kind in kinds.items() if kind == "text"}
-        found = [name for name, cells in texts.items() if sum(map(_is_path, cells)) * 2 > len(cells)]
-    known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
-    return list(dict.fromkeys([*known, *found])), by_path
-
-
-def find_image_column(features: Features, head: Callable[[str], pyarrow.ChunkedArray], where: str) -> tuple[str, bool]:
-    """(the column of images, whether it holds paths of files). Raises UserError for none, or for several."""
-    found, by_path = find_images(features, head)
-    if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
-        raise UserError(f"{where}: several columns hold images ({list_columns(found)}); rename the one to use to image")
-    if found:
-        return found[0], by_path
-    for name, feature in features.items():
-        if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
-            raise UserError(
-                f"{where}: has no images, but web addresses in the column {printable(name)}; download the images into "
-                "<class name>/photo.jpg"
-            )
-    raise UserError(
-        f"{where}: no column of images among {list_columns(features)}; expected is one of image files (the Image of "
-        "`datasets`, or their bytes) or of their paths"
-    )
-
-
-def _values(column: pyarrow.ChunkedArray) -> list:
-    return [value for value in values_of(column) if value is not None]
-
-
-def _is_path(cell: str) -> bool:
-    return cell.lower().endswith(SUFFIXES) and "://" not in cell

@@ -34,10 +34,7 @@ class ImageFile(NamedTuple):
 
 
 def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
-    """The numbers of the images of each content that occurs twice; images are counted over all splits.
-
-    Images in files are read once: path, size and time of change tell whether a file is still the same.
-    """
+    """The numbers of the images of each content that occurs twice; images are counted over all splits."""
     splits = list(splits)
     sizes, files = _read_sizes(splits)
     counts = Counter(sizes)

@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from config.training_config import TrainingConfig
-from data.labels import KNOWN_DUPLICATES
+from data.oxford_flowers import KNOWN_DUPLICATES
 from data.rows import ROW, SPLITS, Reading, count_images
 from data.sources import load_source
 from data.splits import split_source

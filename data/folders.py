@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.class_names import find_groups
-from data.labeling import name_classes
+from data.classes import name_classes
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows

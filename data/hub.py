@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
-from data.classes import OFFICIAL_SIZES
+from data.oxford_flowers import OFFICIAL_SIZES
 from data.parquet import load_complete, name_splits
 from data.rows import Reading, Source, count_images
 from data.survey import ARCHIVES

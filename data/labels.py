@@ -1,47 +1,8 @@
-"""Class names: the 102 of Oxford Flowers, and from a reply's text to a class.
-
-Names and counts: Nilsback and Zisserman, "Automated flower classification over a large number of classes" (2008), in
-the order of the official labels (label 1 of imagelabels.mat is index 0 here).
-"""
+"""Names of classes and splits as people write them: which mean the same, how they read, and from a reply to a class."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
-
-_OFFICIAL = """
-40 pink primrose, 60 hard-leaved pocket orchid, 40 canterbury bells, 56 sweet pea, 65 english marigold, 45 tiger lily,
-40 moon orchid, 85 bird of paradise, 46 monkshood, 45 globe thistle, 87 snapdragon, 87 colt's foot, 49 king protea,
-48 spear thistle, 49 yellow iris, 41 globe-flower, 85 purple coneflower, 82 peruvian lily, 49 balloon flower,
-56 giant white arum lily, 40 fire lily, 59 pincushion flower, 91 fritillary, 42 red ginger, 41 grape hyacinth,
-41 corn poppy, 40 prince of wales feathers, 66 stemless gentian, 78 artichoke, 85 sweet william, 52 carnation,
-45 garden phlox, 46 love in the mist, 40 mexican aster, 43 alpine sea holly, 75 ruby-lipped cattleya, 108 cape flower,
-56 great masterwort, 41 siam tulip, 67 lenten rose, 127 barbeton daisy, 59 daffodil, 130 sword lily, 93 poinsettia,
-40 bolero deep blue, 196 wallflower, 67 marigold, 71 buttercup, 49 oxeye daisy, 92 common dandelion, 258 petunia,
-85 wild pansy, 93 primula, 61 sunflower, 71 pelargonium, 109 bishop of llandaff, 67 gaura, 114 geranium,
-67 orange dahlia, 109 pink-yellow dahlia?, 50 cautleya spicata, 55 japanese anemone, 54 black-eyed susan,
-52 silverbush, 102 californian poppy, 61 osteospermum, 42 spring crocus, 54 bearded iris, 54 windflower,
-62 tree poppy, 78 gazania, 96 azalea, 194 water lily, 171 rose, 120 thorn apple, 107 morning glory,
-251 passion flower, 137 lotus, 41 toad lily, 105 anthurium, 166 frangipani, 112 clematis, 131 hibiscus, 86 columbine,
-63 desert-rose, 58 tree mallow, 63 magnolia, 154 cyclamen, 184 watercress, 82 canna lily, 76 hippeastrum, 66 bee balm,
-46 ball moss, 162 foxglove, 128 bougainvillea, 91 camellia, 66 mallow, 82 mexican petunia, 63 bromelia,
-49 blanket flower, 58 trumpet creeper, 48 blackberry lily
-"""
-_COUNTED = [entry.strip().split(" ", 1) for entry in _OFFICIAL.split(",")]
-IMAGES_PER_CLASS = tuple(int(count) for count, _ in _COUNTED)
-CLASS_NAMES = tuple(name for _, name in _COUNTED)
-OFFICIAL_PER_CLASS = 10  # images of each class in the official train split, and in val; the rest is test
-# Byte-identical images in two splits of the official release, kept as published.
-KNOWN_DUPLICATES = {
-    "image_07309": "image_07307 (train)",
-    "image_08067": "image_08077 (val)",
-    "image_08077": "image_08067 (test)",
-}
-
-
-def official_counts(split: str) -> list[int]:
-    """Images per class of an official split: train, validation or test."""
-    return [total - 2 * OFFICIAL_PER_CLASS if split == "test" else OFFICIAL_PER_CLASS for total in IMAGES_PER_CLASS]
-
 
 # Words of folder, file and column values that name a split, in any case; fillers may stand beside them: seg_train.
 SPLIT_WORDS = {

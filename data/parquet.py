@@ -24,8 +24,8 @@ from datasets import (
 )
 
 from data.arrow import read_tables
-from data.classes import find_label_column
-from data.columns import FIRST_ROWS, find_image_column, find_images, kind_of, split_of_file
+from data.arrow_columns import FIRST_ROWS, find_image_column, find_images, find_label_column, kind_of
+from data.columns import split_of_file
 from data.labels import split_of
 from data.layout import give_one
 from data.rows import SPLITS, Reading, Source, allow_incomplete
@@ -79,7 +79,7 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     where = f"stream of {len(train_files):,} parquet files in {path}"
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     first = splits["validation"]
-    image, by_path = find_image_column(first.features, first.data.slice(0, FIRST_ROWS).column, where)
+    image, by_path = find_image_column(first, where)
     if by_path:
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)

@@ -5,7 +5,6 @@ A folder is looked at once (data/survey.py); its contents tell whether it is the
 """
 
 import copy
-import hashlib
 import os
 import re
 from difflib import get_close_matches
@@ -13,22 +12,18 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data.classes import OFFICIAL_SIZES
 from data.folders import load_class_folders, load_tables, with_parent_tables
 from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
-from data.labels import CLASS_NAMES
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
+from data.oxford_flowers import find_release, load_official_release
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
-from data.rows import ROW, ImageRow, Reading, Source, allow_incomplete, build_rows
+from data.rows import ROW, ImageRow, Reading, Source, build_rows
 from data.survey import ARCHIVES, TABLES, Excluded, Folder, add_unused, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
 from utils.image_utils import is_image_name, printable
-from utils.logging_utils import UserError, logger, some
+from utils.logging_utils import UserError, logger
 
-VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
-VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
-VGG_IMAGE = re.compile(r"image_\d{5}\.jpg")
 ADDRESS = re.compile(r"\w+://|www\.|[\w-]+(\.[\w-]+)*\.(com|org|net|io|co|edu|de|eu)/")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -93,7 +88,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
         return stream_parquet_folder(folder, reading)
     if folder.find("arrow"):
         return load_saved_dataset(folder, reading)
-    if release := _find_release(folder):
+    if release := find_release(folder):
         note = [] if release.path == path else [f"{path} holds {release.name}, which is used"]
         source = load_official_release(release.path, reading.allow_missing)
         return source._replace(notes=[*note, *source.notes])
@@ -128,44 +123,6 @@ def load_folder(path: Path, reading: Reading) -> Source:
         if not layout.names or (not has_classes and find_boxes(folder)):
             raise UserError("; ".join([describe_flat(folder), *not_in_classes.lines()]))
     return load_class_folders(layout, not_in_classes, reading)
-
-
-def _find_release(folder: Folder) -> Folder | None:
-    """The folder of the official release of Oxford Flowers 102: it, or one below."""
-    for inner in folder.walk():
-        jpg = next((below for below in inner.folders if below.name == "jpg"), None)
-        is_official = jpg is not None and jpg.images and all(map(VGG_IMAGE.fullmatch, jpg.images))
-        if is_official or set(VGG_MD5) & set(inner.files.get("mat", ())):
-            return inner
-    return None
-
-
-def load_official_release(folder: Path, allow_missing: bool) -> Source:
-    """The VGG release of Oxford Flowers 102: jpg/image_00001.jpg ..., imagelabels.mat, setid.mat."""
-    from scipy.io import loadmat
-
-    for name, md5 in VGG_MD5.items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; the official release has it beside the folder jpg")
-        if hashlib.md5(file.read_bytes()).hexdigest() != md5:
-            raise UserError(f"{file}: is not the official file (its md5 is not {md5}); download it again")
-    labels = loadmat(folder / "imagelabels.mat")["labels"][0]  # 1-based classes of images 1 to 8189
-    split_numbers = loadmat(folder / "setid.mat")
-    present = {path.name for path in (folder / "jpg").glob("*.jpg")}
-    splits, missing, warnings = {}, [], []
-    for split, key in VGG_SPLIT_KEYS.items():
-        numbers = {f"image_{number:05d}": int(number) for number in sorted(split_numbers[key][0])}
-        missing += [f"{name}.jpg" for name in numbers if f"{name}.jpg" not in present]
-        splits[split] = build_rows(
-            ImageRow(f"{folder}/jpg/{name}.jpg", int(labels[number - 1]) - 1, name)
-            for name, number in numbers.items()
-            if f"{name}.jpg" in present
-        )
-    if missing:
-        count = f"{len(missing)} of {sum(OFFICIAL_SIZES.values())} images are missing ({some(missing, 5)})"
-        warnings.append(allow_incomplete(f"{folder / 'jpg'}: {count}", allow_missing))
-    return Source(splits, list(CLASS_NAMES), f"VGG release in {folder}", warnings=warnings, is_published=True)
 
 
 def load_ood_images(folder: Path) -> Dataset:

@@ -208,10 +208,7 @@ def _match_rows(
 def _choose_label(
     content: Content, columns: Sequence[str], rows: Sequence[Mapping[str, str]], wanted: str | None
 ) -> Callable[[Mapping[str, str]], str]:
-    """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError.
-
-    A species that is only an epithet gets its genus.
-    """
+    """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError."""
     cells = {name: [row[name] for row in rows] for name in columns if name != content.file.name}
     one_hot = find_one_hot_columns(cells)
 
@@ -226,7 +223,7 @@ def _choose_label(
     if label == ONE_HOT:
         return read_one_hot
     if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
-        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""
+        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""  # of an epithet alone
     return operator.itemgetter(label)
 
 

@@ -104,7 +104,7 @@ def checkpoint(tmp_path_factory):
     """checkpoint(family) is a folder as from the hub: a tiny LLaVA-NeXT and its processor, of that family."""
     import transformers
 
-    from data.labels import CLASS_NAMES
+    from data.oxford_flowers import CLASS_NAMES
     from data.synthetic import SPECIES
     from models.tiny import SIZES, build_tiny_model, build_tiny_processor
 

@@ -175,10 +175,7 @@ class _FileHandler(logging.FileHandler):
 
 
 def _on_logging_error(handler: logging.StreamHandler, otherwise: Callable, record: logging.LogRecord) -> None:
-    """A program continues without its screen (`train.py | head`, a closed terminal), or without its log file.
-
-    What it cannot write there it still writes to the other.
-    """
+    """A program continues without its screen (`train.py | head`, a closed terminal), or without its log file."""
     error = sys.exc_info()[1]
     if not isinstance(error, OSError):
         otherwise(record)

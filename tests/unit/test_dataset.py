@@ -9,10 +9,9 @@ import scipy.io
 from datasets import Dataset
 
 from config.cli import parse_config
-from data import dataset, sources
-from data.classes import check_official_counts
+from data import dataset, oxford_flowers, sources
 from data.dataset import build_datasets, sample_rows
-from data.labels import CLASS_NAMES, official_counts
+from data.oxford_flowers import CLASS_NAMES, check_official_counts, official_counts
 from data.sources import load_ood_images
 from tests.conftest import FLOWERS
 from utils.image_utils import open_image
@@ -47,8 +46,8 @@ def vgg_folder(tmp_path, monkeypatch):
     scipy.io.savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2]], dtype=np.uint8)})
     ids = {"trnid": [[2, 1]], "valid": [[4, 3]], "tstid": [[5, 6]]}
     scipy.io.savemat(tmp_path / "setid.mat", {key: np.array(value, dtype=np.uint16) for key, value in ids.items()})
-    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in sources.VGG_MD5}
-    monkeypatch.setattr(sources, "VGG_MD5", sums)
+    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in oxford_flowers.VGG_MD5}
+    monkeypatch.setattr(oxford_flowers, "VGG_MD5", sums)
     return tmp_path
 
 

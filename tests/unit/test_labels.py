@@ -2,7 +2,8 @@
 
 import pytest
 
-from data.labels import CLASS_NAMES, IMAGES_PER_CLASS, parse_reply
+from data.labels import parse_reply
+from data.oxford_flowers import CLASS_NAMES, IMAGES_PER_CLASS
 
 
 def test_the_official_classes():

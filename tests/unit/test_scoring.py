@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 from config.training_config import TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW
-from data.labels import CLASS_NAMES
+from data.oxford_flowers import CLASS_NAMES
 from models.builder import PlantModel, build_base, build_processor, set_trainable
 from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher

@@ -1,0 +1,223 @@
+"""Columns of Arrow tables: which hold images and labels, and what is in them, as texts."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets.features.features import FeatureType
+
+from data import columns
+from data.classes import Labeling, name_classes
+from data.columns import FILE_NAMES, IMAGE_NAMES, find_known, list_columns, plain_name
+from data.labels import tidy_name
+from data.oxford_flowers import CLASS_NAMES
+from data.records import ADDRESS
+from data.rows import SPLITS
+from utils.image_utils import SUFFIXES, is_image_start, printable
+from utils.logging_utils import UserError
+
+FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
+MAX_NAME = 200  # characters; longer texts are captions
+
+
+def kind_of(feature) -> str:
+    """What a column may be used as: image, class (a ClassLabel), text, number, or else "other"."""
+    if isinstance(feature, Image):
+        return "image"
+    if isinstance(feature, ClassLabel):
+        return "class"
+    if isinstance(feature, Mapping) and "bytes" in feature:
+        stores = getattr(feature["bytes"], "dtype", "")
+        return "image" if stores.endswith("binary") or (stores == "null" and "path" in feature) else "other"
+    kinds = {"binary": "image", "large_binary": "image", "string": "text", "large_string": "text", "bool": "number"}
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    return kinds.get(dtype, "number" if re.match(r"u?int\d|float\d", dtype) else "other")
+
+
+def describe(feature) -> str:
+    """What a column holds, in an error."""
+    if kind_of(feature) == "image":
+        return "images"
+    return f"{feature.dtype} values" if isinstance(feature, Value) else "lists or records"
+
+
+def values_of(column: pyarrow.ChunkedArray) -> list:
+    """The values of a column; what is not UTF-8 in texts becomes a question mark."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = pyarrow.compute.cast(column, pyarrow.large_binary()).to_pylist()
+        return [None if value is None else value.decode(errors="replace") for value in values]
+
+
+# ---- images
+
+
+def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> tuple[list[str], bool]:
+    """(columns of images, whether they hold paths of files), the best name first; `head`: a column's FIRST_ROWS."""
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
+    found = [name for name, kind in kinds.items() if kind == "image"]
+    # Bytes of no telling name may also be a hash or an embedding.
+    telling = [name for name in found if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
+    found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
+    by_path = not found
+    if by_path:
+        texts = {name: _values(head(name)) for name, kind in kinds.items() if kind == "text"}
+        found = [name for name, cells in texts.items() if sum(map(_is_path, cells)) * 2 > len(cells)]
+    known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
+    return list(dict.fromkeys([*known, *found])), by_path
+
+
+def find_image_column(rows: Dataset, where: str) -> tuple[str, bool]:
+    """(the column of images, whether it holds paths of files). Raises UserError for none, or for several."""
+    features, head = rows.features, rows.data.slice(0, FIRST_ROWS).column
+    found, by_path = find_images(features, head)
+    if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
+        raise UserError(f"{where}: several columns hold images ({list_columns(found)}); rename the one to use to image")
+    if found:
+        return found[0], by_path
+    for name, feature in features.items():
+        if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
+            raise UserError(
+                f"{where}: has no images, but web addresses in the column {printable(name)}; download the images into "
+                "<class name>/photo.jpg"
+            )
+    raise UserError(
+        f"{where}: no column of images among {list_columns(features)}; expected is one of image files (the Image of "
+        "`datasets`, or their bytes) or of their paths"
+    )
+
+
+def _values(column: pyarrow.ChunkedArray) -> list:
+    return [value for value in values_of(column) if value is not None]
+
+
+def _is_path(cell: str) -> bool:
+    return cell.lower().endswith(SUFFIXES) and "://" not in cell
+
+
+# ---- labels
+
+
+def find_label_column(rows: Dataset, image: str, label_column: str | None, where: str) -> str:
+    """The column of labels: the one asked for, else the one that its name or values tell. Raises UserError."""
+    features = rows.features
+    usable = [name for name in features if name != image and kind_of(features[name]) in ("class", "text", "number")]
+    expected = "expected is one name or number for each image"
+    if label_column is not None:
+        found = columns.find_given_column(list(features), label_column, where)
+        if found not in usable:
+            raise UserError(f"--label-column {label_column}: holds {describe(features[found])}; {expected}")
+        return found
+    # Evenly spaced, since rows may be in order of classes.
+    places = np.linspace(0, len(rows) - 1, min(len(rows), columns.LABEL_ROWS)).astype(int)
+    cells = read_cells(rows, usable, places)
+    candidates = {name: cells[name] for name in columns.find_label_candidates(cells) if name != columns.ONE_HOT}
+    lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
+    if lists and not candidates:
+        raise UserError(
+            f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; {expected}: name a "
+            "column that has it with --label-column"
+        )
+    return columns.choose_label(candidates, features, where)[0]
+
+
+def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
+    """Labels as texts, "" for none (-1 on the hub). Raises UserError for numbers that are no labels."""
+    if label not in rows.features:
+        return [""] * len(rows)
+    kind, texts = kind_of(rows.features[label]), read_cells(rows, [label])[label]
+    if kind == "class":
+        count = len(rows.features[label].names)
+        if odd := {*rows.data.column(label).unique().to_pylist()} - {None, *range(-1, count)}:
+            raise UserError(
+                f"{where}: has the label {max(odd)} in {split}, expected 0 to {count - 1}; write labels as a "
+                "ClassLabel with its names"
+            )
+    elif kind == "number":
+        texts = [re.sub(r"\.0$|-?inf$", "", text.lower()) for text in texts]
+        if unusual := next((text for text in texts if not re.fullmatch(r"-?\d*|true|false", text)), None):
+            raise UserError(
+                f"{where}: labels of {split} are no whole numbers ({unusual}); name another column: --label-column"
+            )
+    return ["" if text in columns.MISSING else text for text in texts]
+
+
+def name_labels(
+    texts: Mapping[str, list[str]],
+    features: Mapping[str, FeatureType],
+    class_names: str | None,
+    beside: Sequence[Path],
+    where: str,
+) -> Labeling:
+    """The classes of labels, `texts` by split from a column of `features`.
+
+    `class_names`: a file of names for them; `beside`: folders with such files. Raises UserError for labels that cannot
+    be classes, and for numbers that nothing names.
+    """
+    kinds = {kind_of(feature) for feature in features.values()}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{split}: {describe(feature)}" for split, feature in features.items())
+        raise UserError(f"{where}: the column of labels differs between the splits ({listed}); write all alike")
+    counts = Counter(chain(*texts.values()))
+    is_number = kinds == {"number"}
+    as_number = is_number and not {"true", "false"} & {*counts}
+    written = sorted(filter(tidy_name, counts), key=int if as_number else tidy_name)
+    if kinds == {"class"} and len({tuple(feature.names) for feature in features.values()}) == 1:
+        written = _names_of(next(iter(features.values())))  # in their order, those without an image as well
+    longest = max(map(len, written), default=0)
+    if not written or longest > MAX_NAME:
+        what = f"texts of up to {longest:,} characters, which are no class names" if written else "no labels"
+        raise UserError(f"{where}: the column of labels holds {what}; name another: --label-column")
+    if as_number and class_names is None and written[-1] == "101" and not written[0].startswith("-"):
+        warning = "the labels have no names; they are taken as the 102 of Oxford Flowers"
+        return Labeling(list(CLASS_NAMES), {str(number): number for number in range(102)}, warnings=[warning])
+    labeling = name_classes(written, class_names, beside, counts)
+    if is_number and labeling.table is None:
+        raise UserError(
+            f"{where}: the labels are numbers without names ({written[0]} to {written[-1]}); give a json or csv file "
+            "of number and name: --class-names FILE, or write them as a ClassLabel"
+        )
+    return labeling
+
+
+# ---- cells
+
+
+def read_cells(rows: Dataset, names: Iterable[str], places: np.ndarray | None = None) -> dict[str, list[str]]:
+    """Columns as texts, of all rows or of those at `places`: of a ClassLabel its names; "" for a missing value."""
+    cells = {}
+    for name in names:
+        column = rows.data.column(name)
+        values = values_of(column if places is None else column.take(places))
+        if isinstance(rows.features[name], ClassLabel):
+            values = list(map(dict(enumerate(_names_of(rows.features[name]))).get, values))
+        cells[name] = ["" if value is None or value != value else str(value).strip() for value in values]
+    return cells
+
+
+def read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of texts or numbers with these names, the best first."""
+    known = find_known(rows.features, names)
+    return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
+
+
+def read_splits(rows: Dataset) -> dict[str, np.ndarray]:
+    """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
+    cells = read_known(rows, columns.SPLIT_NAMES)
+    column = columns.find_split_column(cells)
+    found = np.array(
+        [columns.read_split(column, cell) or "train" for cell in cells[column]] if column else ["train"] * len(rows)
+    )
+    return {split: found == split for split in SPLITS if split in found} if "train" in found else {"train": found != ""}
+
+
+def _names_of(feature) -> list[str]:
+    """The names of a ClassLabel, which its JSON may give with half a character."""
+    return [name.encode(errors="replace").decode() for name in feature.names]
