@@ -8,7 +8,9 @@
 Drop or paste a photo, or take one. Photos are classified one by one, kept for an hour, and sent nowhere.
 """
 
+import base64
 import contextlib
+import io
 import ipaddress
 import os
 import re
@@ -30,6 +32,7 @@ MAX_UPLOAD = "20mb"
 UPLOADS_KEPT_S = 3600
 MAX_QUEUE = 20  # photos; whoever sends the next one is asked to come back
 SHOWN = 5  # names of an answer
+SMALL_SIDE = 640  # pixels of a photo that the answer brings
 
 
 @dataclass(frozen=True)
@@ -192,12 +195,22 @@ def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
     path, name = upload
     try:
         found = next(predictor.predict([path]))
+        small = "" if isinstance(found, str) else draw_small(path)
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")
     if isinstance(found, str):  # it begins with the path, which is private
         return texts.refusal(found.replace(printable(path), printable(name or Path(path).name)))
-    return texts.answer(found, SHOWN)
+    return texts.answer(found, SHOWN, small)
+
+
+def draw_small(path: str) -> str:
+    """The photo as the model sees it, in text for the page: no browser but Safari shows HEIC."""
+    from utils.image_utils import open_thumbnail
+
+    file = io.BytesIO()
+    open_thumbnail(path, SMALL_SIDE).save(file, "JPEG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":

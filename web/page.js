@@ -16,3 +16,10 @@ for (const kind of ["change", "drop", "paste"]) addEventListener(kind, event => 
     input.files = files.files;
     input.dispatchEvent(new Event("change", {bubbles: true}));
 }, true);
+
+// A photo that the browser cannot show, such as HEIC, is shown small, as the answer brings it.
+document.addEventListener("load", event => {
+    const box = document.querySelector("#photo img");
+    if (event.target.matches?.("#answer img") && box && (!box.naturalWidth || box.src.startsWith("data:")))
+        box.src = event.target.src;
+}, true);

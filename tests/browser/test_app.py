@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from evaluation.model_card import WARNING
 from tests.conftest import ROOT
@@ -132,6 +133,17 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
     page.wait_for_selector("#answer h2", state="detached")
     assert page.inner_text("#answer").strip() == "The name appears here."
     assert WARNING in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".tif"])
+def test_a_photo_that_the_browser_cannot_show_is_shown_as_the_program_reads_it(suffix, open_page, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (600, 300), (200, 30, 90)).save(tmp_path / f"a{suffix}")
+    page = open_page()
+    choose(page, tmp_path / f"a{suffix}")
+    answer(page)
+    page.wait_for_function("document.querySelector('#photo img').naturalWidth === 600")
 
 
 def test_an_example_is_named(open_page):

@@ -1,6 +1,8 @@
 """The web demo without gradio: its texts, its port, its uploads. In a browser: tests/browser/."""
 
 import asyncio
+import base64
+import io
 import os
 import re
 import socket
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 import app
 from config.training_config import TrainingConfig
@@ -44,6 +47,13 @@ def test_an_answer_is_a_name_and_five_bars_of_their_own_length():
     assert "<h2>oak</h2>" in html and "62% sure" in html
     assert re.findall("<b>(.*?)</b>", html) == ["62%", "30%", "8%", "&lt;1%", "&lt;1%"]
     assert re.findall("width:(.*?)%", html) == ["62.3", "30.0", "7.6", "0.0", "0.0"]
+
+
+def test_an_answer_brings_the_photo_in_a_form_that_browsers_show(tmp_path):
+    Image.new("RGB", (1200, 300), (200, 30, 90)).save(tmp_path / "a.tif")  # as HEIC: most show neither
+    html = app.answer_to(FakePredictor(Prediction(LIKELIEST, True)), TEXTS, (str(tmp_path / "a.tif"), "a.tif"))
+    small = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/jpeg;base64,(.*?)"', html)[1])))
+    assert small.format == "JPEG" and small.size == (640, 160) and "<h2>oak</h2>" in html
 
 
 def test_names_of_folders_are_escaped():
