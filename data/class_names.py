@@ -21,7 +21,7 @@ from utils.logging_utils import UserError, some
 
 HINTS = re.compile(r"class|label|name|species|categor|synset|taxon|plant|flower", re.IGNORECASE)
 NO_NAMES = re.compile(r"readme|licen[cs]e|requirements|changelog|submission", re.IGNORECASE)
-LINE = re.compile(r"\s*[\"']?(\w+)[\"']?(?:\s*[:,;=|\t)-]\s*|[\s_.]+)(.+)")  # 1 daisy, 1: daisy, 001.daisy
+LINE = re.compile(r"[\"']?(\w+)[\"']?(?:\s*[:,;=|\t)-]\s*|[\s_.]+)([\"']?)(.+)\2")  # 1 daisy, 1: 'daisy', 001.daisy
 MAX_FILES = 40  # of a folder
 MAX_JSON_BYTES = 64_000_000  # of a file that nobody gave
 MAX_LINES = 100_000  # of a txt file
@@ -118,10 +118,11 @@ def _read_names(path: Path, aliases: Names, is_given: bool = False) -> Iterator[
         yield from _names_in_json(read_json(path), aliases, is_hint)
         return
     if path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in itertools.islice(read_lines(path), MAX_LINES) if line.strip()]
+        # Python's dictionaries are written {0: 'daisy', ... with an entry on each line.
+        lines = [line for text in itertools.islice(read_lines(path), MAX_LINES) if (line := text.strip(" \t\r\n{},"))]
         pairs = [found for found in map(LINE.fullmatch, lines) if found]
         if len(pairs) * 10 >= len(lines) * 9:
-            yield from _translate({found[1]: found[2] for found in pairs}, aliases)
+            yield from _translate({found[1]: found[3] for found in pairs}, aliases)
         if is_hint:
             yield from _by_position(lines, aliases)
     records = open_records(path)

@@ -26,7 +26,7 @@ OTHER_SUFFIXES = (
 )
 JUNK = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__"),
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "node_modules", "site-packages"),
 }
 # A folder with one of these files holds no plants to learn from.
 NOT_DATA = {"training_config.json": "a training run", "pyvenv.cfg": "a Python environment"}

@@ -136,14 +136,15 @@ class Content:
     name: str  # below the folder
     columns: Sequence[str]
     file: FileColumn
-    split: str  # of all rows, or ""
+    split: str  # by the name of the table, or ""
     split_column: str | None
     group_column: str | None
     labels: list[str] = field(default_factory=list)  # the label column, then others that may be meant
     rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
 
     def read_split(self, row: Mapping[str, str]) -> str:
-        return self.split or (read_split(self.split_column, row[self.split_column]) if self.split_column else "")
+        of_row = read_split(self.split_column, row[self.split_column]) if self.split_column else ""
+        return of_row or self.split  # train.csv may say is_valid
 
 
 def _read_content(table: Path, index: ImageIndex, label_column: str | None, excluded: Excluded) -> Content:

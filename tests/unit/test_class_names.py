@@ -60,10 +60,14 @@ def test_tables_name_the_codes(tmp_path, text):
     assert find(tmp_path, list(NAMES)) == NAMES == read_class_names(tmp_path / "some.csv", list(NAMES))
 
 
-@pytest.mark.parametrize("line", ["{} {}", "{}: {}", "{},{}", "{}\t{}", "{:0>3}.{}", "{} - {}", '"{}": {}'])
+@pytest.mark.parametrize(
+    "line", ["{} {}", "{}: {}", "{},{}", "{}\t{}", "{:0>3}.{}", "{} - {}", '"{}": {}', "{}: '{}',"]
+)
 def test_lines_of_code_and_name(tmp_path, line):
-    put(tmp_path / "any.txt", "\n".join(line.format(code, name) for code, name in NAMES.items()))
-    assert find(tmp_path, list(NAMES)) == NAMES
+    lines = "\n".join(line.format(code, name) for code, name in NAMES.items())
+    for text in (lines, f"{{{lines}}}"):  # Python's dictionaries too
+        put(tmp_path / "any.txt", text)
+        assert find(tmp_path, list(NAMES)) == NAMES
 
 
 @pytest.mark.parametrize(

@@ -387,10 +387,11 @@ def test_columns_of_0_and_1_in_each_split_folder(tmp_path):
         ("split", ("train", "train", "train"), ("", "", "")),
     ],
 )
-def test_a_column_of_split_words_gives_the_splits(tmp_path, column, cells, splits):
+@pytest.mark.parametrize("name", ["a.csv", "train.csv"])
+def test_a_column_of_split_words_gives_the_splits(name, tmp_path, column, cells, splits):
     names = images(tmp_path, 12)
     rows = [(name, FLOWERS[number // 3 % 2], cells[number % 3]) for number, name in enumerate(names)]
-    table = read(put(tmp_path / "a.csv", lines(f"file,label,{column}", rows)), tmp_path)
+    table = read(put(tmp_path / name, lines(f"file,label,{column}", rows)), tmp_path)
     assert tuple(row.split for row in table.rows[:3]) == splits
     assert (f"splits from column {column}" in table.notes) == any(splits)
 
