@@ -86,10 +86,10 @@ CONFIG = {
         **dict.fromkeys(("origin?", "data_fingerprint?", "model_commit?", "model_files?"), NO_TEXT),
     },
 }
-METRIC_NAMES = ("loss", "grad_norm", "learning_rate", "seconds", "peak_gib", "eval_loss", "eval_top1", "eval_top5")
-METRICS: dict = {"step": COUNT, "completed?": BOOL, "skipped?": TEXT, str: ANY}
-METRICS |= dict.fromkeys([f"{name}?" for name in METRIC_NAMES], LOGGED)
-BEST_STEP = {"step": COUNT, "eval_top1?": LOGGED, "eval_loss?": LOGGED}
+ACCURACIES = dict.fromkeys(("eval_top1?", "eval_top5?"), (FRACTION, None))
+METRICS: dict = {"step": COUNT, "completed?": BOOL, "skipped?": TEXT, **ACCURACIES, str: ANY}
+METRICS |= dict.fromkeys(("loss?", "grad_norm?", "learning_rate?", "seconds?", "peak_gib?", "eval_loss?"), LOGGED)
+BEST_STEP = {"step": COUNT, **ACCURACIES, "eval_loss?": LOGGED}
 STATE: dict = {  # what transformers computes with when it resumes
     "global_step": COUNT,
     "epoch": (NUMBER, None),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageEnhance, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  registers two formats that PIL loads late
 
-from utils.logging_utils import UserError, printable
+from utils.logging_utils import UserError, one_line, printable
 
 try:
     import pillow_heif
@@ -97,7 +97,7 @@ def read_image_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> 
     try:
         sideways = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
     except Exception as error:
-        raise ImageError(f"{name}: its EXIF block cannot be read ({error})") from error
+        raise ImageError(f"{name}: its EXIF block cannot be read ({one_line(error)})") from error
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
@@ -189,7 +189,9 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
     try:
         image = Image.open(io.BytesIO(contents), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({error})") from None
+        raise ImageError(
+            f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({one_line(error)})"
+        ) from None
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
             raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
@@ -197,7 +199,7 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
             raise ImageError(f"{name}: is HEIC/HEIF, which pillow-heif reads (pip install pillow-heif)") from None
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
-        raise ImageError(f"{name}: its header cannot be read ({error})") from error
+        raise ImageError(f"{name}: its header cannot be read ({one_line(error)})") from error
     scans = len(JPEG_SCAN.findall(contents)) if image.format in ("JPEG", "MPO") else 0
     if scans * image.width * image.height > MAX_SCANNED_PIXELS or len(image.tile) > MAX_TILES:
         parts = f"{image.width} x {image.height} in {max(scans, len(image.tile)):,} parts"
@@ -228,7 +230,7 @@ def _decode(name: str, image: Image.Image) -> Image.Image:
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise all kinds of errors for a corrupted file
-        raise ImageError(f"{name}: cannot be decoded ({error})") from error
+        raise ImageError(f"{name}: cannot be decoded ({one_line(error)})") from error
 
 
 def _read_file(path: Path, name: str) -> bytes:

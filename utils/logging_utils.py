@@ -53,6 +53,11 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def one_line(message: object) -> str:
+    """A library's message, which may end in a line break."""
+    return " ".join(str(message).split())
+
+
 def some(names: Iterable[str], count: int = 3) -> str:
     """The first of many names, on one line of the log."""
     names = list(names)

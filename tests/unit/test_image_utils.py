@@ -295,3 +295,15 @@ def test_what_would_take_too_long_to_decode_is_refused():
         with pytest.raises(ImageError, match=r"a: \d+ x \d+ in [\d,]+ parts takes too long to decode; save it anew"):
             open_image({"bytes": bomb, "path": "a"})
         assert time.perf_counter() - began < 2
+
+
+def test_a_reason_of_several_lines_becomes_one(monkeypatch):
+    """As libheif's of a file that was cut."""
+
+    def fail(image):
+        raise ValueError("Invalid input: end of file\n  at box iloc\n")
+
+    monkeypatch.setattr("utils.image_utils._to_rgb", fail)
+    with pytest.raises(ImageError) as raised:
+        open_image(encoded(Image.new("RGB", (8, 8))) | {"path": "a.png"})
+    assert str(raised.value) == "a.png: cannot be decoded (Invalid input: end of file at box iloc)"

@@ -8,7 +8,18 @@ import pytest
 
 from config.training_config import ConfigError, TrainingConfig
 from runtime import run_files
-from runtime.run_files import ANY, NAMES, TEXT, integer, load_config, number, read_entries, read_json, read_metrics
+from runtime.run_files import (
+    ANY,
+    BEST_STEP,
+    NAMES,
+    TEXT,
+    integer,
+    load_config,
+    number,
+    read_entries,
+    read_json,
+    read_metrics,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +35,7 @@ from runtime.run_files import ANY, NAMES, TEXT, integer, load_config, number, re
         ({"a": math.nan}, {"a": number()}, "not nan"),
         ({"a": math.inf}, {"a": (number(), None)}, "not inf"),
         ({"a": 10**30}, {"a": number()}, "a must be a number"),  # numpy computes with none above 2**63
+        ({"step": 2, "eval_top1": 1e308}, BEST_STEP, "eval_top1 must be a number from 0 to 1"),  # none would be better
         ({"a": 10**400}, {"a": number()}, "a must be a number from -1e+300 to 1e+300, not 1000"),
         ({"a": [[["x" * 99] * 9] * 9] * 9}, {"a": TEXT}, "a must be text, not [[['xxxxxxxxxxxx...xxxxxxxxxxxxx', "),
         ({"a": {"x": 1, "y": "z"}}, {"a": {str: integer()}}, "a.y must be a whole number"),
