@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime import run_files
 from runtime.atomic import beside, replace_dir, require_disk_space, sync, write_file
-from runtime.run_files import BEST, PREFIX, checkpoints_in, read_json, step_of, truncate_metrics
+from runtime.run_files import BEST, PREFIX, checkpoints_in, read_json, read_text, step_of, truncate_metrics
 from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ def write_manifest(folder: Path) -> None:
 def verify_checkpoint(folder: Path) -> str | None:
     """Why this directory is no checkpoint, or None if every file is as its manifest says and its JSON can be used.
 
-    A link, which may lead anywhere, is no file of it.
+    A link, which may lead anywhere, or a pipe is no file of it.
     """
     try:
         manifest = read_json(folder / MANIFEST, run_files.MANIFEST)
@@ -52,6 +52,8 @@ def verify_checkpoint(folder: Path) -> str | None:
     for name, path in paths.items():
         if path.is_symlink():
             return f"{name} is a link"
+        if not path.is_file() and not path.is_dir():
+            return f"{name} is a pipe or device"
     for name, entry in manifest.items():
         if name not in paths or not (path := paths[name]).is_file():
             return f"{name} is missing"
@@ -105,8 +107,8 @@ def _require_own(checkpoint: Path, run_id: str) -> None:
 
 def _is_own(checkpoint: Path, run_id: str) -> bool:
     """Whether the run wrote this checkpoint: by its id or, where that is corrupted, the id's hash in the manifest."""
-    with contextlib.suppress(OSError):
-        if (checkpoint / RUN_ID_FILE).read_text(encoding="utf-8", errors="replace") == run_id:
+    with contextlib.suppress(OSError, ValueError):
+        if read_text(checkpoint / RUN_ID_FILE) == run_id:
             return True
     with contextlib.suppress(OSError, ValueError, KeyError):
         recorded = read_json(checkpoint / MANIFEST, run_files.MANIFEST)[RUN_ID_FILE]["sha256"]

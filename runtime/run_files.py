@@ -240,9 +240,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def read_json(path: Path, schema: dict) -> dict:
     """An object that a run wrote, under today's keys. Raises OSError, or ValueError with what is wrong with it."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")  # reading a pipe would wait for ever
-    return _parse(path.read_text(encoding="utf-8-sig"), schema)  # an editor may have put a mark before it
+    return _parse(read_text(path), schema)
+
+
+def read_text(path: Path) -> str:
+    """Raises OSError, and ValueError for what is no file: reading a pipe would wait for ever, a device never end."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError("it is no file")
+    return path.read_text(encoding="utf-8-sig")  # an editor may have put a mark before it
 
 
 def read_lines(path: Path, schema: dict) -> list[dict]:

@@ -129,7 +129,10 @@ def _log_unraisable(error) -> None:
 def setup_logging(
     folder: str | Path | None = None, name: str = LOG_FILE, stream: TextIO | None = None, prefix: str = ""
 ) -> None:
-    """Lines to `stream` (stdout by default) at INFO; with a folder also to its log, with times and full tracebacks."""
+    """Lines to `stream` (stdout by default) at INFO; with a folder also to its log, with times and full tracebacks.
+
+    Raises UserError for a log that is no file.
+    """
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for an optional package on machines without CUDA
@@ -141,8 +144,11 @@ def setup_logging(
     screen.addFilter(lambda record: not getattr(record, "file_only", False))
     logger.addHandler(screen)
     if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = _FileHandler(Path(folder) / name, encoding="utf-8")
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe would wait for a reader
+            raise UserError(f"{path}: is no file, and the log is to be written there; move it, then re-run the command")
+        file = _FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 

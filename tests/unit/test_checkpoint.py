@@ -82,7 +82,27 @@ def not_a_mapping(folder):
     (folder / MANIFEST).write_text("[1, 2]")
 
 
+def loop_for_manifest(folder):
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).symlink_to(MANIFEST)
+
+
+def pipe_for_run_id(folder):
+    (folder / "run_id").unlink()
+    os.mkfifo(folder / "run_id")
+
+
+def device_for_run_id(folder):
+    (folder / "run_id").unlink()
+    (folder / "run_id").symlink_to("/dev/zero")
+
+
+def one_pipe_more(folder):
+    os.mkfifo(folder / "sub" / "pipe")
+
+
 CORRUPTIONS = [truncate, flip_a_bit, zero, remove, no_manifest, torn_manifest, link_out, path_out, not_a_mapping]
+CORRUPTIONS += [loop_for_manifest, pipe_for_run_id, device_for_run_id, one_pipe_more]
 
 
 def test_a_new_checkpoint_is_valid(folder):

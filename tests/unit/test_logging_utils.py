@@ -234,6 +234,12 @@ def test_a_screen_that_is_closed_or_full_changes_neither_status_nor_log(closed, 
     assert "Traceback" not in process.stdout + process.stderr and "Logging error" not in process.stderr
 
 
+def test_a_log_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "train.log")  # to open it would wait for a reader
+    with pytest.raises(UserError, match="train.log: is no file, and the log is to be written there; move it, then"):
+        setup_logging(tmp_path)
+
+
 def test_a_log_file_that_cannot_be_written_is_said_once(capsys):
     setup_logging()
     logger.addHandler(logging_utils._FileHandler("/dev/full"))

@@ -70,6 +70,18 @@ def test_a_completed_explicit_folder_is_kept_or_resumed_for_more_steps():
     assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "9"])).state == "interrupted"
 
 
+def test_a_run_of_before_the_default_revision_was_fixed(in_tmp):
+    """Its config has null, or lacks the key: it resumes, or by what the sentence says."""
+    start(["--output-dir", "mine", "--model-revision", "none"])
+    with pytest.raises(ConfigError, match="model_revision: None -> .*; give a new folder, the old options to resume"):
+        decide_run(parse_config(["--output-dir", "mine"]))
+    assert decide_run(parse_config(["--output-dir", "mine", "--model-revision", "none"])).state == "interrupted"
+    saved = json.loads((in_tmp / "mine" / "training_config.json").read_text())
+    del saved["config"]["model_revision"]
+    (in_tmp / "mine" / "training_config.json").write_text(json.dumps(saved))
+    assert decide_run(parse_config(["--output-dir", "mine"])).state == "interrupted"
+
+
 def test_folders_that_are_no_runs(in_tmp):
     (in_tmp / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):

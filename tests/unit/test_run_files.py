@@ -76,7 +76,15 @@ def folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("content", [deep, utf16, pipe, folder])
+def loop(path):
+    path.symlink_to(path.name)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("content", [deep, utf16, pipe, folder, loop, device])
 def test_files_that_are_no_json(content, tmp_path):
     content(tmp_path / run_files.CONFIG_FILE)
     with pytest.raises(ConfigError, match=r"training_config.json: cannot be read as a run's config \(.*; restore the"):
