@@ -194,7 +194,7 @@ def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
         return texts.start()
     path, name = upload
     try:
-        found = next(predictor.predict([path]))
+        found = next(predictor.predict([path], SHOWN))
         small = "" if isinstance(found, str) else draw_small(path)
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")

@@ -3,6 +3,7 @@
     python benchmark.py --model full                          random weights of the full-size shape: no download
     python benchmark.py --model full --preset native          images at their own size (--image 500x667)
     python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
+    python benchmark.py --model full --names 10000 --steps 60 --learning-rate 1e-3    top 5 of many names, searched for
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
 
 Takes the flags of train.py except those of data, length and saving. Images are decoded and batched as in training;
@@ -14,6 +15,7 @@ import io
 import itertools
 import math
 import platform
+import random
 import re
 import statistics
 import sys
@@ -47,6 +49,7 @@ REFUSED |= dict.fromkeys(RUN_OPTIONS, "has no effect, a benchmark runs --steps o
 class BenchmarkOptions:
     steps: int = option(6, "optimizer steps that are timed, after two that are not", low=2)
     image: str = option("500x667", "width x height of the generated images, before image_size")
+    names: int = option(102, "class names; 102: the flowers', otherwise pairs of their words", low=2, high=20000)
     scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
     against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
 
@@ -79,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
         import torch
 
-        from data.oxford_flowers import CLASS_NAMES
         from models.builder import PlantModel
         from models.throughput import FlopCounter, measure_matmul_rate
         from runtime.device import GIB, choose_device, peak_memory
@@ -89,10 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(config.model, config.gpu_memory_fraction)
         print(describe_machine(device), flush=True)
         began = time.perf_counter()
-        plant = PlantModel.from_config(config, CLASS_NAMES, device)
+        class_names = make_names(options.names)
+        plant = PlantModel.from_config(config, class_names, device)
         host = peak_memory(torch.device("cpu")) / GIB
         count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        data = make_data(image, CLASS_NAMES, count)
+        data = make_data(image, class_names, count)
         (sample,) = plant.collator([data.train[0]]).samples
         print(
             f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
@@ -113,8 +116,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def make_names(count: int) -> Sequence[str]:
+    """The 102 flowers' names, or so many pairs of their words."""
+    from data.oxford_flowers import CLASS_NAMES
+
+    if count == len(CLASS_NAMES):
+        return CLASS_NAMES
+    words = sorted({word for name in CLASS_NAMES for word in name.split()})
+    return random.Random(0).sample([" ".join(pair) for pair in itertools.permutations(words, 2)], count)
+
+
 def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
-    """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs."""
+    """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs.
+
+    An image's class is always the same, so that long training makes the model sure, as a search of names needs.
+    """
     import numpy as np
     from datasets import Dataset
     from PIL import Image
@@ -127,9 +143,10 @@ def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
         coarse = Image.fromarray(generator.integers(0, 255, (image[1] // 8 + 1, image[0] // 8 + 1, 3), np.uint8))
         coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
         files.append(file.getvalue())
+    labels = [i % IMAGES % len(class_names) for i in range(count)]
     rows = [
-        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": i % len(class_names), "id": f"generated-{i}"}
-        for i in range(count)
+        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": label, "id": f"generated-{i}"}
+        for i, label in enumerate(labels)
     ]
     train = Dataset.from_list(rows, features=ROW)
     return PlantData(train, None, train, list(class_names), "generated images")
@@ -191,18 +208,29 @@ def train_stock(run: Run, plant, data) -> list[Result]:
 
 
 def score_ours(plant, rows) -> Result:
-    """The log-likelihoods of all class names, images decoded as in an evaluation."""
+    """The log-likelihoods of all class names, or the top 5 of many, images decoded as in an evaluation."""
+    from models.search import MAX_SCORED, Goal
     from runtime.device import reset_peak_memory
 
-    size, rates = plant.eval_batch_size, []
+    size, rates, forwards, found = plant.eval_batch_size, [], [], []
+    rows, is_searched = rows.select(range(10 * size)), len(plant.class_names) > MAX_SCORED
+    counter = plant.base.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     reset_peak_memory(plant.device)
     began = time.perf_counter()
-    for batch, (scores, _) in enumerate(plant.score(rows.select(range(10 * size)))):
+    for batch, (scores, _) in enumerate(plant.search(rows, Goal(5)) if is_searched else plant.score(rows)):
         now = time.perf_counter()
         if batch >= 2:  # workers have started
             rates.append(len(scores) / (now - began))
         began = now
-    return Result(f"scoring {len(plant.class_names)} names", rates, *read_memory(plant.device), f"batch {size}")
+        found += [result for _, result in scores]
+    counter.remove()
+    system, note = f"scoring {len(plant.class_names)} names", f"batch {size}, {len(forwards) / 10:.1f} forwards of each"
+    if is_searched:
+        system = f"top 5 of {len(plant.class_names)} names"
+        expanded = statistics.median(result.expanded for result in found)
+        confidence = statistics.median(result.low[0] for result in found)
+        note += f"; median of an image: {expanded:.0f} prefixes expanded, confidence {confidence:.2f}"
+    return Result(system, rates, *read_memory(plant.device), note)
 
 
 def time_training(trainer, batch_size: int) -> tuple[list[float], list[float]]:
@@ -255,7 +283,7 @@ def report(results: list[Result], flops: float, matmul_rate: float, tokens: int)
     for result in results:
         rate = statistics.median(result.rates)
         spread = f"{rate:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
-        share = "" if "scoring" in result.system else f"{rate * flops / matmul_rate:.0%}"
+        share = "" if "names" in result.system else f"{rate * flops / matmul_rate:.0%}"
         memory = f"{result.peak / 2**30:6.2f} GiB {result.reserved / 2**30:6.2f} GiB"
         print(f"{result.system:22} {spread:>18} {rate * tokens:9,.0f} {share:>6} {memory}  {result.note}")
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
         images = list(find_images(words))
         readable = [image for image, reason in images if reason is None]
-        predictions = load_predictor(run).predict(readable) if readable else iter(())
+        predictions = load_predictor(run).predict(readable, options.top) if readable else iter(())
         logger.info(f"run | {run.folder} | {len(readable):,} images to classify")
         format_result, failed = format_json if options.json else format_line, 0
         for image, reason in images:
@@ -98,7 +98,8 @@ def format_json(image: str, found, top: int) -> str:
         return json.dumps({"image": image, "error": found})
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
     name = found.likeliest[0][0] if found.is_confident else None
-    return json.dumps({"image": image, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest})
+    line = {"image": image, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
+    return json.dumps(line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from scipy.special import softmax
 from evaluation.evaluator import read_calibration
 from evaluation.metrics import Calibration
 from models.builder import PlantModel
+from models.search import MAX_SCORED, Found, Goal
 from runtime.device import choose_device
 from runtime.run_dir import Run
 from utils.logging_utils import logger
@@ -19,10 +20,11 @@ FEW_IMAGES = 30  # of val, with which a threshold says little
 
 
 class Prediction(NamedTuple):
-    """All class names of an image with their probabilities, likeliest first."""
+    """Class names of an image with their probabilities, likeliest first: all, or the top ones of many."""
 
     likeliest: list[tuple[str, float]]
     is_confident: bool  # whether the likeliest reaches the threshold fitted on val
+    at_most: float | None = None  # the likeliest's probability, where the one above is what it is at least
 
 
 def percent(share: float) -> str:
@@ -56,24 +58,35 @@ class Predictor:
     def __init__(self, plant: PlantModel, calibration: Calibration | None):
         self.plant = plant
         self.calibration = calibration
+        self.temperature = calibration.temperature if calibration else 1.0
+        self.threshold = calibration.threshold if calibration else 0.0
 
-    def predict(self, images: Sequence[str | Path]) -> Iterator[Prediction | str]:
-        """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch."""
+    def predict(self, images: Sequence[str | Path], top: int = 5) -> Iterator[Prediction | str]:
+        """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch.
+
+        Of more than MAX_SCORED class names only the `top` likeliest are found.
+        """
         files = [{"bytes": None, "path": str(image)} for image in images]
         rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
         # Starting workers takes longer than a few images.
         workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
-        for scores, unreadable in dataclasses.replace(self.plant, num_workers=workers).score(rows):
+        plant, goal = dataclasses.replace(self.plant, num_workers=workers), Goal(top, self.temperature, self.threshold)
+        is_searched = len(plant.class_names) > MAX_SCORED
+        batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if is_searched else plant.score(rows)
+        for results, unreadable in batches:
             found: dict[int, Prediction | str] = {}
-            found |= {int(sample.id): self._decide(np.array(values)) for sample, values in scores}
+            found |= {int(sample.id): self._decide(result) for sample, result in results}
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
-    def _decide(self, scores: np.ndarray) -> Prediction:
-        probabilities = softmax(scores / (self.calibration.temperature if self.calibration else 1.0))
-        order = np.argsort(-probabilities, kind="stable")
-        likeliest = [(self.plant.class_names[label], float(probabilities[label])) for label in order]
-        threshold = self.calibration.threshold if self.calibration else 0.0
-        return Prediction(likeliest, threshold is not None and likeliest[0][1] >= threshold)
+    def _decide(self, result: Found | list[float]) -> Prediction:
+        if isinstance(result, Found):
+            order, shares, at_most = result.names, result.low, float(result.high[0])
+        else:  # scores of all names
+            probabilities = softmax(np.array(result) / self.temperature)
+            order = np.argsort(-probabilities, kind="stable")
+            shares, at_most = probabilities[order], None
+        likeliest = [(self.plant.class_names[label], float(share)) for label, share in zip(order, shares)]
+        return Prediction(likeliest, self.threshold is not None and likeliest[0][1] >= self.threshold, at_most)

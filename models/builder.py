@@ -1,5 +1,6 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +34,10 @@ from models.checks import DTYPES, check_adapter, check_model, check_same_base, l
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
-from models.scoring import score_batch, tries_of
+from models.scoring import score_batch
+from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
+from models.trie import tries_of
 from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.interrupt import StopRequest, worker_options
 from runtime.launcher import get_local_world_size
@@ -147,6 +150,15 @@ class PlantModel:
             return score_batch(self.model, batch, tries, micro_batcher).tolist()
 
         return self._predict(rows, self.collator, score)
+
+    def search(self, rows, goal: Goal) -> Iterator[tuple[list[tuple[Sample, Found]], list[str]]]:
+        """For each batch of rows: the likeliest class names among many, and the unreadable images."""
+        (trie,), micro_batcher = tries_of(self.collator, math.inf), MicroBatcher(self.eval_batch_size)
+
+        def search(batch: Batch) -> list[Found]:
+            return search_batch(self.model, batch, trie, micro_batcher, goal)
+
+        return self._predict(rows, self.collator, search)
 
     def generate(self, rows, max_new_tokens: int) -> Iterator[tuple[list[tuple[Sample, str]], list[str]]]:
         """For each batch of rows: greedy replies without special tokens, and the unreadable images."""

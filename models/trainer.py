@@ -24,9 +24,10 @@ from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
-from models.scoring import build_tries, rank_true_classes, score_batch
+from models.scoring import rank_true_classes, score_batch
 from models.step_checks import StepChecks
 from models.training_arguments import build_arguments, load_state
+from models.trie import build_tries
 from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (

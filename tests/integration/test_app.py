@@ -32,7 +32,7 @@ class FakePredictor:
     def __init__(self, found):
         self.found = found
 
-    def predict(self, images):
+    def predict(self, images, top):
         if isinstance(self.found, Exception):
             raise self.found
         yield self.found

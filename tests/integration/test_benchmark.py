@@ -27,6 +27,19 @@ def test_a_table_with_the_stock_trainer_in_the_same_call(tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+def test_many_names_are_searched_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("benchmark.IMAGES", 4)
+    monkeypatch.setattr("models.search.MAX_SCORED", 100)
+    few = ["--steps", "2", "--image", "84x60", "--num-workers", "0", "--names", "120"]
+    few += ["--gradient-accumulation-steps", "1", "--per-device-eval-batch-size", "2"]
+    status, output = run(capsys, "--preset", "tiny", *few)
+    assert status == 0, output
+    assert re.search(
+        r"^top 5 of 120 names +\d.* batch 2, \d+\.\d forwards of each; median of an image: \d+ ", output, re.MULTILINE
+    )
+
+
 BAD_INPUT = [
     (["--image", "big"], "image=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
     (["--image", "0x9"], "image=0x9: width x height of 1 to 9999 pixels is needed"),
@@ -34,6 +47,7 @@ BAD_INPUT = [
     (["--max-steps", "5"], "--max-steps 5: has no effect, a benchmark runs --steps optimizer steps"),
     (["--compile"], "error: --compile: a value is needed"),
     (["--steps", "1"], "steps=1: must be at least 2"),
+    (["--names", "1"], "names=1: must be at least 2"),
     (["--against", "trl"], "against=trl: not one of none, stock"),
     (["--bench"], "--bench: unknown flag"),
     (["runs/default"], "runs/default: unexpected argument"),

@@ -89,6 +89,26 @@ def test_scores_are_those_of_the_evaluation(trained, images, capsys):
         assert found["name"] == (found["likeliest"][0]["name"] if is_confident else None)
 
 
+def test_among_many_names_the_likeliest_are_searched_for(trained, images, capsys, monkeypatch):
+    """The same names, "not sure" for the same images, confidences that are at most 0.01 too low, and by how much."""
+    set_threshold(trained, 0.15)
+    scored = run(capsys, "one", "images", "--json", "--top", "10", *FAST)[1].splitlines()
+    monkeypatch.setattr("evaluation.predictor.MAX_SCORED", 9)
+    monkeypatch.setattr("models.builder.PlantModel.score", None)
+    status, out, _ = run(capsys, "one", "images", "--json", "--top", "3", *FAST)
+    assert status == 0 and len(out.splitlines()) == len(scored) > 3
+    for line, expected in zip(map(json.loads, out.splitlines()), map(json.loads, scored)):
+        assert "confidence_at_most" not in expected and (line["image"], line["name"]) == (
+            expected["image"],
+            expected["name"],
+        )
+        for found, true in zip(line["likeliest"], expected["likeliest"][:3], strict=True):
+            assert found["name"] == true["name"] and -1e-5 <= true["confidence"] - found["confidence"] <= 0.01
+        assert line["confidence"] <= expected["confidence"] + 1e-5 <= line["confidence_at_most"] + 2e-5
+    out = run(capsys, "one", "images/00.png", "--top", "2", *FAST)[1]
+    assert out.count("%") == 2
+
+
 def set_threshold(folder, threshold):
     saved = json.loads((folder / "calibration.json").read_text())
     (folder / "calibration.json").write_text(json.dumps(saved | {"threshold": threshold}))
