@@ -199,18 +199,19 @@ class TrainingConfig:
             yield (
                 f"--group-by {self.group_by!r}: not a regular expression ({fault}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
             )
-        if self.streaming and (self.group_by is not None or self.min_images > 1 or self.class_balance):
-            yield (
-                f"streaming=true with group_by={format_value(self.group_by)}, min_images={self.min_images} and "
-                f"class_balance={format_value(self.class_balance)}: they need all images at once; use none, 1 and false"
-            )
-        if self.streaming and self.max_steps <= 0:
+        if self.streaming:
+            yield from self._find_streaming_conflicts()
+
+    def _find_streaming_conflicts(self) -> Iterator[str]:
+        if self.max_steps <= 0:
             yield f"streaming=true with max_steps={self.max_steps}: a stream has no length; set --max-steps"
-        if self.streaming and self.dataset in SOURCES:
+        if self.dataset in SOURCES:
             yield f"streaming=true with dataset={self.dataset}: only a folder of parquet files is streamed; use false"
-        if self.streaming and (self.sample_fraction < 1 or self.train_on_val):
-            given = f"sample_fraction={self.sample_fraction} and train_on_val={format_value(self.train_on_val)}"
-            yield f"streaming=true with {given}: both need all images at once; use 1 and false, or streaming=false"
+        for name in ("group_by", "min_images", "class_balance", "sample_fraction", "train_on_val"):
+            value, default = getattr(self, name), getattr(TrainingConfig, name)
+            if value != default:
+                move = f"use {format_value(default)}, or streaming=false"
+                yield f"streaming=true with {name}={format_value(value)}: it needs all images at once; {move}"
 
 
 PRESETS: dict[str, dict] = {

@@ -112,10 +112,7 @@ class Batch(dict):
         self["image_tokens"] = torch.tensor([sample.image_tokens for sample in self.samples])
 
     def check_tensors(self, tile: int, device: torch.device) -> None:
-        """Raise UserError unless shapes, dtypes and devices are those of the class; reads no values.
-
-        `tile` is the side in pixels of what the vision tower takes.
-        """
+        """Raise UserError for shapes, dtypes or devices unlike the class's; `tile`: pixels of the tower's side."""
         images, positions = len(self.samples), self["logits_to_keep"].numel()
         check_tensor("input_ids", self["input_ids"], (images, None), torch.int64, device)
         check_tensor("pixel_values", self["pixel_values"], (images, None, 3, tile, tile), torch.float32, device)

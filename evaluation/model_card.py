@@ -34,46 +34,48 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     config, folder = run.config, run.folder
     dataset = Path(config.dataset).name
     is_adapter = config.trainable != "everything" and not is_merged
-    is_random_base, is_local_base = config.model in RANDOM_MODELS, Path(config.model).is_dir()
     reports = read_reports(folder, run.describe_weights(), config.dataset)
-    results = [
-        EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
-        for split, report in reports.items()
-    ]
-    card = ModelCardData(
-        language="en",
-        license=None if is_random_base else read_license(config.model),
-        base_model=None if is_random_base or is_local_base else config.model,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["llava_next", "plants", "fine-grained-image-classification"],
-        model_name=folder.resolve().name,
-        eval_results=results or None,
-    )
-    steps = [entry for entry in read_metrics(folder) if entry.keys() >= {"loss", "seconds", "peak_gib"}]
+    facts = {"model_commit": None, "ranks": 1} | run.recorded | dataclasses.asdict(config)
+    facts["class_names"] = run.class_names  # and not the option, a file of names
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
-        card=card,
+        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, is_adapter),
         warning=WARNING,
-        run={"model_commit": None, "ranks": 1}
-        | run.recorded
-        | dataclasses.asdict(config)
-        | {"class_names": run.class_names},
+        run=facts,
         base=base_name(config.model),
         is_adapter=is_adapter,
-        is_random_base=is_random_base,
-        is_local_base=is_local_base,
+        is_random_base=config.model in RANDOM_MODELS,
+        is_local_base=Path(config.model).is_dir(),
         prompt=prompt.prompt,
         dataset=dataset,
         reports=reports,
         report=next(reversed(reports.values()), None),  # of test, if that was measured
-        steps=steps,
+        steps=[entry for entry in read_metrics(folder) if entry.keys() >= {"loss", "seconds", "peak_gib"}],
         best_step=(read_best(run.best_folder) or {}).get("step"),
         batch_size=config.effective_batch_size,
         verification=verification,
     )
     return str(ModelCard(text))  # raises ValueError unless the front matter is that of a model card
+
+
+def _build_metadata(model: str, name: str, dataset: str, reports: dict[str, dict], is_adapter: bool) -> ModelCardData:
+    """The front matter: what the hub finds a model by."""
+    is_random, is_local = model in RANDOM_MODELS, Path(model).is_dir()
+    results = [
+        EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
+        for split, report in reports.items()
+    ]
+    return ModelCardData(
+        language="en",
+        license=None if is_random else read_license(model),
+        base_model=None if is_random or is_local else model,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["llava_next", "plants", "fine-grained-image-classification"],
+        model_name=name,
+        eval_results=results or None,
+    )
 
 
 def base_name(model: str) -> str:

@@ -104,14 +104,15 @@ class CompiledKernel:
         try:
             return self.compiled(*arguments)
         except Exception as error:  # a missing compiler raises a dozen kinds; no output was written yet
-            if is_out_of_memory(error):
-                raise
-            CompiledKernel.fails = True
             _warn_no_compiler("eager kernels are used, slower and in more memory", error)
+            CompiledKernel.fails = True
             return self.eager(*arguments)
 
 
 def _warn_no_compiler(outcome: str, error: Exception) -> None:
+    """Say what is used in place of compiled kernels; out-of-memory is another error, and raised again."""
+    if is_out_of_memory(error):
+        raise error
     logger.warning(
         f"kernels cannot be compiled on this machine ({first_line(error)}); {outcome}; install a C compiler and "
         "Python's headers, such as apt install gcc python3-dev"
@@ -228,10 +229,8 @@ class Kernels:
                 dequantize(weight, state, lora_b, start, out)
                 return
             except Exception as error:  # Triton builds its launcher with the machine's C compiler
-                if is_out_of_memory(error):
-                    raise
-                self.has_triton = False
                 _warn_no_compiler("bitsandbytes dequantizes the weights, slower", error)
+                self.has_triton = False
         plain = weight if state is None else dequantize_4bit(weight.data, state)
         out[:, : plain.shape[1]] = plain
         out[:, plain.shape[1] :] = 0

@@ -75,25 +75,25 @@ def reads_heif() -> bool:
     return "HEIF" in Image.registered_extensions().values()
 
 
-def open_image(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(source: dict | str | Path) -> Image.Image:
     """The upright RGB image: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
 
     `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}.
-    Raises ImageError for a file that is missing, empty, corrupted, above `max_pixels` or not an image.
+    Raises ImageError for a file that is missing, empty, corrupted, above MAX_PIXELS or not an image.
     """
-    return _decode(*_open_header(source, max_pixels))
+    return _decode(*_open_header(source))
 
 
 def open_thumbnail(source: dict | str | Path, side: int) -> Image.Image:
     """Like open_image, at most `side` pixels wide and high; a large JPEG is decoded small. Raises ImageError."""
-    image = _decode(*_open_header(source, MAX_PIXELS, side))
+    image = _decode(*_open_header(source, side))
     image.thumbnail((side, side))
     return image
 
 
-def read_image_size(source: dict | str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def read_image_size(source: dict | str | Path) -> tuple[int, int]:
     """(H, W) of the upright image, from the file's header alone. Raises ImageError like open_image."""
-    name, image = _open_header(source, max_pixels)
+    name, image = _open_header(source)
     try:
         sideways = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
     except Exception as error:
@@ -174,7 +174,7 @@ def gray_image(size: tuple[int, int]) -> dict:
     return png_image(Image.new("RGB", size[::-1], (128, 128, 128)))
 
 
-def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = None) -> tuple[str, Image.Image]:
+def _open_header(source: dict | str | Path, side: int | None = None) -> tuple[str, Image.Image]:
     """(the file's name for messages, the image, not decoded yet); `side`: as large as is needed later."""
     path = source.get("path") if isinstance(source, dict) else source
     contents = source.get("bytes") if isinstance(source, dict) else None
@@ -190,7 +190,7 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
         image = Image.open(io.BytesIO(contents), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: is above the limit of {max_pixels:,} pixels; make it smaller ({one_line(error)})"
+            f"{name}: is above the limit of {MAX_PIXELS:,} pixels; make it smaller ({one_line(error)})"
         ) from None
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
@@ -204,22 +204,22 @@ def _open_header(source: dict | str | Path, max_pixels: int, side: int | None = 
     if scans * image.width * image.height > MAX_SCANNED_PIXELS or len(image.tile) > MAX_TILES:
         parts = f"{image.width} x {image.height} in {max(scans, len(image.tile)):,} parts"
         raise ImageError(f"{name}: {parts} takes too long to decode; save it anew")
-    _decode_smaller(image, max_pixels, side)
-    if image.width * image.height > max_pixels:
+    _decode_smaller(image, side)
+    if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise ImageError(f"{name}: {size} is above the limit of {max_pixels:,} pixels; make it smaller")
+        raise ImageError(f"{name}: {size} is above the limit of {MAX_PIXELS:,} pixels; make it smaller")
     return name, image
 
 
-def _decode_smaller(image: Image.Image, max_pixels: int, side: int | None) -> None:
-    """Let a JPEG of more pixels be decoded at the largest of 1/2, 1/4, 1/8 of its size that is within `max_pixels`.
+def _decode_smaller(image: Image.Image, side: int | None) -> None:
+    """Let a JPEG of more pixels be decoded at the largest of 1/2, 1/4, 1/8 of its size that is within MAX_PIXELS.
 
     With `side` at the smallest of them whose longer side is that long. Of an image PIL heeds one such call alone.
     A progressive one is not: its decoder holds all of it in memory whatever the size asked for.
     """
     pixels = image.width * image.height
     if image.format in ("JPEG", "MPO") and pixels <= MAX_JPEG_PIXELS and not image.info.get("progressive"):
-        scale = next((scale for scale in (1, 2, 4, 8) if pixels <= max_pixels * scale**2), 1)
+        scale = next((scale for scale in (1, 2, 4, 8) if pixels <= MAX_PIXELS * scale**2), 1)
         if side is not None:
             scale = max(scale, min(max(image.size) // side, 8))
         if scale > 1:

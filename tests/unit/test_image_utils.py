@@ -148,9 +148,10 @@ def test_a_missing_image(tmp_path):
         open_image({"bytes": None, "path": None})
 
 
-def test_the_limit_holds_before_anything_is_decoded():
+def test_the_limit_holds_before_anything_is_decoded(monkeypatch):
+    monkeypatch.setattr("utils.image_utils.MAX_PIXELS", 1000)
     with pytest.raises(ImageError, match="30 x 40 is above the limit of 1,000 pixels"):
-        read_image_size(encoded(gradient()), max_pixels=1000)
+        read_image_size(encoded(gradient()))
 
 
 # ---- images as they come, and as nobody should have made them

@@ -48,7 +48,7 @@ BAD_VALUES = [
     (STREAM | dict(dataset="synthetic"), "dataset=synthetic: only a folder of parquet files is streamed; use false"),
     (
         STREAM | dict(sample_fraction=0.5),
-        "streaming=true with sample_fraction=0.5 and train_on_val=false: both need all images at once; use 1 and",
+        "streaming=true with sample_fraction=0.5: it needs all images at once; use 1.0, or streaming=false",
     ),
     (
         dict(trainable="everything", load_in_4bit=False, sharding="fsdp"),
