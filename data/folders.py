@@ -42,7 +42,8 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         groups, table = found
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
-    return _build_source(rows, layout.root, notes, excluded, reading, used)
+        used.append(table)
+    return _build_source(rows, layout, notes, excluded, reading, used)
 
 
 def with_parent_tables(folder: Folder) -> Folder:
@@ -71,22 +72,17 @@ def _find_labels(folder: Folder, names: Iterable[str]) -> tuple[LabelTable, list
 def load_tables(tables: list[Path], folder: Folder, excluded: Excluded, reading: Reading) -> Source:
     """The images of a folder that tables of file names and labels list."""
     found = read_label_tables(tables, folder, reading.label_column)
-    source = _build_source(found.rows, folder, found.notes, excluded, reading, tables)
+    source = _build_source(found.rows, Layout(folder, folder), found.notes, excluded, reading, tables)
     return source._replace(warnings=[*source.warnings, *found.warnings])
 
 
 def _build_source(
-    rows: list[LabelRow],
-    folder: Folder,
-    notes: list[str],
-    excluded: Excluded,
-    reading: Reading,
-    used: Iterable[Path] = (),
+    rows: list[LabelRow], layout: Layout, notes: list[str], excluded: Excluded, reading: Reading, used: Iterable[Path]
 ) -> Source:
-    root = folder.path
+    root = layout.root.path
     counts = Counter(row.class_name for row in rows)
     labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
-    add_unused(folder, excluded, {labeling.table, *used})
+    add_unused(layout.given, excluded, {labeling.table, *used})
     by_split: dict[str, list[ImageRow]] = defaultdict(list)
     for row in rows:
         image = ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)

@@ -58,7 +58,8 @@ class ClassFolder(NamedTuple):
 class Layout:
     """What the folders below a path were taken for."""
 
-    root: Folder
+    root: Folder  # that holds the classes or splits: the folder that was given, or one below
+    given: Folder
     splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     flat: dict[str, Folder] = field(default_factory=dict)  # splits without class folders
@@ -72,7 +73,7 @@ class Layout:
 
 def read_layout(top: Folder, excluded: Excluded) -> Layout:
     """Classes and splits of the folders below `top`; no class if its images lie flat. Raises UserError."""
-    layout = Layout(top)
+    layout = Layout(top, top)
     while (inner := _only_way_down(layout.root, excluded)) is not None:
         layout.root = inner
     root = layout.root
@@ -131,7 +132,7 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
         excluded.add("images in no class folder", folder.path / folder.images[0], len(folder.images))
     layout.splits[split] = entries
     place = folder.path.relative_to(layout.root.path).as_posix()
-    inner = [entry.folder.path for entry in entries if entry.folder not in folder.folders]
+    inner = [entry.folder.path for entry in entries if entry.folder.path.parent != folder.path]
     nested = f", nested such as {printable(inner[0].relative_to(folder.path).as_posix())}/" if inner else ""
     where = "" if place == "." else f" in {printable(place)}/" + ("" if place == split else f" ({split})")
     return f"{len(entries)}{nested}{where}"
@@ -215,7 +216,8 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     groups = [child for child in children if not child.images and not _is_one_class(child)]
     if len(children) > 1 and all(map(_has_one_inside, groups)):
         groups = []  # rose/balcony/ among class folders: rose
-    plain = [child for child in children if child not in groups]
+    in_groups = {*groups}
+    plain = [child for child in children if child not in in_groups]
     if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
         return []
     if len(groups) > 1 and not plain:

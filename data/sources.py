@@ -99,7 +99,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
     except UserError:
         if not parquet:
             raise
-        layout = Layout(folder)
+        layout = Layout(folder, folder)
     has_classes = len(layout.names) > 1
     parquet = [file for file in parquet if not has_classes or has_images(file, by_path=False)]
     if parquet and has_classes:

@@ -39,7 +39,7 @@ KINDS = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | {
 }
 
 
-@dataclass
+@dataclass(eq=False)  # compared by what they hold, 20,000 classes would take an hour
 class Folder:
     """A folder with what it holds; hidden files and what systems leave behind are not in it."""
 

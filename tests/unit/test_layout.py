@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from data.labels import are_codes
+from data.layout import read_layout
 from data.sources import Reading, load_ood_images, load_source
-from data.survey import MAX_DEPTH, survey
+from data.survey import MAX_DEPTH, Excluded, Folder, survey
 from tests.conftest import ROOT
 from utils.logging_utils import UserError
 
@@ -160,6 +161,31 @@ def test_a_table_labels_a_split_without_class_folders(labels, table, tree):
         assert (
             "not used: images of test without class folders, so they cannot be scored: 3 (set/test)" in source.warnings
         )
+
+
+class CountingPath(type(Path())):
+    compared = 0
+
+    def __eq__(self, other):
+        CountingPath.compared += 1
+        return super().__eq__(other)
+
+    __hash__ = Path.__hash__
+
+
+def test_no_step_is_quadratic_in_the_number_of_classes():
+    root = Folder(CountingPath("a"), num_images=1500)
+    root.folders = [Folder(root.path / f"plant {n}", ["1.jpg"] * 3, num_images=3) for n in range(500)]
+    assert len(read_layout(root, Excluded(root.path)).names) == 500 and CountingPath.compared < 2000
+
+
+def test_what_lies_beside_the_data_set_is_reported_too(tree):
+    load = tree(*in_each("set/images"))
+    for name in ("set/train.txt", "set/test.txt", "set.zip"):
+        (tree.root / name).write_text("daisy/0\n")
+    assert load().warnings == [
+        "not used: .txt files: 2 (set/test.txt, set/train.txt)", "not used: .zip files: 1 (set.zip)"
+    ]  # fmt: skip
 
 
 def test_notes_say_what_was_taken_for_what(tree):
