@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from peft import prepare_model_for_kbit_training
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -52,6 +53,7 @@ def collate(plant: PlantModel, image_size: int | None, rows: Sequence[dict]) -> 
     images = [fit_image(open_image(row["image"]), image_size) for row in rows]
     texts = [prompt.text(plant.class_names[row["label"]]) for row in rows]
     batch = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="right")
+    batch.setdefault("image_sizes", torch.tensor([image.size[::-1] for image in images]))  # none of base views
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     image_tokens = int((batch["input_ids"][0] == processor.image_token_id).sum())
     labels[:, : len(processor.tokenizer(prompt.prompt).input_ids) - 1 + image_tokens] = -100

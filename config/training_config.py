@@ -122,6 +122,12 @@ class TrainingConfig:
     image_size: int | None = fixed(
         336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28, high=4096
     )
+    views: str = fixed(
+        "anyres",
+        "what the model sees of an image; anyres: all of it and its tiles; base: all of it in one tile, which takes "
+        "half the time and memory or less",
+        choices=("anyres", "base"),
+    )
     question: str = fixed("What flower is shown in this image?", "what the model is asked about every image")
     num_workers: int = option(2, "processes that decode images; 0: the training process", low=0)
     pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU")

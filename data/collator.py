@@ -134,6 +134,7 @@ class PlantCollator:
         self.prompt = prompt
         self.class_names = class_names
         self.image_size = image_size
+        self.pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", [])  # LLaVA-1.5 has none
         self.answers = [self._build_answer(name) for name in class_names]
 
     @property
@@ -213,10 +214,8 @@ class PlantCollator:
 
     def count_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
         """(image tokens, tiles) of a fitted image of this (H, W)."""
-        image_processor = self.processor.image_processor
-        return count_image_tokens(
-            size, image_processor.image_grid_pinpoints, image_processor.crop_size["height"], self.processor.patch_size
-        )
+        tile = self.processor.image_processor.crop_size["height"]
+        return count_image_tokens(size, self.pinpoints, tile, self.processor.patch_size)
 
     def largest_row(self, rows: Sequence[dict]) -> dict:
         """A row of plain gray that becomes as many tokens as the largest of `rows` can: image and longest name.
@@ -233,9 +232,8 @@ class PlantCollator:
 
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
-        image_processor, side = self.processor.image_processor, self.image_size
-        tile = image_processor.crop_size["height"]
-        sizes = [(side, side)] if side else image_processor.image_grid_pinpoints
+        tile, side = self.processor.image_processor.crop_size["height"], self.image_size
+        sizes = [(side, side)] if side else self.pinpoints
         return images * max(self.count_tokens(size)[1] for size in sizes) * 3 * tile * tile * 4
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:
@@ -259,7 +257,11 @@ class PlantCollator:
             images=images, text=texts, return_tensors="pt", padding=True, padding_side=padding_side
         )
         names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
-        return {name: encoded[name] for name in names if encoded.get(name) is not None}
+        tensors = {name: encoded[name] for name in names if encoded.get(name) is not None}
+        if (pixels := tensors.get("pixel_values")) is not None and pixels.dim() == 4:  # the base view alone
+            tensors["pixel_values"] = pixels[:, None]
+            tensors["image_sizes"] = torch.tensor([image.size[::-1] for image in images])
+        return tensors
 
     def _build_answer(self, name: str) -> Answer:
         """Check once per class what labels rely on: prompt and answer have the same tokens alone and together."""

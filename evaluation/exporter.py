@@ -23,6 +23,7 @@ from evaluation import verify
 from evaluation.evaluator import read_calibration, read_correct
 from evaluation.model_card import base_name, build_model_card
 from models import merging
+from models.base_view import build_llava_processor
 from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint
 from models.checks import lora_settings
 from models.loading import find_checkpoint
@@ -94,8 +95,8 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
         plant = PlantModel.from_config_unloaded(run.config, run.class_names, device, precision)
         save = save_merged
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
-    save_classes(run, plant.prompt, draft)
     expected, base_difference = save(run, plant, draft, images)
+    save_classes(run, plant.prompt, draft)
     rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
     if adapter_only:
         found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
@@ -128,10 +129,15 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
         base = find_base(run, plant.processor, Path(scratch))
         needed = merging.weights_bytes(base, plant.dtype) + MARGIN_BYTES
         require_disk_space(draft, needed, "the merged weights need", "use an OUT on another disk")
-        merging.save_settings(base, plant.processor, plant.prompt, plant.dtype, draft)
-        merging.merge_into(base, adapter, draft, plant.dtype)
+        processor: Any = plant.processor
+        prompt = plant.prompt
+        if config.views == "base":
+            processor, prompt = build_llava_processor(processor, prompt, config.question)
+        merging.save_settings(base, processor, prompt, plant.dtype, draft)
+        merging.merge_into(base, adapter, draft, plant.dtype, processor)
         # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
         plant.model = verify.load_whole(base, plant.dtype if adapter else torch.float32, device)
+        plant.model.config.image_grid_pinpoints = plant.collator.pinpoints
         expected, base_difference = verify.logits_of(plant, images), None
         if adapter:
             without = expected
@@ -141,8 +147,8 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
     plant.model = None  # the GPU has room for one model
     collect_memory(device)
     plant.model = verify.load_whole(draft, plant.dtype, device)
-    saved_processor = AutoProcessor.from_pretrained(draft)
-    plant.collator = PlantCollator(saved_processor, plant.prompt, plant.class_names, config.image_size)
+    plant.prompt, saved_processor = prompt, AutoProcessor.from_pretrained(draft)
+    plant.collator = PlantCollator(saved_processor, prompt, plant.class_names, config.image_size)
     return expected, base_difference
 
 

@@ -37,13 +37,15 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     reports = read_reports(folder, run.describe_weights(), config.dataset)
     facts = {"model_commit": None, "ranks": 1} | run.recorded | dataclasses.asdict(config)
     facts["class_names"] = run.class_names  # and not the option, a file of names
+    layout = "llava" if is_merged and config.views == "base" else "llava_next"
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
-        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, is_adapter),
+        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, is_adapter, layout),
         warning=WARNING,
         run=facts,
         base=base_name(config.model),
+        layout=layout,
         is_adapter=is_adapter,
         is_random_base=config.model in RANDOM_MODELS,
         is_local_base=Path(config.model).is_dir(),
@@ -59,7 +61,9 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     return str(ModelCard(text))  # raises ValueError unless the front matter is that of a model card
 
 
-def _build_metadata(model: str, name: str, dataset: str, reports: dict[str, dict], is_adapter: bool) -> ModelCardData:
+def _build_metadata(
+    model: str, name: str, dataset: str, reports: dict[str, dict], is_adapter: bool, layout: str
+) -> ModelCardData:
     """The front matter: what the hub finds a model by."""
     is_random, is_local = model in RANDOM_MODELS, Path(model).is_dir()
     results = [
@@ -72,7 +76,7 @@ def _build_metadata(model: str, name: str, dataset: str, reports: dict[str, dict
         base_model=None if is_random or is_local else model,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        tags=["llava_next", "plants", "fine-grained-image-classification"],
+        tags=[layout, "plants", "fine-grained-image-classification"],
         model_name=name,
         eval_results=results or None,
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import LlavaNextForConditionalGeneration
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from data.collator import PlantCollator
 from data.dataset import PlantData
@@ -110,13 +110,23 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((logits - reference).square().mean().sqrt() / spread.square().mean().sqrt())
 
 
-def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> LlavaNextForConditionalGeneration:
+def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A saved model as anyone loads it; what a GPU has no room for is offloaded to the host's memory."""
     room = available_gpu_memory(device)
     placement: dict = {"device_map": {"": device}}
     if room is not None:
         placement = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
-    return load_model(Path(folder), str(folder), dtype, placement)
+    if not isinstance(AutoConfig.from_pretrained(folder), LlavaConfig):
+        return load_model(Path(folder), str(folder), dtype, placement)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **placement)
+    model.model.register_forward_pre_hook(_show_only_tile, with_kwargs=True)
+    return model
+
+
+def _show_only_tile(model: nn.Module, given: tuple, inputs: dict) -> tuple[tuple, dict]:
+    """LLaVA-1.5 takes images (B, 3, H, W) without sizes, where a batch has them as tiles."""
+    pixels = inputs.get("pixel_values")
+    return given, inputs | {"pixel_values": None if pixels is None else pixels[:, 0], "image_sizes": None}
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from transformers import (
 
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
+from models.base_view import Processor, select_views
 from models.checks import DTYPES, check_adapter, check_model, check_same_base, lora_settings, weights_fingerprint
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
@@ -42,6 +43,7 @@ from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.interrupt import StopRequest, worker_options
 from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
+from utils.image_utils import BASE_VIEW
 from utils.logging_utils import UserError, first_line, is_watched
 from utils.tensor_utils import find_layers
 from utils.tokenizer_utils import Prompt, build_prompt, refuse_special_tokens, tokenizer_probe
@@ -58,7 +60,7 @@ class PlantModel:
     """A LLaVA-NeXT with everything that travels with it: processor, prompt, collator, precision and device."""
 
     model: Any  # PreTrainedModel or PeftModel; None before it is loaded and once it is released
-    processor: LlavaNextProcessor
+    processor: Processor
     prompt: Prompt
     collator: PlantCollator
     precision: str  # bf16, fp16 or no
@@ -198,12 +200,13 @@ class PlantModel:
 # ---- the processor
 
 
-def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[LlavaNextProcessor, Prompt]:
+def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple[Processor, Prompt]:
     """The checkpoint's own processor on the PIL back end, and the prompt of the config's question. Raises UserError."""
     if config.model in RANDOM_MODELS:
         processor = build_tiny_processor([*class_names, config.question], SIZES[config.model])
         refuse_special_tokens(processor, config.question, class_names)
-        return processor, build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
+        prompt = build_prompt(processor, config.question, [processor.tokenizer.eos_token_id])
+        return select_views(processor, config.views), prompt
     name, folder = f"--model {config.model}", find_checkpoint(config.model, config.model_revision)
     if (folder / CONFIG_NAME).exists():
         move = "give its base model, or a folder with merged weights (python export.py) and without that file"
@@ -230,6 +233,7 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
         stops = load_generation_config(folder, model_config).eos_token_id
     prompt = build_prompt(processor, config.question, [stops] if isinstance(stops, int) else list(stops or []))
     with explain_errors(name, "processor", folder):
+        processor = select_views(processor, config.views)
         processor(images=[Image.new("RGB", (64, 64))], text=[prompt.prompt], return_tensors="pt", padding=True)
     return processor, prompt
 
@@ -238,7 +242,7 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
 
 
 def build_model(
-    config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, precision: str
+    config: TrainingConfig, processor: Processor, device: torch.device, precision: str
 ) -> PreTrainedModel | PeftModel:
     """The base model with its trainable parameters: 4-bit language model, LoRA in fp32, the rest frozen in 16 bit."""
     # Trainable parameters are fp32: a full fine-tune must not round the weights to 16 bit first.
@@ -260,7 +264,7 @@ def build_model(
 
 
 def build_base(
-    config: TrainingConfig, processor: LlavaNextProcessor, device: torch.device, dtype: torch.dtype
+    config: TrainingConfig, processor: Processor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
     """The config's base model on the device: randomly initialized, or loaded from safetensors alone.
 
@@ -284,6 +288,8 @@ def build_base(
     base = load_model(folder, f"--model {model}", dtype, {"device_map": {"": device}}, quantization)
     base.name_or_path = base.config.name_or_path = model
     base.config._commit_hash = None if Path(model).is_dir() else folder.name
+    if config.views == "base":
+        base.config.image_grid_pinpoints = BASE_VIEW
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.

@@ -16,6 +16,7 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 from models.fused_layers import unwrap
 from runtime.run_dir import Run
 from runtime.run_files import ANY, brief, read_json
+from utils.image_utils import BASE_VIEW
 from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
@@ -51,7 +52,9 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     tower = base.model.vision_tower
     positions = [part.shape[-2] for name, part in tower.named_parameters() if "position_embedding" in name]
     pinpoints = [list(map(list, owner.image_grid_pinpoints)) for owner in (image_processor, config)]
-    strategy = processor.vision_feature_select_strategy, processor.num_additional_image_tokens
+    newlines = int(pinpoints[0] == BASE_VIEW)
+    cls = processor.num_additional_image_tokens - newlines
+    strategy = processor.vision_feature_select_strategy, cls
     tokens, embeddings = len(processor.tokenizer), base.get_input_embeddings().num_embeddings
     stop_ids = base.generation_config.eos_token_id
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
@@ -61,7 +64,6 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     yield token_id == config.image_token_id, f"image token {token_id} is the model's {config.image_token_id}"
     yield sides == {tile}, f"tiles of {sorted(sides)} pixels are the vision tower's {tile}"
     yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
-    cls = processor.num_additional_image_tokens
     yield positions == [patches + cls], f"a tile is {patches} patches + {cls} CLS, the vision tower has {positions}"
     yield pinpoints[0] == pinpoints[1], "pinpoints are the model's"
     yield strategy in (("default", 1), ("full", 0)), "CLS, where there is one, is counted and dropped"

@@ -14,9 +14,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from transformers import LlavaNextConfig
+from transformers import LlavaNextConfig, LlavaProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from models.base_view import build_llava_config, convert_weights, save_newline_token
 from models.checks import check_adapter
 from models.loading import load_generation_config, read_tensors
 from utils.logging_utils import UserError
@@ -52,12 +53,15 @@ def read_adapter(folder: Path, settings: LoraConfig) -> Adapter:
     return Adapter(low_rank, whole, settings.lora_alpha / settings.r)
 
 
-def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtype) -> None:
+def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtype, processor=None) -> None:
     """Write the safetensors of `base`, a folder, with the adapter in them, to `out`. None: in another dtype only.
 
+    In the layout of LLaVA-1.5, if the `processor` saved beside them is its.
     Raises UserError for a base in 4 bit, for an adapter weight without a place, and for numbers that fp16 cannot hold.
     """
     sources = read_tensors(base, str(base))
+    if isinstance(processor, LlavaProcessor):
+        sources = convert_weights(sources, processor.tokenizer)
     low_rank = {_place(f"{name}.weight"): pair for name, pair in adapter.low_rank.items()} if adapter else {}
     whole = {_place(name): weight for name, weight in adapter.whole.items()} if adapter else {}
     unused = {*low_rank, *whole}
@@ -97,7 +101,10 @@ def merge_into(base: Path, adapter: Adapter | None, out: Path, dtype: torch.dtyp
 def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out: Path) -> None:
     """Processor, config and generation config: it stops where training ended an answer."""
     settings = LlavaNextConfig.from_pretrained(base)
-    settings.dtype, settings.architectures = dtype, ["LlavaNextForConditionalGeneration"]
+    settings.architectures = ["LlavaNextForConditionalGeneration"]
+    if isinstance(processor, LlavaProcessor):
+        settings = build_llava_config(settings)
+    settings.dtype = dtype
     settings.save_pretrained(out)
     generation = load_generation_config(base, settings)
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
@@ -105,6 +112,8 @@ def save_settings(base: Path, processor, prompt: Prompt, dtype: torch.dtype, out
     generation.pad_token_id = processor.tokenizer.pad_token_id
     generation.save_pretrained(out)
     save_processor(processor, out)
+    if isinstance(processor, LlavaProcessor):
+        save_newline_token(out, processor)
 
 
 def save_processor(processor, out: Path) -> None:

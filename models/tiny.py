@@ -122,7 +122,7 @@ def build_config(processor: LlavaNextProcessor, size: Size, text_config: type = 
         vision_config=CLIPVisionConfig(image_size=size.tile, patch_size=PATCH, **size.vision),
         text_config=text,
         image_token_index=processor.image_token_id,
-        image_grid_pinpoints=size.pinpoints,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         vision_feature_layer=size.feature_layer,
         **ids,
     )

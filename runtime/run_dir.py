@@ -147,6 +147,7 @@ class Run:
             return
         config, steps, ranks = self.config, trainer.planned_steps(), self.recorded["ranks"]
         size = f"{config.image_size} x {config.image_size} pixels" if config.image_size else "their own size"
+        size += "" if config.views == "anyres" else ", base view alone"
         val = "no val (it is in train)" if data.validation is None else f"{len(data.validation):,} val"
         images = f"{data.num_train:,} train, {val}, {len(data.test):,} test images of {len(data.class_names)} classes"
         described = plant.describe(config.trainable, config.load_in_4bit)

@@ -47,6 +47,7 @@ MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # of all scans; progressive ones have abou
 MAX_TILES = 100_000  # of a TIFF; PIL's own loop takes 5 microseconds for each
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+BASE_VIEW = [[0, 0]]  # as image_grid_pinpoints of a LLaVA-NeXT: no tiles beside the one that shows the whole image
 
 
 class ImageError(UserError):
@@ -142,7 +143,11 @@ def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: 
     show it at the pinpoint that keeps most of its pixels and, among equals, wastes least; rows and columns of padding
     are dropped, and each remaining row ends in a newline token. Independent of the code of processor and model, so
     that the three can be compared. Source: Liu et al., LLaVA-NeXT (2024).
+
+    Of the base view alone the first tile is left and a newline token; LLaVA-1.5, without pinpoints, has no newline.
     """
+    if pinpoints in (BASE_VIEW, []):
+        return (tile // patch) ** 2 + len(pinpoints), 1
     height, width = size
     best_height, best_width = max(pinpoints, key=lambda pinpoint: _kept_and_waste(size, pinpoint))
     side = tile // patch

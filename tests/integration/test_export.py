@@ -1,6 +1,7 @@
 """export.py: what is exported loads without this project and predicts what was validated."""
 
 import base64
+import dataclasses
 import functools
 import json
 import os
@@ -23,6 +24,8 @@ import export
 from data.synthetic import draw_split
 from evaluation import verify
 from models import merging
+from models.builder import PlantModel
+from runtime.run_dir import Run
 from tests.conftest import TINY, run_printed
 
 FAST = ["--num-workers", "0"]
@@ -224,6 +227,82 @@ def test_a_calibration_of_other_weights_is_not_exported(trained, here, capsys):
 def test_the_model_card_describes_the_training_not_the_export(trained_lora, here, capsys):
     assert run(capsys, "two", "out", "--load-in-4bit", "false", *FAST)[0] == 0
     assert "base model in 4 bit (nf4)" in (here / "out" / "README.md").read_text()
+
+
+# ---- the base view alone
+
+
+@pytest.fixture(scope="session")
+def base_run(train_once, checkpoint):
+    """base_run(what is trained): a run that sees the base view of an image alone; its adapter beside a 4-bit base."""
+
+    def make(trainable: str):
+        if trainable == "everything":
+            return train_once("--views", "base")
+        flags = ["--model", checkpoint(), "--load-in-4bit", "true", "--trainable", "adapter", "--lora-r", "4"]
+        return train_once(*flags, "--learning-rate", "0.01", "--mixed-precision", "no", "--views", "base")
+
+    return make
+
+
+def run_readme_code_here(out, file: str, monkeypatch) -> dict:
+    """The names that the code of README.md defines, for one image."""
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(out)
+    names: dict = {}
+    exec(code.replace("photo.jpg", file).replace("max_new_tokens=20", "max_new_tokens=3"), names)
+    return names
+
+
+@torch.no_grad()
+def plain_scores(names: dict, classes: dict) -> torch.Tensor:
+    """(C,) log-probabilities of all class names by the model and processor of an export's README.md alone."""
+    model, processor, scores = names["model"].eval(), names["processor"], []
+    prompt = processor(images=names["images"], text=[classes["prompt"]], return_tensors="pt")["input_ids"]
+    for name in classes["class_names"]:
+        text = classes["prompt"] + classes["response_prefix"] + name + classes["eos"]
+        inputs = processor(images=names["images"], text=[text], return_tensors="pt")
+        sizes = {"image_sizes": names["inputs"]["image_sizes"]} if "image_sizes" in names["inputs"] else {}
+        logs = model(**inputs, **sizes).logits[0].float().log_softmax(dim=-1)
+        places = range(prompt.shape[1], inputs["input_ids"].shape[1])
+        scores.append(sum(logs[place - 1, inputs["input_ids"][0, place]] for place in places))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("kind", ["everything", "adapter", "adapter only"])
+def test_plain_transformers_scores_base_views_alike(kind, base_run, here, small_splits, monkeypatch, capsys):
+    source = base_run(kind)
+    assert " | 26 image tokens/image | " in source.output and "70 x 70 pixels, base view alone" in source.output
+    trained = shutil.copytree(source.folder, here / "one")
+    flags = ["--adapter-only"] if kind == "adapter only" else ["--dtype", "fp32"]
+    assert run(capsys, "one", "out", *flags, *FAST)[0] == 0
+    (file,) = synthetic_images(here, [(84, 60)])
+    found = Run.load(trained)
+    (here / "out" / Path(found.config.model).name).symlink_to(found.config.model)  # where the README.md says it is
+    names = run_readme_code_here(here / "out", file, monkeypatch)
+    is_llava = kind != "adapter only"
+    assert type(names["model"]).__name__ == ("LlavaForConditionalGeneration" if is_llava else "PeftModelForCausalLM")
+    # What was merged is the base model that was not quantized.
+    found.config = dataclasses.replace(found.config, num_workers=0, load_in_4bit=False)
+    plant = PlantModel.from_run(found, torch.device("cpu"))
+    ((((_, expected),), _),) = plant.score([{"image": {"bytes": None, "path": file}, "label": 0, "id": "0"}])
+    scores = plain_scores(names, json.loads((here / "out" / "class_names.json").read_text()))
+    assert (scores - torch.tensor(expected)).abs().max() < 1e-4
+    assert scores.argsort().tolist() == torch.tensor(expected).argsort().tolist()
+
+
+def test_a_run_of_base_views_stays_one(base_run, here, small_splits, capsys):
+    import predict
+    import train
+
+    shutil.copytree(base_run("everything").folder, here / "one")
+    (file,) = synthetic_images(here, [(200, 50)])
+    assert run_printed(predict.main, capsys, "one", file, *FAST)[0] == 0
+    status, output = run_printed(train.main, capsys, *TINY, "--output-dir", "one")
+    assert status != 0 and "holds a run with another config (views: base -> anyres); give a new folder" in output
+    for main in (predict.main, export.main):
+        status, output = run_printed(main, capsys, "one", file, "--views", "anyres")
+        assert status == 2 and "error: --views anyres: is fixed by the run" in output
 
 
 # ---- what must not be exported
