@@ -30,7 +30,7 @@ from transformers.integrations import replace_with_bnb_linear
 PATCH = 14
 
 
-class Size(NamedTuple):
+class Shape(NamedTuple):
     """The numbers of a LLaVA-NeXT."""
 
     tile: int  # pixels
@@ -40,23 +40,25 @@ class Size(NamedTuple):
     feature_layer: int = -2  # of the vision tower
 
 
-def _small(tile: int, width: int, heads: int, vision_layers: int, layers: int, initializer_range: float) -> Size:
-    """Language model and vision tower are as wide; the one pinpoint makes two tiles of a square image.
+class Size(Shape):
+    """Those of a small one, whose language model and tower are as wide; a square image is two tiles.
 
     transformers' initializer_range of 0.02 suits widths in the thousands; narrow models hardly learn with it.
     """
-    shape = {"hidden_size": width, "num_attention_heads": heads}
-    text = {"num_key_value_heads": heads, "num_hidden_layers": layers, "intermediate_size": 3 * width}
-    text |= {"max_position_embeddings": 4096, "initializer_range": initializer_range}
-    vision = {"projection_dim": width, "num_hidden_layers": vision_layers, "intermediate_size": 4 * width}
-    return Size(tile, [[tile, tile]], shape | text, shape | vision, feature_layer=-1)
+
+    def __new__(cls, tile: int, width: int, heads: int, vision_layers: int, layers: int, initializer_range: float):
+        shape = {"hidden_size": width, "num_attention_heads": heads}
+        text = {"num_key_value_heads": heads, "num_hidden_layers": layers, "intermediate_size": 3 * width}
+        text |= {"max_position_embeddings": 4096, "initializer_range": initializer_range}
+        vision = {"projection_dim": width, "num_hidden_layers": vision_layers, "intermediate_size": 4 * width}
+        return super().__new__(cls, tile, [[tile, tile]], shape | text, shape | vision, -1)
 
 
-SIZES = {
-    "tiny": _small(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
-    "scratch": _small(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
+SIZES: dict[str, Shape] = {
+    "tiny": Size(tile=70, width=96, heads=8, vision_layers=2, layers=3, initializer_range=0.1),  # 55 image tokens
+    "scratch": Size(tile=112, width=384, heads=6, vision_layers=8, layers=6, initializer_range=0.05),  # 136
     # The shape of llava-v1.6-mistral-7b, to measure a GPU with: 7.57 billion weights, 1,176 to 2,928 image tokens.
-    "full": Size(
+    "full": Shape(
         tile=336,
         pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         text=dict(vocab_size=32064, max_position_embeddings=32768, rope_theta=1e6),  # all else as MistralConfig has it
@@ -76,7 +78,7 @@ CHAT_TEMPLATE = (
 
 def build_tiny_processor(
     texts: Iterable[str],
-    size: Size = SIZES["tiny"],
+    size: Shape = SIZES["tiny"],
     chat_template: str = CHAT_TEMPLATE,
     special_tokens: dict[str, str] = SPECIAL_TOKENS,
 ) -> LlavaNextProcessor:
@@ -112,7 +114,7 @@ def build_tiny_processor(
     )
 
 
-def build_config(processor: LlavaNextProcessor, size: Size, text_config: type = MistralConfig) -> LlavaNextConfig:
+def build_config(processor: LlavaNextProcessor, size: Shape, text_config: type = MistralConfig) -> LlavaNextConfig:
     """For a processor of build_tiny_processor."""
     ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = text_config(**{"vocab_size": len(processor.tokenizer)} | size.text | ids)
@@ -129,7 +131,7 @@ def build_config(processor: LlavaNextProcessor, size: Size, text_config: type = 
 
 
 def build_tiny_model(
-    processor: LlavaNextProcessor, seed: int, size: Size = SIZES["tiny"], text_config: type = MistralConfig
+    processor: LlavaNextProcessor, seed: int, size: Shape = SIZES["tiny"], text_config: type = MistralConfig
 ) -> LlavaNextForConditionalGeneration:
     """Random weights for a processor of build_tiny_processor; float32, on the CPU."""
     config = build_config(processor, size, text_config)
