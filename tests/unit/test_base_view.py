@@ -17,7 +17,7 @@ from transformers import (
 import models.merging as merging
 from config.training_config import TrainingConfig
 from data.collator import PlantCollator
-from data.labels import CLASS_NAMES
+from data.oxford_flowers import CLASS_NAMES
 from models.base_view import NEWLINE, build_llava_processor, find_unused_token, save_newline_token, select_views
 from models.builder import build_processor
 from models.checks import check_model
