@@ -68,7 +68,7 @@ class _Tables:
         self.warnings = list(warnings)
         self.files: list[str] | None = None  # the file of each row, "" for none; None: images are in the tables
 
-    def read_classes(self, class_names: str | None, beside: Sequence[Path]) -> None:
+    def read_classes(self, names_file: str | None, beside: Sequence[Path]) -> None:
         """Set names, and splits and labels of all rows, -1 for none; a later split without labels is excluded."""
         texts = {split: read_labels(rows, self.label, split, self.where) for split, rows in self.parts.items()}
         unused = []
@@ -77,7 +77,7 @@ class _Tables:
             del self.parts[split]
             unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
         features = {split: rows.features[self.label] for split, rows in self.parts.items()}
-        labeling = name_labels(texts, features, class_names, beside, self.where)
+        labeling = name_labels(texts, features, names_file, beside, self.where)
         self.names = labeling.names
         self.splits = np.repeat(list(texts), list(map(len, texts.values())))
         self.labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)

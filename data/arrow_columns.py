@@ -152,13 +152,13 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
 def name_labels(
     texts: Mapping[str, list[str]],
     features: Mapping[str, FeatureType],
-    class_names: str | None,
+    names_file: str | None,
     beside: Sequence[Path],
     where: str,
 ) -> Labeling:
     """The classes of labels, `texts` by split from a column of `features`.
 
-    `class_names`: a file of names for them; `beside`: folders with such files. Raises UserError for labels that cannot
+    `names_file`: a file of names for them; `beside`: folders with such files. Raises UserError for labels that cannot
     be classes, and for numbers that nothing names.
     """
     kinds = {kind_of(feature) for feature in features.values()}
@@ -175,10 +175,10 @@ def name_labels(
     if not written or longest > MAX_NAME:
         what = f"texts of up to {longest:,} characters, which are no class names" if written else "no labels"
         raise UserError(f"{where}: the column of labels holds {what}; name another: --label-column")
-    if as_number and class_names is None and written[-1] == "101" and not written[0].startswith("-"):
+    if as_number and names_file is None and written[-1] == "101" and not written[0].startswith("-"):
         warning = "the labels have no names; they are taken as the 102 of Oxford Flowers"
         return Labeling(list(CLASS_NAMES), {str(number): number for number in range(102)}, warnings=[warning])
-    labeling = name_classes(written, class_names, beside, counts)
+    labeling = name_classes(written, names_file, beside, counts)
     if is_number and labeling.table is None:
         raise UserError(
             f"{where}: the labels are numbers without names ({written[0]} to {written[-1]}); give a json or csv file "

@@ -23,15 +23,15 @@ class Labeling:
 
 
 def name_classes(
-    written: Sequence[str], class_names: str | None, beside: Sequence[Path], counts: Mapping[str, int] | None = None
+    written: Sequence[str], names_file: str | None, beside: Sequence[Path], counts: Mapping[str, int] | None = None
 ) -> Labeling:
     """Classes in the order of `written`; of several spellings of one, the name is the one of most images (`counts`).
 
-    `class_names`: a file of names for them; `beside`: folders in which such a file is looked for, if the labels are
+    `names_file`: a file of names for them; `beside`: folders in which such a file is looked for, if the labels are
     numbers or codes. Raises UserError for a file that lacks some, and for empty names.
     """
     labeling = Labeling()
-    called = {label: tidy_name(name) for label, name in _call(written, class_names, beside, labeling).items()}
+    called = {label: tidy_name(name) for label, name in _call(written, names_file, beside, labeling).items()}
     by_key: dict[str, list[str]] = defaultdict(list)
     for label in written:
         by_key[name_key(called[label]) or called[label]].append(label)
@@ -53,12 +53,12 @@ def name_classes(
 
 
 def _call(
-    written: Sequence[str], class_names: str | None, beside: Sequence[Path], labeling: Labeling
+    written: Sequence[str], names_file: str | None, beside: Sequence[Path], labeling: Labeling
 ) -> Mapping[str, str]:
     """What each label is called by the given file or one beside, else by itself without numbers."""
     called: Mapping[str, str] = dict(zip(written, written))
-    if class_names is not None:
-        called, labeling.table = read_class_names(Path(class_names), written), Path(class_names)
+    if names_file is not None:
+        called, labeling.table = read_class_names(Path(names_file), written), Path(names_file)
     elif (plain := without_numbers(written)) is not None:
         labeling.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
         return dict(zip(written, plain))
