@@ -15,19 +15,25 @@ import pyarrow.compute
 from datasets import Dataset, Image, concatenate_datasets
 
 from data.arrow_columns import (
+    describe,
     find_image_column,
     find_label_column,
-    name_labels,
+    kind_of,
+    names_of,
     read_known,
     read_labels,
     read_splits,
     values_of,
 )
+from data.classes import Labeling, name_classes
 from data.columns import GROUP_NAMES, are_groups, list_columns
+from data.labels import tidy_name
 from data.oxford_flowers import CLASS_NAMES, check_official_counts
 from data.rows import ImageRow, Reading, Source, allow_incomplete, build_rows
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
+
+MAX_NAME = 200  # characters; longer texts are captions
 
 
 def read_tables(
@@ -76,8 +82,7 @@ class _Tables:
             count = len(texts.pop(split))
             del self.parts[split]
             unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
-        features = {split: rows.features[self.label] for split, rows in self.parts.items()}
-        labeling = name_labels(texts, features, names_file, beside, self.where)
+        labeling = self._name_classes(texts, names_file, beside)
         self.names = labeling.names
         self.splits = np.repeat(list(texts), list(map(len, texts.values())))
         self.labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
@@ -85,6 +90,34 @@ class _Tables:
             unused.append(f"{count:,} images of {split} have no label and are not used")
         self.label_notes = labeling.notes
         self.warnings += [*labeling.warnings, *unused]
+
+    def _name_classes(self, texts: Mapping[str, list[str]], names_file: str | None, beside: Sequence[Path]) -> Labeling:
+        """The classes of labels, `texts` by split. Raises UserError for what is no class, and for nameless numbers."""
+        features = [rows.features[self.label] for rows in self.parts.values()]
+        kinds = {kind_of(feature) for feature in features}
+        if len(kinds) > 1:
+            listed = ", ".join(f"{split}: {describe(feature)}" for split, feature in zip(texts, features))
+            problem = f"the column of labels differs between the splits ({listed}); write all alike"
+            raise UserError(f"{self.where}: {problem}")
+        counts = Counter(chain(*texts.values()))
+        is_number = kinds == {"number"}
+        as_number = is_number and not {"true", "false"} & {*counts}
+        written = sorted(filter(tidy_name, counts), key=int if as_number else tidy_name)
+        if kinds == {"class"} and len({tuple(feature.names) for feature in features}) == 1:
+            written = names_of(features[0])  # in their order, those without an image as well
+        longest = max(map(len, written), default=0)
+        if not written or longest > MAX_NAME:
+            what = f"texts of up to {longest:,} characters, which are no class names" if written else "no labels"
+            raise UserError(f"{self.where}: the column of labels holds {what}; name another: --label-column")
+        if as_number and names_file is None and written[-1] == "101" and not written[0].startswith("-"):
+            warning = "the labels have no names; they are taken as the 102 of Oxford Flowers"
+            return Labeling(list(CLASS_NAMES), {str(number): number for number in range(102)}, warnings=[warning])
+        labeling = name_classes(written, names_file, beside, counts)
+        if is_number and labeling.table is None:
+            problem = f"the labels are numbers without names ({written[0]} to {written[-1]})"
+            move = "give a json or csv file of number and name: --class-names FILE, or write them as a ClassLabel"
+            raise UserError(f"{self.where}: {problem}; {move}")
+        return labeling
 
     def read_groups(self) -> None:
         """Set what tells images of one plant, "" for none, by the first column of such a name that does."""

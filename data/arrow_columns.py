@@ -1,29 +1,21 @@
 """Columns of Arrow tables: which hold images and labels, and what is in them, as texts."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from datasets.features.features import FeatureType
 
 from data import columns
-from data.classes import Labeling, name_classes
 from data.columns import FILE_NAMES, IMAGE_NAMES, find_known, list_columns, plain_name
-from data.labels import tidy_name
-from data.oxford_flowers import CLASS_NAMES
 from data.records import ADDRESS
 from data.rows import SPLITS
 from utils.image_utils import SUFFIXES, is_image_start, printable
 from utils.logging_utils import UserError
 
 FIRST_ROWS = 8  # which tell whether texts are paths, and bytes are images
-MAX_NAME = 200  # characters; longer texts are captions
 
 
 def kind_of(feature) -> str:
@@ -149,44 +141,6 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
     return ["" if text in columns.MISSING else text for text in texts]
 
 
-def name_labels(
-    texts: Mapping[str, list[str]],
-    features: Mapping[str, FeatureType],
-    names_file: str | None,
-    beside: Sequence[Path],
-    where: str,
-) -> Labeling:
-    """The classes of labels, `texts` by split from a column of `features`.
-
-    `names_file`: a file of names for them; `beside`: folders with such files. Raises UserError for labels that cannot
-    be classes, and for numbers that nothing names.
-    """
-    kinds = {kind_of(feature) for feature in features.values()}
-    if len(kinds) > 1:
-        listed = ", ".join(f"{split}: {describe(feature)}" for split, feature in features.items())
-        raise UserError(f"{where}: the column of labels differs between the splits ({listed}); write all alike")
-    counts = Counter(chain(*texts.values()))
-    is_number = kinds == {"number"}
-    as_number = is_number and not {"true", "false"} & {*counts}
-    written = sorted(filter(tidy_name, counts), key=int if as_number else tidy_name)
-    if kinds == {"class"} and len({tuple(feature.names) for feature in features.values()}) == 1:
-        written = _names_of(next(iter(features.values())))  # in their order, those without an image as well
-    longest = max(map(len, written), default=0)
-    if not written or longest > MAX_NAME:
-        what = f"texts of up to {longest:,} characters, which are no class names" if written else "no labels"
-        raise UserError(f"{where}: the column of labels holds {what}; name another: --label-column")
-    if as_number and names_file is None and written[-1] == "101" and not written[0].startswith("-"):
-        warning = "the labels have no names; they are taken as the 102 of Oxford Flowers"
-        return Labeling(list(CLASS_NAMES), {str(number): number for number in range(102)}, warnings=[warning])
-    labeling = name_classes(written, names_file, beside, counts)
-    if is_number and labeling.table is None:
-        raise UserError(
-            f"{where}: the labels are numbers without names ({written[0]} to {written[-1]}); give a json or csv file "
-            "of number and name: --class-names FILE, or write them as a ClassLabel"
-        )
-    return labeling
-
-
 # ---- cells
 
 
@@ -197,7 +151,7 @@ def read_cells(rows: Dataset, names: Iterable[str], places: np.ndarray | None = 
         column = rows.data.column(name)
         values = values_of(column if places is None else column.take(places))
         if isinstance(rows.features[name], ClassLabel):
-            values = list(map(dict(enumerate(_names_of(rows.features[name]))).get, values))
+            values = list(map(dict(enumerate(names_of(rows.features[name]))).get, values))
         cells[name] = ["" if value is None or value != value else str(value).strip() for value in values]
     return cells
 
@@ -218,6 +172,6 @@ def read_splits(rows: Dataset) -> dict[str, np.ndarray]:
     return {split: found == split for split in SPLITS if split in found} if "train" in found else {"train": found != ""}
 
 
-def _names_of(feature) -> list[str]:
+def names_of(feature) -> list[str]:
     """The names of a ClassLabel, which its JSON may give with half a character."""
     return [name.encode(errors="replace").decode() for name in feature.names]

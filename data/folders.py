@@ -43,7 +43,7 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
         used.append(table)
-    return _build_source(rows, layout, notes, excluded, reading, used)
+    return _build_source(LabelTable(rows, notes), layout, excluded, reading, used)
 
 
 def with_parent_tables(folder: Folder) -> Folder:
@@ -72,24 +72,23 @@ def _find_labels(folder: Folder, names: Iterable[str]) -> tuple[LabelTable, list
 def load_tables(tables: list[Path], folder: Folder, excluded: Excluded, reading: Reading) -> Source:
     """The images of a folder that tables of file names and labels list."""
     found = read_label_tables(tables, folder, reading.label_column)
-    source = _build_source(found.rows, Layout(folder, folder), found.notes, excluded, reading, tables)
-    return source._replace(warnings=[*source.warnings, *found.warnings])
+    return _build_source(found, Layout(folder, folder), excluded, reading, tables)
 
 
 def _build_source(
-    rows: list[LabelRow], layout: Layout, notes: list[str], excluded: Excluded, reading: Reading, used: Iterable[Path]
+    found: LabelTable, layout: Layout, excluded: Excluded, reading: Reading, used: Iterable[Path]
 ) -> Source:
     root = layout.root.path
-    counts = Counter(row.class_name for row in rows)
+    counts = Counter(row.class_name for row in found.rows)
     labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
     add_unused(layout.given, excluded, {labeling.table, *used})
     by_split: dict[str, list[ImageRow]] = defaultdict(list)
-    for row in rows:
+    for row in found.rows:
         image = ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
         by_split[row.split or "train"].append(image)
     splits = {split: build_rows(by_split[split]) for split in SPLITS if split in by_split}
-    warnings = [*labeling.warnings, *excluded.lines()]
-    return Source(splits, labeling.names, f"image folder {root}", [*notes, *labeling.notes], warnings)
+    warnings = [*labeling.warnings, *excluded.lines(), *found.warnings]
+    return Source(splits, labeling.names, f"image folder {root}", [*found.notes, *labeling.notes], warnings)
 
 
 def _beside(root: Path) -> list[Path]:

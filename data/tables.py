@@ -48,10 +48,10 @@ SEVERAL = "whose file name several images have"
 @dataclass
 class LabelTable:
     rows: list["LabelRow"]
-    label_column: str
-    file_column: str
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     warnings: list[str] = field(default_factory=list)
+    label_column: str = ""
+    file_column: str = ""
 
 
 class LabelRow(NamedTuple):
@@ -122,7 +122,7 @@ def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str 
         if number not in index.seen:
             excluded.add("images without a row in a table", path)
     warnings = [*(f"not used: {error}" for error in problems), *excluded.lines()]
-    return LabelTable(rows, contents[0].labels[0], contents[0].file.name, _describe(contents, rows), warnings)
+    return LabelTable(rows, _describe(contents, rows), warnings, contents[0].labels[0], contents[0].file.name)
 
 
 # ---- content
