@@ -6,13 +6,9 @@ from utils.logging_utils import UserError
 
 
 def check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device | None = None,
+    name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise UserError unless `tensor` has this shape (None: any size), dtype and device (None: any)."""
+    """Raise UserError unless `tensor` has this shape (None: any size), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"{name}: {type(tensor).__name__}, expected a tensor")
     if tensor.dim() != len(shape) or any(size not in (None, found) for size, found in zip(shape, tensor.shape)):
@@ -21,7 +17,7 @@ def check_tensor(
     if tensor.dtype != dtype:
         raise UserError(f"{name}: {tensor.dtype}, expected {dtype}")
     # mps and mps:0 are the same device, but unequal to torch.
-    if device is not None and (tensor.device.type, tensor.device.index or 0) != (device.type, device.index or 0):
+    if (tensor.device.type, tensor.device.index or 0) != (device.type, device.index or 0):
         raise UserError(f"{name}: on {tensor.device}, expected {device} as the model")
 
 
