@@ -221,7 +221,14 @@ def test_names_without_a_word_are_codes(names, codes):
 
 def test_junk_and_runs_are_no_classes(tree, monkeypatch):
     read = tree(
-        *CLASSES, "__MACOSX/daisy", "@eaDir", ".ipynb_checkpoints", "runs/tiny", "New folder", **{"New folder": 0}
+        *CLASSES,
+        "__MACOSX/daisy",
+        "node_modules/icons",
+        "@eaDir",
+        ".ipynb_checkpoints",
+        "runs/tiny",
+        "New folder",
+        **{"New folder": 0},
     )
     (tree.root / "New folder").mkdir()
     (tree.root / "runs/tiny/training_config.json").write_text("{}")
