@@ -270,6 +270,10 @@ def test_a_log_file_that_cannot_be_written_is_said_once(capsys):
             "error: the system gave no more memory (MemoryError: ); raise the limit of this process (ulimit -a",
         ),
         (
+            ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+            "error: the system gave no more memory (ImportError: libtorch_cpu.so: failed to map segment",
+        ),
+        (
             RuntimeError("could not create a primitive"),
             "gave no more memory (RuntimeError: could not create a primitive)",
         ),
