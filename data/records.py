@@ -221,7 +221,8 @@ def records_of(data: Any) -> list[dict]:
     if all(isinstance(value, list) for value in values):
         if all(value and is_image_name(Path(cell_of(value[:1]))) for value in values):  # the files of each class
             return [{"file": file, "label": key} for key, files in data.items() for file in files]
-        if len({len(value) for value in values}) == 1:
+        are_records = any(isinstance(entry, dict) for value in values for entry in value[:1])  # {"data": [{...}, ...]}
+        if len({len(value) for value in values}) == 1 and not are_records:
             return [dict(zip(data, row)) for row in zip(*values)]
     if not any(isinstance(value, (dict, list)) for value in values):
         return [{"file": key, "label": value} for key, value in data.items()]

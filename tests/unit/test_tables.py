@@ -78,6 +78,7 @@ def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
         ("a.json", '{"version": "2", "data": [{"file": "a.jpg", "label": 1}, {"file": "b.jpg", "label": "x"}]}'),
         ("a.json", '{"a.jpg": 1, "b.jpg": "x"}'),
         ("a.json", '{"file": ["a.jpg", "b.jpg"], "label": [1, "x"]}'),
+        ("a.json", '{"data": [{"file": "a.jpg", "label": 1}, {"file": "b.jpg", "label": "x"}]}'),
         ("a.json", '{"file": {"0": "a.jpg", "1": "b.jpg"}, "label": {"0": 1, "1": "x"}}'),
         ("a.json", '{"1": ["a.jpg"], "x": ["b.jpg"]}'),
         ("a.json", json.dumps(COCO)),
