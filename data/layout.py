@@ -216,8 +216,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     groups = [child for child in children if not child.images and not _is_one_class(child)]
     if len(children) > 1 and all(map(_has_one_inside, groups)):
         groups = []  # rose/balcony/ among class folders: rose
-    in_groups = {*groups}
-    plain = [child for child in children if child not in in_groups]
+    plain = sorted({*children} - {*groups}, key=lambda child: child.name)
     if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
         return []
     if len(groups) > 1 and not plain:
