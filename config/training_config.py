@@ -82,6 +82,11 @@ class TrainingConfig:
         "compile the elementwise kernels of fused layers; auto: on a CUDA GPU, if the run is long enough to save time",
         choices=("auto", "true", "false"),
     )
+    matmul: str = fixed(
+        "bf16",
+        "of the backward pass with frozen weights; fp8: faster, less exact, on Ada and Hopper GPUs",
+        choices=("bf16", "fp8"),
+    )
     sharding: str = option(
         "none",
         "fsdp: shard the frozen weights across ranks; micro-batch and checkpointing are then used as configured",
@@ -184,6 +189,9 @@ class TrainingConfig:
             if getattr(self, name) == value and (self.lora_dropout > 0 or everything):
                 reason = "has no effect with lora_dropout above 0 or trainable=everything, which use no fused layers"
                 yield f"{name}={value}: {reason}; use {name}=auto, or --lora-dropout 0 and an adapter"
+        if self.matmul == "fp8" and (self.lora_dropout > 0 or everything):
+            reason = "lora_dropout above 0 and trainable=everything use no fused layers"
+            yield f"matmul=fp8: {reason}; use matmul=bf16, or --lora-dropout 0 and an adapter"
         if rate is not None and "projector" not in kind:
             yield f"projector_learning_rate={rate}: trainable={kind} freezes the projector; use adapter+projector"
         if self.train_on_val and steps is not None:

@@ -95,14 +95,14 @@ class Projections:
             torch.mm(rows[:, : self.width], self.scaled_a(rows).T, out=rows[:, self.width :])
         return [F.linear(rows, self.weight(index, rows), linear.bias) for index, linear in enumerate(self.linears)]
 
-    def backward(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(M, D + R): gradient of the rows, in which `add_lora_grad` is still missing, and of the LoRA columns."""
+    def backward(self, gradients: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the rows (M, D), in which `add_lora_grad` is still missing, and of the LoRA columns (M, R)."""
         extended = None
         for index, gradient in enumerate(gradients):
             weight = self.weight(index, gradient)
             extended = gradient @ weight if extended is None else extended.addmm_(gradient, weight)
             del weight  # before the next is made
-        return extended
+        return extended[:, : self.width], extended[:, self.width :]
 
     def backward_columns(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """(M, R): gradient of the LoRA columns alone."""
@@ -111,20 +111,20 @@ class Projections:
             found[:, lora.columns] = gradient @ lora.b.to(gradient.dtype)
         return found
 
-    def add_lora_grad(self, extended: torch.Tensor) -> torch.Tensor:
-        """(M, D): the gradient of the rows, from that of `backward`, in place."""
-        rows = extended[:, : self.width]
-        return rows.addmm_(extended[:, self.width :], self.scaled_a(extended)) if self.loras else rows
+    def add_lora_grad(self, of_rows: torch.Tensor, of_columns: torch.Tensor) -> torch.Tensor:
+        """(M, D): the gradient of the rows, from those of `backward`, in place."""
+        return of_rows.addmm_(of_columns, self.scaled_a(of_rows)) if self.loras else of_rows
 
-    def lora_grads(self, gradients: Sequence[torch.Tensor], extended, rows, columns=None) -> list[torch.Tensor | None]:
+    def lora_grads(
+        self, gradients: Sequence[torch.Tensor], of_columns, rows, columns=None
+    ) -> list[torch.Tensor | None]:
         """fp32 gradients of A, B of each linear, None if frozen.
 
-        `extended` ends in the gradient gB (M, R) of the LoRA columns; `rows` (M, D) is x, `columns` (M, R) sxA'.
+        `of_columns` (M, R) is the gradient gB of the LoRA columns; `rows` (M, D) is x, `columns` (M, R) sxA'.
         """
         if not any(part.requires_grad for part in self.parameters):
             return [None] * len(self.parameters)
         columns = rows @ self.scaled_a(rows).T if columns is None else columns
-        of_columns = extended[:, -self.columns :]
         of_a = _matmul_fp32(of_columns[:, : self.ranks].T, rows)  # (ranks, D)
         found = []
         for lora, gradient in zip(self.loras, gradients):
@@ -240,12 +240,13 @@ class FusedLayer:
         self.keep = False
         self.offload = False
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.groups = [
-            Projections([attention.q_proj, attention.k_proj, attention.v_proj], kernels),
-            Projections([attention.o_proj], kernels),
-            Projections([mlp.gate_proj, mlp.up_proj], kernels),
-            Projections([mlp.down_proj], kernels),
+        self.modules = [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
         ]
+        self.groups = [Projections(group, kernels) for group in self.modules]
         self.parameters = [part for group in self.groups for part in group.parameters]
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -320,34 +321,34 @@ class FusedLayer:
         _, h, cos, sin = rows
         first, second = self.norms
         leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
-        extended = down_proj.backward([gradient])
-        x = down_proj.add_lora_grad(extended)
+        of_x, of_columns = down_proj.backward([gradient])
+        x = down_proj.add_lora_grad(of_x, of_columns)
         kernels.swiglu_backward(gate, up, x)  # gate and up become their gradients, x the input of down_proj
-        down_grads = down_proj.lora_grads([gradient], extended, x)
-        del x
-        extended = gate_up.backward([gate, up])
+        down_grads = down_proj.lora_grads([gradient], of_columns, x)
+        del x, of_x
+        of_x, of_columns = gate_up.backward([gate, up])
         x = torch.empty_like(h)
-        of_x = gate_up.add_lora_grad(extended)
+        gate_up.add_lora_grad(of_x, of_columns)
         gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
-        gate_up_grads = gate_up.lora_grads([gate, up], extended, x, mlp_columns)
+        gate_up_grads = gate_up.lora_grads([gate, up], of_columns, x, mlp_columns)
         del gate, up, residual
-        extended = o_proj.backward([gradient])
-        of_x = o_proj.add_lora_grad(extended)
+        of_x, of_columns = o_proj.backward([gradient])
+        o_proj.add_lora_grad(of_x, of_columns)
         values = attended.detach().flatten(0, 1).flatten(1)
-        o_grads = o_proj.lora_grads([gradient], extended, values, o_columns)
+        o_grads = o_proj.lora_grads([gradient], of_columns, values, o_columns)
         of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
         gradients = [*kernels.rotate(of_query, of_key, cos, -sin), of_value]
         if needs_rows:
-            extended = qkv.backward(gradients)
-            of_x = qkv.add_lora_grad(extended)
+            of_x, of_columns = qkv.backward(gradients)
+            qkv.add_lora_grad(of_x, of_columns)
             gradient = kernels.rms_norm_backward(of_x, h, first.weight, first.variance_epsilon, gradient, x)
         else:
             gradient = None
-            extended = qkv.backward_columns(gradients)
+            of_columns = qkv.backward_columns(gradients)
             kernels.rms_norm(h, first.weight, first.variance_epsilon, x)
-        qkv_grads = qkv.lora_grads(gradients, extended, x, qkv_columns)
+        qkv_grads = qkv.lora_grads(gradients, of_columns, x, qkv_columns)
         return gradient, [*qkv_grads, *o_grads, *gate_up_grads, *down_grads]
 
 

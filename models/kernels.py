@@ -3,7 +3,8 @@
 Shapes: M rows, D width of a linear's input, N of its output, R LoRA columns of a group of linears.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
@@ -19,6 +20,9 @@ try:
     from triton import language as tl
 except ImportError:  # as on a machine without a CUDA GPU
     triton = None
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX, FP8_MIN = torch.finfo(FP8).max, 1e-30  # the smallest largest magnitude: a row of zeros stays one
 
 # ---- elementwise: each becomes one kernel or two
 
@@ -122,6 +126,7 @@ def _warn_no_compiler(outcome: str, error: Exception) -> None:
 # ---- dequantization
 
 
+TILE = 64  # rows and columns that a program dequantizes to FP8
 BYTES = 512  # that a program dequantizes, two weights each; the columns must be a multiple of twice that
 
 if triton is not None:
@@ -151,6 +156,61 @@ if triton is not None:
             place = out + row * stride + columns + column
             tl.store(place, row_of_b.to(out.dtype.element_ty), mask=column < lora_columns)
 
+    @triton.jit
+    def _dequantize_fp8(  # noqa: PLR0913
+        packed, levels, absmax, absmax_levels, absmax_scale, offset, factors, out, columns, stride,
+        ROWS: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        first = tl.program_id(1) * BYTES
+        bytes_ = row * (columns // 2) + first + tl.arange(0, BYTES)[None, :]
+        block = bytes_ // BLOCK
+        level = tl.load(absmax + block).to(tl.int32)
+        scale = tl.load(absmax_levels + level) * tl.load(absmax_scale + block // SCALES) + tl.load(offset)
+        pairs = tl.load(packed + bytes_).to(tl.int32)
+        values = tl.interleave(tl.load(levels + (pairs >> 4)) * scale, tl.load(levels + (pairs & 15)) * scale)
+        column = 2 * first + tl.arange(0, 2 * BYTES)[None, :]
+        values = tl.trans((values / tl.load(factors + column)).to(out.dtype.element_ty))
+        tl.store(out + tl.trans(column).to(tl.int64) * stride + tl.trans(row), values)
+
+    @triton.jit
+    def _largest(part, place, width: tl.constexpr, columns: tl.constexpr):
+        found = tl.zeros([columns], tl.float32)
+        for start in range(0, width, columns):
+            found = tl.maximum(found, tl.abs(tl.load(part + place + start).to(tl.float32)))
+        return tl.max(found)
+
+    @triton.jit
+    def _round_part(part, place, out, scale, width: tl.constexpr, columns: tl.constexpr):
+        for start in range(0, width, columns):
+            values = tl.load(part + place + start).to(tl.float32) / scale
+            tl.store(out + start, values.to(out.dtype.element_ty))
+
+    @triton.jit
+    def _round_row(  # noqa: PLR0913
+        a, b, c, a_stride, b_stride, c_stride, out, scales,
+        a_width: tl.constexpr, b_width: tl.constexpr, c_width: tl.constexpr,
+        MIN: tl.constexpr, MAX: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+        largest = _largest(a, row * a_stride + column, a_width, COLUMNS)
+        largest = tl.maximum(largest, _largest(b, row * b_stride + column, b_width, COLUMNS))
+        largest = tl.maximum(largest, _largest(c, row * c_stride + column, c_width, COLUMNS))
+        scale = tl.maximum(largest, MIN) / MAX
+        tl.store(scales + row, scale)
+        place = out + row * (a_width + b_width + c_width) + column
+        _round_part(a, row * a_stride + column, place, scale, a_width, COLUMNS)
+        _round_part(b, row * b_stride + column, place + a_width, scale, b_width, COLUMNS)
+        _round_part(c, row * c_stride + column, place + a_width + b_width, scale, c_width, COLUMNS)
+
+
+def round_rows(out: torch.Tensor, scale: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Up to three (M, N) `parts` side by side, over one `scale` (M, 1) a row, as e4m3 in `out` (M, S)."""
+    (a, b, c), widths = [*parts, *parts[:1] * 2][:3], [*(part.shape[1] for part in parts), 0, 0][:3]
+    columns = math.gcd(4096, *widths)
+    strides = a.stride(0), b.stride(0), c.stride(0)
+    _round_row[(len(out),)](a, b, c, *strides, out, scale, *widths, FP8_MIN, FP8_MAX, columns)
+
 
 def can_dequantize(weight: torch.Tensor, state: QuantState | None) -> bool:
     """Whether it is a bitsandbytes weight on a CUDA GPU: nested scales, blocks of 64, rows of whole programs."""
@@ -174,6 +234,15 @@ def dequantize(
     _dequantize[rows, columns // (2 * BYTES) + (lora_columns > 0)](
         weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset,
         b, out, rank, start, out.stride(0), columns, lora_columns, triton.next_power_of_2(max(lora_columns, 1)), BYTES,
+    )  # fmt: skip
+
+
+def dequantize_fp8(weight: torch.Tensor, state: QuantState, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """W' (D, N) of a weight, over its inputs' `scale` (D, 1), as e4m3 into `out`."""
+    inner, (rows, columns) = state.state2, state.shape
+    _dequantize_fp8[rows // TILE, columns // TILE](
+        weight.data.view(torch.uint8), state.code, state.absmax, inner.code, inner.absmax, state.offset,
+        scale, out, columns, out.stride(0), TILE, TILE // 2,
     )  # fmt: skip
 
 
@@ -219,20 +288,55 @@ class Kernels:
             self._positions = embeddings[0], rows
         return rows
 
+    def to_fp8(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(M, S) e4m3 of rows side by side, and the scale (M, 1) of each row."""
+        out = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), dtype=FP8)
+        scale = parts[0].new_empty(len(out), 1, dtype=torch.float32)
+        if not parts[0].is_cuda or not self._try_triton(lambda: round_rows(out, scale, parts)):
+            rows = torch.cat(parts, 1).float()
+            torch.div(rows.abs().amax(-1, keepdim=True).clamp_min(FP8_MIN), FP8_MAX, out=scale)
+            out.copy_(rows / scale)
+        return out, scale
+
     def dequantize(self, linear: nn.Module, lora_b: torch.Tensor | None, start: int, out: torch.Tensor) -> None:
         """[W, 0 B 0] into `out` (N, D + R): the weight of a linear, 4-bit or not, and its LoRA B at `start`."""
-        weight = linear.weight
-        # FSDP unshards a weight without its state; shard_frozen_parameters left that at the module.
-        state = getattr(weight, "quant_state", None) or getattr(linear, "quant_state", None)
-        if self.has_triton and can_dequantize(weight, state):
-            try:
-                dequantize(weight, state, lora_b, start, out)
-                return
-            except Exception as error:  # Triton builds its launcher with the machine's C compiler
-                _warn_no_compiler("bitsandbytes dequantizes the weights, slower", error)
-                self.has_triton = False
-        plain = weight if state is None else dequantize_4bit(weight.data, state)
+        weight, state = linear.weight, quant_state(linear)
+        if can_dequantize(weight, state) and self._try_triton(lambda: dequantize(weight, state, lora_b, start, out)):
+            return
+        plain = plain_weight(linear)
         out[:, : plain.shape[1]] = plain
         out[:, plain.shape[1] :] = 0
         if lora_b is not None:
             out[:, plain.shape[1] + start :][:, : lora_b.shape[1]] = lora_b
+
+    def dequantize_fp8(self, linear: nn.Module, scale: torch.Tensor, out: torch.Tensor) -> None:
+        """W' (D, N) of a linear, over its inputs' `scale` (D, 1), as e4m3 into `out`."""
+        weight, state = linear.weight, quant_state(linear)
+        fits = can_dequantize(weight, state) and linear.out_features % TILE == 0
+        if fits and self._try_triton(lambda: dequantize_fp8(weight, state, scale, out)):
+            return
+        out.copy_(plain_weight(linear).float().T / scale)
+
+    def _try_triton(self, kernel: Callable[[], None]) -> bool:
+        """Whether `kernel` could be built and run."""
+        if not self.has_triton:
+            return False
+        try:
+            kernel()
+            return True
+        except Exception as error:  # Triton builds its launcher with the machine's C compiler
+            _warn_no_compiler("bitsandbytes dequantizes the weights, slower", error)
+            self.has_triton = False
+            return False
+
+
+def quant_state(linear: nn.Module) -> QuantState | None:
+    """None of a weight in 16 or 32 bit."""
+    # FSDP unshards a weight without its state; shard_frozen_parameters left that at the module.
+    return getattr(linear.weight, "quant_state", None) or getattr(linear, "quant_state", None)
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor:
+    """(N, D): the weight of a linear, dequantized if it is in 4 bit."""
+    state = quant_state(linear)
+    return linear.weight if state is None else dequantize_4bit(linear.weight.data, state)

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from models.attention import choose_attention
+from models.fp8 import Fp8Projections
 from models.fused_layers import set_activation_checkpointing, unwrap
 from runtime.atomic import write_file
 from runtime.device import (
@@ -112,7 +113,9 @@ def optimizer_bytes(optim: str, trainable: int) -> int:
     return trainable * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
 
 
-def step_cost(config, lora_columns: int, itemsize: int, compiled: bool, tokens: int, held: float) -> Cost:
+def step_cost(
+    config, lora_columns: int, itemsize: int, compiled: bool, tokens: int, held: float, fp8: bool = False
+) -> Cost:
     """`config` is the language model's, with `lora_columns` in a group of projections and activations of `itemsize`.
 
     `held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included. What compiled
@@ -126,6 +129,7 @@ def step_cost(config, lora_columns: int, itemsize: int, compiled: bool, tokens: 
     activation += 4 * config.num_attention_heads
     # the MLP's gradient; residual, norm and their gradients
     transient = itemsize * (inner + lora_columns + 4 * width) + (0 if compiled else 6 * 4 * inner)
+    transient += 2 * inner if fp8 else 0  # the gradients of gate and up, rounded
     dequantized = itemsize * inner * (width + lora_columns)
     return Cost(
         static=held + dequantized + WORKSPACE,
@@ -299,8 +303,9 @@ def _fit(trainer, row: dict, available: float) -> None:
     state = optimizer_bytes(trainer.args.optim, trainable)  # allocated in the first step, so after the trial
     held = memory_in_use(device) + 4 * trainable + state + trainer.data_collator.batch_bytes(images)
     itemsize, config = base.get_input_embeddings().weight.element_size(), base.config.text_config
-    lora_columns, compiled = fused[0].groups[0].columns, fused[0].kernels.compiled
-    cost = step_cost(config, lora_columns, itemsize, compiled, sample.length, held)
+    group, compiled = fused[0].groups[0], fused[0].kernels.compiled
+    fp8 = isinstance(group, Fp8Projections)
+    cost = step_cost(config, group.columns, itemsize, compiled, sample.length, held, fp8)
     allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
     host = psutil.virtual_memory().available / (4 * get_local_world_size())
@@ -316,9 +321,8 @@ def _fit(trainer, row: dict, available: float) -> None:
         collect_memory(device)
         return Tried(plan, seconds * plan.micro_batch_size * plan.micro_batches(images), peak + state)
 
-    key = repr(
-        (describe_gpu(device), round(2 * available / GIB), cost._replace(static=0), images, checkpointing, compiled)
-    )
+    setting = cost._replace(static=0), images, checkpointing, compiled, fp8
+    key = repr((describe_gpu(device), round(2 * available / GIB), *setting))
     known = recall_plan(key)
     best = try_plan(known) if known else None
     if best is None or best.peak > allowed:

@@ -10,9 +10,10 @@ from transformers import AutoModel, BitsAndBytesConfig, DynamicCache, LlamaConfi
 from transformers.integrations import replace_with_bnb_linear
 
 from models import fused_layers, kernels
+from models.fp8 import use_fp8
 from models.fused_layers import FusedLayer, can_fuse, fuse_layers, get_fused_layers, set_activation_checkpointing
 from tests.conftest import ROOT
-from utils.logging_utils import setup_logging
+from utils.logging_utils import UserError, setup_logging
 
 TARGETS = r".*(q|k|v|o|gate|up|down)_proj"
 KINDS = {"mistral": MistralConfig, "llama": LlamaConfig, "qwen2": Qwen2Config}
@@ -250,12 +251,73 @@ for dtype in (torch.float32, torch.float16):
 """
 
 
-def test_weights_are_dequantized_as_bitsandbytes_does():
+FP8 = """
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from models.kernels import FP8, dequantize_fp8, round_rows
+def same(found, expected):
+    found, expected = found.float(), expected.to(FP8).float()
+    off = found != expected  # the interpreter, unlike a GPU, forgets to carry where the mantissa rounds up to 2
+    return off.float().mean() < 0.05 and torch.equal(2 * found[off], expected[off])
+packed, state = quantize_4bit(torch.randn(128, 2048), quant_type="nf4", compress_statistics=True)
+plain = dequantize_4bit(packed, state)
+scale = plain.abs().amax(0)[:, None] / 448
+out = torch.zeros(2048, 256, dtype=FP8)
+dequantize_fp8(packed, state, scale, out[:, 128:])
+assert same(out[:, 128:], plain.T / scale) and not out[:, :128].float().any()
+wide = torch.randn(5, 3072)
+wide[1] = 0
+for parts in ([wide[:, 1024:]], [wide[:, :1024], wide[:, 1024:]], list(wide.split(1024, 1))):
+    rows = torch.cat(parts, 1)
+    out, scale = torch.empty(rows.shape, dtype=FP8), torch.empty(5, 1)
+    round_rows(out, scale, parts)
+    assert torch.equal(scale, rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / 448)
+    assert same(out, rows / scale)
+"""
+
+
+@pytest.mark.parametrize("script", [DEQUANTIZE, FP8], ids=["as bitsandbytes", "to FP8"])
+def test_triton_kernels_compute_what_torch_does(script):
     """In Triton's interpreter, which must be asked for before Triton is imported; no GPU is needed."""
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA; its kernel ran on an H100 (docs/LOG.md)")
     there = {"env": os.environ | {"TRITON_INTERPRET": "1"}, "cwd": ROOT}
-    done = subprocess.run([sys.executable, "-c", DEQUANTIZE], **there, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], **there, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- FP8
+
+
+@pytest.mark.parametrize("kind, load_in_4bit", [("mistral", True), ("llama", False), ("qwen2", True)])
+def test_fp8_rounds_the_backward_pass_alone(kind, load_in_4bit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    expected = run(language_model(kind, load_in_4bit).train())
+    model = language_model(kind, load_in_4bit).train()
+    layers = fuse_layers(layers_of(model))
+    use_fp8(layers, torch.device("cuda"), "bf16")
+    set_activation_checkpointing(layers, 1)
+    found = run(model)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    errors = sorted((found[2][name] - part).norm() / part.norm() for name, part in expected[2].items())
+    assert 0.01 < errors[len(errors) // 2] < 0.05 and errors[-1] < 0.1
+    last = "layers.2.mlp.down_proj.lora_B.default.weight"  # its gradient is from before any rounding
+    torch.testing.assert_close(
+        *(next(part for name, part in of[2].items() if last in name) for of in (found, expected))
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "precision", "words"),
+    [
+        ("cpu", (9, 0), "no", "needs a CUDA GPU of compute capability 8.9 or newer"),
+        ("cuda", (8, 6), "bf16", "needs a CUDA GPU of compute capability 8.9 or newer"),
+        ("cuda", (8, 9), "fp16", "needs --mixed-precision bf16"),
+    ],
+)
+def test_fp8_is_refused_where_nothing_computes_it(device, capability, precision, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(UserError, match=f"^--matmul fp8: {words}.*; use --matmul bf16$"):
+        use_fp8(fuse_layers(layers_of(language_model())), torch.device(device), precision)
 
 
 # ---- machines that cannot build kernels
