@@ -77,10 +77,7 @@ class PlantData:
                 )
 
     def assert_matches(self, class_names: Sequence[str], fingerprint: str | None, run: str | Path) -> None:
-        """Raise UserError unless the classes are those that `run` learned.
-
-        With the `fingerprint` of the run's own data, its images must also be split as they were.
-        """
+        """Raise UserError unless the classes, and by its `fingerprint` the split, are those that `run` learned."""
         if self.class_names != list(class_names):
             unknown = [name for name in self.class_names if name not in class_names]
             raise UserError(

@@ -15,6 +15,7 @@ from utils.logging_utils import UserError, logger
 
 GIB = 2**30
 CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a GPU
+warned_of: set[str] = set()  # folders of shared memory: a run asks for its training and for its evaluation
 BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts that as support
 
 
@@ -69,9 +70,11 @@ def fit_workers(num_workers: int, batch_bytes: int, shared_memory: str = "/dev/s
     free, needed = shutil.disk_usage(shared_memory).free, (2 * num_workers + 1) * batch_bytes
     if free >= needed:
         return num_workers
-    problem = f"has {free / 1e6:.0f} MB free and {num_workers} workers need {needed / 1e6:.0f} MB"
-    move = "images are decoded by the main process instead (docker run --shm-size=1g, or fewer --num-workers)"
-    logger.warning(f"{shared_memory} {problem}; {move}")
+    if shared_memory not in warned_of:
+        warned_of.add(shared_memory)
+        problem = f"has {free / 1e6:.0f} MB free and {num_workers} workers need {needed / 1e6:.0f} MB"
+        move = "images are decoded by the main process instead (docker run --shm-size=1g, or fewer --num-workers)"
+        logger.warning(f"{shared_memory} {problem}; {move}")
     return 0
 
 
