@@ -91,10 +91,7 @@ def find_given_column(columns: Sequence[str], wanted: str, where: str) -> str:
 
 
 def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
-    """Columns that may be the label, by name, else by what a sample holds; ONE_HOT among them for columns of 0 and 1.
-
-    `cells` are those of the sample, without the column of images.
-    """
+    """Columns that may be the label, by name, else by what a sample holds; ONE_HOT: columns of 0 and 1."""
     distinct = {name: {*column} - {""} for name, column in cells.items()}
     known = [name for name in cells if label_preference(name, cells) < NOT_KNOWN]
     if any(label_preference(name) < 2 for name in known) and not any(distinct[name] for name in known):
