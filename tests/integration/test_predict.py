@@ -279,7 +279,7 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(old)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
-    for module in ("runtime.device", "evaluation.predictor"):  # the model's size is not known
+    for module in ("runtime.distributed", "evaluation.predictor"):  # the model's size is not known
         monkeypatch.setattr(f"{module}.choose_device", lambda *_, **__: torch.device("cpu"))
     argv = [*TINY, "--model", "me/plants", "--trainable", "adapter", "--output-dir", "run"]
     assert train.main(argv) == 0

@@ -278,7 +278,7 @@ def nothing(monkeypatch):
 BAD_INPUT = [
     (nothing, [], "needs a CUDA GPU and torch sees none; check nvidia-smi and the driver, or try"),
     (hub_id, ["--dataset", "{images}"], "llava-v1.6-mistral-7b-hf: at 52320fb52229c8d942b1"),
-    (nothing, ["--model", "{checkpoint}"], "data set Donghyun99/Oxford-Flower-102 at revision 7e43fe37"),
+    (nothing, ["--model", "{checkpoint}"], "Donghyun99/Oxford-Flower-102: at 7e43fe37eeb9278138ab"),
     (nothing, ["--preset", "tiny", "--mixed-precision", "fp16"], "--mixed-precision fp16: needs a CUDA GPU"),
     (nothing, ["--preset", "tiny", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
     (nothing, ["--preset", "tiny", "--dataset", "{empty}"], "no images found"),
