@@ -5,6 +5,7 @@ Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `lab
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -82,12 +83,17 @@ def measure_replies(
 
 
 def per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
-    """{name: {"n", "top1"}} of every class that has images."""
-    correct = scores.argmax(axis=1) == labels
-    return {
-        names[label]: {"n": int((labels == label).sum()), "top1": float(correct[labels == label].mean())}
-        for label in np.unique(labels)
-    }
+    """{name: {"n", "top1", "precision", "recall", "f1"}} of every class that has images; its recall is its top-1.
+
+    The precision of a class that is never predicted counts as 0.
+    """
+    predictions, found = scores.argmax(axis=1), {}
+    for label in np.unique(labels):
+        n, predicted = int((labels == label).sum()), int((predictions == label).sum())
+        right = int(((predictions == label) & (labels == label)).sum())
+        found[names[label]] = {"n": n, "top1": right / n, "precision": right / max(predicted, 1), "recall": right / n}
+        found[names[label]]["f1"] = 2 * right / (n + predicted)
+    return found
 
 
 def confusions(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict]:
@@ -194,12 +200,15 @@ def measure_split(split: SplitScores, calibration: Calibration | None, names: Se
     selective: dict = {"coverage": None, "selective_accuracy": None}
     if calibration is not None:
         selective = measure_selective(confidences, split.correct, calibration.threshold)
+    classes = per_class(split.scores, split.labels, names)
     return {
         **measure_accuracy(split.scores, split.labels),
+        # Of classes that have images; macro F1 is the mean of their F1, not the F1 of the means (Opitz & Burst 2019).
+        **{f"macro_{key}": fmean(found[key] for found in classes.values()) for key in ("precision", "recall", "f1")},
         "ece_uncalibrated": expected_calibration_error(confidence(split.scores, 1.0), split.correct),
         "ece": expected_calibration_error(confidences, split.correct),
         **selective,
         "calibration": None if calibration is None else calibration._asdict(),
         "confusions": confusions(split.scores, split.labels, names),
-        "per_class": per_class(split.scores, split.labels, names),
+        "per_class": classes,
     }

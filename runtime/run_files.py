@@ -125,7 +125,7 @@ REPORT = {
     "calibration": (CALIBRATION, None),
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],
-    "per_class": {str: {"n": COUNT, "top1": FRACTION}},
+    "per_class": {str: {"n": COUNT, "top1": FRACTION, **dict.fromkeys(("precision?", "f1?"), FRACTION)}},
 }
 
 

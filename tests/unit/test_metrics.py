@@ -5,6 +5,7 @@ import pytest
 
 from evaluation.metrics import (
     MAX_CONFUSIONS,
+    SplitScores,
     adjust_scores,
     calibration_bins,
     choose_threshold,
@@ -16,6 +17,7 @@ from evaluation.metrics import (
     measure_accuracy,
     measure_replies,
     measure_selective,
+    measure_split,
     per_class,
 )
 from models.callbacks import resolvable_gain
@@ -31,10 +33,20 @@ def test_compute_metrics_a_hand_made_case():
     assert found["mean_per_class"] == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert found["top1_interval"] == pytest.approx([0.2307, 0.8824], abs=1e-4)  # Wilson, 3 of 5
     assert per_class(SCORES, LABELS, "abc") == {
-        "a": {"n": 3, "top1": pytest.approx(2 / 3)},
-        "b": {"n": 1, "top1": 0.0},
-        "c": {"n": 1, "top1": 1.0},
+        "a": {"n": 3, "top1": 2 / 3, "recall": 2 / 3, "precision": 2 / 3, "f1": pytest.approx(2 / 3)},
+        "b": {"n": 1, "top1": 0, "recall": 0, "precision": 0, "f1": 0},
+        "c": {"n": 1, "top1": 1, "recall": 1, "precision": 1, "f1": 1},
     }
+
+
+def test_macro_means_are_of_the_classes_that_have_images():
+    """a: 4 images, 3 predictions, 2 right; b: 1, 2, 1; c: 1 image, never predicted; d: none, predicted once."""
+    predictions, labels = np.array([0, 0, 1, 3, 1, 0]), np.array([0, 0, 0, 0, 1, 2])
+    found = measure_split(SplitScores([], labels, np.eye(4)[predictions]), None, "abcd")
+    assert list(found["per_class"]) == ["a", "b", "c"]
+    assert found["macro_precision"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert found["macro_recall"] == found["mean_per_class"] == pytest.approx((2 / 4 + 1 + 0) / 3)
+    assert found["macro_f1"] == pytest.approx((4 / 7 + 2 / 3 + 0) / 3)  # not 0.4375, the F1 of the means
 
 
 def test_top5_counts_what_stands_before_the_truth():
