@@ -124,9 +124,7 @@ def parse_run_command(
     if extra:
         line.problems.append(f"{' '.join(extra)}: unexpected argument; usage: {usage}")
     saved = run.config if run else TrainingConfig()
-    config = line.apply(
-        dataclasses.replace(saved, compile="false", matmul="bf16")
-    )  # too few images to win the time back
+    config = line.apply(dataclasses.replace(saved, compile="false"))  # too few images to win the time back
     values = line.apply(options())
     line.exit_on_problems()
     return dataclasses.replace(run, config=config), rest, values

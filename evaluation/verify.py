@@ -71,7 +71,7 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     expected = scores_of(plant, rows)
     plant.model = None
     collect_memory(plant.device)
-    config = dataclasses.replace(run.config, compile="false", matmul="bf16")
+    config = dataclasses.replace(run.config, compile="false")
     fresh = PlantModel.from_config(config, plant.class_names, plant.device)
     base_difference = (scores_of(fresh, rows) - expected).abs().max()
     load_weights(fresh.model, run.best_folder)

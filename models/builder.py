@@ -32,7 +32,6 @@ from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.base_view import Processor, select_views
 from models.checks import DTYPES, check_adapter, check_model, check_same_base, lora_settings, weights_fingerprint
-from models.fp8 import use_fp8
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
@@ -252,8 +251,6 @@ def build_model(
     model = set_trainable(base, config.trainable, config.lora_r, config.lora_alpha, config.lora_dropout)
     checkpointing = config.gradient_checkpointing != "false"
     fused = fuse_layers(base.model.language_model.layers)
-    if config.matmul == "fp8":
-        use_fp8(fused, device, precision)
     if fused:
         offloaded = len(fused) if config.gradient_checkpointing == "offload" else 0
         set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offloaded)

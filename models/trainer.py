@@ -22,6 +22,7 @@ from data.sampling import Sampling, TrainRows, TrainSampler
 from models.best_checkpoint import BestCheckpoint
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.fp8 import use_fp8
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
 from models.scoring import rank_true_classes, score_batch
@@ -414,6 +415,8 @@ def _set_random_state(states: list[torch.Tensor], device: torch.device) -> None:
 def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     """The trainer of a run, with its callbacks. The run's id marks the checkpoints that it may resume and delete."""
     config = run.config
+    if config.matmul == "fp8":
+        use_fp8(plant.fused, plant.device, plant.precision)
     largest_batch = max(config.effective_batch_size, config.per_device_eval_batch_size)
     trainer = PlantTrainer(
         run,

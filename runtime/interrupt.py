@@ -72,16 +72,19 @@ class StopRequest:
                 raise KeyboardInterrupt(self.signal)
             raise RuntimeError(f"DataLoader timed out after {limit_s} seconds")
 
-        self._is_waiting = True
         try:
-            self.check()
-            with _timer(limit_s if self.signal is None else STOP_S, end):
-                yield
+            with _timer(limit_s, end):
+                self._is_waiting = True  # no longer than `end` is what the timer calls
+                try:
+                    self.check()
+                    if self.signal is not None:  # of several ranks
+                        signal.setitimer(signal.ITIMER_REAL, STOP_S)
+                    yield
+                finally:
+                    self._is_waiting = False
         except BaseException:
             end_children()
             raise
-        finally:
-            self._is_waiting = False
 
     def iterate(self, batches: Iterable) -> Iterator:
         """The batches; the wait for each ends with a signal."""

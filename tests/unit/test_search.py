@@ -42,7 +42,8 @@ def search(trie, log_probabilities, goal, count=64):
             return found, rounds
         chosen, rounds = state.choose(count), rounds + 1
         assert 0 < len(chosen) <= count and not state.is_expanded[chosen].any()
-        assert state.is_expanded[trie.parents[chosen]].all() or np.isin(trie.parents[chosen], chosen).any()
+        parents = trie.parents[chosen]
+        assert (state.is_expanded[parents] | np.isin(parents, chosen)).all()
 
 
 def check(found, scores, goal):
@@ -78,6 +79,17 @@ def test_what_is_found_is_what_all_scores_say(temperature):
             goal = Goal(int(rng.integers(1, 8)), temperature, threshold)
             found, _ = search(trie, logs, goal, count=int(rng.integers(1, 30)))
             check(found, scores, goal)
+
+
+def test_a_high_temperature_lets_many_unlikely_names_matter():
+    """10,000 names of 1e-23 hold nothing, but a fifth of the sum at temperature 5: the bound counts the names."""
+    names = [(10, EOS), *((20 + prefix, 200 + end, EOS) for prefix in range(100) for end in range(100))]
+    (trie,) = build_tries(names, np.inf)
+    logs = np.select([trie.tokens == 10, trie.tokens >= 200, trie.tokens >= 20], np.log([0.99, 0.01, 1e-21]), 0.0)
+    goal = Goal(1, 5.0, None)
+    found, _ = search(trie, logs, goal, count=1)
+    check(found, scores_of(trie, logs), goal)
+    assert found.high[0] == pytest.approx(0.799, abs=0.01)
 
 
 def test_names_that_end_inside_others_are_counted_too():

@@ -5,9 +5,8 @@ import itertools
 import datasets
 import pyarrow.parquet
 import pytest
-from accelerate import skip_first_batches
+import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from torch.utils.data import DataLoader
 
 from config.cli import parse_config
 from data.dataset import build_datasets, sample_rows
@@ -51,10 +50,8 @@ def write_parquet(folder, files: int, rows: int, names=NAMES, path="{split}/{num
 
 
 def ids_of(stream: Stream, workers: int, batches: int) -> list[list[str]]:
-    loader = DataLoader(
-        stream, stream.batch_size, num_workers=workers, collate_fn=lambda rows: [row["id"] for row in rows]
-    )
-    return list(itertools.islice(skip_first_batches(loader, stream.steps_done % max(workers, 1)), batches))
+    loader = stream.build_loader(workers, torch.device("cpu"), collate_fn=lambda rows: [row["id"] for row in rows])
+    return list(itertools.islice(loader, batches))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0)])

@@ -761,6 +761,23 @@ def test_a_wait_that_torch_does_not_limit_ends_too():
     assert signal.alarm(0) == 0
 
 
+def test_a_signal_just_after_a_wait_arms_no_timer(monkeypatch):
+    """Its handler is gone by then, and the alarm would kill the rank in the middle of a step."""
+    stop, set_handler, handlers = StopRequest(stops_alone=False), signal.signal, []
+
+    def set_late(number, handler):
+        handlers.append(handler)
+        if len(handlers) == 2:  # the one from before is put back
+            stop._note(signal.SIGTERM, None)
+        return set_handler(number, handler)
+
+    monkeypatch.setattr(signal, "signal", set_late)
+    with stop.waiting(60):
+        pass
+    assert len(handlers) == 2 and stop.signal == signal.SIGTERM
+    assert signal.setitimer(signal.ITIMER_REAL, 0) == (0, 0)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_signal_ends_the_wait_of_one_of_several_ranks_a_little_later(when, monkeypatch):
     """Others wait for it in a collective, so it cannot save with them; a batch that comes in time still counts."""
