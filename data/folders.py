@@ -4,10 +4,12 @@ import contextlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data.class_names import find_groups
 from data.classes import name_classes
+from data.columns import split_of_file
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
@@ -29,13 +31,12 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         for entry in entries
         for path, image_id, group in _list_images(entry, root)
     ]
-    notes, used = list(layout.notes), list[Path]()
+    notes, used, warnings = list(layout.notes), list[Path](), list[str]()
     for split, folder in layout.flat.items():
-        if labels := _find_labels(folder, layout.names):
-            given, tables = labels
-            rows += [row._replace(id=printable(os.path.relpath(row.path, root)), split=split) for row in given.rows]
-            notes, used = [*notes, *given.notes], [*used, *tables]
-        else:
+        given, tables = _find_labels(folder, split, layout)
+        rows += [row._replace(id=printable(os.path.relpath(row.path, root)), split=split) for row in given.rows]
+        notes, used, warnings = [*notes, *given.notes], [*used, *tables], [*warnings, *given.warnings]
+        if not given.rows:
             reason = f"images of {printable(folder.name)} without class folders, so they cannot be scored"
             excluded.add_folder(reason, folder)
     if not any(row.group for row in rows) and (found := find_groups([row.id for row in rows], _beside(root))):
@@ -43,7 +44,7 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
         used.append(table)
-    return _build_source(LabelTable(rows, notes), layout, excluded, reading, used)
+    return _build_source(LabelTable(rows, notes, warnings), layout, excluded, reading, used)
 
 
 def with_parent_tables(folder: Folder) -> Folder:
@@ -54,19 +55,37 @@ def with_parent_tables(folder: Folder) -> Folder:
     return above
 
 
-def _find_labels(folder: Folder, names: Iterable[str]) -> tuple[LabelTable, list[Path]] | None:
-    """(what tables in or beside a split folder say of its images, these tables), if they give several of the `names`.
+def _find_labels(folder: Folder, split: str, layout: Layout) -> tuple[LabelTable, list[Path]]:
+    """(what tables in or beside a split folder say of its images, these tables); no rows if they give other classes.
 
+    A table beside it may be of other images: of another split, or of the class folders, where file names are the same.
     One class for all is what the example of an answer gives, as competitions have it.
     """
-    known = {name_key(name) for name in names}
-    for place in (folder, with_parent_tables(folder)):
-        with contextlib.suppress(UserError):  # another table of the user's
-            if tables := find_label_tables(place):
-                found = read_label_tables(tables, place, None)
-                if len(keys := {name_key(row.class_name) for row in found.rows}) > 1 and keys <= known:
-                    return found, tables
-    return None
+    known, causes = {name_key(name) for name in layout.names}, list[str]()
+    above = with_parent_tables(folder)
+    beside = [table for table in find_label_tables(above) if table.parent == above.path]
+    others = [table for table in beside if split_of_file(table, above.path) in ("", split)]
+    if above.path == layout.root.path:
+        above = layout.root
+    for place, tables, part in ((folder, find_label_tables(folder), None), (above, others, (f"{folder.name}/", split))):
+        if not tables:
+            continue
+        try:
+            found = read_label_tables(tables, place, None, part)
+        except UserError as error:  # another table of the user's
+            causes.append(f"not used: {error}")
+            continue
+        names = {name_key(row.class_name): row.class_name for row in found.rows}
+        if len(names) > 1 and names.keys() <= known:
+            return replace(found, warnings=[*causes, *found.warnings]), tables
+        listed, unknown = some([table.name for table in tables]), [names[key] for key in sorted(names.keys() - known)]
+        if unknown:
+            causes.append(f"not used: {listed}: labels that no class folder has: {some(unknown)}")
+        elif names:
+            causes.append(f"not used: {listed}: one label for all images, {some(names.values())}")
+        else:
+            causes += found.warnings
+    return LabelTable([], [], causes), []
 
 
 def load_tables(tables: list[Path], folder: Folder, excluded: Excluded, reading: Reading) -> Source:

@@ -99,12 +99,15 @@ def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     return any(name == ONE_HOT or len({*sample[name]}) < len(sample[name]) for name in candidates)
 
 
-def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str | None) -> LabelTable:
+def read_label_tables(
+    tables: Sequence[Path], folder: Folder, label_column: str | None, part: tuple[str, str] | None = None
+) -> LabelTable:
     """The images of a folder that tables label, such as train.csv and val.csv.
 
     `label_column`: None where the tables themselves tell it. A table without labels, or without images of the folder,
-    is not used, with a warning, if others can be. Raises UserError if none can be read, has an image of the folder and
-    a label, or if several columns may be meant.
+    is not used, with a warning, if others can be. `part`: the folder below, such as "test/", whose images alone are
+    asked for, and its split. Raises UserError if none can be read, has an image of the folder and a label, or if
+    several columns may be meant.
     """
     index = index_folder(folder)
     if not index.paths:
@@ -117,9 +120,12 @@ def read_label_tables(tables: Sequence[Path], folder: Folder, label_column: str 
             problems.append(error)
     if not contents:
         raise problems[0]
+    if part is not None:
+        for content in contents:
+            _keep_part(content, index, part, excluded)
     rows = _merge(contents, excluded)
     for number, path in enumerate(index.paths):
-        if number not in index.seen:
+        if number not in index.seen and path.startswith(part[0] if part else ""):
             excluded.add("images without a row in a table", path)
     warnings = [*(f"not used: {error}" for error in problems), *excluded.lines()]
     return LabelTable(rows, _describe(contents, rows), warnings, contents[0].labels[0], contents[0].file.name)
@@ -144,6 +150,8 @@ class Content:
 
     def read_split(self, row: Mapping[str, str]) -> str:
         of_row = read_split(self.split_column, row[self.split_column]) if self.split_column else ""
+        if self.split in ("validation", "test") and plain_name(self.split_column or "").startswith("is"):
+            return self.split  # whose is_valid may tell good images
         return of_row or self.split  # train.csv may say is_valid
 
 
@@ -226,6 +234,19 @@ def _choose_label(
     if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
         return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""  # of an epithet alone
     return operator.itemgetter(label)
+
+
+def _keep_part(content: Content, index: ImageIndex, part: tuple[str, str], excluded: Excluded) -> None:
+    """Keep the rows of a folder's images that are of its split, or say none."""
+    (folder, split), rows, content.rows = part, content.rows, []
+    for image, row in rows:
+        is_inside, is_of_split = index.paths[image].startswith(folder), row.split in ("", split)
+        if is_inside and is_of_split:
+            content.rows.append((image, row))
+        elif is_inside:
+            excluded.add(f"rows of {content.name} of another split than {split}", row.id)
+        elif row.split == split:
+            excluded.add(f"rows of {content.name} whose file is not in {printable(folder)}", row.id)
 
 
 def _no_file_column(records: Records, root: Path) -> UserError:

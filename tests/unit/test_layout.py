@@ -163,6 +163,74 @@ def test_a_table_labels_a_split_without_class_folders(labels, table, tree):
         )
 
 
+def put_plants(tree, flat=("test",), of_test=9, table="", rows=(), header="file,label"):
+    """train/<class>/ with 0.png to 35.png, flat splits, and a table beside them; what is read."""
+    for number in range(36):
+        draw(tree.root / "train" / CLASSES[number % 2] / f"{number}.png")
+    for split in flat:
+        for number in range(of_test):
+            draw(tree.root / split / f"{number}.png")
+    (tree.root / table).write_text("\n".join([header, *rows]))
+    return tree(images=0)()
+
+
+LABELS = [f"{number}.png,{CLASSES[number % 2]}" for number in range(36)]
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "header"),
+    [
+        ("train.csv", LABELS, "file,label"),
+        ("train_labels.csv", LABELS[:6], "file,label"),
+        ("val.csv", LABELS[:9], "file,label"),
+        ("labels.csv", LABELS, "file,label"),
+        ("labels.csv", LABELS[:9], "file,label"),
+        ("plants.csv", [row.replace(".png", "") for row in LABELS], "file,label"),
+        ("plants.csv", [f"train/{row.partition(',')[2]}/{row}" for row in LABELS], "file,label"),
+        ("labels.csv", [f"{row},train" for row in LABELS], "file,label,split"),
+        ("labels.csv", [f"{row},{int(number > 3)}" for number, row in enumerate(LABELS)], "file,label,is_train"),
+    ],
+)
+def test_a_table_of_other_images_labels_no_split_without_class_folders(table, rows, header, tree):
+    source = put_plants(tree, table=table, rows=rows, header=header)
+    given = len(source.splits.get("test", ()))
+    assert given == (4 if "is_train" in header else 0) and len(source.splits["train"]) == 36
+    words = "images without a row in a table: 5 (test/4.png, " if given else "so they cannot be scored: 9 (test)"
+    assert any(words in line for line in source.warnings)
+
+
+def test_a_table_labels_the_flat_split_of_its_name(tree):
+    rows = [f"{number}.png,{CLASSES[number < 4]}" for number in range(9)]
+    source = put_plants(tree, ("test", "val"), table="test.csv", rows=rows)
+    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 36, "test": 9}
+    assert [CLASSES[label] for label in source.splits["test"]["label"]] == ["rose"] * 4 + ["daisy"] * 5
+    assert any("images of validation" in line or "images of val " in line for line in source.warnings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_test", "words"),
+    [
+        (LABELS[:5], 5, "images without a row in a table: 4 (test/5.png, test/6.png, test/7.png, ...)"),
+        (
+            LABELS[:12],
+            9,
+            "rows of test.csv whose file is not in test/: 3 (train/rose/9.png, train/daisy/10.png, train/rose/11.png)",
+        ),
+        ([*LABELS[:8], "8.png,Tulip"], 0, "test.csv: labels that no class folder has: Tulip"),
+        (["0.png,daisy", "1.png,daisy"], 0, "test.csv: one label for all images, daisy"),
+    ],
+)
+def test_what_a_table_of_a_flat_split_leaves_out_is_said(rows, num_test, words, tree):
+    source = put_plants(tree, table="test.csv", rows=rows)
+    assert len(source.splits.get("test", ())) == num_test
+    assert f"not used: {words}" in source.warnings
+
+
+def test_a_table_of_a_flat_split_that_cannot_be_read_is_said(tree):
+    source = put_plants(tree, table="labels.csv", rows=LABELS[:9])
+    assert any("several images have the file names in column file, such as 0.png" in line for line in source.warnings)
+
+
 class CountingPath(type(Path())):
     compared = 0
 

@@ -397,6 +397,17 @@ def test_a_column_of_split_words_gives_the_splits(name, tmp_path, column, cells,
     assert (f"splits from column {column}" in table.notes) == any(splits)
 
 
+def test_a_table_named_after_a_split_keeps_it_whatever_is_valid_says(tmp_path):
+    names, rows = images(tmp_path, 24), []
+    for number, name in enumerate(names):
+        rows.append((name, FLOWERS[number // 4 % 2], number % 3 > 0))
+    put(tmp_path / "train.csv", lines("file,label", [row[:2] for row in rows[:16]]))
+    put(tmp_path / "test.csv", lines("file,label,is_valid", rows[16:]))
+    folder = survey(tmp_path)[0]
+    table = read_label_tables(find_label_tables(folder), folder, None)
+    assert [row.split for row in table.rows] == ["train"] * 16 + ["test"] * 8
+
+
 def test_images_in_split_folders_have_their_split(tmp_path):
     names = [f"{split}/{name}" for split in ("train", "test") for name in images(tmp_path / split, 6)]
     table = read(put(tmp_path / "a.csv", labels(names)), tmp_path)
