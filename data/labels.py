@@ -5,6 +5,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from data.oxford_flowers import CLASS_NAMES  # noqa: F401  programs made before it moved look for it here
+
 # Words of folder, file and column values that name a split, in any case; fillers may stand beside them: seg_train.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn", "trainval", "trainings", "entrainement", "apprentissage"), "train"),

@@ -2,11 +2,13 @@
 
 import pytest
 
+from data.labels import CLASS_NAMES as KNOWN_BY_OLD_PROGRAMS
 from data.labels import parse_reply
 from data.oxford_flowers import CLASS_NAMES, IMAGES_PER_CLASS
 
 
 def test_the_official_classes():
+    assert CLASS_NAMES is KNOWN_BY_OLD_PROGRAMS
     assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 102 and sum(IMAGES_PER_CLASS) == 8189
     assert (CLASS_NAMES[0], CLASS_NAMES[59], CLASS_NAMES[101]) == (
         "pink primrose",
