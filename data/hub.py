@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 import datasets
 from datasets import load_dataset_builder
 from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
@@ -45,20 +46,31 @@ def load_hub_dataset(repository: str, reading: Reading, load_folder: Callable[[P
     asked = None if revision == OFFICIAL_REVISION else revision
     try:
         info = HfApi().dataset_info(repository, revision=asked)
+        revision, names = info.sha or "", [file.rfilename for file in info.siblings or ()]
+        is_cached = False
     except Exception as error:
         if not COMMIT.fullmatch(asked or ""):
             raise _explain(error, repository, asked) from error
-        return _load(repository, revision, reading)  # without a network, `datasets` may have it in its cache
-    revision = info.sha or ""
-    suffixes = {PurePath(file.rfilename).suffix.lower() for file in info.siblings or ()}
+        names = _list_cached(repository, revision)  # without a network
+        is_cached = True
+    suffixes = {PurePath(name).suffix.lower() for name in names}
     if not suffixes & {*SUFFIXES} or suffixes & {".parquet", ".arrow", *ARCHIVES}:
-        return _load(repository, revision, reading)
+        return _load(repository, revision, reading)  # without a network, `datasets` may have it in its cache
     try:
-        folder = snapshot_download(repository, repo_type="dataset", revision=revision)
+        folder = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=is_cached)
     except Exception as error:
         raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"
     return load_folder(Path(folder), reading)._replace(description=where, revision=revision)
+
+
+def _list_cached(repository: str, revision: str) -> list[str]:
+    """Names of the files of a commit in the cache of the hub; none of one whose download broke off."""
+    try:
+        folder = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return []
+    return [path.name for path in Path(folder).rglob("*")]
 
 
 def _load(repository: str, revision: str, reading: Reading) -> Source:

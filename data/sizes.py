@@ -31,17 +31,18 @@ class CheckedDownloads(DownloadManager):
 
 
 def check_sizes(files: Sequence[Path]) -> None:
-    """Raise UserError for files that unpack to far more than they are."""
+    """Raise UserError for files that unpack to far more than they are, each alone or all together."""
     written, total = sum(file.stat().st_size for file in files), 0
-    limit = max(MAX_UNFOLDING * written, ANY_UNFOLDING)
     for number, file in enumerate(files):
+        of_file, alone = file.stat().st_size, 0
         for size in _read_sizes(file):
-            total += size
-            if total > limit:
-                sizes = f"{written / 1e6:,.1f} MB unpack to {total / 1e6:,.0f} MB or more, as images do not"
-                where = f"{file}, file {number + 1} of {len(files)}" if len(files) > 1 else file
-                move = "write it again with JPEG or PNG images, remove it, or use another data set"
-                raise UserError(f"{where}: {sizes}; {move}")
+            alone, total = alone + size, total + size
+            for stored, unpacked in ((of_file, alone), (written, total)):
+                if unpacked > max(MAX_UNFOLDING * stored, ANY_UNFOLDING):
+                    sizes = f"{stored / 1e6:,.1f} MB unpack to {unpacked / 1e6:,.0f} MB or more, as images do not"
+                    where = f"{file}, file {number + 1} of {len(files)}" if len(files) > 1 else file
+                    move = "write it again with JPEG or PNG images, remove it, or use another data set"
+                    raise UserError(f"{where}: {sizes}; {move}")
 
 
 def _read_sizes(file: Path) -> Iterator[int]:

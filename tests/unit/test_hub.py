@@ -167,6 +167,33 @@ def test_problems_of_the_hub_are_one_sentence(kind, fail, words, repository):
         build("--dataset", "owner/plants", "--dataset-revision", "main")
 
 
+@pytest.mark.parametrize("is_offline", [True, False])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_image_files_of_a_commit_are_read_from_the_cache_without_a_network(
+    is_whole, is_offline, repository, monkeypatch
+):
+    put_images(repository.folder / "ash", 6)
+    put_images(repository.folder / "elm", 6, 10)
+    pinned = ("--dataset", "owner/plants", "--dataset-revision", repository.commit)
+    if not is_whole:
+        repository.fail = lambda request: lost(request) if request.url.path.endswith("elm/15.png") else None
+        with pytest.raises(UserError, match="the hub cannot be reached"):
+            build(*pinned)
+    else:
+        before = build(*pinned)
+    if is_offline:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    repository.fail = lost
+    if is_whole:
+        data = build(*pinned)
+        assert (data.fingerprint(), data.revision) == (before.fingerprint(), repository.commit)
+    else:  # fewer images would be another split
+        assert [*Path(constants.HF_HUB_CACHE).rglob("ash/*.png")]
+        with pytest.raises(UserError, match="is not whole in the cache|the hub cannot be reached"):
+            build(*pinned)
+
+
 def test_without_a_network_image_files_are_refused_with_a_sentence(repository):
     put_images(repository.folder / "ash", 4)
     repository.fail = lost

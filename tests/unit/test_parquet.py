@@ -219,6 +219,15 @@ def test_files_that_only_together_unpack_to_much_are_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_small_file_that_unpacks_to_much_is_refused_beside_a_large_one(tmp_path):
+    large = {"image": [{"bytes": os.urandom(1_000_000), "path": None} for _ in NAMES], "label": NAMES}
+    pyarrow.parquet.write_table(pyarrow.table(large), tmp_path / "train-0.parquet")
+    small = pyarrow.table({"image": same(20_000_000, 6), "label": NAMES * 2})
+    pyarrow.parquet.write_table(small, tmp_path / "train-1.parquet", compression="zstd")
+    with pytest.raises(UserError, match="train-1.parquet, file 2 of 2: 0.. MB unpack to 1.. MB or more"):
+        load(tmp_path)
+
+
 def test_many_copies_of_a_small_image_are_no_such_file(tmp_path):
     write(tmp_path / "train.parquet", {"image": pictures(1) * 3000, "label": NAMES * 1000})
     assert len(load(tmp_path).splits["train"]) == 3000
