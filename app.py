@@ -76,11 +76,11 @@ def find_port(host: str, port: int) -> int:
 
 def load_texts():
     """The macros of web/page.html.j2: header, start, answer, refusal, footer."""
-    from evaluation.predictor import percent
+    from evaluation.predictor import list_names, percent
     from evaluation.report import open_templates
 
     templates = open_templates(WEB, is_html=True)
-    templates.filters["percent"] = percent
+    templates.filters |= {"percent": percent, "names": list_names}
     return templates.get_template("page.html.j2").module
 
 

@@ -41,6 +41,7 @@ class EvaluationOptions:
     target_selective_accuracy: float = option(
         0.95, "accuracy on the images that are not rejected, for which val's threshold is chosen", above=0, high=1
     )
+    coverage: float = option(0.9, "share of images whose prediction set has the true name", above=0, high=0.999)
     ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
 
@@ -92,7 +93,8 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         logger.info(f"data | {data.source} | {len(rows):,} images of {options.split} | {len(data.class_names)} classes")
         if not dist.is_main_process:
             logger.setLevel(logging.WARNING)  # of what concerns this rank alone, such as an OOM
-        method = Method(options.per_token, options.prior_calibration, options.limit, options.target_selective_accuracy)
+        targets = options.target_selective_accuracy, options.coverage
+        method = Method(options.per_token, options.prior_calibration, options.limit, *targets)
         evaluator = build_evaluator(run, plant, dist, method)
         if options.protocol != "scoring":
             evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)

@@ -83,13 +83,14 @@ def match(pattern: str) -> Iterable[str]:
 
 def format_line(image: str, found, top: int) -> str:
     """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
-    from evaluation.predictor import percent
+    from evaluation.predictor import list_names, percent
 
     if isinstance(found, str):
         return found
     first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
     if not found.is_confident:
-        return f"{printable(image)}: not sure ({', '.join([first, *others])})"
+        line, names = f"{printable(image)}: not sure ({', '.join([first, *others])})", found.prediction_set or []
+        return f"{line}; one of: {list_names(names, top)}" if len(names) > 1 else line
     return f"{printable(image)}: {first} ({', '.join(others)})" if others else f"{printable(image)}: {first}"
 
 
@@ -99,6 +100,7 @@ def format_json(image: str, found, top: int) -> str:
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
     name = found.likeliest[0][0] if found.is_confident else None
     line = {"image": image, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
+    line |= {} if found.prediction_set is None else {"set": found.prediction_set}
     return json.dumps(line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)})
 
 

@@ -40,6 +40,7 @@ class Method:
     prior_calibration: bool = False  # the content-free prior, the scores of a plain gray image, is subtracted
     limit: int | None = None  # images that were sampled from each split, by the caller
     target_selective_accuracy: float = 0.95
+    coverage: float = 0.9  # share of images whose prediction set is to contain the true class
 
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
@@ -165,8 +166,9 @@ class Evaluator:
         return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
 
     def calibrate(self, scores: SplitScores) -> Calibration:
-        """Temperature and "not sure" threshold from scores of val; to calibration.json too, if the method is plain."""
-        method, calibration = self.method, calibrate(scores, self.method.target_selective_accuracy)
+        """Temperature, threshold and sets from scores of val; to calibration.json too, if the method is plain."""
+        method = self.method
+        calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
         if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
@@ -199,6 +201,7 @@ class Evaluator:
             "substring_match": None,
             **self._read_replies(rows, split),
             **measure_split(scores, calibration, self.plant.class_names),
+            "conformal": calibration.measure_sets(None if split == "val" else scores) if calibration else None,
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
             "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},

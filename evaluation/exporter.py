@@ -203,6 +203,7 @@ def save_classes(run: Run, prompt: Prompt, draft: Path) -> None:
     calibration = read_calibration(run.folder, run.describe_weights())
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
+        facts |= {"conformal": calibration.conformal} if calibration.conformal else {}
     (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import binomtest
 
+from evaluation.conformal import Conformal, find_sets, fit_sets
 from models.scoring import rank_true_classes
 
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
@@ -39,6 +40,22 @@ class Calibration(NamedTuple):
     threshold: float | None
     target_selective_accuracy: float
     images: int
+    conformal: Conformal | None = None  # None: of a run made before there were prediction sets
+
+    def measure_sets(self, split: SplitScores | None) -> dict | None:
+        """How often prediction sets contain the true class, and their size; of None, the images of the fit, no metrics.
+
+        There they would reach the target whatever the model.
+        """
+        if self.conformal is None:
+            return None
+        found: dict = dict.fromkeys(("coverage", "coverage_interval", "mean_size"))
+        if split and (sets := find_sets(softmax(split.scores / self.temperature, axis=1), self.conformal)) is not None:
+            covered = sets[np.arange(len(sets)), split.labels]
+            found |= {"coverage": float(covered.mean()), "coverage_interval": wilson_interval(covered)}
+            found["mean_size"] = float(sets.sum(axis=1).mean())
+        has_sets = self.conformal["quantile"] is not None
+        return {"method": self.conformal["method"] if has_sets else None, "target": self.conformal["target"]} | found
 
     def measure_ood(self, scores: np.ndarray) -> dict[str, float]:
         """Of out-of-distribution images (n, C): their number, and the share whose confidence is below the threshold."""
@@ -55,14 +72,19 @@ def measure_accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float 
     Papers on Oxford Flowers report both means, since its test split has 20 to 238 images a class.
     """
     correct, above, _ = rank_true_classes(scores, labels)
-    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
     return {
         "n": len(labels),
         "top1": float(correct.mean()),
-        "top1_interval": [float(interval.low), float(interval.high)],
+        "top1_interval": wilson_interval(correct),
         "top5": float((above < 5).mean()),
         "mean_per_class": float(np.mean([correct[labels == label].mean() for label in np.unique(labels)])),
     }
+
+
+def wilson_interval(correct: np.ndarray) -> list[float]:
+    """The 95% interval of a share."""
+    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
 
 
 def measure_replies(
@@ -180,8 +202,8 @@ def measure_selective(confidences: np.ndarray, correct: np.ndarray, threshold: f
     }
 
 
-def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibration:
-    """Temperature and "not sure" threshold, from val.
+def calibrate(split: SplitScores, target_selective_accuracy: float, coverage: float = 0.9) -> Calibration:
+    """Temperature, "not sure" threshold and prediction sets, from val.
 
     The threshold is what the target needs, but never so low that every image is accepted: out-of-distribution images
     are found by being less confident than nearly all of val, and a good model may be right on all of val.
@@ -191,7 +213,8 @@ def calibrate(split: SplitScores, target_selective_accuracy: float) -> Calibrati
     threshold = choose_threshold(confidences, split.correct, target_selective_accuracy)
     if threshold is not None:
         threshold = max(threshold, float(np.quantile(confidences, MIN_ABSTENTION, method="higher")))
-    return Calibration(temperature, threshold, target_selective_accuracy, len(confidences))
+    sets = fit_sets(softmax(split.scores / temperature, axis=1), split.labels, coverage)
+    return Calibration(temperature, threshold, target_selective_accuracy, len(confidences), sets)
 
 
 def measure_split(split: SplitScores, calibration: Calibration | None, names: Sequence[str]) -> dict:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
+from evaluation.conformal import explain_missing, find_sets
 from evaluation.evaluator import read_calibration
 from evaluation.metrics import Calibration
 from models.builder import PlantModel
@@ -25,11 +26,17 @@ class Prediction(NamedTuple):
     likeliest: list[tuple[str, float]]
     is_confident: bool  # whether the likeliest reaches the threshold fitted on val
     at_most: float | None = None  # the likeliest's probability, where the one above is what it is at least
+    prediction_set: list[str] | None = None  # contains the true name at the rate that was asked for; None: no sets
 
 
 def percent(share: float) -> str:
     """Clamped to <1% and >99%: the model is never certain."""
     return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
+
+
+def list_names(names: Sequence[str], shown: int) -> str:
+    """`oak, ash or 3 more`: the first of them."""
+    return ", ".join(names[:shown]) + (f" or {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def load_predictor(run: Run) -> "Predictor":
@@ -49,6 +56,11 @@ def load_predictor(run: Run) -> "Predictor":
         doubt = f'no confidence reached a selective accuracy of {target} on val, so every image is "not sure"'
     if doubt:
         logger.warning(f"{run.folder}: {doubt}")
+    missing = explain_missing(calibration and calibration._asdict())
+    if calibration and calibration.conformal and len(plant.class_names) > MAX_SCORED:
+        missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
+    if missing:
+        logger.warning(f"{run.folder}: {missing}")
     return Predictor(plant, calibration)
 
 
@@ -82,11 +94,15 @@ class Predictor:
             yield from (found[index] for index in sorted(found))
 
     def _decide(self, result: Found | list[float]) -> Prediction:
+        names, prediction_set = self.plant.class_names, None
         if isinstance(result, Found):
             order, shares, at_most = result.names, result.low, float(result.high[0])
         else:  # scores of all names
             probabilities = softmax(np.array(result) / self.temperature)
             order = np.argsort(-probabilities, kind="stable")
             shares, at_most = probabilities[order], None
-        likeliest = [(self.plant.class_names[label], float(share)) for label, share in zip(order, shares)]
-        return Prediction(likeliest, self.threshold is not None and likeliest[0][1] >= self.threshold, at_most)
+            sets = find_sets(probabilities[None], self.calibration.conformal if self.calibration else None)
+            prediction_set = None if sets is None else [names[label] for label in order if sets[0, label]]
+        likeliest = [(names[label], float(share)) for label, share in zip(order, shares)]
+        is_confident = self.threshold is not None and likeliest[0][1] >= self.threshold
+        return Prediction(likeliest, is_confident, at_most, prediction_set)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
+from evaluation.conformal import explain_missing
 from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
 from utils.image_utils import open_thumbnail
@@ -62,7 +63,10 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     stem = Path(folder) / f"eval_{report['split']}"
     write_file(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     with skip_failure(stem.with_suffix(".md")):
-        write_file(stem.with_suffix(".md"), render("report.md.j2", report=report))
+        write_file(
+            stem.with_suffix(".md"),
+            render("report.md.j2", report=report, missing_sets=explain_missing(report["calibration"])),
+        )
     place = {sample: index for index, sample in enumerate(rows["id"])}
 
     def image_of(index: int, side: int = TILE_SIDE) -> Image.Image:
@@ -124,7 +128,7 @@ def _keep_examples(images: Sequence[tuple[str, Image.Image]], folder: str | Path
 
 
 def result_lines(report: dict) -> Iterator[str]:
-    """The report in one to three lines, for the log."""
+    """The report in one to four lines, for the log."""
     low, high = report["top1_interval"]
     yield (
         f"top-1 {report['top1']:.3f} (95% interval {low:.3f} to {high:.3f}) | top-5 {report['top5']:.3f} | mean per "
@@ -138,6 +142,15 @@ def result_lines(report: dict) -> Iterator[str]:
         f"coverage {report['coverage']:.0%} | selective accuracy {format_number(report['selective_accuracy'])} | "
         f"fitted on {'these same images' if report['split'] == 'val' else 'val'}"
     )
+    sets = report["conformal"]
+    if missing := explain_missing(report["calibration"]):
+        yield missing
+    elif sets and sets["coverage"] is not None:
+        low, high = sets["coverage_interval"]
+        yield (
+            f"prediction sets ({sets['method'].upper()}, fitted on val) for {sets['target']:g}: coverage "
+            f"{sets['coverage']:.3f} (95% interval {low:.3f} to {high:.3f}) | {sets['mean_size']:.2f} names on average"
+        )
     ood, rejected = report["ood"], 1 - report["coverage"]
     if ood:
         kinds = ", ".join(f"{kind} {found['abstention_rate']:.0%} of {found['n']}" for kind, found in ood.items())

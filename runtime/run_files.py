@@ -103,6 +103,10 @@ STATE: dict = {  # what transformers computes with when it resumes
 MANIFEST = {str: {"bytes": COUNT, "sha256": TEXT}}
 CALIBRATION = {"temperature": number(1e-3, 1e3), "threshold": (FRACTION, None), "target_selective_accuracy": FRACTION}
 CALIBRATION |= {"images": integer(1)}
+METHOD = Kind("lac or aps", lambda value: value in ("lac", "aps"))
+CALIBRATION |= {"conformal?": ({"method": METHOD, "target": FRACTION, "quantile": (FRACTION, None)}, None)}
+SETS = {"method": (METHOD, None), "target": FRACTION, "coverage_interval": (list_of(FRACTION, 2), None)}
+SETS |= {"coverage": (FRACTION, None), "mean_size": (number(0), None)}
 SAVED_CALIBRATION = CALIBRATION | {"scored": {"adapter": NO_TEXT}}
 REPLIES = {
     "scored": {str: ANY},
@@ -123,6 +127,7 @@ REPORT = {
     **dict.fromkeys(("top1", "top5", "mean_per_class", "ece"), FRACTION),
     **dict.fromkeys(("coverage", "selective_accuracy?"), (FRACTION, None)),
     "calibration": (CALIBRATION, None),
+    "conformal?": (SETS, None),
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],
     "per_class": {str: {"n": COUNT, "top1": FRACTION, **dict.fromkeys(("precision?", "f1?"), FRACTION)}},

@@ -69,6 +69,14 @@ def test_not_sure_is_the_headline_and_the_likeliest_a_hint():
     assert "<h2>Not sure</h2>" in html and "Perhaps oak, but 62% is not enough" in html and html.count("<li>") == 5
 
 
+def test_the_set_is_shown_where_it_is_not_sure_between_several():
+    names = [name for name, _ in LIKELIEST]
+    html = TEXTS.answer(Prediction(LIKELIEST, False, None, names), 3)
+    assert "Probably one of: oak, &lt;b&gt;ash&lt;/b&gt;, elm or 3 more." in html
+    for certain, chosen in ((True, names), (False, names[:1]), (False, None)):
+        assert "one of" not in TEXTS.answer(Prediction(LIKELIEST, certain, None, chosen), 3)
+
+
 def test_a_refusal_shows_the_file_by_its_own_name(tmp_path):
     path = str(tmp_path / "up\nload.jpg")
     predictor = FakePredictor(f"{path!r}: cannot be decoded (see {path!r})")

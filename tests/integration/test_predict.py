@@ -109,9 +109,44 @@ def test_among_many_names_the_likeliest_are_searched_for(trained, images, capsys
     assert out.count("%") == 2
 
 
-def set_threshold(folder, threshold):
+def set_threshold(folder, threshold, **changed):
     saved = json.loads((folder / "calibration.json").read_text())
-    (folder / "calibration.json").write_text(json.dumps(saved | {"threshold": threshold}))
+    (folder / "calibration.json").write_text(json.dumps(saved | {"threshold": threshold} | changed))
+
+
+def test_the_set_of_names_where_it_is_not_sure(trained, images, capsys, monkeypatch):
+    """Of LAC: each name of at least probability 1 - quantile, and the likeliest."""
+    sets = {"method": "lac", "target": 0.9, "quantile": 0.9}
+    set_threshold(trained, 1.0, conformal=sets)
+    found = [json.loads(line) for line in run(capsys, "one", "images", "--json", "--top", "10", *FAST)[1].splitlines()]
+    for line in found:
+        others = [entry["name"] for entry in line["likeliest"][1:] if entry["confidence"] >= 0.1]
+        assert line["set"] == [line["likeliest"][0]["name"], *others]
+    sizes = [len(line["set"]) for line in found]
+    out = run(capsys, "one", "images", "--top", "2", *FAST)[1].splitlines()
+    assert len(out) == len(sizes) > 3 and max(sizes) > 2
+    for text, line in zip(out, found, strict=True):
+        _, _, end = text.partition("%); one of: ")
+        extra = f" or {len(line['set']) - 2} more" if len(line["set"]) > 2 else ""
+        assert end == (", ".join(line["set"][:2]) + extra if len(line["set"]) > 1 else "")
+    set_threshold(trained, 0.0)
+    status, out, err = run(capsys, "one", "images/00.png", *FAST)
+    assert status == 0 and "one of" not in out and "prediction sets" not in err
+    for changed, reason in (
+        ({}, "above 9 names not all"),
+        ({"conformal": sets | {"quantile": None}}, "20 images of val"),
+    ):
+        monkeypatch.setattr("evaluation.predictor.MAX_SCORED", 9 if not changed else 1000)
+        set_threshold(trained, 1.0, **changed)
+        _, out, err = run(capsys, "one", "images/00.png", "--json", *FAST)
+        assert '"set"' not in out and f"one: no prediction sets: {reason}" in err
+
+
+def test_a_run_made_before_there_were_sets_predicts_as_before(trained, images, capsys):
+    set_threshold(trained, 1.0, conformal=None)
+    status, out, err = run(capsys, "one", "images/00.png", *FAST)
+    assert status == 0 and "not sure (" in out and "one of" not in out and "prediction sets" not in err
+    assert '"set"' not in run(capsys, "one", "images/00.png", "--json", *FAST)[1]
 
 
 def test_confident_and_not_sure(trained, images, capsys):
@@ -167,7 +202,7 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
     assert "warning: images: not used: empty image files (0 bytes): 1 (zero.png)" in err
     _, out, _ = run(capsys, "one", "--json", "gone.png", "images/00.png", *FAST)
     assert json.loads(out.splitlines()[0]) == {"image": "gone.png", "error": lines[12]}
-    assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest"}
+    assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest", "set"}
 
 
 def test_wide_images_and_hostile_ones(trained, capsys, here):

@@ -9,11 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from scipy.special import softmax
 
 import evaluation.evaluator
 from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
+from evaluation.conformal import find_sets
 from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct
 from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
 from evaluation.report import result_lines
@@ -106,6 +108,51 @@ def test_without_rows_there_is_nothing_to_report(tiny, tmp_path):
 def test_test_images_are_calibrated_on_val(tiny, tmp_path):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "test", validation=rows(tiny, 7))
     assert (report["n"], report["calibration"]["images"]) == (4, 7)
+
+
+@pytest.fixture
+def plain_reports(monkeypatch):
+    """Without pictures and images of the program's own, which take seconds."""
+    for name in ("report.plot_report", "report.plot_tiles"):
+        monkeypatch.setattr(f"evaluation.{name}", lambda *_: None)
+    monkeypatch.setattr("evaluation.evaluator.draw_ood_images", dict)
+
+
+def test_prediction_sets_are_fitted_on_val_and_measured_on_test(tiny, tmp_path, plain_reports):
+    evaluator = make(tiny, tmp_path, coverage=0.75)
+    on_val = evaluator.report(rows(tiny, 9), "val")
+    blank = dict.fromkeys(("coverage", "coverage_interval", "mean_size"))
+    assert on_val["conformal"] == {"method": on_val["calibration"]["conformal"]["method"], "target": 0.75, **blank}
+    assert "fitted on these same images" in (tmp_path / "eval_val.md").read_text()
+    report = evaluator.report(rows(tiny, 5), "test", validation=rows(tiny, 9))
+    calibration = read_calibration(tmp_path, None)
+    assert calibration.conformal == report["calibration"]["conformal"] == on_val["calibration"]["conformal"]
+    probabilities = softmax(evaluator.score(rows(tiny, 5), "test")[0].scores / calibration.temperature, axis=1)
+    sets, labels = find_sets(probabilities, calibration.conformal), np.array(rows(tiny, 5)["label"])
+    found = report["conformal"]
+    assert found["mean_size"] == sets.sum(axis=1).mean() and found["coverage"] == sets[range(5), labels].mean()
+    assert found["coverage_interval"][0] < found["coverage"] + 1e-9 and found["target"] == 0.75
+    text = (tmp_path / "eval_test.md").read_text()
+    assert (
+        f"| set_coverage | {found['coverage']:.4f} |" in text and f"| set_mean_size | {found['mean_size']:.4f}" in text
+    )
+    assert f"| {found['mean_size']:.2f} names on average" in "".join(result_lines(report))
+
+
+def test_too_few_images_for_prediction_sets_are_reported(tiny, tmp_path, plain_reports):
+    report = make(tiny, tmp_path).report(rows(tiny, 4), "test", validation=rows(tiny, 7))
+    assert report["conformal"]["method"] is None and report["conformal"]["target"] == 0.9
+    reason = "o prediction sets: 7 images of val are too few for a coverage of 0.9, which needs 9"
+    assert f"N{reason}." in (tmp_path / "eval_test.md").read_text() and f"n{reason}" in list(result_lines(report))
+    path = tmp_path / "calibration.json"
+    older = json.loads(path.read_text())
+    del older["conformal"]
+    path.write_text(json.dumps(older))
+    assert read_calibration(tmp_path, None).conformal is None
+    for bad in ({"method": "raps", "target": 0.9, "quantile": 0.5}, {"method": "lac", "target": 0.9, "quantile": 1.5}):
+        path.write_text(json.dumps(older | {"conformal": bad}))
+        with pytest.raises(UserError, match="calibration.json: cannot be used .conformal.*make it again"):
+            read_calibration(tmp_path, None)
 
 
 def test_an_interrupted_evaluation_resumes(tiny, tmp_path, monkeypatch):

@@ -94,6 +94,17 @@ def test_reports_of_other_weights_or_scores_are_excluded(folder, changed):
     assert "It was not measured." in text and "| val |" not in text
 
 
+def test_prediction_sets_are_on_the_card_where_they_were_measured(folder):
+    sets = {"method": "aps", "target": 0.9, "coverage": 0.91, "coverage_interval": [0.87, 0.94], "mean_size": 1.357}
+    words = (
+        "APS, fitted on val for a coverage of 0.9) contain the true name of 91.0% of the images of test (95% interval"
+    )
+    report(folder, "test", conformal=sets)
+    assert f"{words} 87.0% to 94.0%), with 1.36 names on average" in card_of(folder)
+    report(folder, "test", conformal=sets | dict.fromkeys(("method", "coverage", "coverage_interval", "mean_size")))
+    assert "Prediction sets" not in card_of(folder)
+
+
 def test_a_truncated_report_is_excluded(folder):
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
