@@ -244,7 +244,9 @@ class CountingPath(type(Path())):
 def test_no_step_is_quadratic_in_the_number_of_classes():
     root = Folder(CountingPath("a"), num_images=1500)
     root.folders = [Folder(root.path / f"plant {n}", ["1.jpg"] * 3, num_images=3) for n in range(500)]
-    assert len(read_layout(root, Excluded(root.path)).names) == 500 and CountingPath.compared < 2000
+    assert (
+        len(read_layout(root, Excluded(root.path)).names) == 500 and CountingPath.compared < 20 * 500
+    )  # quadratic: 125,000
 
 
 def test_what_lies_beside_the_data_set_is_reported_too(tree):
