@@ -85,5 +85,5 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started(tmp
     assert fit_workers(2, int(62e6), str(tmp_path)) == 0
     assert "has 64 MB free and 2 workers need 310 MB" in caplog.text
     caplog.clear()
-    assert fit_workers(2, int(62e6), str(tmp_path)) == 0 and not caplog.records  # told once: training and evaluation
+    assert fit_workers(2, int(62e6), str(tmp_path)) == 0 and not caplog.records  # one warning for both phases
     assert fit_workers(0, int(62e6), str(tmp_path)) == 0
