@@ -31,7 +31,7 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m '' tests/distributed tests/faults
 
 test-browser: $(VENV)/installed-browser
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest tests/browser tests/integration/test_app.py
 
 # Every fault many times, then an hour of random faults; writes the tables of docs/faults.md.
 faults: export FAULTS_TABLE = docs/faults.md

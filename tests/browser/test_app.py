@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -137,7 +138,6 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
 
 @pytest.mark.parametrize("suffix", [".heic", ".tif"])
 def test_a_photo_that_the_browser_cannot_show_is_shown_as_the_program_reads_it(suffix, open_page, tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.register_heif_opener()
     Image.new("RGB", (600, 300), (200, 30, 90)).save(tmp_path / f"a{suffix}")
     page = open_page()
