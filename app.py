@@ -33,6 +33,7 @@ UPLOADS_KEPT_S = 3600
 MAX_QUEUE = 20  # photos; whoever sends the next one is asked to come back
 SHOWN = 5  # names of an answer
 SMALL_SIDE = 640  # pixels of a photo that the answer brings
+BROWSERS_SHOW = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # Pillow's names of what each browser shows by itself
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,14 @@ def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
 
 
 def draw_small(path: str) -> str:
-    """The photo as the model sees it, in text for the page: no browser but Safari shows HEIC."""
+    """The photo as the model sees it, in text for the page, if browsers do not show it: none but Safari shows HEIC."""
+    from PIL import Image
+
     from utils.image_utils import open_thumbnail
 
+    with Image.open(path) as header:
+        if header.format in BROWSERS_SHOW:
+            return ""
     file = io.BytesIO()
     open_thumbnail(path, SMALL_SIDE).save(file, "JPEG")
     return base64.b64encode(file.getvalue()).decode()

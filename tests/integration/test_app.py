@@ -56,6 +56,12 @@ def test_an_answer_brings_the_photo_in_a_form_that_browsers_show(tmp_path):
     assert small.format == "JPEG" and small.size == (640, 160) and "<h2>oak</h2>" in html
 
 
+def test_a_photo_that_browsers_show_is_not_decoded_a_second_time(tmp_path):
+    Image.new("RGB", (1200, 300), (200, 30, 90)).save(tmp_path / "a.heic", "JPEG")  # the contents decide
+    html = app.answer_to(FakePredictor(Prediction(LIKELIEST, True)), TEXTS, (str(tmp_path / "a.heic"), "a.heic"))
+    assert "<h2>oak</h2>" in html and "data:image" not in html
+
+
 def test_names_of_folders_are_escaped():
     name = "<img src=x onerror=alert(1)> ${1} {{ 7 }} 'q' \"&"
     certain = Prediction([(name, 1.0)], True)
@@ -168,7 +174,7 @@ def test_the_page_is_served_under_its_own_names_and_addresses(name):
     "name", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil", "", "["]
 )
 def test_a_page_of_another_name_gets_nothing(name):
-    pytest.importorskip("starlette")
+    pytest.importorskip("starlette", reason="comes with gradio: make test-browser installs it and runs this file")
     sent = []
 
     async def send(message):
