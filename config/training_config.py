@@ -185,13 +185,11 @@ class TrainingConfig:
             yield f"model={self.model} with load_in_4bit=true: its weights are not loaded; use --preset {self.model}"
         if everything and self.sharding == "fsdp":
             yield "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none"
-        for name, value in (("gradient_checkpointing", "offload"), ("compile", "true")):
+        for name, value in (("gradient_checkpointing", "offload"), ("compile", "true"), ("matmul", "fp8")):
             if getattr(self, name) == value and (self.lora_dropout > 0 or everything):
                 reason = "has no effect with lora_dropout above 0 or trainable=everything, which use no fused layers"
-                yield f"{name}={value}: {reason}; use {name}=auto, or --lora-dropout 0 and an adapter"
-        if self.matmul == "fp8" and (self.lora_dropout > 0 or everything):
-            reason = "lora_dropout above 0 and trainable=everything use no fused layers"
-            yield f"matmul=fp8: {reason}; use matmul=bf16, or --lora-dropout 0 and an adapter"
+                move = f"use {name}={getattr(TrainingConfig, name)}, or --lora-dropout 0 and an adapter"
+                yield f"{name}={value}: {reason}; {move}"
         if rate is not None and "projector" not in kind:
             yield f"projector_learning_rate={rate}: trainable={kind} freezes the projector; use adapter+projector"
         if self.train_on_val and steps is not None:

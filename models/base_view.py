@@ -18,10 +18,8 @@ from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt, build_prompt
 
 NEWLINE = "<image_newline>"
-UNUSED = (
-    "<0xFF>",
-    "\u00ff",
-)  # how vocabularies spell byte 0xFF, which UTF-8 has no use for; the latter is a letter in others
+# How vocabularies spell byte 0xFF, which UTF-8 has no use for; the latter is a letter in others.
+UNUSED = ("<0xFF>", "\u00ff")
 Processor = LlavaNextProcessor | LlavaProcessor  # the latter shows a model the base view alone
 
 

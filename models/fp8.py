@@ -44,8 +44,6 @@ class Fp8Projections(Projections):
         for linear, weight in zip(self.linears, weights.split(sizes, 1)):  # one product, so nothing is added up
             self.kernels.dequantize_fp8(linear, self.scale, weight)
         rows, scale = self.kernels.to_fp8(gradients)
-        by_row, dtype = F.ScalingType.RowWise, gradients[0].dtype
-        of_rows = F.scaled_mm(
-            rows, weights.T, scale, by_row, self.scale.T, by_row, output_dtype=dtype, use_fast_accum=True
-        )
+        by_row, options = F.ScalingType.RowWise, {"output_dtype": gradients[0].dtype, "use_fast_accum": True}
+        of_rows = F.scaled_mm(rows, weights.T, scale, by_row, self.scale.T, by_row, **options)
         return of_rows, self.backward_columns(gradients)

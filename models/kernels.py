@@ -313,9 +313,8 @@ class Kernels:
         """W' (D, N) of a linear, over its inputs' `scale` (D, 1), as e4m3 into `out`."""
         weight, state = linear.weight, quant_state(linear)
         fits = can_dequantize(weight, state) and linear.out_features % TILE == 0
-        if fits and self._try_triton(lambda: dequantize_fp8(weight, state, scale, out)):
-            return
-        out.copy_(plain_weight(linear).float().T / scale)
+        if not fits or not self._try_triton(lambda: dequantize_fp8(weight, state, scale, out)):
+            out.copy_(plain_weight(linear).float().T / scale)
 
     def _try_triton(self, kernel: Callable[[], None]) -> bool:
         """Whether `kernel` could be built and run."""

@@ -43,6 +43,7 @@ BAD_VALUES = [
     (dict(max_steps=0), "max_steps=0: there is nothing to train; use -1"),
     (dict(save_total_limit=1), "save_total_limit=1: must be at least 2"),
     (dict(compile="true", lora_dropout=0.1), "compile=true: has no effect with lora_dropout above 0 or"),
+    (dict(matmul="fp8", lora_dropout=0.1), "matmul=fp8: has no effect with lora_dropout above 0 or"),
     (dict(gradient_checkpointing="offload", trainable="everything"), "gradient_checkpointing=offload: has no effect"),
     (STREAM | dict(max_steps=-1), "streaming=true with max_steps=-1: a stream has no length; set --max-steps"),
     (STREAM | dict(dataset="synthetic"), "dataset=synthetic: only a folder of parquet files is streamed; use false"),
