@@ -3,6 +3,8 @@
     python predict.py runs/default photo.jpg              a line: name and confidence, or "not sure"
     python predict.py runs/default images 'more/*.jpg'    folders with all below, and patterns
     python predict.py runs/default images --json          one JSON object per line, as they become known
+    python predict.py runs/default --together a.jpg b.jpg    one answer for images of one plant
+    python predict.py runs/default --together plants/*    one answer for each folder, with images of one plant
 
 Names, and why a file could not be classified, go to stdout in the order of the images, all else to stderr. Confidence
 and "not sure" are calibrated on val. Exit status 1 if a file could not be classified.
@@ -26,6 +28,7 @@ from utils.logging_utils import logger, printable, report_errors, set_environmen
 class PredictionOptions:
     top: int = option(5, "most likely classes shown for each image", low=1)
     json: bool = option(False, "print one JSON object per line")
+    together: bool = option(False, "all images given are of one plant, and those of each folder: an answer for each")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,20 +36,49 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="the images above are classified"):
-        from evaluation.predictor import load_predictor
-
-        images = list(find_images(words))
-        readable = [image for image, reason in images if reason is None]
-        predictions = load_predictor(run).predict(readable, options.top) if readable else iter(())
-        logger.info(f"run | {run.folder} | {len(readable):,} images to classify")
+        images = [[image] for image in find_images(words)]
         format_result, failed = format_json if options.json else format_line, 0
-        for image, reason in images:
-            found = reason or next(predictions)
-            failed += isinstance(found, str)
-            print(format_result(image, found, options.top), flush=True)
+        for names, found in classify(run, group_images(words) if options.together else images, options):
+            failed += len(names if isinstance(found, str) else found.unreadable)
+            print(format_result(names if options.together else names[0], found, options.top), flush=True)
         if failed:
             logger.warning(f"{failed:,} of {len(images):,} could not be classified; their lines say why")
     return 1 if failed else 0
+
+
+def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: PredictionOptions) -> Iterator[tuple]:
+    """(images, Prediction or why there is none) of each plant, given by (file, or why it stands for none)."""
+    from evaluation.predictor import load_predictor
+
+    readable = [[image for image, reason in plant if reason is None] for plant in plants]
+    predictions: Iterator = iter(())
+    if any(readable):
+        predictor = load_predictor(run)
+        if options.together:
+            predictor.warn_of_fusion()
+            predictions = (predictor.predict_together(images) for images in readable if images)
+        else:
+            predictions = predictor.predict([image for images in readable for image in images], options.top)
+    logger.info(f"run | {run.folder} | {sum(map(len, readable)):,} images to classify")
+    for plant, images in zip(plants, readable):
+        found, reasons = next(predictions) if images else "", [reason for _, reason in plant if reason is not None]
+        if isinstance(found, str):
+            found = "; ".join(filter(None, [found, *reasons]))
+        elif reasons:
+            found = found._replace(unreadable=[*found.unreadable, *reasons])
+        yield [image for image, _ in plant], found
+
+
+def group_images(words: list[str]) -> list[list[tuple[str, str | None]]]:
+    """What find_images gives, plant by plant: those of a folder are of one plant, and so are all others together."""
+    plants: dict[str, list[tuple[str, str | None]]] = {}
+    for word in words:
+        is_folder, found = os.path.isdir(word), list(find_images([word]))
+        plants.setdefault(word if is_folder else "", []).extend(found)
+        if is_folder and len(folders := {os.path.dirname(image) for image, _ in found}) > 1:
+            move = f"if each is a plant: {printable(os.path.join(word, '*'))}"
+            logger.warning(f"{printable(word)}: the images of {len(folders)} folders count as one plant; {move}")
+    return list(plants.values())
 
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -81,26 +113,30 @@ def match(pattern: str) -> Iterable[str]:
     )
 
 
-def format_line(image: str, found, top: int) -> str:
+def format_line(image: str | list[str], found, top: int) -> str:
     """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
     from evaluation.predictor import list_names, percent
 
     if isinstance(found, str):
         return found
+    label = ", ".join(map(printable, [image] if isinstance(image, str) else image))
     first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
+    line = f"{label}: {first}" + (f" ({', '.join(others)})" if others else "")
     if not found.is_confident:
-        line, names = f"{printable(image)}: not sure ({', '.join([first, *others])})", found.prediction_set or []
-        return f"{line}; one of: {list_names(names, top)}" if len(names) > 1 else line
-    return f"{printable(image)}: {first} ({', '.join(others)})" if others else f"{printable(image)}: {first}"
+        line, names = f"{label}: not sure ({', '.join([first, *others])})", found.prediction_set or []
+        line += f"; one of: {list_names(names, top)}" if len(names) > 1 else ""
+    return "; not used: ".join([line, *found.unreadable])
 
 
-def format_json(image: str, found, top: int) -> str:
+def format_json(image: str | list[str], found, top: int) -> str:
+    line: dict = {"image" if isinstance(image, str) else "images": image}
     if isinstance(found, str):
-        return json.dumps({"image": image, "error": found})
+        return json.dumps(line | {"error": found})
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
     name = found.likeliest[0][0] if found.is_confident else None
-    line = {"image": image, "name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
+    line |= {"name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
     line |= {} if found.prediction_set is None else {"set": found.prediction_set}
+    line |= {"unreadable": found.unreadable} if found.unreadable else {}
     return json.dumps(line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)})
 
 

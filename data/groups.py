@@ -8,6 +8,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from datasets import Dataset
+
 from utils.image_utils import SUFFIXES
 from utils.logging_utils import UserError
 
@@ -34,15 +36,28 @@ AUGMENTED = re.compile(rf"(?:{_CHANGE}[_\- ]+(?P<after>.+)|(?P<before>.+?)(?:[_\
 
 def group_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
     """The first group, or all, of what a pattern finds in file names or else paths. Raises UserError for nothing."""
-    compiled = re.compile(pattern)
-    found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
-    groups = [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]
+    groups = _apply(pattern, ids)
     if ids and not any(groups):
         raise UserError(
             f"--group-by {pattern}: matches none of {len(ids):,} images, such as {ids[0]}; the first group of the "
             "expression, or all that it matches, must be what images of one plant have in common"
         )
     return groups
+
+
+def _apply(pattern: str, ids: Sequence[str]) -> list[str]:
+    compiled = re.compile(pattern)
+    found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
+    return [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]
+
+
+def find_plants(rows: Dataset, pattern: str | None) -> list[str]:
+    """The group of each row of a split, by the rule of the user, what the data says, or file names."""
+    if pattern is not None:
+        return _apply(pattern, rows["id"][:])
+    if "group" in rows.column_names:
+        return [group or "" for group in rows["group"][:]]
+    return group_by_name(rows["id"][:], rows["label"][:])
 
 
 def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:

@@ -15,8 +15,10 @@ import numpy as np
 from torch.utils.data import Subset
 
 from data.dataset import check_unreadable_fraction, known_duplicates
+from data.groups import find_plants
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
+from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
@@ -62,7 +64,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
         "seed": config.seed,
     }
     assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
-    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction)
+    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction, config.group_by)
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Evaluator:
     dist: Distributed = field(default_factory=Distributed)
     method: Method = Method()
     max_bad_fraction: float = 1.0
+    group_by: str | None = None  # rule of the user for what images are of one plant
     prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
 
     def __post_init__(self) -> None:
@@ -114,7 +117,11 @@ class Evaluator:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
         name, schema = f"eval_{split}.scores.jsonl", scores_schema(len(self.plant.class_names))
         entries, speed = self.score_with_cache(rows, self.compute_scores, name, self.facts, schema)
-        return self._adjust(entries) if self.dist.is_main_process else None, speed
+        if not self.dist.is_main_process:
+            return None, speed
+        plants = dict(zip(rows["id"], find_plants(rows, self.group_by)))
+        scores = self._adjust(entries)
+        return scores._replace(plants=[plants[sample] for sample in scores.ids]), speed
 
     def score_with_cache(
         self, rows, compute: Callable, name: str, header: dict, schema: dict
@@ -168,7 +175,7 @@ class Evaluator:
     def calibrate(self, scores: SplitScores) -> Calibration:
         """Temperature, threshold and sets from scores of val; to calibration.json too, if the method is plain."""
         method = self.method
-        calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
+        calibration = fit_pairs(scores, calibrate(scores, method.target_selective_accuracy, method.coverage))
         if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
@@ -202,6 +209,7 @@ class Evaluator:
             **self._read_replies(rows, split),
             **measure_split(scores, calibration, self.plant.class_names),
             "conformal": calibration.measure_sets(None if split == "val" else scores) if calibration else None,
+            "together": measure_fusion(scores, calibration) if calibration and split != "val" else None,
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
             "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},

@@ -27,6 +27,7 @@ class SplitScores(NamedTuple):
     ids: list[str]
     labels: np.ndarray  # (n,)
     scores: np.ndarray  # (n, C) in nats
+    plants: Sequence[str] = ()  # what images of one plant share, "" for an image on its own; or not known
 
     @property
     def correct(self) -> np.ndarray:
@@ -41,6 +42,15 @@ class Calibration(NamedTuple):
     target_selective_accuracy: float
     images: int
     conformal: Conformal | None = None  # None: of a run made before there were prediction sets
+    pairs: dict | None = None  # the same, fitted on the mean scores of two images of one plant (evaluation/fusion.py)
+
+    def of_images(self, count: int) -> "Calibration":
+        """For the mean scores of so many images of one plant: as fitted for pairs, T / n^a of n images."""
+        if count == 1 or self.pairs is None:
+            return self
+        pairs = Calibration(**self.pairs)
+        exponent = np.log2(self.temperature / pairs.temperature)
+        return pairs._replace(temperature=float(self.temperature / count**exponent))
 
     def measure_sets(self, split: SplitScores | None) -> dict | None:
         """How often prediction sets contain the true class, and their size; of None, the images of the fit, no metrics.
@@ -202,13 +212,15 @@ def measure_selective(confidences: np.ndarray, correct: np.ndarray, threshold: f
     }
 
 
-def calibrate(split: SplitScores, target_selective_accuracy: float, coverage: float = 0.9) -> Calibration:
-    """Temperature, "not sure" threshold and prediction sets, from val.
+def calibrate(
+    split: SplitScores, target_selective_accuracy: float, coverage: float = 0.9, temperature: float | None = None
+) -> Calibration:
+    """Temperature, unless one is given, "not sure" threshold and prediction sets, from val.
 
     The threshold is what the target needs, but never so low that every image is accepted: out-of-distribution images
     are found by being less confident than nearly all of val, and a good model may be right on all of val.
     """
-    temperature = fit_temperature(split.scores, split.labels)
+    temperature = temperature or fit_temperature(split.scores, split.labels)
     confidences = confidence(split.scores, temperature)
     threshold = choose_threshold(confidences, split.correct, target_selective_accuracy)
     if threshold is not None:

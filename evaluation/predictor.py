@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from evaluation.conformal import explain_missing, find_sets
 from evaluation.evaluator import read_calibration
+from evaluation.fusion import explain_doubt
 from evaluation.metrics import Calibration
 from models.builder import PlantModel
 from models.search import MAX_SCORED, Found, Goal
@@ -27,6 +28,7 @@ class Prediction(NamedTuple):
     is_confident: bool  # whether the likeliest reaches the threshold fitted on val
     at_most: float | None = None  # the likeliest's probability, where the one above is what it is at least
     prediction_set: list[str] | None = None  # contains the true name at the rate that was asked for; None: no sets
+    unreadable: Sequence[str] = ()  # "path: reason" of a plant's images that could not be opened
 
 
 def percent(share: float) -> str:
@@ -70,39 +72,60 @@ class Predictor:
     def __init__(self, plant: PlantModel, calibration: Calibration | None):
         self.plant = plant
         self.calibration = calibration
-        self.temperature = calibration.temperature if calibration else 1.0
-        self.threshold = calibration.threshold if calibration else 0.0
+        self._calibration = calibration or Calibration(1.0, 0.0, 0.0, 0)
 
     def predict(self, images: Sequence[str | Path], top: int = 5) -> Iterator[Prediction | str]:
         """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch.
 
         Of more than MAX_SCORED class names only the `top` likeliest are found.
         """
+        goal = Goal(top, self._calibration.temperature, self._calibration.threshold)
+        for result in self._compute(images, goal if len(self.plant.class_names) > MAX_SCORED else None):
+            yield result if isinstance(result, str) else self._decide(result, self._calibration)
+
+    def warn_of_fusion(self) -> None:
+        """Where answers for several images of a plant are not to be relied on."""
+        if doubt := explain_doubt(self.calibration):
+            logger.warning(doubt)
+
+    def predict_together(self, images: Sequence[str | Path]) -> Prediction | str:
+        """The class of one plant that all images show, whose scores are fused; the reason if none can be opened.
+
+        Images that cannot be opened are in its `unreadable`, and the rest is fused. All class names are scored.
+        """
+        found = list(self._compute(images, None))
+        scores = [result for result in found if not isinstance(result, str)]
+        reasons = [result for result in found if isinstance(result, str)]
+        if not scores:
+            return "; ".join(reasons)
+        prediction = self._decide(np.mean(scores, axis=0), self._calibration.of_images(len(scores)))
+        return prediction._replace(unreadable=reasons)
+
+    def _compute(self, images: Sequence[str | Path], goal: Goal | None) -> Iterator:
+        """For each file in order the scores of all names, with a goal the names Found, or why it cannot be opened."""
         files = [{"bytes": None, "path": str(image)} for image in images]
         rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
         # Starting workers takes longer than a few images.
         workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
-        plant, goal = dataclasses.replace(self.plant, num_workers=workers), Goal(top, self.temperature, self.threshold)
-        is_searched = len(plant.class_names) > MAX_SCORED
-        batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if is_searched else plant.score(rows)
+        plant = dataclasses.replace(self.plant, num_workers=workers)
+        batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if goal else plant.score(rows)
         for results, unreadable in batches:
-            found: dict[int, Prediction | str] = {}
-            found |= {int(sample.id): self._decide(result) for sample, result in results}
+            found: dict[int, Found | list[float] | str] = {int(sample.id): result for sample, result in results}
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
-    def _decide(self, result: Found | list[float]) -> Prediction:
+    def _decide(self, result: Found | Sequence[float] | np.ndarray, calibration: Calibration) -> Prediction:
         names, prediction_set = self.plant.class_names, None
         if isinstance(result, Found):
             order, shares, at_most = result.names, result.low, float(result.high[0])
         else:  # scores of all names
-            probabilities = softmax(np.array(result) / self.temperature)
+            probabilities = softmax(np.array(result) / calibration.temperature)
             order = np.argsort(-probabilities, kind="stable")
             shares, at_most = probabilities[order], None
-            sets = find_sets(probabilities[None], self.calibration.conformal if self.calibration else None)
+            sets = find_sets(probabilities[None], calibration.conformal)
             prediction_set = None if sets is None else [names[label] for label in order if sets[0, label]]
         likeliest = [(names[label], float(share)) for label, share in zip(order, shares)]
-        is_confident = self.threshold is not None and likeliest[0][1] >= self.threshold
+        is_confident = calibration.threshold is not None and likeliest[0][1] >= calibration.threshold
         return Prediction(likeliest, is_confident, at_most, prediction_set)

@@ -128,7 +128,7 @@ def _keep_examples(images: Sequence[tuple[str, Image.Image]], folder: str | Path
 
 
 def result_lines(report: dict) -> Iterator[str]:
-    """The report in one to four lines, for the log."""
+    """The report in a few lines, for the log."""
     low, high = report["top1_interval"]
     yield (
         f"top-1 {report['top1']:.3f} (95% interval {low:.3f} to {high:.3f}) | top-5 {report['top5']:.3f} | mean per "
@@ -150,6 +150,11 @@ def result_lines(report: dict) -> Iterator[str]:
         yield (
             f"prediction sets ({sets['method'].upper()}, fitted on val) for {sets['target']:g}: coverage "
             f"{sets['coverage']:.3f} (95% interval {low:.3f} to {high:.3f}) | {sets['mean_size']:.2f} names on average"
+        )
+    for kind, found in (report["together"] or {}).items():
+        yield (
+            f"two images of one {kind}: top-1 {found['pair_top1']:.3f} on {found['pairs']:,} pairs, single "
+            f"{found['single_top1']:.3f} | coverage {found['coverage']:.0%}, single {found['single_coverage']:.0%}"
         )
     ood, rejected = report["ood"], 1 - report["coverage"]
     if ood:

@@ -105,8 +105,12 @@ CALIBRATION = {"temperature": number(1e-3, 1e3), "threshold": (FRACTION, None), 
 CALIBRATION |= {"images": integer(1)}
 METHOD = Kind("lac or aps", lambda value: value in ("lac", "aps"))
 CALIBRATION |= {"conformal?": ({"method": METHOD, "target": FRACTION, "quantile": (FRACTION, None)}, None)}
+CALIBRATION |= {"pairs?": (dict(CALIBRATION), None)}
 SETS = {"method": (METHOD, None), "target": FRACTION, "coverage_interval": (list_of(FRACTION, 2), None)}
 SETS |= {"coverage": (FRACTION, None), "mean_size": (number(0), None)}
+TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accuracy": (FRACTION, None)}
+TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
+TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(number(-2, 2), 2), None)}
 SAVED_CALIBRATION = CALIBRATION | {"scored": {"adapter": NO_TEXT}}
 REPLIES = {
     "scored": {str: ANY},
@@ -128,6 +132,7 @@ REPORT = {
     **dict.fromkeys(("coverage", "selective_accuracy?"), (FRACTION, None)),
     "calibration": (CALIBRATION, None),
     "conformal?": (SETS, None),
+    "together?": ({str: TOGETHER}, None),
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],
     "per_class": {str: {"n": COUNT, "top1": FRACTION, **dict.fromkeys(("precision?", "f1?"), FRACTION)}},

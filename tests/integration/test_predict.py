@@ -328,3 +328,52 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
         and out == ""
         and "error: --model me/plants: at aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa is not whole in the cache" in err
     )
+
+
+def test_images_of_one_plant_get_one_answer(trained, images, capsys):
+    """The mean of their scores, at the temperature for so many; one that cannot be opened is said, the rest fused."""
+    import numpy as np
+    from scipy.special import log_softmax, softmax
+
+    pairs = json.loads((trained / "calibration.json").read_text())
+    pairs |= {"temperature": 2.0, "pairs": pairs | {"temperature": 1.0, "threshold": 0.0, "images": 40}}
+    (trained / "calibration.json").write_text(json.dumps(pairs))
+    several = ["images/00.png", "images/03.png", "images/04.png"]
+    out = run(capsys, "one", *several, "--json", "--top", "10", *FAST)[1]
+    singles = [
+        {each["name"]: each["confidence"] for each in json.loads(line)["likeliest"]} for line in out.splitlines()
+    ]
+    names = sorted(singles[0])
+    logs = 2.0 * log_softmax(np.log([[single[name] for name in names] for single in singles]), axis=1)
+    for count in (2, 3):
+        status, out, err = run(capsys, "one", "--together", *several[:count], "--json", "--top", "10", *FAST)
+        found = json.loads(out)
+        expected = dict(zip(names, softmax(logs[:count].mean(axis=0) * count / 2.0)))
+        assert status == 0 and found["images"] == several[:count] and "averaged" not in err
+        assert {each["name"]: each["confidence"] for each in found["likeliest"]} == pytest.approx(expected, abs=2e-3)
+        assert found["name"] == found["likeliest"][0]["name"]
+    (images / "03.png").write_bytes(b"broken")
+    status, out, _ = run(capsys, "one", *several, "images/deep", "gone/*.png", "--together", "--json", *FAST)
+    found, deep = map(json.loads, out.splitlines())
+    assert status == 1 and len(found["unreadable"]) == 2 and found["images"] == [*several, "gone/*.png"]
+    assert found["unreadable"][0].startswith("images/03.png: is not an image")
+    assert deep["images"] == [f"images/deep/{number}.png" for number in ("09", "10", "11")]
+    line = run(capsys, "one", *several, "--together", *FAST)[1]
+    assert line.startswith(f"{', '.join(several)}: ") and line.count("%") >= 5
+    assert "; not used: images/03.png: is not an image" in line
+
+
+def test_plants_without_a_readable_image_and_folders_of_plants(trained, images, here, capsys):
+    (here / "gone").mkdir()
+    (here / "bad").mkdir()
+    for number in (1, 2):
+        (here / f"bad/{number}.png").write_bytes(b"broken")
+    status, out, err = run(capsys, "one", "--together", "gone", "bad", "images", *FAST)
+    first, second, third = out.splitlines()
+    assert status == 1 and first == "gone: holds no images" and "3 of 15 could not be classified" in err
+    assert second.startswith("bad/1.png: is not an image") and "; bad/2.png: is not an image" in second
+    assert third.startswith("images/00.png, images/01.png") and "the images of 2 folders count as one plant" in err
+    assert "calibrated on only 9 pairs of val" in err or "calibrated on only 10 pairs of val" in err
+    set_threshold(trained, 0.5, pairs=None)
+    _, _, err = run(capsys, "one", "--together", "images/00.png", "images/01.png", *FAST)
+    assert "the scores of several images are averaged" in err
