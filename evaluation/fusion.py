@@ -1,9 +1,9 @@
 """Several images of one plant: their log-probabilities fused, with a weight fitted on val.
 
-If images informed about a plant independently, their log-probabilities would add up; copies of one image add nothing, and the
-mean is right. In between, the mean of n images' scores (n, C) is divided by T / n^a, where T is the temperature for one
-image and a, from 0 (mean) to 1 (sum), is what makes the true classes of val's pairs likeliest: a logarithmic opinion
-pool (Genest & Zidek 1986). Threshold and prediction sets are fitted anew for pairs, and used for more images too.
+If images were independent given the plant, their log-probabilities would add up; copies of one image add nothing, and
+the mean is right. In between, the mean of n images' scores (n, C) is divided by T / n^a, where T is the temperature for
+one image and a, from 0 (mean) to 1 (sum), is what makes the true classes of val's pairs likeliest: a logarithmic
+opinion pool (Genest & Zidek 1986). Threshold and prediction sets are fitted anew for pairs, and used for more images.
 
 Pairs are of one observation where the data says what images are of one plant, else of one class, which are images of
 different plants and so tell more. No image is in two pairs.
