@@ -116,6 +116,9 @@ class TrainingConfig:
         "gets: its first group, or all that it matches; none: what the data says, or plain file names",
     )
     min_images: int = fixed(1, "classes with fewer images are not used", low=1)
+    holdout_classes: int = fixed(
+        0, "classes, drawn by seed, that are not learned; evaluate.py measures whether their images are noticed", low=0
+    )
     class_balance: bool = fixed(False, "show images of rare classes more often, by the square root of their number")
     augmentation: str = fixed(
         "none", "light: train images are cropped, flipped, their light changed", choices=("none", "light")
@@ -219,7 +222,8 @@ class TrainingConfig:
             yield f"streaming=true with max_steps={self.max_steps}: a stream has no length; set --max-steps"
         if self.dataset in SOURCES:
             yield f"streaming=true with dataset={self.dataset}: only a folder of parquet files is streamed; use false"
-        for name in ("group_by", "min_images", "class_balance", "sample_fraction", "train_on_val"):
+        names = ("group_by", "min_images", "holdout_classes", "class_balance", "sample_fraction", "train_on_val")
+        for name in names:
             value, default = getattr(self, name), getattr(TrainingConfig, name)
             if value != default:
                 move = f"use {format_value(default)}, or streaming=false"

@@ -18,7 +18,7 @@ from config.training_config import TrainingConfig
 from data.oxford_flowers import KNOWN_DUPLICATES
 from data.rows import ROW, SPLITS, Reading, count_images
 from data.sources import load_source
-from data.splits import split_source
+from data.splits import hold_out_classes, split_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
 from utils.image_utils import ImageError
@@ -41,6 +41,7 @@ class PlantData:
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     revision: str | None = None  # commit of a hub data set
+    held_out: Dataset | None = None  # all images of the classes that are not learned
 
     @property
     def num_train(self) -> int:
@@ -101,6 +102,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         config.group_by,
         config.min_images,
     )
+    source, held_out = hold_out_classes(source, config.holdout_classes, config.seed)
     names = source.class_names
     listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
     for note in (*source.notes, f"classes: {listed}"):
@@ -114,6 +116,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         notes=list(source.notes),
         warnings=list(source.warnings),
         revision=source.revision,
+        held_out=held_out,
     )
     data.validate()
     train, validation = data.train, data.validation

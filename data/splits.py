@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
+from datasets import Dataset, concatenate_datasets
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -267,6 +268,31 @@ class _Images:
         class_names = [self.source.class_names[label] for label in kept]
         splits = {split: parts[split] for split in SPLITS}
         return self.source._replace(splits=splits, class_names=class_names, notes=self.notes, warnings=self.warnings)
+
+
+def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dataset | None]:
+    """The source without `count` of its classes, drawn by the seed, and all images of these. Raises UserError."""
+    names = source.class_names
+    if not count:
+        return source, None
+    if len(names) - count < 2:
+        reason = f"{source.description} has {len(names)} classes, and two or more have to be learned"
+        raise UserError(f"--holdout-classes {count}: {reason}; use {max(len(names) - 2, 0)} or less")
+    drawn = sorted(sorted(range(len(names)), key=lambda label: _place(names[label], seed))[:count])
+    new_labels = np.full(len(names), -1)
+    new_labels[[label for label in range(len(names)) if label not in drawn]] = np.arange(len(names) - count)
+    kept, held_out = {}, []
+    for split, rows in source.splits.items():
+        assert not isinstance(rows, Stream)  # a config that streams cannot hold out classes
+        labels = new_labels[rows["label"][:]]
+        held_out.append(rows.select(np.flatnonzero(labels < 0)))
+        rows = rows.remove_columns("label").add_column("label", labels).select(np.flatnonzero(labels >= 0))
+        kept[split] = rows.select_columns(["image", "label", "id"])
+    images = concatenate_datasets(held_out).remove_columns("label")
+    images = images.add_column("label", np.zeros(len(images), dtype=int)).select_columns(["image", "label", "id"])
+    note = f"held out, by seed {seed}: {len(images):,} images of {some([names[label] for label in drawn], LISTED)}"
+    names = [name for label, name in enumerate(names) if label not in drawn]
+    return source._replace(splits=kept, class_names=names, notes=[*source.notes, note]), images
 
 
 def _place(image_id: str, seed: int) -> float:

@@ -1,5 +1,6 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -32,6 +34,7 @@ from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.base_view import Processor, select_views
 from models.checks import DTYPES, check_adapter, check_model, check_same_base, lora_settings, weights_fingerprint
+from models.features import Examined, compute_tower_features, scale_to_unit
 from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
@@ -152,6 +155,22 @@ class PlantModel:
             return score_batch(self.model, batch, tries, micro_batcher).tolist()
 
         return self._predict(rows, self.collator, score)
+
+    def examine(self, rows) -> Iterator[tuple[list[tuple[Sample, Examined]], list[str]]]:
+        """As score, each image's scores with its features."""
+        tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
+
+        def examine(batch: Batch) -> list[Examined]:
+            states: list = []
+            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
+            tower = compute_tower_features(self.base, batch)
+            return list(map(Examined, scores, tower, scale_to_unit(np.array(states))))
+
+        return self._predict(rows, self.collator, examine)
+
+    def embed(self, rows) -> Iterator[tuple[list[tuple[Sample, np.ndarray]], list[str]]]:
+        """For each batch of rows: features of the vision tower alone, and the unreadable images."""
+        return self._predict(rows, self.collator, functools.partial(compute_tower_features, self.base))
 
     def search(self, rows, goal: Goal) -> Iterator[tuple[list[tuple[Sample, Found]], list[str]]]:
         """For each batch of rows: the likeliest class names among many, and the unreadable images."""

@@ -26,8 +26,13 @@ OUT_OF_MEMORY = "out of memory scoring one image; use --load-in-4bit true or a l
 
 
 @torch.no_grad()
-def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher) -> torch.Tensor:
-    """(B, C) log-probabilities in fp32, on the CPU. Raises UserError for one that is not finite."""
+def score_batch(
+    model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher, states: list | None = None
+) -> torch.Tensor:
+    """(B, C) log-probabilities in fp32, on the CPU. Raises UserError for one that is not finite.
+
+    To `states` is added, for each image, the language model's last hidden state (width,) before the answer.
+    """
     names = 1 + max(int(trie.names.max()) for trie in tries)
 
     def score(base, prompt: Prompt) -> list[torch.Tensor]:
@@ -38,6 +43,8 @@ def score_batch(model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: 
             trie.add_up(sums, children[0], values.view(images, -1).numpy(force=True))
             ends = trie.names >= 0
             scores[:, trie.names[ends]] = torch.from_numpy(sums[:, ends])
+        if states is not None:
+            states.extend(prompt.last.float().numpy(force=True))
         return list(scores)
 
     return torch.stack(by_micro_batch(model, batch, tries, micro_batcher, score))

@@ -3,6 +3,7 @@
 import copy
 import os
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from data.collator import PlantCollator
 from data.dataset import ROW
 from data.oxford_flowers import CLASS_NAMES
 from models.builder import PlantModel, build_base, build_processor, set_trainable
+from models.features import ENCODED, decode, encode, scale_to_unit
 from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher
 from models.scoring import score_batch
@@ -209,6 +211,24 @@ def test_unreadable_images_are_skipped_and_reported(tiny):
     assert sorted(sample.id for sample, _ in scores) == [row["id"] for index, row in enumerate(listed) if index != 2]
     assert all(len(values) == len(tiny.names) for _, values in scores)
     assert [unreadable for _, unreadable in batches] == [[], [f"{listed[2]['id']}: gone.jpg: is empty (0 bytes)"], []]
+
+
+def test_features_come_with_the_same_scores_and_survive_a_cache(tiny):
+    rows, plant = Dataset.from_list(tiny.rows(5), features=ROW), plant_of(tiny, eval_batch_size=3)
+    scores = {sample.id: values for found, _ in plant.score(rows) for sample, values in found}
+    examined = {sample.id: found for batch, _ in plant.examine(rows) for sample, found in batch}
+    towers = {sample.id: found for batch, _ in plant.embed(rows) for sample, found in batch}
+    assert {image: found.scores for image, found in examined.items()} == scores
+    for image, found in examined.items():
+        assert found.tower.tolist() == towers[image].tolist() and found.tower.shape == (2 * 96,)
+        assert found.state.shape == (96,) and np.linalg.norm(found.state) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(decode(encode(found.state)), found.state, atol=5e-4)
+    assert len({found.state.tobytes() for found in examined.values()}) == 5
+    row = tiny.collator([tiny.rows(1)[0]])
+    pooled = plant.model.model.vision_tower(row["pixel_values"][:, 0]).pooler_output.detach().numpy()
+    np.testing.assert_allclose(towers[row.samples[0].id][:96], scale_to_unit(pooled)[0], atol=1e-5)
+    bad = [encode(np.array([np.nan])), "AAA", "not base64!", "", 7]
+    assert not any(ENCODED.holds(value) for value in bad)
 
 
 def replies(tiny, rows, batch_size):

@@ -14,7 +14,7 @@ from data.copies import CACHE_FILE, find_copies
 from data.dataset import build_datasets, check_unreadable_fraction
 from data.groups import group_by_name
 from data.rows import ROW, SPLITS, Source
-from data.splits import split_source
+from data.splits import hold_out_classes, split_source
 from test_trainer import PreFlight, check_data, read_sizes
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
@@ -447,3 +447,38 @@ def test_one_or_two_unreadable_images_stop_nothing(unreadable, images, fraction,
             check_unreadable_fraction(names, images, fraction)
     else:
         check_unreadable_fraction(names, images, fraction)
+
+
+# ---- classes that are held out
+
+
+def test_held_out_classes_are_in_no_split_and_all_their_images_are_kept():
+    names = [f"plant {number}" for number in range(6)]
+    others = {"validation": [(f"v{label}", label) for label in range(6)], "test": [("t3", 3)]}
+    source = make_source([(f"{label}/{number}", label) for label in range(6) for number in range(4)], names, **others)
+    class_of = {
+        image: names[label] for rows in source.splits.values() for image, label in zip(rows["id"], rows["label"])
+    }
+    draws = []
+    for seed in range(4):
+        done, held_out = hold_out_classes(source, 2, seed)
+        gone = set(names) - set(done.class_names)
+        for rows in done.splits.values():
+            assert all(done.class_names[label] == class_of[image] for image, label in zip(rows["id"], rows["label"]))
+        assert len(gone) == 2 and {class_of[image] for image in held_out["id"]} == gone
+        assert sorted([*held_out["id"], *side_of(done)]) == sorted(class_of) and set(held_out["label"]) == {0}
+        assert all(name in done.notes[-1] for name in gone)
+        draws.append(gone)
+    assert len(set(map(frozenset, draws))) > 1 and hold_out_classes(source, 2, 0)[0].class_names == [
+        name for name in names if name not in draws[0]
+    ]
+    assert hold_out_classes(source, 0, 0) == (source, None)
+
+
+def test_two_classes_have_to_be_learned(image_folder):
+    root = image_folder({"oak": 9, "ash": 9, "elm": 9})
+    config = parse_config(["--dataset", str(root), "--holdout-classes", "2"])
+    with pytest.raises(UserError, match="--holdout-classes 2: .* has 3 classes, and two or more .* use 1 or less"):
+        build_datasets(config)
+    data = build_datasets(parse_config(["--dataset", str(root), "--holdout-classes", "1"]))
+    assert len(data.class_names) == 2 and len(data.held_out) == 9 and "oak" not in data.class_names

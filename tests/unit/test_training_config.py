@@ -51,6 +51,7 @@ BAD_VALUES = [
         STREAM | dict(sample_fraction=0.5),
         "streaming=true with sample_fraction=0.5: it needs all images at once; use 1.0, or streaming=false",
     ),
+    (STREAM | dict(holdout_classes=10), "streaming=true with holdout_classes=10: it needs all images at once; use 0"),
     (
         dict(trainable="everything", load_in_4bit=False, sharding="fsdp"),
         "trainable=everything with sharding=fsdp: only frozen weights are sharded; use --sharding none",
