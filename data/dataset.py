@@ -41,7 +41,7 @@ class PlantData:
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     revision: str | None = None  # commit of a hub data set
-    held_out: Dataset | None = None  # all images of the classes that are not learned
+    unknown: Dataset | None = None  # all images of the classes that are not learned
 
     @property
     def num_train(self) -> int:
@@ -102,7 +102,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         config.group_by,
         config.min_images,
     )
-    source, held_out = hold_out_classes(source, config.holdout_classes, config.seed)
+    source, unknown = hold_out_classes(source, config.holdout_classes, config.seed)
     names = source.class_names
     listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
     for note in (*source.notes, f"classes: {listed}"):
@@ -116,7 +116,7 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         notes=list(source.notes),
         warnings=list(source.warnings),
         revision=source.revision,
-        held_out=held_out,
+        unknown=unknown,
     )
     data.validate()
     train, validation = data.train, data.validation

@@ -271,27 +271,27 @@ class _Images:
 
 
 def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dataset | None]:
-    """The source without `count` of its classes, drawn by the seed, and all images of these. Raises UserError."""
+    """The source without `count` of its classes, taken by the seed, and all images of these. Raises UserError."""
     names = source.class_names
     if not count:
         return source, None
     if len(names) - count < 2:
         reason = f"{source.description} has {len(names)} classes, and two or more have to be learned"
         raise UserError(f"--holdout-classes {count}: {reason}; use {max(len(names) - 2, 0)} or less")
-    drawn = sorted(sorted(range(len(names)), key=lambda label: _place(names[label], seed))[:count])
+    taken = sorted(sorted(range(len(names)), key=lambda label: _place(names[label], seed))[:count])
     new_labels = np.full(len(names), -1)
-    new_labels[[label for label in range(len(names)) if label not in drawn]] = np.arange(len(names) - count)
-    kept, held_out = {}, []
+    new_labels[[label for label in range(len(names)) if label not in taken]] = np.arange(len(names) - count)
+    kept, unknown = {}, []
     for split, rows in source.splits.items():
         assert not isinstance(rows, Stream)  # a config that streams cannot hold out classes
         labels = new_labels[rows["label"][:]]
-        held_out.append(rows.select(np.flatnonzero(labels < 0)))
+        unknown.append(rows.select(np.flatnonzero(labels < 0)))
         rows = rows.remove_columns("label").add_column("label", labels).select(np.flatnonzero(labels >= 0))
         kept[split] = rows.select_columns(["image", "label", "id"])
-    images = concatenate_datasets(held_out).remove_columns("label")
+    images = concatenate_datasets(unknown).remove_columns("label")
     images = images.add_column("label", np.zeros(len(images), dtype=int)).select_columns(["image", "label", "id"])
-    note = f"held out, by seed {seed}: {len(images):,} images of {some([names[label] for label in drawn], LISTED)}"
-    names = [name for label, name in enumerate(names) if label not in drawn]
+    note = f"held out, with --seed {seed}: {len(images):,} images of {some([names[label] for label in taken], LISTED)}"
+    names = [name for label, name in enumerate(names) if label not in taken]
     return source._replace(splits=kept, class_names=names, notes=[*source.notes, note]), images
 
 

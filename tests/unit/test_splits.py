@@ -452,7 +452,7 @@ def test_one_or_two_unreadable_images_stop_nothing(unreadable, images, fraction,
 # ---- classes that are held out
 
 
-def test_held_out_classes_are_in_no_split_and_all_their_images_are_kept():
+def test_unknown_classes_are_in_no_split_and_all_their_images_are_kept():
     names = [f"plant {number}" for number in range(6)]
     others = {"validation": [(f"v{label}", label) for label in range(6)], "test": [("t3", 3)]}
     source = make_source([(f"{label}/{number}", label) for label in range(6) for number in range(4)], names, **others)
@@ -461,12 +461,12 @@ def test_held_out_classes_are_in_no_split_and_all_their_images_are_kept():
     }
     draws = []
     for seed in range(4):
-        done, held_out = hold_out_classes(source, 2, seed)
+        done, unknown = hold_out_classes(source, 2, seed)
         gone = set(names) - set(done.class_names)
         for rows in done.splits.values():
             assert all(done.class_names[label] == class_of[image] for image, label in zip(rows["id"], rows["label"]))
-        assert len(gone) == 2 and {class_of[image] for image in held_out["id"]} == gone
-        assert sorted([*held_out["id"], *side_of(done)]) == sorted(class_of) and set(held_out["label"]) == {0}
+        assert len(gone) == 2 and {class_of[image] for image in unknown["id"]} == gone
+        assert sorted([*unknown["id"], *side_of(done)]) == sorted(class_of) and set(unknown["label"]) == {0}
         assert all(name in done.notes[-1] for name in gone)
         draws.append(gone)
     assert len(set(map(frozenset, draws))) > 1 and hold_out_classes(source, 2, 0)[0].class_names == [
@@ -481,4 +481,4 @@ def test_two_classes_have_to_be_learned(image_folder):
     with pytest.raises(UserError, match="--holdout-classes 2: .* has 3 classes, and two or more .* use 1 or less"):
         build_datasets(config)
     data = build_datasets(parse_config(["--dataset", str(root), "--holdout-classes", "1"]))
-    assert len(data.class_names) == 2 and len(data.held_out) == 9 and "oak" not in data.class_names
+    assert len(data.class_names) == 2 and len(data.unknown) == 9 and "oak" not in data.class_names
