@@ -20,7 +20,7 @@ from data.dataset import PlantData
 from evaluation.metrics import mcnemar
 from evaluation.model_card import write_model_card
 from models.builder import PlantModel, load_weights
-from models.loading import load_model
+from models.loading import load_model, scale_logits
 from models.merging import Adapter
 from runtime.device import available_gpu_memory, collect_memory
 from runtime.run_dir import Run
@@ -120,7 +120,7 @@ def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
         return load_model(Path(folder), str(folder), dtype, placement)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **placement)
     model.model.register_forward_pre_hook(_show_only_tile, with_kwargs=True)
-    return model
+    return scale_logits(model)
 
 
 def _show_only_tile(model: nn.Module, given: tuple, inputs: dict) -> tuple[tuple, dict]:

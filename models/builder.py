@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoProcessor,
     BitsAndBytesConfig,
     LlavaNextConfig,
@@ -33,9 +33,24 @@ from transformers import (
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.base_view import Processor, select_views
-from models.checks import DTYPES, check_adapter, check_model, check_same_base, lora_settings, weights_fingerprint
+from models.checks import (
+    DTYPES,
+    check_adapter,
+    check_model,
+    check_projections,
+    check_same_base,
+    lora_settings,
+    weights_fingerprint,
+)
 from models.features import Examined, compute_tower_features, scale_to_unit
-from models.fused_layers import FusedLayer, fuse_layers, get_fused_layers, set_activation_checkpointing, unwrap
+from models.fused_layers import (
+    FusedLayer,
+    find_obstacle,
+    fuse_layers,
+    get_fused_layers,
+    set_activation_checkpointing,
+    unwrap,
+)
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
 from models.scoring import score_batch
@@ -48,12 +63,9 @@ from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
 from utils.image_utils import BASE_VIEW
 from utils.logging_utils import UserError, first_line, is_watched
-from utils.tensor_utils import find_layers
 from utils.tokenizer_utils import Prompt, build_prompt, refuse_special_tokens, tokenizer_probe
 
 # The list replaces the default of transformers, so lm_head is in it.
-# The norm behind the last layer, pooling heads, and what masked pretraining needed: CLIP, SigLIP, DINOv2.
-UNUSED_IN_TOWER = re.compile(r"(^|\.)(post_layernorm|(?<!\.)layernorm|head|pooler|mask_token)(\.|$)")
 IN_16_BIT = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "pillow")
 
@@ -138,10 +150,11 @@ class PlantModel:
     def describe(self, trainable: str, load_in_4bit: bool) -> str:
         """Size, trainable share and precision, for the log."""
         train, total = self.model.num_parameters(only_trainable=True), self.model.num_parameters()
+        obstacle = next(filter(None, map(find_obstacle, self.base.model.language_model.layers)), "")
         return (
             f"{total:,} parameters | {train:,} trainable ({train / total:.2%}, {trainable}) | "
             f"{'4-bit nf4' if load_in_4bit else 'not quantized'} | {str(self.dtype).removeprefix('torch.')} | "
-            f"{len(self.fused)} fused layers | {len(self.checks)} checks passed"
+            f"{len(self.fused)} fused layers{obstacle and f' ({obstacle})'} | {len(self.checks)} checks passed"
         )
 
     def autocast(self) -> torch.autocast:
@@ -241,7 +254,10 @@ def build_processor(config: TrainingConfig, class_names: Sequence[str]) -> tuple
     if not isinstance(processor, LlavaNextProcessor):
         raise UserError(f"{name}: has a {type(processor).__name__}; use one with a LlavaNextProcessor")
     # Some revisions on the hub lack these, and then every image is one token off.
-    processor.patch_size = model_config.vision_config.patch_size
+    processor.patch_size = getattr(model_config.vision_config, "patch_size", None)
+    if not isinstance(processor.patch_size, int):
+        tower = f"its vision tower ({model_config.vision_config.model_type}) has patches of {processor.patch_size}"
+        raise UserError(f"{name}: {tower}, and LLaVA-NeXT needs square ones of one size; use another checkpoint")
     processor.vision_feature_select_strategy = model_config.vision_feature_select_strategy
     # CLIP's CLS, which "default" drops; a tower without one is used in full.
     processor.num_additional_image_tokens = int(model_config.vision_feature_select_strategy == "default")
@@ -325,16 +341,12 @@ def set_trainable(
     """
     base.requires_grad_(trainable == "everything")
     if trainable == "everything":
-        tower, layer = base.model.vision_tower, base.config.vision_feature_layer
-        # Not used by the features: DDP would wait for their gradient, weight decay would shrink them.
-        for name, parameter in tower.named_parameters():
-            if UNUSED_IN_TOWER.search(name):
+        unused = find_unused(base.config)
+        for name, parameter in base.model.vision_tower.named_parameters():
+            if name in unused:  # DDP would wait for its gradient, weight decay would shrink it
                 parameter.requires_grad_(False)
-        if isinstance(layer, int) and layer < 0:
-            layers = find_layers(tower, base.config.vision_config.num_hidden_layers)
-            for unused in layers[len(layers) + 1 + layer :]:
-                unused.requires_grad_(False)
         return base
+    check_projections(base)
     model = get_peft_model(base, lora_settings(trainable, lora_r, lora_alpha, lora_dropout))
     for name, parameter in model.named_parameters():
         if trainable == "projector" and "lora_" in name:
@@ -342,6 +354,20 @@ def set_trainable(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
     return model
+
+
+def find_unused(config: LlavaNextConfig) -> set[str]:
+    """Parameters of the vision tower on which no feature depends: layers behind the last feature layer, heads.
+
+    Whatever the tower's class calls them: found by the gradients of a tower without memory.
+    """
+    layers, side = config.vision_feature_layer, config.vision_config.image_size
+    first = int(config.vision_feature_select_strategy == "default")  # without CLS
+    with torch.device("meta"), torch.enable_grad():
+        tower = AutoModel.from_config(config.vision_config)
+        hidden = tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
+        sum(hidden[layer][:, first:].sum() for layer in ([layers] if isinstance(layers, int) else layers)).backward()
+    return {name for name, parameter in tower.named_parameters() if parameter.grad is None}
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

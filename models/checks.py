@@ -44,6 +44,16 @@ def check_model(
     return [sentence for _, sentence in found]
 
 
+def check_projections(base: LlavaNextForConditionalGeneration) -> None:
+    """Raise UserError unless each layer of the language model has the linears that LoRA is attached to."""
+    text, modules = base.config.text_config, dict(base.named_modules())
+    found = sum(bool(re.fullmatch(LORA_TARGETS, name)) for name in modules)
+    if found != (wanted := len(PROJECTIONS) * text.num_hidden_layers):
+        has = f"its language model ({text.model_type}) has {found} of the {wanted} linears that LoRA is attached to"
+        move = "use a checkpoint with another one, or --trainable everything --load-in-4bit false"
+        raise UserError(f"--model {base.name_or_path}: {has} ({', '.join(PROJECTIONS)}); {move}")
+
+
 def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
     config, image_processor = base.config, processor.image_processor
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
@@ -64,7 +74,9 @@ def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt:
     yield token_id == config.image_token_id, f"image token {token_id} is the model's {config.image_token_id}"
     yield sides == {tile}, f"tiles of {sorted(sides)} pixels are the vision tower's {tile}"
     yield processor.patch_size == patch, f"patches of {processor.patch_size} pixels are the vision tower's {patch}"
-    yield positions == [patches + cls], f"a tile is {patches} patches + {cls} CLS, the vision tower has {positions}"
+    # Towers without a table of positions: loading.py has run each.
+    fits = positions in ([], [patches + cls])
+    yield fits, f"a tile is {patches} patches + {cls} CLS, the vision tower has {positions or 'no table of positions'}"
     yield pinpoints[0] == pinpoints[1], "pinpoints are the model's"
     yield strategy in (("default", 1), ("full", 0)), "CLS, where there is one, is counted and dropped"
     yield tokens <= embeddings, f"all {tokens} tokens have an embedding of the model's {embeddings}"
@@ -76,7 +88,8 @@ def _check_weights(model, load_in_4bit: bool, trainable: str, dtype: torch.dtype
     modules = dict(base.named_modules())
     linears = {name for name in modules if re.fullmatch(LORA_TARGETS, name)}
     expected = len(PROJECTIONS) * base.config.text_config.num_hidden_layers
-    yield len(linears) == expected, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
+    is_whole = is_full or len(linears) == expected
+    yield is_whole, f"{len(linears)} language-model projections (7 in each of {expected // 7} layers)"
     quantized = {
         name.removesuffix(".base_layer"): part for name, part in modules.items() if isinstance(part, Linear4bit)
     }

@@ -225,7 +225,7 @@ class Saved(NamedTuple):
 
 
 class FusedLayer:
-    """The forward of one decoder layer (Llama, Mistral, Qwen2), put in place of the stock one.
+    """The forward of one decoder layer (Llama, Mistral, Qwen2, Granite), put in place of the stock one.
 
     `keep`: save activations for the backward, instead of activation checkpointing; `offload`: keep the checkpointed
     input in the CPU's memory. Few rows, a mask in training, and disabled or merged adapters go to the stock layer.
@@ -240,6 +240,7 @@ class FusedLayer:
         self.keep = False
         self.offload = False
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.multiplier = getattr(layer, "residual_multiplier", 1.0)  # Granite's, of what is added to the residual
         self.modules = [
             [attention.q_proj, attention.k_proj, attention.v_proj],
             [attention.o_proj],
@@ -266,6 +267,10 @@ class FusedLayer:
             out, _ = self.forward(rows, mask, cache, keep=False)
         return out.view(images, tokens, width)
 
+    def scale(self, update: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual; its gradient, too."""
+        return update if self.multiplier == 1.0 else update * self.multiplier
+
     def forward(self, rows: Rows, mask=None, cache=None, keep=True, needs_output=True):
         """(output (M, D) or None, Saved or None)."""
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
@@ -283,6 +288,7 @@ class FusedLayer:
         (update,) = o_proj.forward(x)
         o_columns = x[:, o_proj.width :].clone() if keep else None
         x = gate_up.empty_rows(h)
+        update = self.scale(update)
         residual = kernels.add_rms_norm(h, update, second.weight, second.variance_epsilon, x[:, : gate_up.width])
         del update
         gate, up = gate_up.forward(x)
@@ -294,7 +300,7 @@ class FusedLayer:
         kernels.swiglu(gate, up, x[:, : down_proj.width])
         del gate, up, leaves, attended
         (update,) = down_proj.forward(x)
-        return residual + update, saved
+        return residual + self.scale(update), saved
 
     def attend(self, images, query, key, value, mask, cache, keep):
         """(q, k, v as leaves of a graph of their own, attention's output at its end); see Saved."""
@@ -321,10 +327,11 @@ class FusedLayer:
         _, h, cos, sin = rows
         first, second = self.norms
         leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
-        of_x, of_columns = down_proj.backward([gradient])
+        of_update = self.scale(gradient)
+        of_x, of_columns = down_proj.backward([of_update])
         x = down_proj.add_lora_grad(of_x, of_columns)
         kernels.swiglu_backward(gate, up, x)  # gate and up become their gradients, x the input of down_proj
-        down_grads = down_proj.lora_grads([gradient], of_columns, x)
+        down_grads = down_proj.lora_grads([of_update], of_columns, x)
         del x, of_x
         of_x, of_columns = gate_up.backward([gate, up])
         x = torch.empty_like(h)
@@ -332,10 +339,11 @@ class FusedLayer:
         gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
         gate_up_grads = gate_up.lora_grads([gate, up], of_columns, x, mlp_columns)
         del gate, up, residual
-        of_x, of_columns = o_proj.backward([gradient])
+        of_update = self.scale(gradient)
+        of_x, of_columns = o_proj.backward([of_update])
         o_proj.add_lora_grad(of_x, of_columns)
         values = attended.detach().flatten(0, 1).flatten(1)
-        o_grads = o_proj.lora_grads([gradient], of_columns, values, o_columns)
+        o_grads = o_proj.lora_grads([of_update], of_columns, values, o_columns)
         of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
@@ -376,13 +384,15 @@ class _Function(torch.autograd.Function):
         return None, None, of_h, None, None, *of_lora
 
 
-FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "GraniteDecoderLayer")
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether it is a frozen layer of a known class with a gated SiLU MLP, no dropout, and plain LoRA or none."""
-    if type(layer).__name__ not in FUSABLE or not isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation)):
-        return False
+def find_obstacle(layer: nn.Module) -> str:
+    """Why a layer cannot be fused, empty where it can: a known class, frozen, no dropout, plain LoRA or none."""
+    if type(layer).__name__ not in FUSABLE:
+        return f"{type(layer).__name__} computes otherwise"
+    if not isinstance(layer.mlp.act_fn, (nn.SiLU, SiLUActivation)):
+        return f"its MLP has {type(layer.mlp.act_fn).__name__} in place of SiLU"
     adapted = [module for module in layer.modules() if isinstance(module, LoraLayer)]
     is_plain_lora = len(adapted) in (0, 7) and all(
         len(module.active_adapters) == 1
@@ -391,13 +401,15 @@ def can_fuse(layer: nn.Module) -> bool:
         and isinstance(module.lora_dropout[module.active_adapters[0]], nn.Identity)
         for module in adapted
     )
+    if not is_plain_lora or layer.self_attn.attention_dropout:
+        return "dropout, or LoRA of another kind"
     is_frozen = not any(part.requires_grad for name, part in layer.named_parameters() if "lora_" not in name)
-    return is_plain_lora and is_frozen and not layer.self_attn.attention_dropout
+    return "" if is_frozen else "all their weights are trained"
 
 
 def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     """Put a FusedLayer in place of each layer's forward, if all can be fused; modules, names and weights stay."""
-    if not all(map(can_fuse, layers)):
+    if any(map(find_obstacle, layers)):
         return []
     kernels, offloader = Kernels(), Offloader()
     return [FusedLayer(layer, kernels, offloader) for layer in layers]

@@ -16,7 +16,13 @@ import httpx
 import torch
 from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from config.training_config import TrainingConfig
@@ -190,7 +196,7 @@ def load_model(
         quantization = _check_quantization(config, name, quantization)
         tensors = read_tensors(folder, name)
         with explain_errors(name, "config", folder):
-            wrong = list(_find_gaps(config, tensors))
+            wrong = list(_find_gaps(config, tensors, name))
         if wrong:
             reason = f"its weights are not those that its config.json describes: {'; '.join(wrong)}"
             raise UserError(f"{name}: {reason}; {again(folder)}")
@@ -215,6 +221,25 @@ def load_model(
             move = again(folder) + (", or --mixed-precision bf16" if dtype == torch.float16 else "")
             raise UserError(f"{name}: {len(problems)} weights cannot be used in {dtype} ({problems[0]}); {move}")
         model.generation_config = load_generation_config(folder, config)
+    return scale_logits(model)
+
+
+def scale_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose logits are from now on those of its language model's own class.
+
+    Behind the head Granite divides them (by 8, say), Cohere multiplies and Gemma 2 caps them, which transformers' LLaVA
+    leaves out. The weights stay as they are.
+    """
+    text = model.config.text_config
+    factor = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+    cap = getattr(text, "final_logit_softcapping", None)
+
+    def scale(head: torch.nn.Module, given: tuple, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    if factor != 1.0 or cap:
+        model.lm_head.register_forward_hook(scale)
     return model
 
 
@@ -235,10 +260,11 @@ def _check_quantization(
     return None
 
 
-def _find_gaps(config: LlavaNextConfig, tensors: dict[str, SavedTensor]) -> Iterator[str]:
+def _find_gaps(config: LlavaNextConfig, tensors: dict[str, SavedTensor], name: str) -> Iterator[str]:
     """What keeps the files from holding each weight of the config's model, in its shape, and no other.
 
     The model is built without memory, from the headers of the files, and its vision tower is run on one image.
+    Raises UserError for a tower that does not give what LLaVA-NeXT takes.
     """
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     in_4bit = [key.removesuffix(STATE) + ".weight" for key in tensors if key.endswith(STATE)]
@@ -272,7 +298,12 @@ def _find_gaps(config: LlavaNextConfig, tensors: dict[str, SavedTensor]) -> Iter
     try:
         model.model.get_image_features(pixels, torch.tensor([[side, side]]))
     except Exception as error:  # whatever a value of the config leads to
-        yield f"features of vision layer {config.vision_feature_layer} cannot be computed ({first_line(error)})"
+        layer, tower = config.vision_feature_layer, config.vision_config
+        reason = f"features of vision layer {layer} cannot be computed by its tower, {tower.model_type}"
+        taken = f"{(side // tower.patch_size) ** 2} patches, and a CLS if vision_feature_select_strategy is default"
+        raise UserError(
+            f"{name}: {reason} ({first_line(error)}); use another checkpoint: a tile must be {taken}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -63,6 +63,15 @@ FAMILIES = {
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         "Qwen2Config",
     ),
+    "granite": (
+        (
+            "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'user' %}<image>\n{{ m.content[1].text }}\n"
+            "{% else %}{{ m.content[0].text }}<|end_of_text|>{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        ),
+        {"eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"},
+        "GraniteConfig",
+    ),
 }
 
 
@@ -115,12 +124,37 @@ def checkpoint(tmp_path_factory):
             template, special, text_config = FAMILIES[family]
             folder = tmp_path_factory.mktemp(family)
             processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], SIZES["tiny"], template, special)
+            model = build_tiny_model(processor, 0, SIZES["tiny"], getattr(transformers, text_config))
+            if family == "granite":
+                model = as_granite_vision(model, processor)
             processor.save_pretrained(folder)
-            build_tiny_model(processor, 0, SIZES["tiny"], getattr(transformers, text_config)).save_pretrained(folder)
+            model.save_pretrained(folder)
             made[family] = str(folder)
         return made[family]
 
     return make
+
+
+def as_granite_vision(model, processor):
+    """The same in the layout of IBM's Granite Vision: 76 pixels are 5 patches and a rest, as its 384 are 27."""
+    import torch
+    from transformers import LlavaNextForConditionalGeneration, SiglipVisionConfig
+
+    tile, config = 76, model.config
+    pinpoints = [[tile * rows, tile * columns] for rows in range(1, 5) for columns in range(1, 5) if rows * columns < 5]
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    config.vision_config = SiglipVisionConfig(image_size=tile, patch_size=14, **shape)
+    config.vision_feature_layer, config.vision_feature_select_strategy = [-4, -2, -1], "full"
+    config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = pinpoints
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    multipliers = dict(embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.05)
+    config.text_config.update(multipliers | {"logits_scaling": 8.0})
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    processor.image_processor.size = processor.image_processor.crop_size = {"height": tile, "width": tile}
+    torch.manual_seed(0)
+    granite = LlavaNextForConditionalGeneration(config)
+    granite.generation_config = model.generation_config
+    return granite
 
 
 def use_small_splits(patch: pytest.MonkeyPatch) -> None:

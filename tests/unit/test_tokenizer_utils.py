@@ -15,6 +15,7 @@ EXPECTED = {
         + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>", "\n\n", "<|eot_id|>",
     ),
     "chatml": ("<|im_start|>user\n<image>\n" + QUESTION + "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>"),
+    "granite": ("<|user|>\n<image>\n" + QUESTION + "\n<|assistant|>\n", "", "<|end_of_text|>"),
 }  # fmt: skip
 
 
