@@ -84,6 +84,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         ood_rows = load_ood_images(Path(options.ood)) if options.ood else None
         if run.is_base_model:
             run.recorded = {"base": True, "class_names": data.class_names}
+        run.recorded["taxonomy"] = data.taxonomy
         plant = PlantModel.from_run(run, dist.device)
         if run.is_base_model and dist.is_main_process:
             save_config(run.config, run.folder, plant.facts() | run.recorded)

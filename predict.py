@@ -123,7 +123,9 @@ def format_line(image: str | list[str], found, top: int) -> str:
     first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
     line = f"{label}: {first}" + (f" ({', '.join(others)})" if others else "")
     if not found.is_confident:
-        line, names = f"{label}: not sure ({', '.join([first, *others])})", found.prediction_set or []
+        taxon = found.taxa[found.level] if found.level else None
+        doubt = f"not sure which; {found.level} {taxon.name} {percent(taxon.confidence)}" if taxon else "not sure"
+        line, names = f"{label}: {doubt} ({', '.join([first, *others])})", found.prediction_set or []
         line += f"; one of: {list_names(names, top)}" if len(names) > 1 else ""
     return "; not used: ".join([line, *found.unreadable])
 
@@ -135,7 +137,10 @@ def format_json(image: str | list[str], found, top: int) -> str:
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
     name = found.likeliest[0][0] if found.is_confident else None
     line |= {"name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
+    line |= {"level": found.level}
     line |= {} if found.prediction_set is None else {"set": found.prediction_set}
+    for level, taxon in found.taxa.items():
+        line[level] = {"name": taxon.name, "confidence": round(taxon.confidence, 6)} if taxon.name else None
     line |= {"unreadable": found.unreadable} if found.unreadable else {}
     return json.dumps(line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)})
 

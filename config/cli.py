@@ -27,7 +27,7 @@ from config.training_config import (
 
 # Options of a run that may differ when it is used: where and how fast it computes, and which images it is given.
 COMPUTE_FIELDS = ("mixed_precision", "load_in_4bit", "gpu_memory_fraction", "num_workers", "per_device_eval_batch_size")
-DATA_FIELDS = ("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "group_by", "min_images")
+DATA_FIELDS = ("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "group_by", "min_images", "taxonomy")
 MISSING = object()  # the value of a flag that was given without one
 BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what people write; the first two are accepted
 

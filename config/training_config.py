@@ -105,6 +105,9 @@ class TrainingConfig:
     )
     label_column: str | None = fixed(None, "column of a table or parquet file with the labels; none: by its name")
     class_names: str | None = fixed(None, "json or csv file that gives class folders or labels their names")
+    taxonomy: str | None = option(
+        None, "csv file with the columns name, genus and family of the classes; none: taxonomy.csv in the data set"
+    )
     streaming: bool = fixed(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = fixed(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = fixed(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
@@ -326,7 +329,7 @@ def nearest_name(word: str, known: Iterable[str]) -> str:
 def resolve_paths(options):
     """`options` with the paths in them as absolute paths: a run is used later from anywhere."""
     found = {}
-    for name in ("model", "dataset", "class_names"):
+    for name in ("model", "dataset", "class_names", "taxonomy"):
         path = os.path.expanduser(getattr(options, name, None) or "")
         if path and path not in (*RANDOM_MODELS, *SOURCES) and os.path.exists(path):
             found[name] = os.path.abspath(path)

@@ -21,6 +21,7 @@ from data.sources import load_source
 from data.splits import hold_out_classes, split_source
 from data.streaming import Stream
 from data.synthetic import SPLIT_SIZES  # noqa: F401  of the synthetic images; tests change it in place
+from data.taxonomy import Taxonomy, find_taxonomy
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, logger
 
@@ -42,6 +43,7 @@ class PlantData:
     warnings: list[str] = dataclasses.field(default_factory=list)
     revision: str | None = None  # commit of a hub data set
     unknown: Dataset | None = None  # all images of the classes that are not learned
+    taxonomy: Taxonomy | None = None  # genus and family of each class, where any is known
 
     @property
     def num_train(self) -> int:
@@ -104,19 +106,21 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     )
     source, unknown = hold_out_classes(source, config.holdout_classes, config.seed)
     names = source.class_names
+    taxonomy, found, lacking = find_taxonomy(names, config.dataset, config.taxonomy)
     listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
-    for note in (*source.notes, f"classes: {listed}"):
+    for note in (*source.notes, *found, f"classes: {listed}"):
         logger.info("data | %s", note)
-    for warning in source.warnings:
+    for warning in (*source.warnings, *lacking):
         logger.warning("%s", warning)
     data = PlantData(
         **source.splits,
         class_names=names,
         source=source.description,
-        notes=list(source.notes),
-        warnings=list(source.warnings),
+        notes=[*source.notes, *found],
+        warnings=[*source.warnings, *lacking],
         revision=source.revision,
         unknown=unknown,
+        taxonomy=taxonomy,
     )
     data.validate()
     train, validation = data.train, data.validation

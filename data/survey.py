@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.image_utils import HEIF_SUFFIXES, SUFFIXES, looks_like_image, reads_heif
 from utils.logging_utils import UserError, some
 
+TAXONOMY_FILE = "taxonomy.csv"  # genus and family of the classes (data/taxonomy.py)
 MAX_DEPTH = 32  # folders below the path
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
@@ -177,7 +178,7 @@ def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] =
     for folder in root.walk():
         for kind in ("arrow", "archive", "mat", "parquet", "raw", "table"):
             for name in folder.files.get(kind, ()):
-                if folder.path / name not in used:
+                if folder.path / name not in used and name != TAXONOMY_FILE:
                     excluded.add(f"{Path(name).suffix.lower()} files", folder.path / name)
 
 

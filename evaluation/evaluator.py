@@ -18,7 +18,9 @@ from data.dataset import check_unreadable_fraction, known_duplicates
 from data.groups import find_plants
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
+from data.taxonomy import Taxonomy
 from evaluation.fusion import fit_pairs, measure_fusion
+from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
@@ -64,7 +66,8 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
         "seed": config.seed,
     }
     assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
-    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction, config.group_by)
+    taxonomy = run.recorded.get("taxonomy")
+    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction, config.group_by, taxonomy)
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Evaluator:
     method: Method = Method()
     max_bad_fraction: float = 1.0
     group_by: str | None = None  # rule of the user for what images are of one plant
+    taxonomy: Taxonomy | None = None
     prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
 
     def __post_init__(self) -> None:
@@ -175,7 +179,8 @@ class Evaluator:
     def calibrate(self, scores: SplitScores) -> Calibration:
         """Temperature, threshold and sets from scores of val; to calibration.json too, if the method is plain."""
         method = self.method
-        calibration = fit_pairs(scores, calibrate(scores, method.target_selective_accuracy, method.coverage))
+        calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
+        calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
@@ -209,6 +214,7 @@ class Evaluator:
             **self._read_replies(rows, split),
             **measure_split(scores, calibration, self.plant.class_names),
             "conformal": calibration.measure_sets(None if split == "val" else scores) if calibration else None,
+            "hierarchy": measure_levels(scores, calibration) if calibration else None,
             "together": measure_fusion(scores, calibration) if calibration and split != "val" else None,
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),

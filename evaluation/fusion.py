@@ -17,6 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
+from evaluation.hierarchy import fit_levels
 from evaluation.metrics import Calibration, SplitScores, calibrate, confidence, measure_selective, wilson_interval
 
 MIN_PAIRS = 30  # of observations, below which pairs of a class are used
@@ -58,7 +59,10 @@ def fit_pairs(split: SplitScores, calibration: Calibration) -> Calibration:
     exponent = float(minimize_scalar(loss, bounds=(0, 1), method="bounded").x)
     coverage = calibration.conformal["target"] if calibration.conformal else 0.9
     fitted = calibrate(fused, calibration.target_selective_accuracy, coverage, calibration.temperature / 2**exponent)
-    return calibration._replace(pairs={key: value for key, value in fitted._asdict().items() if key != "pairs"})
+    fitted = fit_levels(fused, fitted, calibration.taxonomy)
+    return calibration._replace(
+        pairs={key: value for key, value in fitted._asdict().items() if key not in ("pairs", "taxonomy")}
+    )
 
 
 def explain_doubt(calibration: Calibration | None) -> str | None:

@@ -42,13 +42,15 @@ class Calibration(NamedTuple):
     target_selective_accuracy: float
     images: int
     conformal: Conformal | None = None  # None: of a run made before there were prediction sets
+    levels: dict | None = None  # threshold of genus and of family, where a taxonomy is known (evaluation/hierarchy.py)
+    taxonomy: dict | None = None  # by level the taxon of each class; not in reports
     pairs: dict | None = None  # the same, fitted on the mean scores of two images of one plant (evaluation/fusion.py)
 
     def of_images(self, count: int) -> "Calibration":
         """For the mean scores of so many images of one plant: as fitted for pairs, T / n^a of n images."""
         if count == 1 or self.pairs is None:
             return self
-        pairs = Calibration(**self.pairs)
+        pairs = Calibration(**self.pairs, taxonomy=self.taxonomy)
         exponent = np.log2(self.temperature / pairs.temperature)
         return pairs._replace(temperature=float(self.temperature / count**exponent))
 
@@ -243,7 +245,7 @@ def measure_split(split: SplitScores, calibration: Calibration | None, names: Se
         "ece_uncalibrated": expected_calibration_error(confidence(split.scores, 1.0), split.correct),
         "ece": expected_calibration_error(confidences, split.correct),
         **selective,
-        "calibration": None if calibration is None else calibration._asdict(),
+        "calibration": None if calibration is None else calibration._replace(taxonomy=None)._asdict(),
         "confusions": confusions(split.scores, split.labels, names),
         "per_class": classes,
     }

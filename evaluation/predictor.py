@@ -11,14 +11,23 @@ from scipy.special import softmax
 from evaluation.conformal import explain_missing, find_sets
 from evaluation.evaluator import read_calibration
 from evaluation.fusion import explain_doubt
+from evaluation.hierarchy import find_taxa
 from evaluation.metrics import Calibration
 from models.builder import PlantModel
 from models.search import MAX_SCORED, Found, Goal
 from runtime.device import choose_device
 from runtime.run_dir import Run
-from utils.logging_utils import logger
+from utils.logging_utils import UserError, logger
 
 FEW_IMAGES = 30  # of val, with which a threshold says little
+
+
+class Taxon(NamedTuple):
+    """The likeliest genus or family, "" if that of the likeliest classes is not known."""
+
+    name: str
+    confidence: float
+    is_confident: bool  # whether it is the answer if no deeper level is sure
 
 
 class Prediction(NamedTuple):
@@ -29,6 +38,14 @@ class Prediction(NamedTuple):
     at_most: float | None = None  # the likeliest's probability, where the one above is what it is at least
     prediction_set: list[str] | None = None  # contains the true name at the rate that was asked for; None: no sets
     unreadable: Sequence[str] = ()  # "path: reason" of a plant's images that could not be opened
+    taxa: dict[str, Taxon] = {}  # by level, the deepest first, where a taxonomy is known  # noqa: RUF012
+
+    @property
+    def level(self) -> str | None:
+        """The deepest level that is sure: name, genus or family; None: not even that."""
+        if self.is_confident:
+            return "name"
+        return next((level for level, taxon in self.taxa.items() if taxon.is_confident), None)
 
 
 def percent(share: float) -> str:
@@ -58,6 +75,9 @@ def load_predictor(run: Run) -> "Predictor":
         doubt = f'no confidence reached a selective accuracy of {target} on val, so every image is "not sure"'
     if doubt:
         logger.warning(f"{run.folder}: {doubt}")
+    if calibration and calibration.taxonomy and len(calibration.taxonomy["genus"]) != len(plant.class_names):
+        reason = "its taxonomy is not of the run's classes"
+        raise UserError(f"{run.folder}: calibration.json: {reason}; make it again: python evaluate.py {run.folder}")
     missing = explain_missing(calibration and calibration._asdict())
     if calibration and calibration.conformal and len(plant.class_names) > MAX_SCORED:
         missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
@@ -117,7 +137,7 @@ class Predictor:
             yield from (found[index] for index in sorted(found))
 
     def _decide(self, result: Found | Sequence[float] | np.ndarray, calibration: Calibration) -> Prediction:
-        names, prediction_set = self.plant.class_names, None
+        names, prediction_set, taxa = self.plant.class_names, None, {}
         if isinstance(result, Found):
             order, shares, at_most = result.names, result.low, float(result.high[0])
         else:  # scores of all names
@@ -125,7 +145,19 @@ class Predictor:
             order = np.argsort(-probabilities, kind="stable")
             shares, at_most = probabilities[order], None
             sets = find_sets(probabilities[None], calibration.conformal)
+            taxa = _find_taxa(probabilities[None], calibration)
             prediction_set = None if sets is None else [names[label] for label in order if sets[0, label]]
         likeliest = [(names[label], float(share)) for label, share in zip(order, shares)]
         is_confident = calibration.threshold is not None and likeliest[0][1] >= calibration.threshold
-        return Prediction(likeliest, is_confident, at_most, prediction_set)
+        return Prediction(likeliest, is_confident, at_most, prediction_set, taxa=taxa)
+
+
+def _find_taxa(probabilities: np.ndarray, calibration: Calibration) -> dict[str, Taxon]:
+    """Of one image (1, C)."""
+    found = {}
+    taxonomy = calibration.taxonomy or {}
+    for level, threshold in (calibration.levels or {}).items() if taxonomy else ():
+        taxa = find_taxa(probabilities, taxonomy, level)
+        is_confident = bool(taxa.accept(threshold)[0])
+        found[level] = Taxon(str(taxa.names[0]), float(taxa.confidences[0]), is_confident)
+    return found

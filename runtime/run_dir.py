@@ -120,6 +120,7 @@ class Run:
         checkpoint.check_disk(self.folder, plant.model.num_parameters(only_trainable=True), config.save_total_limit)
         facts = plant.facts() | {
             "class_names": data.class_names,
+            "taxonomy": data.taxonomy,
             "data_fingerprint": data.fingerprint(),
             "data_commit": [self.config.dataset, self.config.dataset_revision, data.revision],
             "ranks": self.dist.world_size if self.dist else 1,

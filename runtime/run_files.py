@@ -70,10 +70,12 @@ NUMBER, FRACTION, COUNT = number(), number(0, 1), integer()
 # What Python's JSON writes of a loss that overflowed: NaN and infinities are numbers here and in no other Kind.
 LOGGED = Kind("a number or null", lambda value: value is None or type(value) is float or NUMBER.holds(value))
 NAMES = Kind("a list of different names", _are_names)
+TAXONOMY = ({"genus": [TEXT], "family": [TEXT]}, None)  # of each class, "" where it is not known
 CONFIG = {
     "config": {str: ANY},  # checked by config_from_dict
     "recorded": {
         "class_names?": NAMES,
+        "taxonomy?": TAXONOMY,
         "precision?": Kind("bf16, fp16 or no", lambda value: value in ("bf16", "fp16", "no")),
         "ranks?": integer(1),
         "stream_workers?": (COUNT, None),
@@ -105,13 +107,18 @@ CALIBRATION = {"temperature": number(1e-3, 1e3), "threshold": (FRACTION, None), 
 CALIBRATION |= {"images": integer(1)}
 METHOD = Kind("lac or aps", lambda value: value in ("lac", "aps"))
 CALIBRATION |= {"conformal?": ({"method": METHOD, "target": FRACTION, "quantile": (FRACTION, None)}, None)}
+CALIBRATION |= {"levels?": ({"genus": (FRACTION, None), "family": (FRACTION, None)}, None)}
 CALIBRATION |= {"pairs?": (dict(CALIBRATION), None)}
 SETS = {"method": (METHOD, None), "target": FRACTION, "coverage_interval": (list_of(FRACTION, 2), None)}
 SETS |= {"coverage": (FRACTION, None), "mean_size": (number(0), None)}
+HIERARCHY: dict = dict.fromkeys(("rejected", "accepted", "correct"), COUNT) | {"share_correct": (FRACTION, None)}
+HIERARCHY |= {"precision": (FRACTION, None)}
+HIERARCHY |= dict.fromkeys(("share_interval", "precision_interval"), (list_of(FRACTION, 2), None))
+HIERARCHY |= dict.fromkeys(("genus", "family"), dict.fromkeys(("taxa", "classes", "accepted", "correct"), COUNT))
 TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accuracy": (FRACTION, None)}
 TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
 TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(number(-2, 2), 2), None)}
-SAVED_CALIBRATION = CALIBRATION | {"scored": {"adapter": NO_TEXT}}
+SAVED_CALIBRATION = CALIBRATION | {"taxonomy?": TAXONOMY, "scored": {"adapter": NO_TEXT}}
 REPLIES = {
     "scored": {str: ANY},
     "metrics": {
@@ -132,6 +139,7 @@ REPORT = {
     **dict.fromkeys(("coverage", "selective_accuracy?"), (FRACTION, None)),
     "calibration": (CALIBRATION, None),
     "conformal?": (SETS, None),
+    "hierarchy?": (HIERARCHY, None),
     "together?": ({str: TOGETHER}, None),
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],

@@ -202,7 +202,16 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
     assert "warning: images: not used: empty image files (0 bytes): 1 (zero.png)" in err
     _, out, _ = run(capsys, "one", "--json", "gone.png", "images/00.png", *FAST)
     assert json.loads(out.splitlines()[0]) == {"image": "gone.png", "error": lines[12]}
-    assert set(json.loads(out.splitlines()[1])) == {"image", "name", "confidence", "likeliest", "set"}
+    assert set(json.loads(out.splitlines()[1])) == {
+        "image",
+        "name",
+        "confidence",
+        "likeliest",
+        "level",
+        "set",
+        "genus",
+        "family",
+    }
 
 
 def test_wide_images_and_hostile_ones(trained, capsys, here):
@@ -377,3 +386,30 @@ def test_plants_without_a_readable_image_and_folders_of_plants(trained, images, 
     set_threshold(trained, 0.5, pairs=None)
     _, _, err = run(capsys, "one", "--together", "images/00.png", "images/01.png", *FAST)
     assert "the scores of several images are averaged" in err
+
+
+def test_the_genus_is_named_where_the_class_is_not_sure(trained, images, capsys):
+    """Of the invented species: "amber starwort" is a starwort. The calibration has all that is needed."""
+    saved = json.loads((trained / "calibration.json").read_text())
+    assert saved["taxonomy"]["genus"][:3] == ["Starwort", "Moonwort", "Wheelbloom"] and not any(
+        saved["taxonomy"]["family"]
+    )
+    set_threshold(trained, 1.0, levels={"genus": 0.0, "family": 0.0})
+    line = json.loads(run(capsys, "one", "images/00.png", "--json", "--top", "10", *FAST)[1])
+    sums = {}
+    for each in line["likeliest"]:
+        genus = each["name"].split()[-1].capitalize()
+        sums[genus] = sums.get(genus, 0) + each["confidence"]
+    best = max(sums, key=sums.get)
+    assert line["genus"] == {"name": best, "confidence": pytest.approx(sums[best], abs=1e-5)}
+    assert (line["level"], line["name"], line["family"]) == ("genus", None, None)
+    out = run(capsys, "one", "images/00.png", "--top", "2", *FAST)[1]
+    assert out.startswith(f"images/00.png: not sure which; genus {best} {sums[best]:.0%} (") and out.count("%") == 3
+    set_threshold(trained, 1.0, levels={"genus": None, "family": None})
+    assert json.loads(run(capsys, "one", "images/00.png", "--json", *FAST)[1])["level"] is None
+    assert run(capsys, "one", "images/00.png", *FAST)[1].startswith("images/00.png: not sure (")
+    set_threshold(trained, 0.0, levels={"genus": 0.0, "family": None})
+    assert json.loads(run(capsys, "one", "images/00.png", "--json", *FAST)[1])["level"] == "name"
+    set_threshold(trained, 0.0, taxonomy={"genus": ["x"], "family": ["y"]})
+    status, _, err = run(capsys, "one", "images/00.png", *FAST)
+    assert status == 1 and "its taxonomy is not of the run's classes; make it again: python evaluate.py one" in err

@@ -1,0 +1,91 @@
+"""Genus or family where the class is not sure: probabilities summed up the tree, one threshold a level, fitted on val.
+
+The probability of a genus is the sum of those of its classes, which needs no other model. The deepest level is the
+answer whose likeliest taxon reaches the level's threshold (Deng et al. 2012 call it hedging). A threshold is fitted as
+that for classes is, on those images of val alone that reach none before: on all of val, easy images would lower it.
+
+Shapes: n images, C classes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import softmax
+
+from data.taxonomy import LEVELS, Taxonomy
+from evaluation.metrics import Calibration, SplitScores, choose_threshold, wilson_interval
+
+MIN_ACCEPTED = 20  # images of val that must get a taxon: of fewer, a selective accuracy of 0.95 cannot be seen
+
+
+class Taxa(NamedTuple):
+    """The likeliest taxon of each image and its probability."""
+
+    names: np.ndarray  # (n,) text; "": a class without a taxon, which stands for itself
+    confidences: np.ndarray  # (n,)
+
+    def accept(self, threshold: float | None) -> np.ndarray:
+        """(n,) bool"""
+        return (self.names != "") & (self.confidences >= (np.inf if threshold is None else threshold))
+
+
+def find_taxa(probabilities: np.ndarray, taxonomy: Taxonomy, level: str) -> Taxa:
+    """Of probabilities (n, C) of the classes."""
+    names = np.array(taxonomy[level])
+    keys = [taxon or f"\0{label}" for label, taxon in enumerate(taxonomy[level])]
+    _, first, groups = np.unique(keys, return_index=True, return_inverse=True)
+    sums = np.zeros((len(first), len(probabilities)))
+    np.add.at(sums, groups, probabilities.T)
+    likeliest = sums.argmax(axis=0)
+    return Taxa(names[first[likeliest]], sums[likeliest, np.arange(len(probabilities))])
+
+
+def find_rejected(probabilities: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """(n,) whether no class is sure."""
+    return probabilities.max(axis=1) < (np.inf if calibration.threshold is None else calibration.threshold)
+
+
+def fit_levels(split: SplitScores, calibration: Calibration, taxonomy: Taxonomy | None) -> Calibration:
+    """The calibration with the thresholds of the levels, from the images that it was fitted on."""
+    if taxonomy is None:
+        return calibration
+    probabilities = softmax(split.scores / calibration.temperature, axis=1)
+    rest, levels = find_rejected(probabilities, calibration), dict[str, float | None]()
+    for level in LEVELS:
+        taxa = find_taxa(probabilities, taxonomy, level)
+        right, known = taxa.names == np.array(taxonomy[level])[split.labels], rest & (taxa.names != "")
+        found = choose_threshold(taxa.confidences[known], right[known], calibration.target_selective_accuracy)
+        levels[level] = found if (rest & taxa.accept(found)).sum() >= MIN_ACCEPTED else None
+        rest &= ~taxa.accept(levels[level])
+    return calibration._replace(levels=levels, taxonomy=taxonomy)
+
+
+def measure_levels(split: SplitScores, calibration: Calibration) -> dict | None:
+    """Of the images whose class is not sure, how many get a genus or family, and how often it is the right one."""
+    if calibration.taxonomy is None or calibration.levels is None:
+        return None
+    probabilities = softmax(split.scores / calibration.temperature, axis=1)
+    rejected = find_rejected(probabilities, calibration)
+    rest, right, levels = rejected.copy(), np.zeros(len(rejected), dtype=bool), {}
+    for level in LEVELS:
+        taxa, truth = find_taxa(probabilities, calibration.taxonomy, level), np.array(calibration.taxonomy[level])
+        accepted = rest & taxa.accept(calibration.levels[level])
+        right |= accepted & (taxa.names == truth[split.labels])
+        rest &= ~accepted
+        levels[level] = {
+            "taxa": len({*truth} - {""}),
+            "classes": int((truth != "").sum()),
+            "accepted": int(accepted.sum()),
+        }
+        levels[level]["correct"] = int((right & accepted).sum())
+    accepted = rejected & ~rest
+    return {
+        "rejected": int(rejected.sum()),
+        "accepted": int(accepted.sum()),
+        "correct": int(right.sum()),
+        "share_correct": float(right[rejected].mean()) if rejected.any() else None,
+        "share_interval": wilson_interval(right[rejected]) if rejected.any() else None,
+        "precision": float(right[accepted].mean()) if accepted.any() else None,
+        "precision_interval": wilson_interval(right[accepted]) if accepted.any() else None,
+        **levels,
+    }
