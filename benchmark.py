@@ -5,15 +5,18 @@
     python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
     python benchmark.py --model full --names 10000 --steps 60 --learning-rate 1e-3    top 5 of many names, searched for
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
+    torchrun --nproc-per-node 4 benchmark.py --model full --gradient-accumulation-steps 64    training alone
 
 Takes the flags of train.py except those of data, length and saving. Images are decoded and batched as in training;
 nothing is saved. The table has images/s as the median step (slowest - fastest), tokens/s, the share of the measured
 matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
 """
 
+import contextlib
 import io
 import itertools
 import math
+import os
 import platform
 import random
 import re
@@ -48,7 +51,7 @@ REFUSED |= dict.fromkeys(RUN_OPTIONS, "has no effect, a benchmark runs --steps o
 @dataclass(frozen=True)
 class BenchmarkOptions:
     steps: int = option(6, "optimizer steps that are timed, after two that are not", low=2)
-    image: str = option("500x667", "width x height of the generated images, before image_size")
+    image: str = option("500x667", "width x height of the generated images, before image_size; several with commas")
     names: int = option(102, "class names; 102: the flowers', otherwise pairs of their words", low=2, high=20000)
     scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
     against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
@@ -64,56 +67,73 @@ class Result(NamedTuple):
     note: str
 
 
-def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, BenchmarkOptions, tuple[int, int]]:
-    """(config, options, (width, height) of the generated images)."""
+def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, BenchmarkOptions, list[tuple[int, int]]]:
+    """(config, options, (width, height) of the generated images, which take turns)."""
     line = CommandLine(argv, __doc__, BenchmarkOptions, refused=REFUSED)
     options, config = line.apply(BenchmarkOptions()), line.apply(TrainingConfig())
-    size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", options.image)
-    if not size:
+    sizes = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", size) for size in options.image.split(",")]
+    if not all(sizes):
         line.problems.append(f"image={options.image}: width x height of 1 to 9999 pixels is needed, such as 500x667")
     line.exit_on_problems()
-    return config, options, (int(size[1]), int(size[2]))
+    return config, options, [(int(size[1]), int(size[2])) for size in sizes if size]
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, options, image = parse_benchmark(argv)
+    config, options, sizes = parse_benchmark(argv)
     set_environment()
     setup_logging()
     with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
-        import torch
-
-        from models.builder import PlantModel
-        from models.throughput import FlopCounter, measure_matmul_rate
-        from runtime.device import GIB, choose_device, peak_memory
+        from runtime.distributed import init_distributed
 
         steps = WARM_UP + options.steps
-        config = replace(config, output_dir=folder, max_steps=steps, eval_steps=None, report_to="none")
-        device = choose_device(config.model, config.gpu_memory_fraction)
-        print(describe_machine(device), flush=True)
-        began = time.perf_counter()
-        class_names = make_names(options.names)
-        plant = PlantModel.from_config(config, class_names, device)
-        host = peak_memory(torch.device("cpu")) / GIB
-        count = max(steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-        data = make_data(image, class_names, count)
-        (sample,) = plant.collator([data.train[0]]).samples
-        print(
-            f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
-            f"dropout {config.lora_dropout:g} | {config.optim} | global batch size {config.effective_batch_size} | "
-            f"{config.num_workers} workers\n"
-            f"images {image[0]}x{image[1]} | image_size {config.image_size} | {sample.image_tokens:,} image tokens, "
-            f"{sample.length:,} tokens in all | {sample.tiles} tiles\n"
-            f"model ready in {time.perf_counter() - began:.1f} s | host peak {host:.1f} GiB",
-            flush=True,
-        )
-        flops = FlopCounter(plant.model)(sample.length, sample.tiles)
-        results = [train_ours(Run(config), plant, data)]
-        if options.scoring:
-            results.append(score_ours(plant, data.train))
-        if options.against == "stock":
-            results += train_stock(Run(config), plant, data)
-        report(results, flops, measure_matmul_rate(device, plant.dtype), sample.length)
+        config = replace(config, max_steps=steps, eval_steps=None, report_to="none")
+        with init_distributed(config) as dist, contextlib.ExitStack() as silent:
+            if not dist.is_main_process:
+                silent.enter_context(contextlib.redirect_stdout(silent.enter_context(open(os.devnull, "w"))))
+            if dist.world_size > 1:
+                options = replace(options, scoring=False, against="none")
+            measure(Run(replace(config, output_dir=folder), dist=dist), options, sizes)
     return 0
+
+
+def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -> None:
+    """Print the table. With several ranks its rates are those of all, and its memory is rank 0's."""
+    import torch
+
+    from models.builder import PlantModel
+    from models.throughput import FlopCounter, measure_matmul_rate
+    from runtime.device import GIB, peak_memory
+
+    config, device = run.config, run.dist.device
+    print(describe_machine(device), flush=True)
+    began = time.perf_counter()
+    class_names = make_names(options.names)
+    plant = PlantModel.from_config(config, class_names, device)
+    host = peak_memory(torch.device("cpu")) / GIB
+    count = max(config.max_steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
+    data = make_data(sizes, class_names, count)
+    samples = [plant.collator([data.train[number]]).samples[0] for number in range(len(sizes))]
+    tokens, image_tokens, tiles = (
+        round(statistics.mean(getattr(sample, name) for sample in samples))
+        for name in ("length", "image_tokens", "tiles")
+    )
+    print(
+        f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
+        f"dropout {config.lora_dropout:g} | {config.optim} | global batch size {config.effective_batch_size} | "
+        f"{config.num_workers} workers | {run.dist.world_size} ranks\n"
+        f"images {options.image} | image_size {config.image_size} | {image_tokens:,} image tokens, "
+        f"{tokens:,} tokens in all | {tiles} tiles\n"
+        f"model ready in {time.perf_counter() - began:.1f} s | host peak {host:.1f} GiB",
+        flush=True,
+    )
+    flops = FlopCounter(plant.model)(tokens, tiles)
+    results = [train_ours(run, plant, data)]
+    if options.scoring:
+        results.append(score_ours(plant, data.train))
+    if options.against == "stock":
+        results += train_stock(run, plant, data)
+    matmul_rate = measure_matmul_rate(device, plant.dtype) * run.dist.world_size
+    report(results, flops, matmul_rate, tokens)
 
 
 def make_names(count: int) -> Sequence[str]:
@@ -126,8 +146,8 @@ def make_names(count: int) -> Sequence[str]:
     return random.Random(0).sample([" ".join(pair) for pair in itertools.permutations(words, 2)], count)
 
 
-def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
-    """A PlantData of JPEG images of this (W, H): smooth noise, which decodes and resizes like photographs.
+def make_data(sizes: list[tuple[int, int]], class_names: Sequence[str], count: int):
+    """A PlantData of JPEG images of these (W, H) in turn: smooth noise, which decodes and resizes like photographs.
 
     An image's class is always the same, so that long training makes the model sure, as a search of names needs.
     """
@@ -139,7 +159,7 @@ def make_data(image: tuple[int, int], class_names: Sequence[str], count: int):
 
     generator = np.random.default_rng(0)
     files = []
-    for _ in range(IMAGES):
+    for image in itertools.islice(itertools.cycle(sizes), IMAGES):
         coarse = Image.fromarray(generator.integers(0, 255, (image[1] // 8 + 1, image[0] // 8 + 1, 3), np.uint8))
         coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
         files.append(file.getvalue())
@@ -265,7 +285,7 @@ def read_memory(device) -> tuple[float, float]:
 
 
 def load_rate(trainer) -> float:
-    """Images/s of the training's loader when nothing waits for the device, once its workers run."""
+    """Images/s of the loaders of all ranks when nothing waits for the device, once their workers run."""
     batches = iter(trainer.get_train_dataloader())
     next(batches)
     began, count = time.perf_counter(), 0
@@ -273,7 +293,7 @@ def load_rate(trainer) -> float:
         count += len(batch.samples)
         if time.perf_counter() - began > LOAD_S:
             break
-    return count / (time.perf_counter() - began)
+    return trainer.dist.world_size * count / (time.perf_counter() - began)
 
 
 def report(results: list[Result], flops: float, matmul_rate: float, tokens: int) -> None:

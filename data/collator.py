@@ -212,6 +212,14 @@ class PlantCollator:
         lengths = answer.prompt_length + extra, len(answer.ids) + extra
         return Sample(row["id"], row["label"], size, tiles, image_tokens, *lengths)
 
+    def measure(self, row: dict) -> tuple[int, int]:
+        """(tiles, tokens) of a row, by the header of its image; none if it cannot be read."""
+        try:
+            sample = self.describe(row, read_image_size(row["image"]))
+        except ImageError:
+            return 0, 0
+        return sample.tiles, sample.length
+
     def count_tokens(self, size: tuple[int, int]) -> tuple[int, int]:
         """(image tokens, tiles) of a fitted image of this (H, W)."""
         tile = self.processor.image_processor.crop_size["height"]

@@ -6,13 +6,15 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from data.dataset import check_unreadable_fraction, known_duplicates
 from data.groups import find_plants
@@ -25,7 +27,7 @@ from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrat
 from evaluation.report import result_lines, write_report
 from models.builder import PlantModel
 from runtime.atomic import write_file
-from runtime.distributed import Distributed, assert_same_across_ranks
+from runtime.distributed import Distributed, assert_same_across_ranks, is_sharded
 from runtime.run_dir import Run
 from runtime.run_files import COUNT, REPLIES, SAVED_CALIBRATION, TEXT, integer, list_of, number, read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
@@ -106,11 +108,16 @@ class Evaluator:
             yield {"id": sample.id, "label": sample.label, "text": text}
 
     def _distribute(self, predict: Callable, rows) -> Iterator:
-        ranks = self.dist.world_size
-        batches = predict(Subset(rows, range(self.dist.rank, len(rows), ranks)))
-        mine = (result for results, unreadable in batches for result in (*unreadable, *results))
+        ranks, dummy = self.dist.world_size, self.plant.dummy_row
+        mine = range(self.dist.rank, len(rows), ranks)
+        share: Any = Subset(rows, mine)
+        if is_sharded(self.plant.base) and len(mine) < math.ceil(len(rows) / ranks):
+            parts: list[Any] = [share, [dummy]]  # all ranks make the same forwards
+            share = ConcatDataset(parts)
+        pairs = (result for found, unreadable in predict(share) for result in (*unreadable, *found))
+        results = (result for result in pairs if isinstance(result, str) or result[0].id != dummy["id"])
         count = SAMPLES_PER_GATHER if ranks > 1 else 1
-        while gathered := self.dist.gather_object(list(itertools.islice(mine, count))):
+        while gathered := self.dist.gather_object(list(itertools.islice(results, count))):
             for result in gathered:
                 if not isinstance(result, str):
                     yield result

@@ -23,6 +23,7 @@ from models.builder import PlantModel, load_weights
 from models.loading import load_model, scale_logits
 from models.merging import Adapter
 from runtime.device import available_gpu_memory, collect_memory
+from runtime.distributed import is_sharded, shard_frozen_parameters
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger
 
@@ -63,9 +64,11 @@ def scores_of(plant: PlantModel, rows: Sequence[dict]) -> torch.Tensor:
 def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     """Load best/ into a fresh base model, which must reproduce the scores of the trained one; write its model card.
 
-    The trained model is released first: the GPU has room for one. Ranks other than 0 return at once. Raises UserError.
+    The trained model is released first: the GPU has room for one. Ranks other than 0 return at once, unless the weights
+    are sharded across them. Raises UserError.
     """
-    if not run.is_main_process:
+    sharded = is_sharded(plant.base)
+    if not run.is_main_process and not sharded:
         return
     rows = first_readable(plant.collator, data.train if data.validation is None else data.validation, RELOAD_IMAGES)
     expected = scores_of(plant, rows)
@@ -73,6 +76,9 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
     collect_memory(plant.device)
     config = dataclasses.replace(run.config, compile="false")
     fresh = PlantModel.from_config(config, plant.class_names, plant.device)
+    if sharded:
+        shard_frozen_parameters(fresh.base, fresh.device)
+        logits_of(fresh, rows[:1])  # FSDP sets itself up in a forward of the whole model
     base_difference = (scores_of(fresh, rows) - expected).abs().max()
     load_weights(fresh.model, run.best_folder)
     difference = (scores_of(fresh, rows) - expected).abs().max()
@@ -80,6 +86,8 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
         reason = f"its scores of {len(rows)} images differ by up to {difference:.3g} nats from the trained model's"
         move = "do not use it. Run the same command again, and report it if it happens again"
         raise UserError(f"{run.best_folder}: reloaded, {reason}; {move}")
+    if not run.is_main_process:
+        return
     logger.info(
         f"result | {run.best_folder} reloaded into a fresh base model | scores of {len(rows)} images reproduced within "
         f"{max(float(difference), 1e-6):.1g} nats | the base model alone differs by {base_difference:.2g}"

@@ -58,6 +58,7 @@ from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from models.trie import tries_of
 from runtime.device import choose_precision, describe_gpu, fit_workers
+from runtime.distributed import is_sharded, scoring_weights
 from runtime.interrupt import StopRequest, worker_options
 from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
@@ -130,6 +131,11 @@ class PlantModel:
     def base(self) -> LlavaNextForConditionalGeneration:
         return unwrap(self.model)
 
+    @functools.cached_property
+    def dummy_row(self) -> dict:
+        """An image that is scored for other ranks' sake alone, where the weights are sharded."""
+        return self.collator.largest_row(())
+
     @property
     def fused(self) -> list[FusedLayer]:
         """Its fused decoder layers; empty where the stock ones compute."""
@@ -163,6 +169,8 @@ class PlantModel:
     def score(self, rows) -> Iterator[tuple[list[tuple[Sample, list[float]]], list[str]]]:
         """For each batch of rows: the log-probability of every class name, and the unreadable images."""
         tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
+        if is_sharded(self.base):  # all ranks compute it or none
+            micro_batcher.smallest = micro_batcher.size
 
         def score(batch: Batch) -> list[list[float]]:
             return score_batch(self.model, batch, tries, micro_batcher).tolist()
@@ -211,12 +219,16 @@ class PlantModel:
         options = worker_options(self.num_workers)
         loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
         batches = tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
-        for batch in StopRequest().iterate(batches):  # for its limit of a wait; signals raise as they do elsewhere
-            found = []
-            if batch.samples:
-                with self.autocast():
-                    found = predict(batch.to(self.device))
-            yield list(zip(batch.samples, found, strict=True)), batch.unreadable
+        with scoring_weights(self.base):
+            for batch in StopRequest().iterate(batches):  # for its limit of a wait; signals raise as they do elsewhere
+                found = []
+                if batch.samples:
+                    with self.autocast():
+                        found = predict(batch.to(self.device))
+                elif is_sharded(self.base):  # other ranks wait for its part of the weights
+                    with self.autocast():
+                        predict(collate([self.dummy_row]).to(self.device))
+                yield list(zip(batch.samples, found, strict=True)), batch.unreadable
 
     def compile(self) -> None:
         """Compile the elementwise kernels of the fused layers, each when it is first needed."""
@@ -320,7 +332,9 @@ def build_base(
                 return build_random_model(build_config(processor, SIZES[model]), device, dtype, quantization)
             return build_tiny_model(processor, config.seed, SIZES[model]).to(device, dtype)
     folder = find_checkpoint(model, config.model_revision, with_weights=True)
-    base = load_model(folder, f"--model {model}", dtype, {"device_map": {"": device}}, quantization)
+    # In 16 bit it may fit no GPU whole: sharding moves it there layer by layer.
+    place = torch.device("cpu") if config.sharding == "fsdp" and quantization is None else device
+    base = load_model(folder, f"--model {model}", dtype, {"device_map": {"": place}}, quantization)
     base.name_or_path = base.config.name_or_path = model
     base.config._commit_hash = None if Path(model).is_dir() else folder.name
     if config.views == "base":

@@ -31,7 +31,7 @@ from runtime.device import (
     reset_peak_memory,
     synchronize,
 )
-from runtime.distributed import checksum_quantized, unsharded
+from runtime.distributed import is_sharded
 from runtime.launcher import get_local_world_size
 from utils.logging_utils import UserError, logger
 
@@ -210,13 +210,16 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
     """
     device, options = trainer.args.device, trainer.memory_options
     began, available, size = time.perf_counter(), available_gpu_memory(device), trainer.micro_batcher.size
+    loading = peak_memory(device)
+    if options.sharding == "fsdp":
+        trainer.shard_weights()
     if trainer.fused and device.type == "cuda":
         (sample,) = trainer.data_collator([row]).samples
         trainer.fused[0].kernels.attention = choose_attention(trainer.fused, 4, sample.length)
         collect_memory(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if options.sharding == "fsdp":
-            _shard(trainer, row, steps_left)
+            _try_sharded(trainer, row, steps_left, loading)
         elif available is not None and trainer.fused:
             _compile_if_worth(trainer, row, size if not options.auto_batch else 1, steps_left)
             if options.auto_batch:
@@ -265,11 +268,9 @@ def _compile_if_worth(trainer, row: dict, size: int, steps_left: float) -> None:
         trainer.fused[0].kernels.compile()
 
 
-def _shard(trainer, row: dict, steps_left: float) -> None:
-    """Shard the frozen weights across ranks and try the configured micro-batch."""
-    device, base, size = trainer.args.device, unwrap(trainer.model), trainer.micro_batcher.size
-    loading, checksums = peak_memory(device), checksum_quantized(base)
-    trainer.shard_weights()
+def _try_sharded(trainer, row: dict, steps_left: float, loading: float) -> None:
+    """Try the configured micro-batch with sharded weights; `loading` took so many bytes."""
+    device, size = trainer.args.device, trainer.micro_batcher.size
     collect_memory(device)
     held = memory_in_use(device)
     if trainer.fused and device.type == "cuda" and size > 1:
@@ -277,9 +278,6 @@ def _shard(trainer, row: dict, steps_left: float) -> None:
     _, peak = try_micro_batch(trainer, row, size)
     if peak == math.inf:
         raise UserError(f"memory: {out_of_memory_message(trainer)}")
-    with unsharded(trainer.fsdp_modules):
-        if checksum_quantized(base) != checksums:
-            raise UserError("memory: sharding alters the 4-bit weights; use --sharding none, and report it")
     logger.info(
         f"memory | frozen weights sharded across {trainer.args.world_size} ranks: {held / GIB:.2f} GiB each, "
         f"{loading / GIB:.2f} while loading | micro-batch {size}, as configured | peak {peak / GIB:.2f} GiB measured"
@@ -396,11 +394,11 @@ def remember_plan(key: str, plan: Plan) -> None:
 
 def out_of_memory_message(trainer) -> str:
     """What to do about a micro-batch that does not fit and cannot be made smaller."""
-    size, is_sharded = trainer.micro_batcher.size, bool(trainer.fsdp_modules)
-    reason = ", which is not planned with sharded weights" if is_sharded else ""
+    size, sharded = trainer.micro_batcher.size, is_sharded(unwrap(trainer.model))
+    reason = ", which is not planned with sharded weights" if sharded else ""
     smaller = "lower --per-device-train-batch-size and raise --gradient-accumulation-steps as much, or "
     return (
-        f"out of memory with micro-batch {size}{reason}; {smaller if is_sharded and size > 1 else ''}use "
+        f"out of memory with micro-batch {size}{reason}; {smaller if sharded and size > 1 else ''}use "
         f"--gradient-checkpointing {'offload' if trainer.fused else 'true'}, --load-in-4bit true, --image-size 336, "
         "--optim paged_adamw_8bit, or a GPU with more memory"
     )

@@ -34,10 +34,11 @@ from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (
     Distributed,
     all_reduce_gradients,
+    is_sharded,
+    scoring_weights,
     shard_batches,
     shard_frozen_parameters,
-    unshard,
-    unsharded,
+    share_by_length,
 )
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker, worker_options
 from runtime.run_dir import Run
@@ -73,6 +74,7 @@ class PlantTrainer(Trainer):
         self.dist = run.dist or Distributed()
         self.memory_options = memory_options
         self.micro_batcher = MicroBatcher(micro_batch_size)
+        self.planned_micro_batch = micro_batch_size  # rank 0's; what a rank halved concerns no other
         self.projector_learning_rate = projector_learning_rate
         self.save_total_limit = save_total_limit
         self.stop = StopRequest(stops_alone=self.dist.world_size == 1)
@@ -80,7 +82,6 @@ class PlantTrainer(Trainer):
         self.step_loss: torch.Tensor | None = None  # 0-d, on the device
         self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
         self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
-        self.fsdp_modules: list = []  # modules whose frozen weights are sharded across ranks
         super().__init__(**kwargs)
         base = unwrap(self.model)
         self.fused = get_fused_layers(base.model.language_model.layers)
@@ -142,7 +143,7 @@ class PlantTrainer(Trainer):
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
         total = torch.zeros((), device=self.args.device)
         micro_batches = inputs.split(self.micro_batcher.size)
-        if self.fsdp_modules:  # the weights of each forward come from all ranks
+        if is_sharded(unwrap(self.model)):  # the weights of each forward come from all ranks
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
@@ -162,7 +163,9 @@ class PlantTrainer(Trainer):
     def halve_micro_batch(self, error: RuntimeError) -> None:
         """Retry with half the micro-batch, or offloaded. Raises another `error`, and UserError if nothing is left."""
         step, measure = self.state.global_step + 1, ""
-        can_offload = not self.fsdp_modules and any(layer.keep or not layer.offload for layer in self.fused)
+        can_offload = any(layer.keep or not layer.offload for layer in self.fused) and not is_sharded(
+            unwrap(self.model)
+        )
         if is_out_of_memory(error) and self.micro_batcher.size == 1 and can_offload:
             set_activation_checkpointing(self.fused, 0, offloaded=len(self.fused))
             measure = ", activation checkpointing in all layers, offloaded to the CPU"
@@ -188,11 +191,17 @@ class PlantTrainer(Trainer):
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
         plan_memory(self, self.data_collator.largest_row(sample_rows(self.train_dataset)), steps_left)
+        self.planned_micro_batch = self.dist.broadcast_object(self.micro_batcher.size)
+
+    def _move_model_to_device(self, model, device):
+        if self.memory_options.sharding == "none":  # otherwise part by part, in shard_weights
+            super()._move_model_to_device(model, device)
 
     def shard_weights(self) -> None:
         """Shard the frozen weights across ranks."""
-        self.fsdp_modules = shard_frozen_parameters(unwrap(self.model))
-        self.micro_batcher.smallest = self.micro_batcher.size  # all ranks compute it or none
+        shard_frozen_parameters(unwrap(self.model), self.args.device)
+        for micro_batcher in (self.micro_batcher, self.eval_micro_batcher):
+            micro_batcher.smallest = micro_batcher.size  # all ranks compute it or none
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
     def planned_steps(self) -> int:
@@ -280,7 +289,6 @@ class PlantTrainer(Trainer):
         step = self.dist.broadcast_object(self.best.find(self) if self.dist.is_main_process else None)
         if step != self.state.global_step:
             load_weights(self.model, self.best.folder)
-        unshard(self.fsdp_modules)  # last: reading or writing a state dict reshards
         synchronize(self.args.device)
         self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches
         logger.info("result | %s holds the weights of step %d", self.best.folder, step)
@@ -344,11 +352,19 @@ class PlantTrainer(Trainer):
             kwargs["batch_size"] *= self.dist.world_size  # configured per rank, and sharded below
         loader = super()._get_dataloader(*args, **kwargs)
         if self.dist.world_size > 1:
-            shard_batches(loader, self.dist.rank, self.dist.world_size)
+            by_length = kwargs.get("is_training") and self.data_collator.image_size is None
+            shard_batches(loader, self._share_by_length if by_length else self._share)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         inner.timeout = LOADER_S if inner.num_workers else 0
         return loader
+
+    def _share(self, batch: list[int]) -> list[int]:
+        return batch[self.dist.rank :: self.dist.world_size]
+
+    def _share_by_length(self, batch: list[int]) -> list[int]:
+        lengths = [self.data_collator.measure(self.train_dataset[index]) for index in batch]
+        return share_by_length(batch, lengths, self.planned_micro_batch, self.dist.rank, self.dist.world_size)
 
     def get_batch_samples(self, *args, **kwargs):
         limit_s = (STREAM_S if self.streams else LOADER_S) + 2 if self.args.dataloader_num_workers else 0
@@ -370,14 +386,18 @@ class PlantTrainer(Trainer):
         self.model.eval()
         scored, unreadable = [], []
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
-        with torch.random.fork_rng(), unsharded(self.fsdp_modules):
+        base = unwrap(self.model)
+        with torch.random.fork_rng(), scoring_weights(base):
             for batch in self.stop.iterate(self.get_eval_dataloader(eval_dataset)):
                 self.check_stop()
                 unreadable += batch.unreadable
                 if self.dist.world_size == 1:  # at once, not after the whole split
                     self.unreadable_val.add(unreadable)
-                if not batch.samples:
+                is_dummy = not batch.samples
+                if is_dummy and not is_sharded(base):
                     continue
+                if is_dummy:  # other ranks wait for its part of the weights
+                    batch = self.data_collator([self.data_collator.largest_row(())]).to(self.args.device)
                 with self.accelerator.autocast():
                     scores = score_batch(self.model, batch, self.tries, self.eval_micro_batcher).cpu().double().numpy()
                 labels = np.array([sample.label for sample in batch.samples])

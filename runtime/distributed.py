@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,23 +187,35 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
 
 
 class ShardedBatchSampler(BatchSampler):
-    """Every n-th sample of each batch; of a batch with fewer samples than ranks some ranks get none."""
+    """A rank's share of each batch, which `share` takes; of a batch with fewer samples than ranks some get none."""
 
-    def __init__(self, batches: BatchSampler, rank: int, world_size: int):
-        self.batches, self.sampler = batches, batches.sampler
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, batches: BatchSampler, share: Callable[[list[int]], list[int]]):
+        self.batches, self.sampler, self.share = batches, batches.sampler, share
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (batch[self.rank :: self.world_size] for batch in self.batches)
+        return map(self.share, self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def shard_batches(loader, rank: int, world_size: int) -> None:
+def share_by_length(batch: Sequence[int], lengths: Sequence, micro_batch: int, rank: int, world_size: int) -> list[int]:
+    """A rank's part of a batch of samples of these lengths: micro-batches of similar length, the longest in turn.
+
+    Ranks wait for the slowest, and a micro-batch is padded to its longest sample.
+    """
+    order = sorted(range(len(batch)), key=lengths.__getitem__)
+    share, block = [], micro_batch * world_size
+    for number, start in enumerate(range(0, len(order), block)):
+        samples, turn = order[start : start + block], rank if number % 2 else world_size - 1 - rank
+        share += samples[len(samples) * turn // world_size : len(samples) * (turn + 1) // world_size]
+    return [batch[position] for position in share]
+
+
+def shard_batches(loader, share: Callable[[list[int]], list[int]]) -> None:
     """Replace the sharding of a loader that accelerate prepared, which fills the last batch up with other samples."""
     sampler = loader.batch_sampler
-    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, rank, world_size)
+    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, share)
     sampler.num_processes, sampler.process_index = 1, 0
     sampler.even_batches, sampler.batch_size = False, None
 
@@ -223,13 +235,16 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) ->
 # ---- frozen weights (FSDP)
 
 
-def shard_frozen_parameters(base) -> list[Any]:
+def shard_frozen_parameters(base, device: torch.device) -> None:
     """Shard the frozen weights of a LLaVA-NeXT across all ranks: layer by layer, embeddings, head, and the rest.
 
-    Returns the FSDPModules, each unsharded for its forward and backward; the first forward must be the whole model's.
+    Each part moves to the device by itself, so that a model in the CPU's memory needs no room there as a whole. The
+    first forward must be the whole model's. Raises UserError if weights in 4 bit do not come back as they were.
     """
     from torch.distributed.fsdp import fully_shard
 
+    decoder_layers = base.model.language_model.layers
+    checksums = [_checksum_quantized(layer) for layer in decoder_layers]
     for module in _quantized_modules(base):
         weight = module.weight
         module.quant_state = weight.quant_state  # a weight that was unsharded is a plain tensor without it
@@ -238,38 +253,57 @@ def shard_frozen_parameters(base) -> list[Any]:
         module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
     tower = base.model.vision_tower
     # Their layers and not the towers: transformers knows by its class which module records hidden states.
-    modules = [*base.model.language_model.layers, *find_layers(tower, base.config.vision_config.num_hidden_layers)]
+    modules = [*decoder_layers, *find_layers(tower, base.config.vision_config.num_hidden_layers)]
     if base.get_input_embeddings().weight is not base.lm_head.weight:
         modules += [base.get_input_embeddings(), base.lm_head]
     trainable = {parameter for parameter in base.parameters() if parameter.requires_grad}
-    return [fully_shard(module, ignored_params=trainable) for module in (*modules, base)]
+    for module in (*modules, base):
+        fully_shard(module, ignored_params=trainable)
+    for parameter in trainable:
+        parameter.data = parameter.data.to(device)
+    for layer, expected in zip(decoder_layers, checksums):
+        if expected:
+            layer.unshard()
+            found = _checksum_quantized(layer)
+            layer.reshard()
+            if found != expected:
+                raise UserError("memory: sharding alters the 4-bit weights; use --sharding none, and report it")
 
 
-def _quantized_modules(base) -> list[Any]:
+def _quantized_modules(module: nn.Module) -> list[Any]:
     from bitsandbytes.nn import Linear4bit
 
-    return [module for module in base.modules() if isinstance(module, Linear4bit)]
+    return [each for each in module.modules() if isinstance(each, Linear4bit)]
 
 
-def checksum_quantized(base) -> list[int]:
+def _checksum_quantized(layer: nn.Module) -> list[int]:
     """One number for each 4-bit weight: whether it comes back from the other ranks as it was."""
-    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _quantized_modules(base)]
+    return [int(module.weight.data.view(-1).view(torch.int32).sum()) for module in _quantized_modules(layer)]
+
+
+def is_sharded(base) -> bool:
+    """Whether the frozen weights are sharded; then all ranks have to make the same forwards."""
+    if not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(base, FSDPModule)
 
 
 @contextlib.contextmanager
-def unsharded(fsdp_modules: list[Any]) -> Iterator[None]:
-    """Inside, all weights are whole on each rank, which may then compute what other ranks do not."""
-    unshard(fsdp_modules)
+def scoring_weights(base) -> Iterator[None]:
+    """Inside, what scoring reads of a sharded model outside of its layers is whole; these unshard themselves in turn.
+
+    The head takes the hidden states in parts, whose number depends on a rank's images.
+    """
+    modules = [base.lm_head, base] if is_sharded(base) else []
+    modules = [module for module in modules if hasattr(module, "unshard")]  # a tied head is a part of the rest
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for module in fsdp_modules:
-            module.set_reshard_after_forward(module is not fsdp_modules[-1], recurse=False)  # FSDP's own default
+        for module in modules:
+            module.set_reshard_after_forward(module is not base, recurse=False)  # FSDP's own default
             module.reshard()
-
-
-def unshard(fsdp_modules: list[Any]) -> None:
-    """Make all weights whole on each rank, for good. All ranks call it together."""
-    for module in fsdp_modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()

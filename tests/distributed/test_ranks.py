@@ -28,7 +28,7 @@ from config.cli import parse_config
 from config.training_config import TrainingConfig
 from data.dataset import build_datasets, take
 from runtime import distributed
-from runtime.distributed import ShardedBatchSampler
+from runtime.distributed import ShardedBatchSampler, share_by_length
 from runtime.run_files import ANY, load_config, read_entries, read_metrics
 from runtime.watchdog import Watchdog
 from tests.conftest import ROOT
@@ -439,6 +439,30 @@ def test_sharded_weights_compute_what_whole_ones_do(here, quantized):
     assert_same_run(here / "run", expected)
 
 
+def test_sharded_weights_of_16_bit_never_need_to_be_whole(here, checkpoint):
+    """Nor in the evaluations, the report and the reload; 20 images of val on three ranks: the last has one less."""
+    argv = [*RUN, "--model", checkpoint(), "--load-in-4bit", "false", "--trainable", "adapter"]
+    argv += ["--sharding", "fsdp", "--max-steps", "2", "--eval-steps", "1", "--save-steps", "2"]
+    statuses, output = run(here, argv, ranks=3, fault=refuse_whole_weights)
+    assert statuses == [0, 0, 0] and REPRODUCED in output, output
+    assert json.loads((here / "run" / "eval_val.json").read_text())["n"] == 20
+
+
+def refuse_whole_weights(rank: int) -> None:
+    """Fail where more than two layers are whole at a time: the one that computes, and the one that is fetched."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    unshard, layers = FSDPParamGroup.unshard, set()
+
+    def counted(self, *args, **kwargs):
+        layers.add(self)
+        unshard(self, *args, **kwargs)
+        whole = [each for each in layers if each.is_unsharded and ".layers." in str(each._module_fqn)]
+        assert len(whole) <= 2, [each._module_fqn for each in whole]
+
+    FSDPParamGroup.unshard = counted
+
+
 def test_the_report_is_made_with_whole_weights_where_best_is_written_at_the_end(here, quantized):
     """Without val best/ is the last step's, and writing it reshards weights that were unsharded."""
     argv = [*quantized[0], "--sharding", "fsdp", "--train-on-val", "true", "--eval-steps", "none", "--max-steps", "3"]
@@ -465,18 +489,17 @@ def test_out_of_memory_of_a_rank_ends_all_that_share_its_weights(here, quantized
 
 
 def alter_sharded_weights(rank: int) -> None:
-    from models import trainer
+    from torch.distributed import fsdp
 
-    shard_frozen_parameters = trainer.shard_frozen_parameters
+    fully_shard = fsdp.fully_shard
 
-    def altered(base):
-        fsdp_modules = shard_frozen_parameters(base)
-        if rank == 1:
-            weight = base.model.language_model.layers[1].self_attn.k_proj.get_base_layer().weight
-            weight.to_local().view(torch.int32)[7] += 1
-        return fsdp_modules
+    def altered(module, **options):
+        sharded = fully_shard(module, **options)
+        if rank == 1 and hasattr(module, "self_attn") and hasattr(module.self_attn.k_proj, "get_base_layer"):
+            module.self_attn.k_proj.get_base_layer().weight.to_local().view(torch.int32)[7] += 1
+        return sharded
 
-    trainer.shard_frozen_parameters = altered
+    fsdp.fully_shard = altered
 
 
 def test_weights_that_sharding_alters_are_not_trained_with(here, quantized):
@@ -551,13 +574,29 @@ def test_every_rank_of_a_stream_has_as_many_loader_workers(here, parquet):
 
 
 @pytest.mark.parametrize(("images", "size", "ranks"), [(50, 7, 2), (49, 16, 3), (3, 16, 4), (32, 16, 2)])
-def test_shards_are_the_batches_of_a_single_rank(images, size, ranks):
+@pytest.mark.parametrize("by_length", [False, True])
+def test_shards_are_the_batches_of_a_single_rank(images, size, ranks, by_length):
     batches = BatchSampler(SequentialSampler(range(images)), size, drop_last=False)
-    shards = [list(ShardedBatchSampler(batches, rank, ranks)) for rank in range(ranks)]
-    assert {len(shard) for shard in shards} == {len(batches)} == {len(ShardedBatchSampler(batches, 0, ranks))}
+
+    def share(rank, batch):
+        return share_by_length(batch, [-index for index in batch], 3, rank, ranks) if by_length else batch[rank::ranks]
+
+    shards = [list(ShardedBatchSampler(batches, functools.partial(share, rank))) for rank in range(ranks)]
+    assert {len(shard) for shard in shards} == {len(batches)}
     for number, batch in enumerate(batches):
         parts = [shard[number] for shard in shards]
         assert sorted(itertools.chain(*parts)) == batch and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_shares_by_length_pad_little_and_take_equally_long():
+    lengths = torch.randint(1800, 2950, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def slowest(share):  # tokens of the rank that the others wait for, padding included
+        parts = [sorted(lengths[index] for index in share(list(range(64)), rank)) for rank in range(4)]
+        return max(sum(max(part[at : at + 7]) * len(part[at : at + 7]) for at in range(0, 16, 7)) for part in parts)
+
+    dealt = slowest(lambda batch, rank: share_by_length(batch, lengths, 7, rank, 4))
+    assert sum(lengths) / 4 < dealt < 1.04 * sum(lengths) / 4 < slowest(lambda batch, rank: batch[rank::4])
 
 
 def test_rank_0_stays_until_the_other_ranks_are_done():
