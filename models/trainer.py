@@ -37,8 +37,8 @@ from runtime.distributed import (
     is_sharded,
     scoring_weights,
     shard_batches,
+    shard_by_length,
     shard_frozen_parameters,
-    share_by_length,
 )
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker, worker_options
 from runtime.run_dir import Run
@@ -353,18 +353,18 @@ class PlantTrainer(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         if self.dist.world_size > 1:
             by_length = kwargs.get("is_training") and self.data_collator.image_size is None
-            shard_batches(loader, self._share_by_length if by_length else self._share)
+            shard_batches(loader, self._shard_by_length if by_length else self._shard)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
         inner.timeout = LOADER_S if inner.num_workers else 0
         return loader
 
-    def _share(self, batch: list[int]) -> list[int]:
+    def _shard(self, batch: list[int]) -> list[int]:
         return batch[self.dist.rank :: self.dist.world_size]
 
-    def _share_by_length(self, batch: list[int]) -> list[int]:
+    def _shard_by_length(self, batch: list[int]) -> list[int]:
         lengths = [self.data_collator.measure(self.train_dataset[index]) for index in batch]
-        return share_by_length(batch, lengths, self.planned_micro_batch, self.dist.rank, self.dist.world_size)
+        return shard_by_length(batch, lengths, self.planned_micro_batch, self.dist.rank, self.dist.world_size)
 
     def get_batch_samples(self, *args, **kwargs):
         limit_s = (STREAM_S if self.streams else LOADER_S) + 2 if self.args.dataloader_num_workers else 0

@@ -187,35 +187,35 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
 
 
 class ShardedBatchSampler(BatchSampler):
-    """A rank's share of each batch, which `share` takes; of a batch with fewer samples than ranks some get none."""
+    """A rank's shard of each batch, which `shard` takes; of a batch with fewer samples than ranks some get none."""
 
-    def __init__(self, batches: BatchSampler, share: Callable[[list[int]], list[int]]):
-        self.batches, self.sampler, self.share = batches, batches.sampler, share
+    def __init__(self, batches: BatchSampler, shard: Callable[[list[int]], list[int]]):
+        self.batches, self.sampler, self.shard = batches, batches.sampler, shard
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.share, self.batches)
+        return map(self.shard, self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def share_by_length(batch: Sequence[int], lengths: Sequence, micro_batch: int, rank: int, world_size: int) -> list[int]:
+def shard_by_length(batch: Sequence[int], lengths: Sequence, micro_batch: int, rank: int, world_size: int) -> list[int]:
     """A rank's part of a batch of samples of these lengths: micro-batches of similar length, the longest in turn.
 
     Ranks wait for the slowest, and a micro-batch is padded to its longest sample.
     """
     order = sorted(range(len(batch)), key=lengths.__getitem__)
-    share, block = [], micro_batch * world_size
+    shard, block = [], micro_batch * world_size
     for number, start in enumerate(range(0, len(order), block)):
         samples, turn = order[start : start + block], rank if number % 2 else world_size - 1 - rank
-        share += samples[len(samples) * turn // world_size : len(samples) * (turn + 1) // world_size]
-    return [batch[position] for position in share]
+        shard += samples[len(samples) * turn // world_size : len(samples) * (turn + 1) // world_size]
+    return [batch[position] for position in shard]
 
 
-def shard_batches(loader, share: Callable[[list[int]], list[int]]) -> None:
+def shard_batches(loader, shard: Callable[[list[int]], list[int]]) -> None:
     """Replace the sharding of a loader that accelerate prepared, which fills the last batch up with other samples."""
     sampler = loader.batch_sampler
-    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, share)
+    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, shard)
     sampler.num_processes, sampler.process_index = 1, 0
     sampler.even_batches, sampler.batch_size = False, None
 

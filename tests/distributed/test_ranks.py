@@ -28,7 +28,7 @@ from config.cli import parse_config
 from config.training_config import TrainingConfig
 from data.dataset import build_datasets, take
 from runtime import distributed
-from runtime.distributed import ShardedBatchSampler, share_by_length
+from runtime.distributed import ShardedBatchSampler, shard_by_length
 from runtime.run_files import ANY, load_config, read_entries, read_metrics
 from runtime.watchdog import Watchdog
 from tests.conftest import ROOT
@@ -578,24 +578,24 @@ def test_every_rank_of_a_stream_has_as_many_loader_workers(here, parquet):
 def test_shards_are_the_batches_of_a_single_rank(images, size, ranks, by_length):
     batches = BatchSampler(SequentialSampler(range(images)), size, drop_last=False)
 
-    def share(rank, batch):
-        return share_by_length(batch, [-index for index in batch], 3, rank, ranks) if by_length else batch[rank::ranks]
+    def shard(rank, batch):
+        return shard_by_length(batch, [-index for index in batch], 3, rank, ranks) if by_length else batch[rank::ranks]
 
-    shards = [list(ShardedBatchSampler(batches, functools.partial(share, rank))) for rank in range(ranks)]
+    shards = [list(ShardedBatchSampler(batches, functools.partial(shard, rank))) for rank in range(ranks)]
     assert {len(shard) for shard in shards} == {len(batches)}
     for number, batch in enumerate(batches):
         parts = [shard[number] for shard in shards]
         assert sorted(itertools.chain(*parts)) == batch and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_shares_by_length_pad_little_and_take_equally_long():
+def test_shards_by_length_pad_little_and_take_equally_long():
     lengths = torch.randint(1800, 2950, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def slowest(share):  # tokens of the rank that the others wait for, padding included
-        parts = [sorted(lengths[index] for index in share(list(range(64)), rank)) for rank in range(4)]
+    def slowest(shard):  # tokens of the rank that other ranks wait for, padding included
+        parts = [sorted(lengths[index] for index in shard(list(range(64)), rank)) for rank in range(4)]
         return max(sum(max(part[at : at + 7]) * len(part[at : at + 7]) for at in range(0, 16, 7)) for part in parts)
 
-    dealt = slowest(lambda batch, rank: share_by_length(batch, lengths, 7, rank, 4))
+    dealt = slowest(lambda batch, rank: shard_by_length(batch, lengths, 7, rank, 4))
     assert sum(lengths) / 4 < dealt < 1.04 * sum(lengths) / 4 < slowest(lambda batch, rank: batch[rank::4])
 
 
