@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 evaluate.py runs/default   distributed across two GPUs
     python evaluate.py runs/base-x runs/default            compare two runs that were evaluated (McNemar's test)
 
-Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a base model: runs/base-<name>).
+Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a base model: runs/base-<name>); with --csv
+tables for spreadsheets too.
 Temperature and "not sure" threshold are fitted on val alone. The same command resumes an interrupted evaluation.
 """
 
@@ -42,6 +43,7 @@ class EvaluationOptions:
         0.95, "accuracy on the images that are not rejected, for which val's threshold is chosen", above=0, high=1
     )
     coverage: float = option(0.9, "share of images whose prediction set has the true name", above=0, high=0.999)
+    csv: bool = option(False, "tables for spreadsheets too: of the images, and of the classes")
     ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
 
@@ -95,7 +97,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         if not dist.is_main_process:
             logger.setLevel(logging.WARNING)  # of what concerns this rank alone, such as an OOM
         targets = options.target_selective_accuracy, options.coverage
-        method = Method(options.per_token, options.prior_calibration, options.limit, *targets)
+        method = Method(options.per_token, options.prior_calibration, options.limit, *targets, options.csv)
         evaluator = build_evaluator(run, plant, dist, method)
         if options.protocol != "scoring":
             evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)

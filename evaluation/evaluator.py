@@ -25,6 +25,7 @@ from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.report import result_lines, write_report
+from evaluation.spreadsheet import write_tables
 from models.builder import PlantModel
 from runtime.atomic import write_file
 from runtime.distributed import Distributed, assert_same_across_ranks, is_sharded
@@ -47,6 +48,7 @@ class Method:
     limit: int | None = None  # images that were sampled from each split, by the caller
     target_selective_accuracy: float = 0.95
     coverage: float = 0.9  # share of images whose prediction set is to contain the true class
+    csv: bool = False  # tables for spreadsheets are written
 
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
@@ -228,6 +230,8 @@ class Evaluator:
             "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
+        if self.method.csv:
+            write_tables(report, scores, calibration, self.plant.class_names, self.folder)
         for line in result_lines(report):
             logger.info("result | %s | %s", split, line)
         return report
