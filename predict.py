@@ -5,6 +5,7 @@
     python predict.py runs/default images --json          one JSON object per line, as they become known
     python predict.py runs/default --together a.jpg b.jpg    one answer for images of one plant
     python predict.py runs/default --together plants/*    one answer for each folder, with images of one plant
+    python predict.py runs/default a.jpg --explain map.png   and a picture of where the model looked for its answer
 
 Names, and why a file could not be classified, go to stdout in the order of the images, all else to stderr. Confidence
 and "not sure" are calibrated on val. Exit status 1 if a file could not be classified.
@@ -21,7 +22,7 @@ from pathlib import Path
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import logger, printable, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class PredictionOptions:
     top: int = option(5, "most likely classes shown for each image", low=1)
     json: bool = option(False, "print one JSON object per line")
     together: bool = option(False, "all images given are of one plant, and those of each folder: an answer for each")
+    explain: str | None = option(None, "OUT.png: a picture of where the model looked for its answer to the only image")
+
+    def find_conflicts(self) -> Iterator[str]:
+        if self.explain is not None and (problem := find_problem(Path(self.explain))):
+            yield f"explain={self.explain}: {problem}; give a new name such as map.png"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="the images above are classified"):
         images = [[image] for image in find_images(words)]
+        if options.explain and len(images) != 1:
+            raise UserError(f"--explain {options.explain}: is of one image, and these are {len(images):,}; name one")
         format_result, failed = format_json if options.json else format_line, 0
         for names, found in classify(run, group_images(words) if options.together else images, options):
             failed += len(names if isinstance(found, str) else found.unreadable)
@@ -48,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: PredictionOptions) -> Iterator[tuple]:
     """(images, Prediction or why there is none) of each plant, given by (file, or why it stands for none)."""
+    from evaluation.explain import NAMES, explain
     from evaluation.predictor import load_predictor
 
     readable = [[image for image, reason in plant if reason is None] for plant in plants]
@@ -58,7 +67,8 @@ def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: Pred
             predictor.warn_of_fusion()
             predictions = (predictor.predict_together(images) for images in readable if images)
         else:
-            predictions = predictor.predict([image for images in readable for image in images], options.top)
+            top = max(options.top, NAMES) if options.explain else options.top
+            predictions = predictor.predict([image for images in readable for image in images], top)
     logger.info(f"run | {run.folder} | {sum(map(len, readable)):,} images to classify")
     for plant, images in zip(plants, readable):
         found, reasons = next(predictions) if images else "", [reason for _, reason in plant if reason is not None]
@@ -67,6 +77,8 @@ def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: Pred
         elif reasons:
             found = found._replace(unreadable=[*found.unreadable, *reasons])
         yield [image for image, _ in plant], found
+        if options.explain and not isinstance(found, str):
+            explain(predictor, images[0], found, Path(options.explain))
 
 
 def group_images(words: list[str]) -> list[list[tuple[str, str | None]]]:
@@ -102,6 +114,16 @@ def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
         yield from [(path, None) for path in found] or [(word, reason)]
 
 
+def find_problem(path: Path) -> str | None:
+    """Why no picture can be made there."""
+    if path.suffix.lower() != ".png":
+        return "is no name of a .png file"
+    if os.path.lexists(path):
+        return "already exists"
+    is_usable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    return None if is_usable else f"{path.parent} is no folder that can be written to"
+
+
 def match(pattern: str) -> Iterable[str]:
     """What a pattern stands for. `**` follows no links: two that lead back would take it through 2^40 folders."""
     path = Path(pattern)
@@ -130,19 +152,10 @@ def format_line(image: str | list[str], found, top: int) -> str:
     return "; not used: ".join([line, *found.unreadable])
 
 
-def format_json(image: str | list[str], found, top: int) -> str:
-    line: dict = {"image" if isinstance(image, str) else "images": image}
-    if isinstance(found, str):
-        return json.dumps(line | {"error": found})
-    likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
-    name = found.likeliest[0][0] if found.is_confident else None
-    line |= {"name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest}
-    line |= {"level": found.level}
-    line |= {} if found.prediction_set is None else {"set": found.prediction_set}
-    for level, taxon in found.taxa.items():
-        line[level] = {"name": taxon.name, "confidence": round(taxon.confidence, 6)} if taxon.name else None
-    line |= {"unreadable": found.unreadable} if found.unreadable else {}
-    return json.dumps(line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)})
+def format_json(images: str | list[str], found, top: int) -> str:
+    from evaluation.predictor import to_json
+
+    return json.dumps(to_json(images, found, top))
 
 
 if __name__ == "__main__":

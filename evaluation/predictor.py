@@ -48,6 +48,24 @@ class Prediction(NamedTuple):
         return next((level for level, taxon in self.taxa.items() if taxon.is_confident), None)
 
 
+def to_json(images: str | Sequence[str], found: Prediction | str, top: int) -> dict:
+    """What predict.py --json and the endpoint of app.py give of an image, or of the images of one plant.
+
+    `found` is a str where there is no prediction: the reason.
+    """
+    line: dict = {"image" if isinstance(images, str) else "images": images}
+    if isinstance(found, str):
+        return line | {"error": found}
+    likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
+    name = found.likeliest[0][0] if found.is_confident else None
+    line |= {"name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest, "level": found.level}
+    line |= {} if found.prediction_set is None else {"set": found.prediction_set}
+    for level, taxon in found.taxa.items():
+        line[level] = {"name": taxon.name, "confidence": round(taxon.confidence, 6)} if taxon.name else None
+    line |= {"unreadable": found.unreadable} if found.unreadable else {}
+    return line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)}
+
+
 def percent(share: float) -> str:
     """Clamped to <1% and >99%: the model is never certain."""
     return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"

@@ -259,6 +259,16 @@ def lora_run(train_once, checkpoint) -> Finished:
     return train_once(*flags, "--learning-rate", "0.01", "--mixed-precision", "no")
 
 
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory) -> Path:
+    """The tiny preset as `make demo` trains it: a minute on two idle cores, for slow tests."""
+    import train
+
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    assert train.main(["--preset", "tiny", "--output-dir", str(folder)]) == 0
+    return folder
+
+
 @pytest.fixture
 def trained(here, small_splits, full_run) -> Path:
     """`one` in the working folder: a copy of `full_run`."""

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
 from utils.logging_utils import logger
 
 COLUMNS = 4  # of a grid of images
+MAP_COLORS = "inferno"  # of a map over an image, dark to bright; color-blind people read it too
+LEAST_DROP = 0.1  # nats: the odds of an answer are a tenth less
 plain_text = matplotlib.rc_context({"text.usetex": False})  # a user's matplotlibrc may hand all text to TeX
 
 
@@ -83,11 +89,39 @@ def plot_report(
     _save(figure, path, 70)
 
 
+@plain_text
+def plot_map(image: Image.Image, drops: np.ndarray, caption: str, path: str | Path) -> None:
+    """A PNG of an image under its map (rows, columns), with a scale; see blend_map."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.set_title(caption, fontsize=13, parse_math=False)
+    axes.imshow(blend_map(image, drops))
+    scale = ScalarMappable(Normalize(0, _map_top(drops)), MAP_COLORS)
+    figure.colorbar(scale, ax=axes, shrink=0.7, label="log-odds lost where hidden, nats")
+    _save(figure, path, 100)
+
+
+def blend_map(image: Image.Image, drops: np.ndarray) -> Image.Image:
+    """The image in gray, in color where its map (rows, columns) is above 0: the brighter, the more."""
+    shares = np.clip(drops / _map_top(drops), 0, 1).astype(np.float32)
+    smooth = Image.fromarray(shares).resize(image.size, Image.Resampling.BICUBIC)
+    shares = np.clip(np.asarray(smooth), 0, 1)
+    colors = Image.fromarray(colormaps[MAP_COLORS](shares, bytes=True)[..., :3])
+    opacity = Image.fromarray((255 * 0.8 * shares**0.5).astype(np.uint8))
+    return Image.composite(colors, image.convert("L").convert("RGB"), opacity)
+
+
+def _map_top(drops: np.ndarray) -> float:
+    """What has the brightest color: of a map with hardly a drop not its noise."""
+    return max(float(drops.max()), LEAST_DROP)
+
+
 def _save(figure: Figure, path: str | Path, dpi: int) -> None:
     """One sentence in place of matplotlib's warnings, a line of code each, for characters that no font here has."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(path, dpi=dpi)
+        figure.savefig(path, dpi=dpi, format="png")
     if any("missing from font" in str(warning.message) for warning in caught):
         logger.warning(
             f"{path}: shows boxes for characters that no installed font has; what is written is not affected"

@@ -214,6 +214,43 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
     }
 
 
+def test_a_picture_of_where_it_looked(trained, images, capsys):
+    """Beside the line that predict.py prints without it: of a wide image, where it is not sure."""
+    Image.new("RGB", (3000, 90), (200, 30, 90)).save(images / "wide.jpg")
+    set_threshold(trained, 1.0)
+    plain = run(capsys, "one", "images/wide.jpg", "--top", "1", *FAST)[1]
+    status, out, err = run(capsys, "one", "images/wide.jpg", "--top", "1", "--explain", "images/map.PNG", *FAST)
+    assert status == 0 and out == plain and ": not sure (" in out and "saved | images/map.PNG" in err
+    with Image.open(images / "map.PNG") as picture:
+        assert picture.format == "PNG" and picture.size == (700, 600)
+        assert len(picture.convert("RGB").getcolors(10**6)) > 99
+    assert not list(images.glob("*.draft"))
+    status, out, err = run(capsys, "one", "gone.png", "--explain", "map.png", *FAST)
+    assert status == 1 and "gone.png: cannot be read" in out and "Traceback" not in err
+    assert not (images.parent / "map.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["images/00.png", "--explain", "map.jpg"], "explain=map.jpg: is no name of a .png file; give a new name"),
+        (["images/00.png", "--explain", "images"], "explain=images: is no name of a .png file"),
+        (["images/00.png", "--explain", "images/00.png"], "explain=images/00.png: already exists"),
+        (["images/00.png", "--explain", "none/a.png"], "explain=none/a.png: none is no folder that can be written to"),
+        (["images/00.png", "--explain", "images/00.png/a.png"], "images/00.png is no folder that can be written to"),
+        (["images/00.png", "--explain", "/proc/a.png"], "/proc/a.png.draft: No such file or directory; "),
+        (["images/00.png", "--explain"], "--explain: a value is needed"),
+        (["images", "--explain", "a.png"], "--explain a.png: is of one image, and these are 12; name one"),
+        (["images/00.png", "images/01.png", "--together", "--explain", "a.png"], "is of one image, and these are 2"),
+    ],
+)
+def test_a_picture_that_cannot_be_made_is_one_sentence(words, problem, trained, images, capsys):
+    before = (images / "00.png").read_bytes()
+    status, _, err = run(capsys, "one", *words, *FAST)
+    assert status != 0 and problem in err and "Traceback" not in err
+    assert (images / "00.png").read_bytes() == before and not (images.parent / "a.png").exists()
+
+
 def test_wide_images_and_hostile_ones(trained, capsys, here):
     """Each of the corpus is named or refused in its own words, in one line."""
     Image.new("RGB", (10_000, 300), (200, 30, 90)).save(here / "wide.png")
