@@ -149,7 +149,7 @@ def draw_with_mask(index: int, monkeypatch) -> tuple[Image.Image, np.ndarray]:
 @pytest.mark.slow
 def test_the_demo_looks_at_the_flower(demo_run, monkeypatch, tmp_path):
     """Share of each map's mass inside the flower, against the flower's share of the image."""
-    predictor, inside, area, hits, flat = load_predictor(Run.load(demo_run)), [], [], [], 0
+    predictor, inside, area, at_top, flat = load_predictor(Run.load(demo_run)), [], [], [], 0
     for index in range(20):
         image, is_flower = draw_with_mask(index, monkeypatch)
         image.save(tmp_path / "a.png")
@@ -162,7 +162,7 @@ def test_the_demo_looks_at_the_flower(demo_run, monkeypatch, tmp_path):
         mass = np.asarray(mass.resize(image.size, Image.Resampling.BILINEAR))
         inside.append(mass[is_flower].sum() / mass.sum())
         area.append(is_flower.mean())
-        hits.append(is_flower[np.unravel_index(mass.argmax(), mass.shape)])
-    print(f"in the flower {np.mean(inside):.3f}, its area {np.mean(area):.3f}, brightest there {np.mean(hits):.2f}")
+        at_top.append(is_flower[np.unravel_index(mass.argmax(), mass.shape)])
+    print(f"in the flower {np.mean(inside):.3f}, its area {np.mean(area):.3f}, brightest there {np.mean(at_top):.2f}")
     assert flat <= 4 and 0.2 < np.mean(area) < 0.5
-    assert np.mean(inside) > 1.7 * np.mean(area) and np.mean(hits) >= 0.85
+    assert np.mean(inside) > 1.7 * np.mean(area) and np.mean(at_top) >= 0.85
