@@ -24,6 +24,7 @@ from data.taxonomy import Taxonomy
 from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
+from evaluation.mistakes import write_mistakes
 from evaluation.report import result_lines, write_report
 from evaluation.spreadsheet import write_tables
 from models.builder import PlantModel
@@ -230,6 +231,8 @@ class Evaluator:
             "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
+        stem = self.folder / f"eval_{split}"
+        write_mistakes(scores, rows, calibration, self.plant.class_names, stem, None)
         if self.method.csv:
             write_tables(report, scores, calibration, self.plant.class_names, self.folder)
         for line in result_lines(report):

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn without a display."""
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from utils.logging_utils import logger
@@ -115,6 +117,42 @@ def blend_map(image: Image.Image, drops: np.ndarray) -> Image.Image:
 def _map_top(drops: np.ndarray) -> float:
     """What has the brightest color: of a map with hardly a drop not its noise."""
     return max(float(drops.max()), LEAST_DROP)
+
+
+@plain_text
+def plot_confusions(
+    counts: np.ndarray, names: Sequence[str], groups: Sequence[str], title: str, path: str | Path
+) -> None:
+    """Images by true class (rows) and predicted class (columns), (K, K), colored by their share of the row.
+
+    Classes of one group (K,), which stand beside each other, are framed.
+    """
+    side = max(0.2 * len(names), 4)  # inches: a name is 11 pixels high, and so is its row
+    width, height, size = side + 2.6, side + 2.9, 6 if len(names) > 40 else 9
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((2.4 / width, 2.3 / height, side / width, side / height))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    is_right = np.eye(len(counts), dtype=bool)
+    for mask, colors in ((~is_right, "Greens"), (is_right, "Reds")):
+        visible = np.ma.masked_array(shares**0.5, mask | (counts == 0))  # a single mistake of many is seen too
+        axes.imshow(visible, cmap=colors, vmin=0, vmax=1.3)
+    for row, column in zip(*np.nonzero(counts)):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size, color=color)
+    places, labels = np.arange(len(names)), [shorten(name, 28) for name in names]
+    axes.set_xticks(places, labels, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(places, labels, fontsize=8, parse_math=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(places - 0.5, minor=True)
+    axes.grid(which="minor", color="0.9", linewidth=0.5)
+    axes.tick_params(which="both", length=0)
+    for group, members in itertools.groupby(places, key=lambda place: groups[int(place)]):
+        first, *rest = members
+        if group and rest:
+            axes.add_patch(Rectangle((first - 0.5, first - 0.5), len(rest) + 1, len(rest) + 1, fill=False, color="0.5"))
+    axes.set(xlabel="predicted", ylabel="true")
+    figure.text(0.5, 1 - 0.15 / height, title, ha="center", va="top", fontsize=11, wrap=True, parse_math=False)
+    _save(figure, path, 100)
 
 
 def _save(figure: Figure, path: str | Path, dpi: int) -> None:
