@@ -1,4 +1,4 @@
-# make demo | app | setup | test | test-all | test-slow | test-browser | faults | fuzz | lint
+# make demo | app | setup | test | test-all | test-slow | test-browser | test-gguf | faults | fuzz | lint
 # The environment is made once, and again only when a requirements file changed.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TESTS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TESTS)
 
-.PHONY: demo app setup test test-all test-slow test-browser faults fuzz lint
+.PHONY: demo app setup test test-all test-slow test-browser test-gguf faults fuzz lint
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
@@ -32,6 +32,10 @@ test-slow: $(VENV)/installed-dev
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest tests/browser tests/integration/test_app.py
+
+# With a llama.cpp from a wheel, which requirements-gguf.txt names.
+test-gguf: $(VENV)/installed-gguf
+	$(BIN)/python -m pytest tests/gguf
 
 # Every fault many times, then an hour of random faults; writes the tables of docs/faults.md.
 faults: export FAULTS_TABLE = docs/faults.md
@@ -65,4 +69,8 @@ $(VENV)/installed-app: $(VENV)/installed requirements-app.txt
 
 $(VENV)/installed-browser: $(VENV)/installed-dev $(VENV)/installed-app requirements-browser.txt
 	$(BIN)/python -m pip install --quiet -r requirements-browser.txt
+	touch $@
+
+$(VENV)/installed-gguf: $(VENV)/installed-dev requirements-gguf.txt
+	$(BIN)/python -m pip install --quiet -r requirements-gguf.txt
 	touch $@

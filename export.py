@@ -2,6 +2,7 @@
 
     python export.py runs/default flowers                    the whole model in bf16, for plain transformers
     python export.py runs/default flowers --adapter-only     the adapter, processor and model card, for PEFT
+    python export.py runs/default flowers --format gguf --quantize q4_k_m    for llama.cpp and ollama
     python export.py runs/default flowers --push-to-hub me/flowers
 
 The folder appears only after it was loaded afresh, reproduced the logits of base model and adapter on val images, and
@@ -22,6 +23,8 @@ from utils.logging_utils import logger, report_errors, set_environment, setup_lo
 @dataclass(frozen=True)
 class ExportOptions:
     dtype: str = option("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
+    format: str = option("safetensors", "gguf: for llama.cpp and ollama", choices=("safetensors", "gguf"))
+    quantize: str = option("f16", "of the language model in gguf", choices=("f16", "q8_0", "q4_k_m"))
     adapter_only: bool = option(False, "export the adapter, for the base model it was trained on")
     push_to_hub: str | None = option(None, "OWNER/NAME: upload the same files there; a new repository is private")
     limit: int | None = option(None, "val images that the merged model is scored on; none: all", low=1)
@@ -31,6 +34,12 @@ class ExportOptions:
             yield f"dtype={self.dtype} with adapter_only=true: an adapter is saved as it was trained; leave one out"
         if self.adapter_only and self.limit is not None:
             yield f"limit={self.limit} with adapter_only=true: an adapter's logits are compared; leave one out"
+        if self.adapter_only and self.format == "gguf":
+            yield "format=gguf with adapter_only=true: the merged model is written; leave one out"
+        if self.format == "gguf" and self.dtype != "bf16":
+            yield f"dtype={self.dtype} with format=gguf: it is merged in fp16; use --quantize, or leave one out"
+        if self.format != "gguf" and self.quantize != "f16":
+            yield f"quantize={self.quantize} with format={self.format}: only gguf is quantized; add --format gguf"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(ConfigError, when_interrupted="nothing was exported"):
         from evaluation.exporter import check_can_export, export_run, open_hub, staging_dir
 
-        check_can_export(run, out, adapter_only, repository)
+        is_gguf = options.format == "gguf"
+        check_can_export(run, out, adapter_only, repository, is_gguf)
         with staging_dir(out) as draft:
-            export_run(run, draft, options.dtype, adapter_only, options.limit)
+            if is_gguf:
+                from evaluation.gguf_export import export_gguf
+
+                export_gguf(run, draft, options.quantize, options.limit)
+            else:
+                export_run(run, draft, options.dtype, adapter_only, options.limit)
         size = sum(path.stat().st_size for path in out.iterdir())
         logger.info(f"saved | {out} | {size / 1e6:,.1f} MB | see its README.md")
     if repository:

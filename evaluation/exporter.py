@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import json
 import shutil
 import tempfile
@@ -40,7 +41,7 @@ MARGIN_BYTES = 50e6  # processor and model card
 PUBLIC_MODE = 0o644  # safetensors writes 0600
 
 
-def check_can_export(run: Run, out: Path, adapter_only: bool, repository: str | None) -> None:
+def check_can_export(run: Run, out: Path, adapter_only: bool, repository: str | None, is_gguf: bool = False) -> None:
     """What can be checked before any weight is read. Raises UserError."""
     refuse_several_ranks()  # before they contend for the staging directory
     folder, is_whole = run.folder, run.config.trainable == "everything"
@@ -59,9 +60,25 @@ def check_can_export(run: Run, out: Path, adapter_only: bool, repository: str | 
         raise UserError(f"{folder}: an adapter is of no use without its random base model; leave out --adapter-only")
     if run.config.model == "full" and not is_whole:
         raise UserError(f"{folder}: its randomly initialized base model existed on a GPU only; nothing can be exported")
+    if is_gguf:
+        check_can_write_gguf(run)
     if repository:
         with open_hub(repository, "check the name, the network, and that HF_TOKEN may write there") as hub:
             hub.create_repo(repository, private=True, exist_ok=True)  # fails now, not after an hour
+
+
+def check_can_write_gguf(run: Run) -> None:
+    """Raises UserError."""
+    if run.config.views != "base":
+        reason = "llama.cpp makes other tiles of an image, without LLaVA-NeXT's newlines and cropping"
+        raise UserError(
+            f"{run.folder}: was trained with --views {run.config.views}, and {reason}; train with --views base"
+        )
+    try:
+        importlib.import_module("evaluation.gguf_export")
+    except ImportError as error:
+        move = "run: pip install -r requirements-gguf.txt"
+        raise UserError(f"--format gguf needs the packages gguf and cyllama ({first_line(error)}); {move}") from error
 
 
 @contextlib.contextmanager

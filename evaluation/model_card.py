@@ -26,8 +26,12 @@ def write_model_card(run: Run, prompt: Prompt) -> None:
         write_file(run.best_folder / MODEL_CARD, build_model_card(Run.load(run.folder), prompt))
 
 
-def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False) -> str:
+def build_model_card(
+    run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False, use: str | None = None
+) -> str:
     """README.md of best/, or of an export: then `verification` says how it was checked, and it may be `is_merged`.
+
+    `use` says how to use GGUF files, in place of plain transformers.
 
     `run` is as it was trained, whatever options it is used with.
     """
@@ -38,14 +42,16 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
     facts = {"model_commit": None, "ranks": 1} | run.recorded | dataclasses.asdict(config)
     facts["class_names"] = run.class_names  # and not the option, a file of names
     layout = "llava" if is_merged and config.views == "base" else "llava_next"
+    library = "peft" if is_adapter else "gguf" if use else "transformers"
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
-        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, is_adapter, layout),
+        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, library, layout),
         warning=WARNING,
         run=facts,
         base=base_name(config.model),
         layout=layout,
+        use=use,
         is_adapter=is_adapter,
         is_random_base=config.model in RANDOM_MODELS,
         is_local_base=Path(config.model).is_dir(),
@@ -62,7 +68,7 @@ def build_model_card(run: Run, prompt: Prompt, verification: str = "", is_merged
 
 
 def _build_metadata(
-    model: str, name: str, dataset: str, reports: dict[str, dict], is_adapter: bool, layout: str
+    model: str, name: str, dataset: str, reports: dict[str, dict], library: str, layout: str
 ) -> ModelCardData:
     """The front matter: what the hub finds a model by."""
     is_random, is_local = model in RANDOM_MODELS, Path(model).is_dir()
@@ -74,7 +80,7 @@ def _build_metadata(
         language="en",
         license=None if is_random else read_license(model),
         base_model=None if is_random or is_local else model,
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library,
         pipeline_tag="image-text-to-text",
         tags=[layout, "plants", "fine-grained-image-classification"],
         model_name=name,

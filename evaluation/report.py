@@ -40,6 +40,7 @@ def render(template: str, **facts) -> str:
     """A Markdown template of this folder, filled in. What users wrote must pass `text`, `code` or `repr` there."""
     templates = open_templates(Path(__file__).parent)
     templates.filters |= {"text": escape_markdown, "code": code_span, "number": format_number, "repr": repr}
+    templates.filters["go"] = escape_go
     return templates.get_template(template).render(**facts)
 
 
@@ -51,6 +52,11 @@ def escape_markdown(text: str) -> str:
 def code_span(text: str) -> str:
     """A backtick would end it, so that it becomes an apostrophe."""
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
+
+
+def escape_go(text: str) -> str:
+    """For a template of Go in a Modelfile of ollama, between three quotes."""
+    return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

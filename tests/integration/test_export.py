@@ -305,6 +305,14 @@ def test_a_run_of_base_views_stays_one(base_run, here, small_splits, capsys):
         assert status == 2 and "error: --views anyres: is fixed by the run" in output
 
 
+def test_gguf_files_need_their_packages(base_run, here, small_splits, monkeypatch, capsys):
+    shutil.copytree(base_run("everything").folder, here / "one")
+    monkeypatch.setitem(sys.modules, "cyllama", None)
+    status, output = run(capsys, "one", "out", "--format", "gguf", *FAST)
+    assert status == 1 and not (here / "out").exists()
+    assert re.search(r"needs the packages gguf and cyllama \(.*\); run: pip install -r requirements-gguf.txt", output)
+
+
 # ---- what must not be exported
 
 
@@ -427,6 +435,10 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
     (nothing, ["one", "out", "--adapter-only", "--dtype", "fp32"], "error: dtype=fp32 with adapter_only=true: an"),
     (nothing, ["one", "out", "--adapter-only", "--limit", "3"], "error: limit=3 with adapter_only=true: an adapter's"),
+    (nothing, ["one", "out", "--adapter-only", "--format", "gguf"], "error: format=gguf with adapter_only=true: the"),
+    (nothing, ["one", "out", "--format", "gguf", "--dtype", "fp16"], "error: dtype=fp16 with format=gguf: it is"),
+    (nothing, ["one", "out", "--quantize", "q8_0"], "error: quantize=q8_0 with format=safetensors: only gguf"),
+    (nothing, ["one", "out", "--format", "gguf"], "error: one: was trained with --views anyres, and llama.cpp makes"),
     (nothing, ["one", "out", "--adapter-only"], "error: one: all weights were trained, there is no adapter"),
     (nothing, ["one", "out", "--push-to-hub", "me/x"], "error: me/x: the hub refuses ("),
     (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned (ash, oak)"),
