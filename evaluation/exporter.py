@@ -75,7 +75,8 @@ def check_can_write_gguf(run: Run) -> None:
             f"{run.folder}: was trained with --views {run.config.views}, and {reason}; train with --views base"
         )
     try:
-        importlib.import_module("evaluation.gguf_export")
+        importlib.import_module("gguf")
+        importlib.import_module("cyllama.llama.llama_cpp")
     except ImportError as error:
         move = "run: pip install -r requirements-gguf.txt"
         raise UserError(f"--format gguf needs the packages gguf and cyllama ({first_line(error)}); {move}") from error

@@ -16,14 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from cyllama.llama import llama_cpp as llama
 from transformers import LlavaNextConfig
 
 from config.training_config import RANDOM_MODELS
 from data.collator import Batch
 from evaluation import verify
 from evaluation.exporter import load_validation, save_classes, save_merged
-from evaluation.llama_cpp import LlamaCpp, explain_runtime, runtime_versions
+from evaluation.llama_cpp import LlamaCpp, explain_runtime, import_llama, runtime_versions
 from evaluation.metrics import mcnemar
 from evaluation.model_card import build_model_card
 from evaluation.report import render
@@ -148,6 +147,7 @@ def _write_language_model(merged: Path, draft: Path, quantize: str, chat_templat
         return
     whole = merged / LANGUAGE_MODEL
     write_language_model(merged, whole, chat_template)
+    llama = import_llama()
     settings = llama.LlamaModelQuantizeParams()
     settings.ftype, settings.nthread = FILE_TYPES[quantize], torch.get_num_threads()
     with explain_runtime(whole):

@@ -4,16 +4,16 @@ Shapes: T tokens of a prompt, N image tokens, H width of the language model, C c
 """
 
 import contextlib
+import importlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import cyllama.llama.llama_cpp as llama
 import numpy as np
 import torch
-from cyllama._internal import build_config
 
 from data.collator import Batch, PlantCollator, Sample
 from models.gguf_files import build_runtime_prompt
@@ -22,17 +22,19 @@ from utils.logging_utils import UserError, first_line
 NAMES_AT_ONCE = 32  # sequences beside the prompt's
 
 
-class _Model(llama.LlamaModel):
-    @property
-    def n_vocab(self) -> int:
-        """Which the wheel's own context asks of its model in vain."""
-        return self.get_vocab().n_vocab
+def import_llama() -> Any:
+    """The wheel's module, imported where it is used: few users have it."""
+    return importlib.import_module("cyllama.llama.llama_cpp")
 
 
 class LlamaCpp:
     """A language model, and the vision tower that `open_vision` gives it; one image at a time."""
 
     def __init__(self, path: Path, collator: PlantCollator):
+        llama = import_llama()
+        # The wheel's own context asks its model for n_vocab in vain.
+        members = {"n_vocab": property(lambda model: model.get_vocab().n_vocab)}
+        open_model = type("Model", (llama.LlamaModel,), members)
         self.collator = collator
         self.names = collator.name_ids
         longest = max(sum(map(len, group)) for group in self._groups())
@@ -45,10 +47,11 @@ class LlamaCpp:
         on_cpu = llama.LlamaModelParams()
         on_cpu.n_gpu_layers = 0
         with explain_runtime(path):
-            self.model = _Model(str(path), on_cpu)
+            self.model = open_model(str(path), on_cpu)
             self.context = llama.LlamaContext(self.model, settings)
 
     def open_vision(self, path: Path) -> None:
+        llama = import_llama()
         settings = llama.MtmdContextParams(use_gpu=False, warmup=False, n_threads=torch.get_num_threads())
         with explain_runtime(path):
             self.vision = llama.MtmdContext(str(path), self.model, settings)
@@ -58,8 +61,9 @@ class LlamaCpp:
             for part in (self.vision, self.context, self.model):
                 part.close()
 
-    def read_prompt(self, batch: Batch) -> tuple[llama.MtmdInputChunks, list[int]]:
+    def read_prompt(self, batch: Batch) -> tuple[Any, list[int]]:
         """(What llama.cpp makes of an image and the prompt, its T token ids, image tokens as transformers has them)."""
+        llama = import_llama()
         processor, (pixels,) = self.collator.processor, batch["pixel_values"][0]
         image = processor.image_processor
         mean, std = torch.tensor([image.image_mean, image.image_std])[..., None, None]
@@ -78,7 +82,7 @@ class LlamaCpp:
     def embed(self, batch: Batch) -> torch.Tensor:
         """(N, H) of the first image."""
         chunks, _ = self.read_prompt(batch)
-        (chunk,) = [chunk for chunk in chunks if chunk.type == llama.MtmdInputChunkType.IMAGE]
+        (chunk,) = [chunk for chunk in chunks if chunk.type == import_llama().MtmdInputChunkType.IMAGE]
         with explain_runtime():
             if self.vision.encode_chunk(chunk):
                 raise RuntimeError("the vision tower failed")
@@ -113,7 +117,7 @@ class LlamaCpp:
             start = self.vision.eval_chunks(context, chunks, 0, 0, context.n_batch, True)
             first = np.array([context.get_logits_ith(-1)], dtype=np.float32)
             for group in groups:
-                tokens = llama.LlamaBatch(n_tokens=sum(map(len, group)) + 1, embd=0, n_seq_max=1)
+                tokens = import_llama().LlamaBatch(n_tokens=sum(map(len, group)) + 1, embd=0, n_seq_max=1)
                 for sequence, name in enumerate(group, 1):
                     context.memory_seq_cp(0, sequence, -1, -1)
                     for place, token in enumerate(name[:-1]):  # nothing is predicted after the last
@@ -128,6 +132,8 @@ class LlamaCpp:
 
 def runtime_versions() -> dict[str, str]:
     """Those of the wheel and of llama.cpp in it."""
+    from cyllama._internal import build_config
+
     return {"cyllama": version("cyllama"), "llama.cpp": build_config.versions()["llama_cpp_version"]}
 
 

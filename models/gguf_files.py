@@ -1,7 +1,9 @@
 """A LLaVA-1.5 as llama.cpp reads it: one GGUF file of the language model, one of vision tower and projector.
 
 Tensors are copied one by one from safetensors, so that memory does not grow with the model. Names and metadata keys are
-those of the `gguf` package. Shapes: N patches, D width of the tower.
+those of the `gguf` package, which is imported where it is used: few users have it.
+
+Shapes: N patches, D width of the tower.
 """
 
 import json
@@ -9,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from transformers import AutoProcessor, LlavaConfig, LlavaNextConfig
@@ -53,6 +54,8 @@ def _feature_layers(config: LlavaConfig | LlavaNextConfig) -> list[int]:
 
 def write_language_model(folder: Path, path: Path, chat_template: str) -> None:
     """Matrices in fp16, as in `folder`; vectors in fp32. Raises UserError for a weight without a place."""
+    import gguf
+
     config, (_, language_model) = LlavaConfig.from_pretrained(folder).text_config, split_tensors(folder)
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     writer = gguf.GGUFWriter(path, "llama")
@@ -87,8 +90,10 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     """Tokens, merges or scores, types, and ids of the special tokens; `size`: rows of the embeddings."""
+    import gguf
+
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in saved["model"]["merges"]]
@@ -146,6 +151,8 @@ def write_vision(folder: Path, path: Path, rolled: bool) -> None:
     `rolled` moves each row of the position table (N + 1, D) one up, the first to the end: for a runtime that puts the
     CLS token behind the patches and reads the table as if it stood before them (ggml-org/llama.cpp#25814).
     """
+    import gguf
+
     config, (vision, _) = LlavaConfig.from_pretrained(folder), split_tensors(folder)
     tower, (layers,) = config.vision_config, _feature_layers(config)
     image = AutoProcessor.from_pretrained(folder).image_processor
