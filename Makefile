@@ -1,13 +1,15 @@
-# make demo | app | setup | test | test-all | test-slow | test-browser | test-gguf | faults | fuzz | lint
-# The environment is made once, and again only when a requirements file changed.
+# make demo | app | setup | test | test-all | test-slow | test-browser | test-gguf | faults | fuzz | lint | lock | outdated
+# The environment is made once, and again only when a requirements file changed. `make LOCK= setup`: the newest versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK ?= requirements.lock
+PIP := $(BIN)/python -m pip install --quiet $(if $(LOCK),-c $(LOCK))
 # Processes that run tests; each takes up to 2 GB of memory.
 TESTS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TESTS)
 
-.PHONY: demo app setup test test-all test-slow test-browser test-gguf faults fuzz lint
+.PHONY: demo app setup test test-all test-slow test-browser test-gguf faults fuzz lint lock outdated
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --preset tiny
@@ -48,29 +50,38 @@ fuzz: $(VENV)/installed-dev
 
 setup: $(VENV)/installed
 
+# The versions of all packages anew, for Python 3.10 and newer, from requirements*.txt.
+lock: $(VENV)/installed-dev
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --custom-compile-command "make lock" \
+		requirements*.txt -o requirements.lock
+
+# For a schedule: which of the packages that requirements*.txt name are behind; exit status 1 if any is.
+outdated: $(VENV)/installed-dev
+	UV=$(BIN)/uv .ci/outdated
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 $(VENV)/installed-app: $(VENV)/installed requirements-app.txt
-	$(BIN)/python -m pip install --quiet -r requirements-app.txt
+	$(PIP) -r requirements-app.txt
 	touch $@
 
 $(VENV)/installed-browser: $(VENV)/installed-dev $(VENV)/installed-app requirements-browser.txt
-	$(BIN)/python -m pip install --quiet -r requirements-browser.txt
+	$(PIP) -r requirements-browser.txt
 	touch $@
 
 $(VENV)/installed-gguf: $(VENV)/installed-dev requirements-gguf.txt
-	$(BIN)/python -m pip install --quiet -r requirements-gguf.txt
+	$(PIP) -r requirements-gguf.txt
 	touch $@
