@@ -26,9 +26,9 @@ from evaluation.model_card import base_name, build_model_card
 from models import merging
 from models.base_view import build_llava_processor
 from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint
-from models.checks import lora_settings
 from models.loading import find_checkpoint
 from models.tiny import SIZES, build_config
+from models.trainable import lora_settings
 from runtime.atomic import beside, replace_dir, require_disk_space
 from runtime.checkpoint import MODEL_CARD
 from runtime.device import choose_device, collect_memory

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import SafetensorError
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoProcessor,
     BitsAndBytesConfig,
     LlavaNextConfig,
@@ -33,15 +32,7 @@ from transformers import (
 from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.base_view import Processor, select_views
-from models.checks import (
-    DTYPES,
-    check_adapter,
-    check_model,
-    check_projections,
-    check_same_base,
-    lora_settings,
-    weights_fingerprint,
-)
+from models.checks import DTYPES, check_adapter, check_model, check_same_base, weights_fingerprint
 from models.features import Examined, compute_tower_features, scale_to_unit
 from models.fused_layers import (
     FusedLayer,
@@ -56,6 +47,7 @@ from models.memory import MicroBatcher
 from models.scoring import score_batch
 from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
+from models.trainable import set_trainable
 from models.trie import tries_of
 from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.distributed import is_sharded, scoring_weights
@@ -344,44 +336,6 @@ def build_base(
             # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
-
-
-def set_trainable(
-    base: LlavaNextForConditionalGeneration, trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float
-) -> PreTrainedModel | PeftModel:
-    """Freeze the base, then make trainable in fp32: adapter, adapter+projector, projector, or everything.
-
-    `projector` attaches a LoRA adapter too, frozen at zero: PEFT and Trainer refuse a 4-bit base without one.
-    """
-    base.requires_grad_(trainable == "everything")
-    if trainable == "everything":
-        unused = find_unused(base.config)
-        for name, parameter in base.model.vision_tower.named_parameters():
-            if name in unused:  # DDP would wait for its gradient, weight decay would shrink it
-                parameter.requires_grad_(False)
-        return base
-    check_projections(base)
-    model = get_peft_model(base, lora_settings(trainable, lora_r, lora_alpha, lora_dropout))
-    for name, parameter in model.named_parameters():
-        if trainable == "projector" and "lora_" in name:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the loss scaler cannot unscale fp16 gradients
-    return model
-
-
-def find_unused(config: LlavaNextConfig) -> set[str]:
-    """Parameters of the vision tower on which no feature depends: layers behind the last feature layer, heads.
-
-    Whatever the tower's class calls them: found by the gradients of a tower without memory.
-    """
-    layers, side = config.vision_feature_layer, config.vision_config.image_size
-    first = int(config.vision_feature_select_strategy == "default")  # without CLS
-    with torch.device("meta"), torch.enable_grad():
-        tower = AutoModel.from_config(config.vision_config)
-        hidden = tower(torch.empty(1, 3, side, side), output_hidden_states=True).hidden_states
-        sum(hidden[layer][:, first:].sum() for layer in ([layers] if isinstance(layers, int) else layers)).backward()
-    return {name for name, parameter in tower.named_parameters() if parameter.grad is None}
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from models.fused_layers import unwrap
+from models.trainable import LORA_TARGETS, PROJECTIONS
 from runtime.run_dir import Run
 from runtime.run_files import ANY, brief, read_json
 from utils.image_utils import BASE_VIEW
@@ -21,9 +22,6 @@ from utils.logging_utils import UserError
 from utils.tokenizer_utils import Prompt
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Leaf names alone would match the vision tower too.
-LORA_TARGETS = rf"model\.language_model\..*\.({'|'.join(PROJECTIONS)})"
 # Fields of adapter_config.json that say where and by what it was saved.
 OF_ITS_PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 SAMPLES, SAMPLE_BYTES = 64, 4096  # read of each weights file for its fingerprint
@@ -42,16 +40,6 @@ def check_model(
         reason = f"the loaded model is not what was asked for; these do not hold: {'; '.join(wrong)}"
         raise UserError(f"{reason}; use another checkpoint, or another --model-revision")
     return [sentence for _, sentence in found]
-
-
-def check_projections(base: LlavaNextForConditionalGeneration) -> None:
-    """Raise UserError unless each layer of the language model has the linears that LoRA is attached to."""
-    text, modules = base.config.text_config, dict(base.named_modules())
-    found = sum(bool(re.fullmatch(LORA_TARGETS, name)) for name in modules)
-    if found != (wanted := len(PROJECTIONS) * text.num_hidden_layers):
-        has = f"its language model ({text.model_type}) has {found} of the {wanted} linears that LoRA is attached to"
-        move = "use a checkpoint with another one, or --trainable everything --load-in-4bit false"
-        raise UserError(f"--model {base.name_or_path}: {has} ({', '.join(PROJECTIONS)}); {move}")
 
 
 def _check_processor(base: LlavaNextForConditionalGeneration, processor, prompt: Prompt) -> Iterable[tuple[bool, str]]:
@@ -139,17 +127,6 @@ def weights_fingerprint(model: str) -> str | None:
                 file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest() if files else None
-
-
-def lora_settings(trainable: str, lora_r: int, lora_alpha: int, lora_dropout: float) -> LoraConfig:
-    return LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=LORA_TARGETS,
-        task_type="CAUSAL_LM",
-        modules_to_save=["multi_modal_projector"] if "projector" in trainable else None,
-    )
 
 
 def check_adapter(folder: Path, settings: LoraConfig) -> None:

@@ -22,7 +22,8 @@ from evaluation.metrics import Calibration, SplitScores, measure_split
 from evaluation.model_card import read_reports
 from evaluation.report import format_number, render
 from models.callbacks import EarlyStopping
-from models.checks import check_adapter, lora_settings
+from models.checks import check_adapter
+from models.trainable import lora_settings
 from models.training_arguments import load_state
 from runtime.checkpoint import MANIFEST, read_best, verify_checkpoint, write_manifest
 from runtime.run_files import append_metrics, load_config, read_entries, read_metrics, save_config, truncate_metrics

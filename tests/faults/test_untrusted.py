@@ -13,8 +13,8 @@ import export
 import train
 from data import dataset
 from models import callbacks
-from models.checks import lora_settings
 from models.merging import read_adapter
+from models.trainable import lora_settings
 from runtime.checkpoint import write_manifest
 from tests.conftest import run_printed
 from utils.logging_utils import UserError

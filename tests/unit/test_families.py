@@ -11,9 +11,10 @@ from transformers import GenerationConfig, LlavaNextForConditionalGeneration
 from data.collator import PlantCollator
 from models import merging
 from models.builder import PlantModel
-from models.checks import check_model, lora_settings
+from models.checks import check_model
 from models.loading import load_model
 from models.tiny import SIZES, build_config, build_tiny_processor
+from models.trainable import lora_settings
 from tests.conftest import FAMILIES
 from tests.unit.test_builder import CPU, NAMES, built, steps
 from tests.unit.test_collator import rows_of
