@@ -5,6 +5,7 @@
     python evaluate.py runs/default --protocol both        generated replies too, as the published metrics were made
     torchrun --nproc-per-node 2 evaluate.py runs/default   distributed across two GPUs
     python evaluate.py runs/base-x runs/default            compare two runs that were evaluated (McNemar's test)
+    python evaluate.py runs/default --holdout-classes 10   trains it five times anew, each without ten classes
 
 Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a base model: runs/base-<name>); with --csv
 tables for spreadsheets too.
@@ -25,7 +26,7 @@ from utils.logging_utils import UserError, logger, report_errors, set_environmen
 MAX_NEW_TOKENS = 64  # of a reply in the published protocol (arXiv 2405.18415)
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415, asked of a base model
 # Options of a run that may differ in its evaluation.
-OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming")
+OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming", "holdout_classes")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,23 @@ def main(argv: list[str] | None = None) -> int:
         setup_logging(None if other else run.folder, "evaluate.log")
         if other:
             compare_runs(run, other, options.split)
+        elif count := find_holdout(run):
+            from evaluation.holdout import evaluate_holdouts
+
+            trained = replace(run, config=replace(run.config, holdout_classes=0))
+            evaluate_holdouts(trained, count, options.split, lambda each: evaluate_run(each, options))
         else:
             evaluate_run(run, options)
     return 0
+
+
+def find_holdout(run: Run) -> int:
+    """The number of classes to train again without; 0 of a base model, or of a run that was trained without them."""
+    saved = run.config if run.is_base_model else Run.load(run.folder).config
+    if run.config.holdout_classes != saved.holdout_classes > 0:
+        problem = f"was trained without {saved.holdout_classes} classes already"
+        raise UserError(f"{run.folder}: {problem}; evaluate it without --holdout-classes, or give a run of all classes")
+    return run.config.holdout_classes - saved.holdout_classes
 
 
 def evaluate_run(run: Run, options: EvaluationOptions) -> None:
@@ -102,15 +117,15 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         if options.protocol != "scoring":
             evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)
         if options.protocol != "generation":
-            evaluator.report(rows, options.split, validation, ood_rows)
+            evaluator.report(rows, options.split, validation, ood_rows, data)
             if dist.is_main_process and not run.is_base_model:
                 write_model_card(run, plant.prompt)
 
 
 def compare_runs(first: Run, second: Run, split: str) -> None:
     """McNemar's exact test on the images that both were scored on."""
-    from evaluation.evaluator import read_correct
     from evaluation.metrics import mcnemar
+    from evaluation.results import read_correct
 
     (facts, correct), (other_facts, other_correct) = (read_correct(run, split) for run in (first, second))
     for name in ("dataset", "question"):

@@ -144,7 +144,9 @@ def format_line(image: str | list[str], found, top: int) -> str:
     label = ", ".join(map(printable, [image] if isinstance(image, str) else image))
     first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
     line = f"{label}: {first}" + (f" ({', '.join(others)})" if others else "")
-    if not found.is_confident:
+    if found.is_none_of_these:
+        line = f"{label}: none of these (nearest: {', '.join([first, *others])})"
+    elif not found.is_confident:
         taxon = found.taxa[found.level] if found.level else None
         doubt = f"not sure which; {found.level} {taxon.name} {percent(taxon.confidence)}" if taxon else "not sure"
         line, names = f"{label}: {doubt} ({', '.join([first, *others])})", found.prediction_set or []

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.plan_memory()
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
-            build_evaluator(run, plant, dist).report(data.validation, "val")
+            build_evaluator(run, plant, dist).report(data.validation, "val", data=data)
             step = trainer.state.global_step
             del trainer  # the GPU has room for one model
             verify_reload(run, plant, data)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 from torch.utils.data import ConcatDataset, Subset
 
-from data.dataset import check_unreadable_fraction, known_duplicates
+from data.dataset import PlantData, check_unreadable_fraction, known_duplicates, take
 from data.groups import find_plants
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
@@ -25,18 +26,23 @@ from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.mistakes import write_mistakes
+from evaluation.open_set import fit_open_set
+from evaluation.reference import Reference, build_spaces, find_reference
 from evaluation.report import result_lines, write_report
+from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
+from evaluation.trust import measure_trust
 from models.builder import PlantModel
+from models.features import decode, encode, features_schema
 from runtime.atomic import write_file
 from runtime.distributed import Distributed, assert_same_across_ranks, is_sharded
 from runtime.run_dir import Run
-from runtime.run_files import COUNT, REPLIES, SAVED_CALIBRATION, TEXT, integer, list_of, number, read_entries, read_json
+from runtime.run_files import COUNT, REPLIES, TEXT, read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
-CALIBRATION_FILE = "calibration.json"
 SAMPLES_PER_GATHER = 16  # of each of several ranks; at most so many are lost when one is killed
+MAX_UNKNOWN = 500  # images of classes that were not learned, of which a sample is scored
 DIGITS = 4  # of a log-probability on disk, in nats: far below what 16-bit weights resolve
 
 
@@ -100,17 +106,20 @@ class Evaluator:
             self.prior = entry["scores"]
 
     def compute_scores(self, rows) -> Iterator[dict]:
-        """{"id", "label", "scores"} of each readable image, distributed across ranks; every rank gets all of them."""
-        for sample, values in self._distribute(self.plant.score, rows):
-            yield {"id": sample.id, "label": sample.label, "scores": [round(value, DIGITS) for value in values]}
+        """{"id", "label", "scores", "tower", "state"} of each readable image, across ranks; every rank gets all."""
+        for sample, found in self.distribute(functools.partial(self.plant.score, with_features=True), rows):
+            scores = [round(value, DIGITS) for value in found.scores]
+            features = {"tower": encode(found.tower), "state": encode(found.state)}
+            yield {"id": sample.id, "label": sample.label, "scores": scores} | features
 
     def compute_replies(self, rows, max_new_tokens: int) -> Iterator[dict]:
         """{"id", "label", "text"} of each readable image, as compute_scores."""
         generate = functools.partial(self.plant.generate, max_new_tokens=max_new_tokens)
-        for sample, text in self._distribute(generate, rows):
+        for sample, text in self.distribute(generate, rows):
             yield {"id": sample.id, "label": sample.label, "text": text}
 
-    def _distribute(self, predict: Callable, rows) -> Iterator:
+    def distribute(self, predict: Callable, rows) -> Iterator:
+        """(sample, prediction) of each readable image of `rows`, computed across ranks; every rank gets all of them."""
         ranks, dummy = self.dist.world_size, self.plant.dummy_row
         mine = range(self.dist.rank, len(rows), ranks)
         share: Any = Subset(rows, mine)
@@ -129,7 +138,8 @@ class Evaluator:
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""
-        name, schema = f"eval_{split}.scores.jsonl", scores_schema(len(self.plant.class_names))
+        name = f"eval_{split}.scores.jsonl"
+        schema = scores_schema(len(self.plant.class_names)) | features_schema(self.plant.base.config)
         entries, speed = self.score_with_cache(rows, self.compute_scores, name, self.facts, schema)
         if not self.dist.is_main_process:
             return None, speed
@@ -183,35 +193,48 @@ class Evaluator:
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
         lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else 1
-        scores = adjust_scores(np.array([entry["scores"] for entry in entries]), lengths, self.prior)
-        return SplitScores([entry["id"] for entry in entries], np.array([entry["label"] for entry in entries]), scores)
+        plain = np.array([entry["scores"] for entry in entries])
+        features = {name: np.stack([decode(entry[name]) for entry in entries]) for name in ("tower", "state")}
+        features["log_mass"] = logsumexp(plain, axis=1)
+        ids, labels = [entry["id"] for entry in entries], np.array([entry["label"] for entry in entries])
+        return SplitScores(ids, labels, adjust_scores(plain, lengths, self.prior), features=features)
 
-    def calibrate(self, scores: SplitScores) -> Calibration:
-        """Temperature, threshold and sets from scores of val; to calibration.json too, if the method is plain."""
+    def calibrate(self, scores: SplitScores, reference: Reference | str = "") -> Calibration:
+        """Temperature, thresholds and sets from scores of val; to calibration.json too, if the method is plain."""
         method = self.method
         calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
+        if isinstance(reference, Reference):
+            open_set = fit_open_set(scores, build_spaces(reference), calibration.temperature)
+            calibration = calibration._replace(open_set=dict(open_set))
         if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
         return calibration
 
-    def report(self, rows, split: str, validation=None, ood_rows: Sequence[dict] | None = None) -> dict:
+    def report(
+        self, rows, split: str, validation=None, ood_rows: Sequence[dict] | None = None, data: PlantData | None = None
+    ) -> dict:
         """eval_<split>.json (returned), .md and .png, a picture of some images, and result lines.
 
         Calibrated on `validation`, or on the rows themselves where they are val. `ood_rows` are out-of-distribution
-        images of the user, scored beside synthetic ones. Without rows there is nothing to do.
+        images of the user, scored beside synthetic ones and those of classes that were not learned. The train images of
+        `data` are what the features of others are compared with. Without rows there is nothing to do.
         """
         if rows is None:
             return {}
         scores, speed = self.score(rows, split)
         is_calibrated = split == "val" or validation is not None
         val_scores = scores if split == "val" or validation is None else self.score(validation, "val")[0]
+        reference = find_reference(self, data)
         ood = draw_ood_images() | ({} if ood_rows is None else {"your images": ood_rows})
+        if data and data.unknown is not None:
+            ood["held-out classes"] = take(data.unknown, MAX_UNKNOWN)
         ood_scores = {kind: self._score_ood(images) for kind, images in ood.items()} if is_calibrated else {}
         if scores is None or val_scores is None:
             return {}
-        calibration = self.calibrate(val_scores) if is_calibrated else None
+        calibration = self.calibrate(val_scores, reference) if is_calibrated else None
+        trusted = val_scores if is_calibrated else None
         report = {
             "split": split,
             **self.facts,
@@ -228,7 +251,8 @@ class Evaluator:
             "together": measure_fusion(scores, calibration) if calibration and split != "val" else None,
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
-            "ood": {kind: calibration.measure_ood(found) for kind, found in ood_scores.items() if calibration},
+            "ood": {kind: calibration.measure_ood(found.scores) for kind, found in ood_scores.items() if calibration},
+            **measure_trust(reference, calibration, trusted, scores, ood_scores, self.plant.device),
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
         stem = self.folder / f"eval_{split}"
@@ -239,11 +263,11 @@ class Evaluator:
             logger.info("result | %s | %s", split, line)
         return report
 
-    def _score_ood(self, rows: Sequence[dict]) -> np.ndarray:
+    def _score_ood(self, rows: Sequence[dict]) -> SplitScores:
         entries = list(self.compute_scores(rows))
         if not entries:
             raise UserError("--ood: none of its images can be opened; the lines above say why")
-        return self._adjust(entries).scores
+        return self._adjust(entries)
 
     def generate_report(self, rows, split: str, max_new_tokens: int) -> dict:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
@@ -271,37 +295,3 @@ class Evaluator:
             if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
                 return saved["metrics"]
         return {}
-
-
-# ---- results in a run directory
-
-
-def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
-    """What was fitted on val for these weights, or None. Raises UserError for a file that cannot be read."""
-    path = folder / CALIBRATION_FILE
-    try:
-        saved = read_json(path, SAVED_CALIBRATION)
-        scored = saved.pop("scored")
-        return Calibration(**saved) if scored["adapter"] == adapter else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        move = f"delete it, and make it again: python evaluate.py {folder}"
-        raise UserError(f"{path}: cannot be used ({error}); {move}") from error
-
-
-def scores_schema(classes: int) -> dict:
-    """Of the entry of an image in a cache of scores."""
-    return {"label": integer(0, classes - 1), "scores": list_of(number(), classes)}
-
-
-def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
-    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
-    path = run.folder / f"eval_{split}.scores.jsonl"
-    facts, entries = read_entries(path, scores_schema(len(run.class_names)))
-    again = f"python evaluate.py {run.folder} --split {split}"
-    if facts is None or not entries:
-        raise UserError(f"{path}: no scores yet; make them first: {again}")
-    if facts.get("adapter") != run.describe_weights():
-        raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
-    return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

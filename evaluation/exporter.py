@@ -21,8 +21,8 @@ from config.training_config import RANDOM_MODELS
 from data.collator import PlantCollator
 from data.dataset import build_datasets, take
 from evaluation import verify
-from evaluation.evaluator import read_calibration, read_correct
 from evaluation.model_card import base_name, build_model_card
+from evaluation.results import read_calibration, read_correct
 from models import merging
 from models.base_view import build_llava_processor
 from models.builder import PlantModel, build_base, check_same_base, weights_fingerprint

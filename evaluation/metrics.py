@@ -4,7 +4,7 @@ Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `lab
 (n,) whether the likeliest class is the true one, `confidences` (n,) the probability of the likeliest class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class SplitScores(NamedTuple):
     labels: np.ndarray  # (n,)
     scores: np.ndarray  # (n, C) in nats
     plants: Sequence[str] = ()  # what images of one plant share, "" for an image on its own; or not known
+    features: Mapping[str, np.ndarray] = {}  # (n, D) of "tower" and "state", (n,) of "log_mass"; or not computed
 
     @property
     def correct(self) -> np.ndarray:
@@ -45,6 +46,7 @@ class Calibration(NamedTuple):
     levels: dict | None = None  # threshold of genus and of family, where a taxonomy is known (evaluation/hierarchy.py)
     taxonomy: dict | None = None  # by level the taxon of each class; not in reports
     pairs: dict | None = None  # the same, fitted on the mean scores of two images of one plant (evaluation/fusion.py)
+    open_set: dict | None = None  # for "none of these" (evaluation/open_set.py); None: of a run made before there was
 
     def of_images(self, count: int) -> "Calibration":
         """For the mean scores of so many images of one plant: as fitted for pairs, T / n^a of n images."""

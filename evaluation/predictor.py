@@ -9,11 +9,13 @@ import numpy as np
 from scipy.special import softmax
 
 from evaluation.conformal import explain_missing, find_sets
-from evaluation.evaluator import read_calibration
 from evaluation.fusion import explain_doubt
 from evaluation.hierarchy import find_taxa
 from evaluation.metrics import Calibration
+from evaluation.results import read_calibration
+from evaluation.trust import Detector, load_detector
 from models.builder import PlantModel
+from models.features import Examined
 from models.search import MAX_SCORED, Found, Goal
 from runtime.device import choose_device
 from runtime.run_dir import Run
@@ -37,12 +39,19 @@ class Prediction(NamedTuple):
     is_confident: bool  # whether the likeliest reaches the threshold fitted on val
     at_most: float | None = None  # the likeliest's probability, where the one above is what it is at least
     prediction_set: list[str] | None = None  # contains the true name at the rate that was asked for; None: no sets
+    strangeness: float | None = None  # above 0: it shows none of the classes; None: that is not known
     unreadable: Sequence[str] = ()  # "path: reason" of a plant's images that could not be opened
     taxa: dict[str, Taxon] = {}  # by level, the deepest first, where a taxonomy is known  # noqa: RUF012
 
     @property
+    def is_none_of_these(self) -> bool:
+        return self.strangeness is not None and self.strangeness > 0
+
+    @property
     def level(self) -> str | None:
-        """The deepest level that is sure: name, genus or family; None: not even that."""
+        """The deepest level that is sure: name, genus or family; None: not even that, or none of the classes."""
+        if self.is_none_of_these:
+            return None
         if self.is_confident:
             return "name"
         return next((level for level, taxon in self.taxa.items() if taxon.is_confident), None)
@@ -57,8 +66,10 @@ def to_json(images: str | Sequence[str], found: Prediction | str, top: int) -> d
     if isinstance(found, str):
         return line | {"error": found}
     likeliest = [{"name": name, "confidence": round(share, 6)} for name, share in found.likeliest[:top]]
-    name = found.likeliest[0][0] if found.is_confident else None
+    name = found.likeliest[0][0] if found.level == "name" else None
     line |= {"name": name, "confidence": likeliest[0]["confidence"], "likeliest": likeliest, "level": found.level}
+    if found.strangeness is not None:
+        line |= {"none_of_these": found.is_none_of_these, "strangeness": round(found.strangeness, 6)}
     line |= {} if found.prediction_set is None else {"set": found.prediction_set}
     for level, taxon in found.taxa.items():
         line[level] = {"name": taxon.name, "confidence": round(taxon.confidence, 6)} if taxon.name else None
@@ -99,16 +110,21 @@ def load_predictor(run: Run) -> "Predictor":
     missing = explain_missing(calibration and calibration._asdict())
     if calibration and calibration.conformal and len(plant.class_names) > MAX_SCORED:
         missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
-    if missing:
-        logger.warning(f"{run.folder}: {missing}")
-    return Predictor(plant, calibration)
+    detector = None
+    if len(plant.class_names) <= MAX_SCORED:
+        detector = load_detector(run.folder, run.describe_weights(), calibration, plant.base.config)
+    for problem in (missing, detector):
+        if isinstance(problem, str):
+            logger.warning(f"{run.folder}: {problem}")
+    return Predictor(plant, calibration, detector if isinstance(detector, Detector) else None)
 
 
 class Predictor:
     """Classifies image files; without a calibration by the model's own confidence, and always confidently."""
 
-    def __init__(self, plant: PlantModel, calibration: Calibration | None):
+    def __init__(self, plant: PlantModel, calibration: Calibration | None, detector: Detector | None = None):
         self.plant = plant
+        self.detector = detector
         self.calibration = calibration
         self._calibration = calibration or Calibration(1.0, 0.0, 0.0, 0)
 
@@ -119,7 +135,7 @@ class Predictor:
         """
         goal = Goal(top, self._calibration.temperature, self._calibration.threshold)
         for result in self._compute(images, goal if len(self.plant.class_names) > MAX_SCORED else None):
-            yield result if isinstance(result, str) else self._decide(result, self._calibration)
+            yield result if isinstance(result, str) else self._answer([result], self._calibration)
 
     def warn_of_fusion(self) -> None:
         """Where answers for several images of a plant are not to be relied on."""
@@ -132,34 +148,42 @@ class Predictor:
         Images that cannot be opened are in its `unreadable`, and the rest is fused. All class names are scored.
         """
         found = list(self._compute(images, None))
-        scores = [result for result in found if not isinstance(result, str)]
+        results = [result for result in found if not isinstance(result, str)]
         reasons = [result for result in found if isinstance(result, str)]
-        if not scores:
+        if not results:
             return "; ".join(reasons)
-        prediction = self._decide(np.mean(scores, axis=0), self._calibration.of_images(len(scores)))
-        return prediction._replace(unreadable=reasons)
+        return self._answer(results, self._calibration.of_images(len(results)))._replace(unreadable=reasons)
 
     def _compute(self, images: Sequence[str | Path], goal: Goal | None) -> Iterator:
-        """For each file in order the scores of all names, with a goal the names Found, or why it cannot be opened."""
+        """For each file in order its Examined, with a goal the names Found, or why it cannot be opened."""
         files = [{"bytes": None, "path": str(image)} for image in images]
         rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
         # Starting workers takes longer than a few images.
         workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
         plant = dataclasses.replace(self.plant, num_workers=workers)
-        batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if goal else plant.score(rows)
+        batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if goal else plant.score(rows, True)
         for results, unreadable in batches:
-            found: dict[int, Found | list[float] | str] = {int(sample.id): result for sample, result in results}
+            found: dict[int, Found | Examined | str] = {int(sample.id): result for sample, result in results}
             for message in unreadable:
                 index, _, reason = message.partition(": ")
                 found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
-    def _decide(self, result: Found | Sequence[float] | np.ndarray, calibration: Calibration) -> Prediction:
+    def _answer(self, results: Sequence, calibration: Calibration) -> Prediction:
+        """For images of one plant, each Examined, or a single one's names Found."""
+        if isinstance(results[0], Found):
+            return self._decide(results[0], calibration)
+        prediction = self._decide(np.mean([result.scores for result in results], axis=0), calibration)
+        return (
+            prediction if self.detector is None else prediction._replace(strangeness=self.detector.find_excess(results))
+        )
+
+    def _decide(self, result: Found | np.ndarray, calibration: Calibration) -> Prediction:
         names, prediction_set, taxa = self.plant.class_names, None, {}
         if isinstance(result, Found):
             order, shares, at_most = result.names, result.low, float(result.high[0])
         else:  # scores of all names
-            probabilities = softmax(np.array(result) / calibration.temperature)
+            probabilities = softmax(result / calibration.temperature)
             order = np.argsort(-probabilities, kind="stable")
             shares, at_most = probabilities[order], None
             sets = find_sets(probabilities[None], calibration.conformal)

@@ -168,9 +168,23 @@ def result_lines(report: dict) -> Iterator[str]:
             f"two images of one {kind}: top-1 {found['pair_top1']:.3f} on {found['pairs']:,} pairs, single "
             f"{found['single_top1']:.3f} | coverage {found['coverage']:.0%}, single {found['single_coverage']:.0%}"
         )
+    yield from trust_lines(report)
     ood, rejected = report["ood"], 1 - report["coverage"]
     if ood:
         kinds = ", ".join(f"{kind} {found['abstention_rate']:.0%} of {found['n']}" for kind, found in ood.items())
         missed = [kind for kind, found in ood.items() if found["abstention_rate"] <= rejected < 1]
         doubt = f" | do not rely on it: {', '.join(missed)} no more than the split's own images" if missed else ""
         yield f'"not sure" of out-of-distribution images: {kinds}{doubt}'
+
+
+def trust_lines(report: dict) -> Iterator[str]:
+    """Which model to use, and how many images of none of the classes are noticed; what was measured of these."""
+    if report["probe"]["linear_top1"] is not None:
+        yield report["probe"]["advice"]
+    answer = report["none_of_these"]
+    if answer["score"]:
+        rates = [
+            f"{rate:.0%} of {report['split'] if source == 'known' else source}"
+            for source, rate in answer["rates"].items()
+        ]
+        yield f'"none of these" ({answer["score"]}, which keeps {answer["kept"]:.0%} of val): {", ".join(rates)}'

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -33,7 +32,7 @@ from config.training_config import RANDOM_MODELS, TrainingConfig
 from data.collator import Batch, PlantCollator, Sample
 from models.base_view import Processor, select_views
 from models.checks import DTYPES, check_adapter, check_model, check_same_base, weights_fingerprint
-from models.features import Examined, compute_tower_features, scale_to_unit
+from models.features import compute_tower_features, examine
 from models.fused_layers import (
     FusedLayer,
     find_obstacle,
@@ -158,30 +157,20 @@ class PlantModel:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def score(self, rows) -> Iterator[tuple[list[tuple[Sample, list[float]]], list[str]]]:
-        """For each batch of rows: the log-probability of every class name, and the unreadable images."""
+    def score(self, rows, with_features: bool = False) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
+        """For each batch of rows: the log-probability of every class name, or Examined, and the unreadable images."""
         tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
         if is_sharded(self.base):  # all ranks compute it or none
             micro_batcher.smallest = micro_batcher.size
 
-        def score(batch: Batch) -> list[list[float]]:
-            return score_batch(self.model, batch, tries, micro_batcher).tolist()
+        def score(batch: Batch) -> list:
+            states: list = []
+            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
+            return examine(self.base, batch, scores, states) if with_features else scores
 
         return self._predict(rows, self.collator, score)
 
-    def examine(self, rows) -> Iterator[tuple[list[tuple[Sample, Examined]], list[str]]]:
-        """As score, each image's scores with its features."""
-        tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
-
-        def examine(batch: Batch) -> list[Examined]:
-            states: list = []
-            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
-            tower = compute_tower_features(self.base, batch)
-            return list(map(Examined, scores, tower, scale_to_unit(np.array(states))))
-
-        return self._predict(rows, self.collator, examine)
-
-    def embed(self, rows) -> Iterator[tuple[list[tuple[Sample, np.ndarray]], list[str]]]:
+    def embed(self, rows) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
         """For each batch of rows: features of the vision tower alone, and the unreadable images."""
         return self._predict(rows, self.collator, functools.partial(compute_tower_features, self.base))
 

@@ -17,7 +17,7 @@ class Examined(NamedTuple):
     """An image with its features, each part of unit length."""
 
     scores: list[float]  # log-probability of every class name
-    tower: np.ndarray  # (2 D,) vision tower: pooled output and mean of the patches; (D,) of a tower that pools nothing
+    tower: np.ndarray  # (2 D,) vision tower: its pooled output, if it has one, else the mean; mean of the patches
     state: np.ndarray  # (width,) language model: last hidden state before the answer
 
 
@@ -25,11 +25,14 @@ class Examined(NamedTuple):
 def compute_tower_features(base: Any, batch: Batch) -> np.ndarray:
     """(B, 2 D) of the base view, an image's first tile: what a classifier on the tower alone would see."""
     output = base.model.vision_tower(batch["pixel_values"][:, 0])
-    patches = output.last_hidden_state.float()
-    parts = [patches.mean(dim=1)]
-    if output.pooler_output is not None:
-        parts.insert(0, output.pooler_output.float())
-    return np.concatenate([scale_to_unit(part.numpy(force=True)) for part in parts], axis=1)
+    mean = output.last_hidden_state.float().mean(dim=1)
+    pooled = mean if output.pooler_output is None else output.pooler_output.float()
+    return np.concatenate([scale_to_unit(part.numpy(force=True)) for part in (pooled, mean)], axis=1)
+
+
+def examine(base: Any, batch: Batch, scores: list[list[float]], states: list[np.ndarray]) -> list[Examined]:
+    """The images of a batch with their scores and last hidden states."""
+    return list(map(Examined, scores, compute_tower_features(base, batch), scale_to_unit(np.array(states))))
 
 
 def scale_to_unit(vectors: np.ndarray) -> np.ndarray:
@@ -49,11 +52,20 @@ def decode(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float32)
 
 
-def _is_encoded(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and len(found := decode(value)) > 0 and bool(np.isfinite(found).all())
-    except ValueError:
-        return False
+def features_schema(config: Any) -> dict[str, Kind]:
+    """Of the encoded features of an image, of a LLaVA-NeXT with this config."""
+    return {name: _encoded(width) for name, width in feature_widths(config).items()}
 
 
-ENCODED = Kind("an encoded vector", _is_encoded)
+def feature_widths(config: Any) -> dict[str, int]:
+    return {"tower": 2 * config.vision_config.hidden_size, "state": config.text_config.hidden_size}
+
+
+def _encoded(width: int) -> Kind:
+    def holds(value: Any) -> bool:
+        try:
+            return isinstance(value, str) and len(found := decode(value)) == width and bool(np.isfinite(found).all())
+        except ValueError:
+            return False
+
+    return Kind(f"{width} encoded numbers", holds)

@@ -9,12 +9,12 @@ from pathlib import Path
 from utils.logging_utils import UserError
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write beside `path`, sync to disk, then replace it. Raises UserError for a folder in its place."""
     draft, _ = beside(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder where a file is to be written; move it, then re-run the same command")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(draft)
     os.replace(draft, path)
     sync(path.parent)

@@ -108,6 +108,8 @@ CALIBRATION |= {"images": integer(1)}
 METHOD = Kind("lac or aps", lambda value: value in ("lac", "aps"))
 CALIBRATION |= {"conformal?": ({"method": METHOD, "target": FRACTION, "quantile": (FRACTION, None)}, None)}
 CALIBRATION |= {"levels?": ({"genus": (FRACTION, None), "family": (FRACTION, None)}, None)}
+OPEN_SET = {"score": NO_TEXT, "threshold": (NUMBER, None), "kept": FRACTION, "missing": NO_TEXT}
+CALIBRATION |= {"open_set?": (OPEN_SET | {"scale": {str: list_of(NUMBER, 2)}}, None)}
 CALIBRATION |= {"pairs?": (dict(CALIBRATION), None)}
 SETS = {"method": (METHOD, None), "target": FRACTION, "coverage_interval": (list_of(FRACTION, 2), None)}
 SETS |= {"coverage": (FRACTION, None), "mean_size": (number(0), None)}
@@ -115,6 +117,13 @@ HIERARCHY: dict = dict.fromkeys(("rejected", "accepted", "correct"), COUNT) | {"
 HIERARCHY |= {"precision": (FRACTION, None)}
 HIERARCHY |= dict.fromkeys(("share_interval", "precision_interval"), (list_of(FRACTION, 2), None))
 HIERARCHY |= dict.fromkeys(("genus", "family"), dict.fromkeys(("taxa", "classes", "accepted", "correct"), COUNT))
+PROBE = {"advice": TEXT, "tower_is_trained?": BOOL, "seconds": (number(0), None)}
+PROBE |= {
+    f"{name}_{key}?": (FRACTION, None) for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")
+}
+PROBE |= dict.fromkeys(("train_images?", "of_train_images?"), COUNT)
+NONE_OF_THESE = {"score": NO_TEXT, "missing": NO_TEXT, "threshold?": (NUMBER, None), "kept?": FRACTION}
+NONE_OF_THESE |= {"rates?": {str: FRACTION}}
 TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accuracy": (FRACTION, None)}
 TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
 TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(number(-2, 2), 2), None)}
@@ -141,6 +150,9 @@ REPORT = {
     "conformal?": (SETS, None),
     "hierarchy?": (HIERARCHY, None),
     "together?": ({str: TOGETHER}, None),
+    "probe?": PROBE,
+    "none_of_these?": NONE_OF_THESE,
+    "open_set?": [{"source": TEXT, "score": TEXT, "n": COUNT, **dict.fromkeys(("auroc", "fpr95"), FRACTION)}],
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],
     "per_class": {str: {"n": COUNT, "top1": FRACTION, **dict.fromkeys(("precision?", "f1?"), FRACTION)}},

@@ -343,8 +343,8 @@ def score_singly(rank: int, unreadable: str, faulty: str = "") -> None:
     score = PlantModel.score
     evaluator.SAMPLES_PER_GATHER = 2
 
-    def score_one_at_a_time(self, rows):
-        for scores, skipped in score(dataclasses.replace(self, eval_batch_size=1, num_workers=0), rows):
+    def score_one_at_a_time(self, rows, **options):
+        for scores, skipped in score(dataclasses.replace(self, eval_batch_size=1, num_workers=0), rows, **options):
             (sample,) = [sample.id for sample, _ in scores]
             if sample == faulty:
                 raise OSError("no such image")
@@ -404,10 +404,10 @@ def interrupt_scoring(rank: int) -> None:
 
     score = PlantModel.score
 
-    def interrupted(self, rows):
+    def interrupted(self, rows, **options):
         if rank == 1:
             raise KeyboardInterrupt
-        yield from score(self, rows)
+        yield from score(self, rows, **options)
 
     PlantModel.score = interrupted
 

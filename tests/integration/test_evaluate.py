@@ -3,12 +3,16 @@
 import functools
 import json
 import shutil
+import subprocess
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 import evaluate
 import train
+from config.cli import parse_config
+from runtime.run_dir import Run, changed_fields
 from runtime.run_files import ANY, read_entries
 from tests.conftest import TINY, run_printed
 
@@ -20,10 +24,12 @@ run = functools.partial(run_printed, evaluate.main)
 
 def test_a_run_is_scored_as_its_training_said(trained, capsys):
     at_training = json.loads((trained / "eval_val.json").read_text())
+    assert at_training["probe"].pop("seconds") > 0
     (trained / "eval_val.scores.jsonl").unlink()
     status, log = run(capsys, "one", *FAST)
     report = json.loads((trained / "eval_val.json").read_text())
     assert status == 0 and "result | val | top-1" in log and "20 images of val" in log
+    assert report["probe"].pop("seconds") > 0
     same = set(report) - {"images_per_s"}
     assert {name: report[name] for name in same} == {name: at_training[name] for name in same}
     assert report["adapter"].startswith("step 6, manifest ") and report["commit"] is None
@@ -91,6 +97,38 @@ def test_a_base_model_on_other_images_takes_no_folder_of_another(here, small_spl
     root = image_folder({"oak": 10, "ash": 10})
     status, log = run(capsys, "--preset", "tiny", "--dataset", str(root), *FAST)
     assert status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in log and "use another --output-dir" in log
+
+
+def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, capsys, monkeypatch):
+    """Each draw by a process with the run's options, whose place a run made before takes; then the means."""
+    held, started = train_once("--holdout-classes", "3").folder, []
+
+    def start(command):
+        started.append(parse_config(command[2:]))
+        shutil.copytree(held, started[-1].output_dir)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("evaluation.holdout.DRAWS", 2)
+    monkeypatch.setattr("evaluation.holdout.subprocess.run", start)
+    status, log = run(capsys, "one", "--holdout-classes", "3", *FAST)
+    assert status == 0 and "trained 2 times anew, each time without 3 of its classes" in log
+    config = Run.load(trained).config
+    for seed, draw in enumerate(started):
+        folder = f"one/holdout-3/draw-{seed}"
+        assert changed_fields(draw, replace(config, seed=seed, holdout_classes=3)) == [] and draw.output_dir == folder
+        report = json.loads((here / folder / "eval_val.json").read_text())
+        assert report["ood"]["held-out classes"]["n"] in range(24, 30)  # 88 images of ten classes
+        assert {row["source"] for row in report["open_set"]} == {"noise", "plain", "stripes", "held-out classes"}
+        assert report["none_of_these"]["missing"].startswith("14 images of 7 classes in val are too few")
+    means = json.loads((here / "one" / "open_set_val.json").read_text())
+    assert {"confidence", "log_mass", "tower_knn", "state_mahalanobis"} <= {row["score"] for row in means}
+    assert [row["auroc"] for row in means] == sorted((row["auroc"] for row in means), reverse=True)
+    assert all(row["auroc"] == pytest.approx(sum(row["aurocs"]) / 2) for row in means)
+    status, log = run(capsys, "one/holdout-3/draw-0", "--holdout-classes", "2", *FAST)
+    assert status == 1 and "was trained without 3 classes already; evaluate it without --holdout-classes" in log
+    monkeypatch.setattr("evaluation.holdout.subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
+    status, log = run(capsys, "one", "--holdout-classes", "4", *FAST)
+    assert status == 1 and "one/holdout-4/draw-0: its training did not end well, the lines above say why; re-run" in log
 
 
 def other_weights(folder):

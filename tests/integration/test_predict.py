@@ -211,6 +211,8 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
         "set",
         "genus",
         "family",
+        "none_of_these",
+        "strangeness",
     }
 
 
@@ -450,3 +452,35 @@ def test_the_genus_is_named_where_the_class_is_not_sure(trained, images, capsys)
     set_threshold(trained, 0.0, taxonomy={"genus": ["x"], "family": ["y"]})
     status, _, err = run(capsys, "one", "images/00.png", *FAST)
     assert status == 1 and "its taxonomy is not of the run's classes; make it again: python evaluate.py one" in err
+
+
+def test_none_of_these_is_kept_apart_from_not_sure(trained, images, capsys):
+    """And it lasts as long as the features of the train images that it was fitted with."""
+    path = trained / "calibration.json"
+    saved = json.loads(path.read_text())
+
+    def answer(threshold, *flags):
+        path.write_text(json.dumps(saved | {"open_set": saved["open_set"] | {"threshold": threshold}}))
+        status, out, err = run(capsys, "one", "images/00.png", "images/01.png", *flags, *FAST)
+        assert status == 0
+        return out.splitlines(), err
+
+    lines, _ = answer(-1e9)
+    assert all(": none of these (nearest: " in line for line in lines)
+    found = json.loads(answer(-1e9, "--json")[0][0])
+    assert (found["none_of_these"], found["name"], found["level"]) == (True, None, None) and found["strangeness"] > 0
+    assert "none of these (nearest: " in answer(-1e9, "--together")[0][0]
+    lines, err = answer(1e9)
+    assert not any("none of these" in line for line in lines + [err])
+    assert json.loads(answer(1e9, "--json")[0][0])["none_of_these"] is False
+    scores = saved["open_set"] | {"score": "knn"}
+    path.write_text(json.dumps(saved | {"open_set": scores}))
+    status, _, err = run(capsys, "one", "images/00.png", *FAST)
+    assert status == 1 and "calibration.json: 'knn' is no open-set score; make it again: python evaluate.py one" in err
+    (trained / "reference.safetensors").write_bytes(b"torn")
+    lines, err = answer(-1e9)
+    assert 'no "none of these": reference.safetensors is missing, corrupted or of other weights; make it again' in err
+    assert not any("none of these" in line for line in lines)
+    path.write_text(json.dumps({key: value for key, value in saved.items() if key != "open_set"}))
+    _, out, err = run(capsys, "one", "images/00.png", "--json", *FAST)
+    assert "none_of_these" not in json.loads(out) and "none of these" not in err  # a run of an earlier version

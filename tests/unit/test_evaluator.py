@@ -16,9 +16,10 @@ from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
 from evaluation.conformal import find_sets
-from evaluation.evaluator import Evaluator, Method, read_calibration, read_correct
+from evaluation.evaluator import Evaluator, Method
 from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
 from evaluation.report import result_lines
+from evaluation.results import read_calibration, read_correct
 from models.builder import PlantModel
 from runtime.atomic import replace_dir
 from runtime.checkpoint import write_manifest

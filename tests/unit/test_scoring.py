@@ -14,7 +14,7 @@ from data.collator import PlantCollator
 from data.dataset import ROW
 from data.oxford_flowers import CLASS_NAMES
 from models.builder import PlantModel, build_base, build_processor, set_trainable
-from models.features import ENCODED, decode, encode, scale_to_unit
+from models.features import decode, encode, features_schema, scale_to_unit
 from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher
 from models.scoring import score_batch
@@ -216,7 +216,7 @@ def test_unreadable_images_are_skipped_and_reported(tiny):
 def test_features_come_with_the_same_scores_and_survive_a_cache(tiny):
     rows, plant = Dataset.from_list(tiny.rows(5), features=ROW), plant_of(tiny, eval_batch_size=3)
     scores = {sample.id: values for found, _ in plant.score(rows) for sample, values in found}
-    examined = {sample.id: found for batch, _ in plant.examine(rows) for sample, found in batch}
+    examined = {sample.id: found for batch, _ in plant.score(rows, with_features=True) for sample, found in batch}
     towers = {sample.id: found for batch, _ in plant.embed(rows) for sample, found in batch}
     assert {image: found.scores for image, found in examined.items()} == scores
     for image, found in examined.items():
@@ -227,8 +227,9 @@ def test_features_come_with_the_same_scores_and_survive_a_cache(tiny):
     row = tiny.collator([tiny.rows(1)[0]])
     pooled = plant.model.model.vision_tower(row["pixel_values"][:, 0]).pooler_output.detach().numpy()
     np.testing.assert_allclose(towers[row.samples[0].id][:96], scale_to_unit(pooled)[0], atol=1e-5)
-    bad = [encode(np.array([np.nan])), "AAA", "not base64!", "", 7]
-    assert not any(ENCODED.holds(value) for value in bad)
+    state = features_schema(plant.base.config)["state"]
+    bad = [encode(np.full(96, np.nan)), encode(np.zeros(95)), "AAA", "not base64!", "", 7]
+    assert state.holds(encode(np.zeros(96))) and not any(state.holds(value) for value in bad)
 
 
 def replies(tiny, rows, batch_size):

@@ -1,0 +1,179 @@
+"""Images of none of the classes: scores that set them apart from val's, side by side, and a threshold for one score.
+
+The higher, the less an image is like the known ones. `confidence` is minus the likeliest name's probability, `log_mass`
+minus the log-probability that the reply is any of the names. On features of the vision tower and of the language model,
+each reduced to the principal directions of some train images: `knn`, the cosine distance to the nearest of these (Sun
+et al. 2022); `mahalanobis`, the least distance to a class's mean, less that to the mean of all, each by its own
+covariance (Ren et al. 2021). A sum is of scores in standard deviations of val.
+
+The score that decides is chosen by leave-class-out: names and train images of a fifth of the classes are taken away,
+and val's images of these are to be set apart from the rest. The model did learn these classes: their names have the
+mass that is then missing, which is why `log_mass` is not chosen from.
+
+Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from scipy.special import softmax
+from scipy.stats import rankdata
+
+from evaluation.metrics import SplitScores
+
+PRINCIPAL, SHRINKAGE = 128, 0.1  # directions; share of a covariance that is made the same in all (docs/LOG.md)
+KEPT = 0.95  # share of val that the threshold keeps
+FOLDS, MIN_CLASSES, MIN_IMAGES = 5, 4, 20  # of leave-class-out; of val, below which nothing is chosen
+SPACES = ("tower", "state")
+SCORES = {"confidence", "log_mass", *(f"{space}_{kind}" for space in SPACES for kind in ("knn", "mahalanobis"))}
+SUMS: list[tuple[str, ...]] = [("confidence", f"{space}_{kind}") for space in SPACES for kind in ("knn", "mahalanobis")]
+SUMS.append(("confidence", "tower_mahalanobis", "state_mahalanobis"))
+
+
+class OpenSet(TypedDict):
+    """What was fitted on val; without a score, `missing` says why."""
+
+    score: str | None  # names of scores, joined by " + "
+    threshold: float | None  # above it an image is of none of the classes
+    kept: float  # share of val at or below it
+    scale: dict[str, list[float]]  # mean and standard deviation of each score on val
+    missing: str | None
+
+
+class Space(NamedTuple):
+    """Train images in the principal directions of their features."""
+
+    center: np.ndarray  # (D,)
+    axes: np.ndarray  # (D, P)
+    points: np.ndarray  # (m, P)
+    labels: np.ndarray  # (m,)
+
+
+def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
+    """Of features (m, D) and labels (m,)."""
+    features = features.astype(np.float64)
+    center = features.mean(axis=0)
+    centered = features - center
+    # The smaller of the two products has the same eigenvalues.
+    is_wide = centered.shape[0] < centered.shape[1]
+    values, vectors = np.linalg.eigh(centered @ centered.T if is_wide else centered.T @ centered)
+    kept = values > 1e-9 * values[-1]
+    values, vectors = values[kept][: -PRINCIPAL - 1 : -1], vectors[:, kept][:, : -PRINCIPAL - 1 : -1]
+    axes = centered.T @ vectors / np.sqrt(values) if is_wide else vectors
+    return Space(center, axes, centered @ axes, labels)
+
+
+def measure_strangeness(
+    split: SplitScores, spaces: Mapping[str, Space], temperature: float, classes: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """{score: (n,)} of images, as if only these `classes` (sorted) were known; None: all are."""
+    known = np.arange(split.scores.shape[1]) if classes is None else classes
+    found = {"confidence": -softmax(split.scores[:, known] / temperature, axis=1).max(axis=1)}
+    if classes is None and "log_mass" in split.features:
+        found["log_mass"] = -split.features["log_mass"]
+    for name, space in spaces.items():
+        points = (split.features[name] - space.center) @ space.axes
+        is_known = np.isin(space.labels, known)
+        found[f"{name}_knn"] = _nearest(points, space.points[is_known])
+        found[f"{name}_mahalanobis"] = _relative_mahalanobis(points, space.points[is_known], space.labels[is_known])
+    return found
+
+
+def _nearest(points: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    return 1 - (unit(points) @ unit(references).T).max(axis=1)
+
+
+def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    classes, index = np.unique(labels, return_inverse=True)
+    means = np.stack([references[labels == label].mean(axis=0) for label in classes])
+
+    def whitening(residuals: np.ndarray) -> np.ndarray:
+        covariance = residuals.T @ residuals / len(residuals)
+        spread = np.trace(covariance) / len(covariance) + 1e-12
+        covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * spread * np.eye(len(covariance))
+        return np.linalg.cholesky(np.linalg.inv(covariance))
+
+    by_class, by_all = whitening(references - means[index]), whitening(references - references.mean(axis=0))
+    whitened, centers = points @ by_class, means @ by_class
+    distances = (whitened**2).sum(axis=1)[:, None] - 2 * whitened @ centers.T + (centers**2).sum(axis=1)
+    return distances.min(axis=1) - (((points - references.mean(axis=0)) @ by_all) ** 2).sum(axis=1)
+
+
+# ---- choice and threshold
+
+
+def fit_open_set(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> OpenSet:
+    """The score that is best at classes taken away, and the threshold that keeps 95 % of val; or why there is none."""
+    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None)
+    classes = np.unique(val.labels)
+    strangeness = measure_strangeness(val, spaces, temperature)
+    fitted["scale"] = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}
+    if len(classes) < MIN_CLASSES or len(val.labels) < MIN_IMAGES:
+        found = f"{len(val.labels)} images of {len(classes)} classes in val"
+        fitted["missing"] = f"{found} are too few; {MIN_IMAGES} of {MIN_CLASSES} are needed"
+        return fitted
+    aurocs = leave_classes_out(val, spaces, temperature)
+    chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first, the simplest
+    values = combine(strangeness, fitted["scale"])[chosen]
+    fitted["threshold"] = float(np.quantile(values, KEPT, method="higher"))
+    return fitted
+
+
+def combine(strangeness: Mapping[str, np.ndarray], scale: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    """The scores, and the means of several, each less its mean and in standard deviations, which are `scale`."""
+
+    def standardize(name: str) -> np.ndarray:
+        mean, deviation = scale[name]
+        return (strangeness[name] - mean) / max(deviation, 1e-9)
+
+    there = [names for names in SUMS if strangeness.keys() >= set(names)]
+    return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in there}
+
+
+def leave_classes_out(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> dict[str, float]:
+    """{score: mean AUROC} of val's images of a fifth of the classes, taken away, against the rest; five times."""
+    classes = np.random.default_rng(0).permutation(val.scores.shape[1])
+    found: dict[str, list[float]] = {}
+    for fold in range(FOLDS):
+        known = np.sort(np.delete(classes, np.s_[fold::FOLDS]))
+        is_known = np.isin(val.labels, known)
+        if is_known.all() or not is_known.any():
+            continue
+        strangeness = measure_strangeness(val, spaces, temperature, known)
+        scale = {name: (each[is_known].mean(), each[is_known].std()) for name, each in strangeness.items()}
+        for name, each in combine(strangeness, scale).items():
+            found.setdefault(name, []).append(measure_auroc(each[is_known], each[~is_known]))
+    return {name: float(np.mean(each)) for name, each in found.items()}
+
+
+# ---- how well
+
+
+def measure_auroc(known: np.ndarray, strange: np.ndarray) -> float:
+    """The chance that a strange image scores higher than a known one; of equal scores one half."""
+    ranks = rankdata(np.concatenate([strange, known]))[: len(strange)]
+    return float((ranks.mean() - (len(strange) + 1) / 2) / len(known))
+
+
+def measure_fpr(known: np.ndarray, strange: np.ndarray) -> float:
+    """The share of strange images at or below the threshold that keeps 95 % of the known."""
+    return float((strange <= np.quantile(known, KEPT, method="higher")).mean())
+
+
+def tabulate(known: Mapping[str, np.ndarray], others: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
+    """A row {"source", "score", "auroc", "fpr95", "n"} for each kind of other images and each score."""
+    return [
+        {
+            "source": source,
+            "score": name,
+            "auroc": measure_auroc(known[name], strange[name]),
+            "fpr95": measure_fpr(known[name], strange[name]),
+            "n": len(strange[name]),
+        }
+        for source, strange in others.items()
+        for name in known
+    ]

@@ -1,0 +1,108 @@
+"""What a much cheaper model reaches: a linear probe and 5-NN on the run's own vision tower, without its language model.
+
+Fitted on the train images, or a sample of each class. What is free is chosen on val: the L2 strength, and which half of
+the tower's features (models/features.py).
+
+Shapes: n images, m train images, C classes, D width of half the features.
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch.nn.functional import cross_entropy
+
+from evaluation.metrics import SplitScores, mcnemar, measure_accuracy
+
+STRENGTHS = (1e-2, 1e-3, 1e-4)  # L2, for features of unit variance; each fit begins where the last one ended
+MAX_STEPS, NEIGHBORS = 100, 5  # of L-BFGS; that vote
+SIGNIFICANCE = 0.05
+METRICS = ("top1", "top5", "mean_per_class")
+
+
+class TrainFeatures(NamedTuple):
+    """Of the vision tower, for a sample of the train images."""
+
+    features: np.ndarray  # (m, 2 D)
+    labels: np.ndarray  # (m,)
+    images: int  # of train, of which these are a sample
+    seconds: float  # that the tower took
+
+
+def measure_probe(train: TrainFeatures, val: SplitScores | None, split: SplitScores, device: torch.device) -> dict:
+    """Accuracies on a split, seconds, and a sentence on which to use; without val the middle strength is taken."""
+    began, classes = time.perf_counter(), split.scores.shape[1]
+    half = train.features.shape[1] // 2
+    halves = [slice(0, half), slice(half, 2 * half)]
+
+    def neighbors(images: SplitScores, part: slice) -> np.ndarray:
+        return vote(train.features[:, part], train.labels, images.features["tower"][:, part], classes)
+
+    def top1(scores: np.ndarray) -> float:
+        return 0.0 if val is None else float((scores.argmax(axis=1) == val.labels).mean())
+
+    part = halves[0] if val is None else max(halves, key=lambda half: top1(neighbors(val, half)))
+    center, spread = train.features[:, part].mean(axis=0), train.features[:, part].std() + 1e-12
+
+    def prepare(features: np.ndarray) -> np.ndarray:
+        return np.insert((features[:, part] - center) / spread, 0, 1, axis=1)  # the first weighs the bias
+
+    weights, fits = np.zeros((half + 1, classes)), []
+    for strength in STRENGTHS if val is not None else STRENGTHS[1:2]:
+        weights = fit_linear(prepare(train.features), train.labels, weights, strength, device)
+        fits.append((0.0 if val is None else top1(prepare(val.features["tower"]) @ weights), strength, weights))
+    _, strength, weights = max(fits, key=lambda fit: fit[0])  # of equals the first, the strongest
+    linear = SplitScores(split.ids, split.labels, prepare(split.features["tower"]) @ weights)
+    found: dict = {"features": "pooled" if part == halves[0] else "mean of patches", "strength": strength}
+    for name, scores in (("linear", linear.scores), ("knn", neighbors(split, part))):
+        measured = measure_accuracy(scores, split.labels)
+        found |= {f"{name}_{metric}": measured[metric] for metric in METRICS}
+    found |= {"train_images": len(train.labels), "of_train_images": train.images}
+    found["seconds"] = round(train.seconds + time.perf_counter() - began, 1)
+    return found | compare(split, linear)
+
+
+def compare(model: SplitScores, probe: SplitScores) -> dict:
+    """McNemar's test of model and linear probe on the same images, and what follows from it in a sentence."""
+    test = mcnemar(model.correct.tolist(), probe.correct.tolist())
+    measured = (
+        f"{test['first']:.1%} of {test['n']:,} images right, a linear probe on its vision tower {test['second']:.1%}"
+    )
+    measured += f" (p = {test['p']:.2g}, McNemar's exact test)"
+    if test["p"] >= SIGNIFICANCE:
+        return {"p": test["p"], "advice": f"no clear difference: the model has {measured}; the probe is far cheaper"}
+    is_better = test["first"] > test["second"]
+    use = "use the model" if is_better else "use the probe, a plain image classifier, and not this model"
+    return {"p": test["p"], "advice": f"{use}: the model has {measured}"}
+
+
+def vote(train: np.ndarray, labels: np.ndarray, images: np.ndarray, classes: int) -> np.ndarray:
+    """(n, C): cosine similarities of an image's nearest neighbors, summed by class; other classes by their nearest."""
+    near = images @ train.T  # (n, m), of features of unit length
+    top = np.argsort(-near, axis=1, kind="stable")[:, :NEIGHBORS]
+    found = np.full((len(images), classes), -np.inf)
+    order = np.argsort(labels, kind="stable")
+    there, starts = np.unique(labels[order], return_index=True)
+    found[:, there] = np.maximum.reduceat(near[:, order], starts, axis=1) - 2  # below 0, where all votes are above
+    rows = np.repeat(np.arange(len(images)), top.shape[1])
+    votes = np.zeros_like(found)
+    np.add.at(votes, (rows, labels[top].ravel()), 1 + np.take_along_axis(near, top, axis=1).ravel())
+    return np.where(votes > 0, votes, found)
+
+
+def fit_linear(
+    features: np.ndarray, labels: np.ndarray, start: np.ndarray, strength: float, device: torch.device
+) -> np.ndarray:
+    """(1 + D, C) weights of multinomial logistic regression on features (m, 1 + D), whose first column is 1."""
+    inputs, targets = torch.from_numpy(features).to(device, torch.float32), torch.from_numpy(labels).to(device)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat.reshape(start.shape)).to(device, torch.float32).requires_grad_()
+        loss = cross_entropy(inputs @ weights, targets) + strength / 2 * weights[1:].square().sum()
+        (gradient,) = torch.autograd.grad(loss, weights)
+        return loss.item(), gradient.double().numpy(force=True).ravel()
+
+    fitted = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS})
+    return fitted.x.reshape(start.shape)

@@ -1,0 +1,119 @@
+"""Features of some train images, with which those of other images are compared; kept in the run directory."""
+
+import functools
+import hashlib
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from data.dataset import PlantData
+from data.streaming import Stream
+from evaluation.open_set import SPACES, Space, build_space
+from runtime.atomic import write_file
+from runtime.run_files import ANY, BOOL, COUNT, TEXT, number, validate
+
+if TYPE_CHECKING:
+    from evaluation.evaluator import Evaluator
+
+REFERENCE_FILE = "reference.safetensors"
+# Train images whose features are computed, in all and of each class: by the tower, which is fast, and by all the model.
+MANY, FEW = {"tower": 1000, "state": 500}, {"tower": 10, "state": 1}
+MOST = {"tower": 1000, "state": 20}
+FACTS = {"scored": {str: ANY}, "ids": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL}
+
+
+class Reference(NamedTuple):
+    """Features of train images by space; half precision is what they are kept in."""
+
+    features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
+    labels: dict[str, np.ndarray]  # {space: (m,)}
+    facts: dict  # the evaluator's, a hash of the images, how many there are in train, seconds of the tower
+
+
+def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference | str:
+    """That of the run directory, if it is of these weights and images, or a new one; or why there is none.
+
+    All ranks call it; rank 0 alone gets a reference.
+    """
+    if data is None:
+        return "no train images were given"
+    if isinstance(data.train, Stream):
+        return "the train images are streamed, so none are at hand"
+    samples = {space: sample_by_class(data.train, len(data.class_names), space) for space in SPACES}
+    ids = hashlib.sha256(json.dumps([list(rows["id"]) for rows in samples.values()]).encode()).hexdigest()
+    path, found = evaluator.folder / REFERENCE_FILE, None
+    if evaluator.dist.is_main_process and (found := read_reference(path)) is not None:
+        is_same = (found.facts["scored"], found.facts["ids"]) == (evaluator.facts, ids)
+        found = found if is_same else None
+    if any(evaluator.dist.gather_object([found is not None])):
+        return found or "rank 0 has it"
+    towers, states = {}, {}
+    began = time.perf_counter()
+    examine = functools.partial(evaluator.plant.score, with_features=True)
+    for sample, found in evaluator.distribute(examine, samples["state"]):
+        towers[sample.id], states[sample.id] = (sample.label, found.tower), (sample.label, found.state)
+    seconds, done = time.perf_counter() - began, set(samples["state"]["id"])
+    rest = samples["tower"].select([at for at, image in enumerate(samples["tower"]["id"]) if image not in done])
+    if len(rest):
+        began = time.perf_counter()
+        for sample, tower in evaluator.distribute(evaluator.plant.embed, rest):
+            towers[sample.id] = sample.label, tower
+        seconds = (time.perf_counter() - began) * len(towers) / len(rest)  # as if the tower alone had seen all
+    entries = {"tower": towers, "state": states}
+    if not all(entries.values()):
+        return "no train image can be opened"
+    ordered = {space: [found[image] for image in sorted(found)] for space, found in entries.items()}
+    features = {space: np.stack([each for _, each in found]).astype(np.float16) for space, found in ordered.items()}
+    labels = {space: np.array([label for label, _ in found]) for space, found in ordered.items()}
+    facts = {"scored": evaluator.facts, "ids": ids, "images": len(data.train), "seconds": round(seconds, 2)}
+    tower = evaluator.plant.base.model.vision_tower
+    facts["tower_is_trained"] = any(parameter.requires_grad for parameter in tower.parameters())
+    reference = Reference(features, labels, facts)
+    if evaluator.dist.is_main_process:
+        write_reference(path, reference)
+    return reference
+
+
+def sample_by_class(rows: Dataset, classes: int, space: str) -> Dataset:
+    """So many images of each class, evenly spaced, that all are about MANY, in the order of the rows."""
+    count = min(max(MANY[space] // classes, FEW[space]), MOST[space])
+    by_class = defaultdict(list)
+    for index, label in enumerate(rows["label"][:]):
+        by_class[label].append(index)
+    return rows.select(sorted(index for found in by_class.values() for index in found[:: -(-len(found) // count)]))
+
+
+def build_spaces(reference: Reference) -> dict[str, Space]:
+    return {space: build_space(reference.features[space], reference.labels[space]) for space in SPACES}
+
+
+def write_reference(path: Path, reference: Reference) -> None:
+    tensors = {f"{space}.features": reference.features[space] for space in SPACES}
+    tensors |= {f"{space}.labels": reference.labels[space] for space in SPACES}
+    write_file(path, save(tensors, metadata={"facts": json.dumps(reference.facts)}))
+
+
+def read_reference(path: Path) -> Reference | None:
+    """None where there is none, or none that can be used."""
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = validate(json.loads((file.metadata() or {})["facts"]), FACTS)
+            parts = [{space: file.get_tensor(f"{space}.{part}") for space in SPACES} for part in ("features", "labels")]
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    features, labels = parts
+    is_whole = all(
+        features[space].ndim == 2
+        and labels[space].shape == features[space].shape[:1] != (0,)
+        and labels[space].dtype.kind == "i"
+        and np.isfinite(features[space]).all()
+        for space in SPACES
+    )
+    return Reference(features, labels, facts) if is_whole else None

@@ -1,0 +1,43 @@
+"""What an evaluation left in a run directory, read again: the calibration, and scores by image."""
+
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.metrics import Calibration
+from runtime.run_dir import Run
+from runtime.run_files import SAVED_CALIBRATION, integer, list_of, number, read_entries, read_json
+from utils.logging_utils import UserError
+
+CALIBRATION_FILE = "calibration.json"
+
+
+def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
+    """What was fitted on val for these weights, or None. Raises UserError for a file that cannot be read."""
+    path = folder / CALIBRATION_FILE
+    try:
+        saved = read_json(path, SAVED_CALIBRATION)
+        scored = saved.pop("scored")
+        return Calibration(**saved) if scored["adapter"] == adapter else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        move = f"delete it, and make it again: python evaluate.py {folder}"
+        raise UserError(f"{path}: cannot be used ({error}); {move}") from error
+
+
+def scores_schema(classes: int) -> dict:
+    """Of the entry of an image in a cache of scores."""
+    return {"label": integer(0, classes - 1), "scores": list_of(number(), classes)}
+
+
+def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
+    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
+    path = run.folder / f"eval_{split}.scores.jsonl"
+    facts, entries = read_entries(path, scores_schema(len(run.class_names)))
+    again = f"python evaluate.py {run.folder} --split {split}"
+    if facts is None or not entries:
+        raise UserError(f"{path}: no scores yet; make them first: {again}")
+    if facts.get("adapter") != run.describe_weights():
+        raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
+    return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

@@ -1,0 +1,195 @@
+"""Scores that tell images of none of the classes: on features whose truth is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.metrics import SplitScores
+from evaluation.open_set import (
+    KEPT,
+    build_space,
+    combine,
+    fit_open_set,
+    leave_classes_out,
+    measure_auroc,
+    measure_fpr,
+    measure_strangeness,
+    tabulate,
+)
+from evaluation.probe import TrainFeatures, compare, fit_linear, measure_probe, vote
+from evaluation.trust import Detector
+from models.features import Examined, scale_to_unit
+
+CLASSES, WIDTH = 12, 40
+CPU = torch.device("cpu")
+
+
+def make_features(labels, spread=0.35, seed=0, place=0):
+    """Clusters around a random center for each label; centers from `place` on are of other classes."""
+    centers = np.random.default_rng(7).normal(size=(60, WIDTH))
+    noise = np.random.default_rng(seed).normal(size=(len(labels), WIDTH))
+    return scale_to_unit(centers[np.asarray(labels) + place] + spread * noise).astype("f4")
+
+
+def make_split(images=240, seed=1, place=0, tower=0.35, state=3.0, margin=4.0):
+    """Names lead by as much for other plants as for known ones; the tower's features differ, the state's do not."""
+    labels = np.arange(images) % CLASSES
+    scores = np.random.default_rng(seed).normal(size=(images, CLASSES))
+    scores[np.arange(images), labels] += margin
+    features = {
+        "tower": make_features(labels, tower, seed, place),
+        "state": make_features(labels, state, seed + 1, place),
+    }
+    return SplitScores([f"{seed}-{index}" for index in range(images)], labels, scores, features=features)
+
+
+@pytest.fixture(scope="module")
+def spaces():
+    train = make_split(360, seed=5)
+    return {name: build_space(train.features[name], train.labels) for name in ("tower", "state")}
+
+
+def test_auroc_and_fpr_are_those_of_their_definition():
+    known, strange = np.array([0.0, 1, 2, 3]), np.array([1.0, 5, 2.5])
+    pairs = [(a > b) + 0.5 * (a == b) for a in strange for b in known]
+    assert measure_auroc(known, strange) == pytest.approx(np.mean(pairs))
+    known = np.arange(100.0)
+    assert measure_fpr(known, np.array([94.5, 95.0, 95.5, 200])) == 0.5  # 95 % of known are at or below 95
+    assert measure_auroc(known, known) == 0.5 and measure_auroc(known, known + 1000) == 1
+
+
+def test_principal_directions_keep_what_differs():
+    features = make_features(np.arange(300) % CLASSES)
+    for some in (features, features[:30]):  # more images than directions, and fewer
+        space = build_space(some, np.zeros(len(some), int))
+        np.testing.assert_allclose(space.axes.T @ space.axes, np.eye(space.axes.shape[1]), atol=1e-6)
+        np.testing.assert_allclose(space.points @ space.axes.T + space.center, some, atol=1e-5)
+    wide = build_space(np.random.default_rng(0).normal(size=(300, 200)), np.zeros(300, int))
+    assert wide.axes.shape == (200, 128) and np.all(np.diff(wide.points.var(axis=0)) <= 1e-9)
+
+
+def test_relative_mahalanobis_is_that_of_the_formula(spaces):
+    split, space = make_split(5), spaces["tower"]
+    found = measure_strangeness(split, {"tower": space}, 1.0)["tower_mahalanobis"]
+
+    def inverse(residuals):
+        covariance = residuals.T @ residuals / len(residuals)
+        size = len(covariance)
+        return np.linalg.inv(0.9 * covariance + 0.1 * np.trace(covariance) / size * np.eye(size))
+
+    means = {label: space.points[space.labels == label].mean(axis=0) for label in range(CLASSES)}
+    by_class = inverse(space.points - np.stack([means[label] for label in space.labels]))
+    by_all = inverse(space.points - space.points.mean(axis=0))
+    for image, value in zip(split.features["tower"], found):
+        point = (image - space.center) @ space.axes
+        least = min((point - mean) @ by_class @ (point - mean) for mean in means.values())
+        assert value == pytest.approx(least - point @ by_all @ point, rel=1e-6)
+
+
+def test_other_plants_are_set_apart_by_the_features_that_differ(spaces):
+    val, test, others = make_split(), make_split(seed=3), make_split(seed=4, place=30)
+    fitted = fit_open_set(val, spaces, 1.0)
+    assert "tower" in fitted["score"] and fitted["missing"] is None
+    detector = Detector(dict(fitted), spaces, 1.0)
+    rows = {row["score"]: row for row in tabulate(detector.measure(test), {"others": detector.measure(others)})}
+    assert rows["tower_mahalanobis"]["auroc"] > 0.95 and rows["tower_mahalanobis"]["fpr95"] < 0.2
+    assert 0.4 < rows["confidence"]["auroc"] < 0.6 and rows["confidence"]["fpr95"] > 0.8
+    assert {row["n"] for row in rows.values()} == {240} and rows[fitted["score"]]["auroc"] > 0.9
+    known = detector.measure(val)[fitted["score"]]
+    assert (known <= fitted["threshold"]).mean() == pytest.approx(KEPT, abs=2 / 240)
+    kept = (detector.measure(test)[fitted["score"]] <= fitted["threshold"]).mean()
+    assert kept == pytest.approx(KEPT, abs=0.04)
+
+
+def test_confidence_alone_is_chosen_where_features_say_nothing(spaces):
+    val = make_split(margin=2.5)
+    val = val._replace(features={name: make_features(np.zeros(240, int), 9.0, 8) for name in ("tower", "state")})
+    aurocs = leave_classes_out(val, spaces, 1.0)
+    assert fit_open_set(val, spaces, 1.0)["score"] == "confidence" and aurocs["confidence"] > 0.6
+    assert "log_mass" not in aurocs  # taking names away takes their mass
+
+
+def test_what_is_taken_away_is_neither_a_name_nor_a_neighbor(spaces):
+    split, known = make_split(60), np.arange(6)
+    found = measure_strangeness(split, spaces, 1.0, known)
+    few = {name: space._replace(points=space.points[space.labels < 6], labels=space.labels[space.labels < 6])
+           for name, space in spaces.items()}  # fmt: skip
+    expected = measure_strangeness(split._replace(scores=split.scores[:, :6]), few, 1.0)
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("images", "classes"), [(19, 12), (240, 3)])
+def test_too_few_images_of_val_are_said(images, classes, spaces):
+    val = make_split(240)
+    chosen = np.flatnonzero(val.labels < classes)[:images]
+    few = val._replace(
+        labels=val.labels[chosen],
+        scores=val.scores[chosen],
+        features={name: each[chosen] for name, each in val.features.items()},
+    )
+    fitted = fit_open_set(few, spaces, 1.0)
+    assert fitted["score"] is None and "in val are too few; 20 of 4 are needed" in fitted["missing"]
+    assert combine(measure_strangeness(few, spaces, 1.0), fitted["scale"])  # a table all the same
+
+
+def test_several_images_of_a_plant_are_decided_by_their_mean(spaces):
+    detector = Detector(dict(fit_open_set(make_split(), spaces, 1.0)), spaces, 1.0)
+
+    def measure(place, count):
+        split = make_split(count, seed=9, place=place)
+        images = [
+            Examined(list(split.scores[at]), split.features["tower"][at], split.features["state"][at])
+            for at in range(count)
+        ]
+        return detector.find_excess(images), [detector.find_excess([image]) for image in images]
+
+    together, alone = measure(30, 3)
+    assert together == pytest.approx(np.mean(alone)) and together > 0
+    assert measure(0, 3)[0] < 0
+
+
+# ---- the probe
+
+
+def test_the_probe_learns_what_is_there_and_the_better_is_named():
+    labels = np.arange(360) % CLASSES
+    good, bad = make_features(labels, 0.6, 1), make_features(labels, 9.0, 2)
+    train = TrainFeatures(np.concatenate([bad, good], axis=1), labels, 720, 1.5)
+
+    def split(seed, margin):
+        made = make_split(240, seed, margin=margin)
+        halves = [make_features(made.labels, 9.0, seed + 5), make_features(made.labels, 0.6, seed + 6)]
+        return made._replace(features={"tower": np.concatenate(halves, axis=1)})
+
+    found = measure_probe(train, split(11, 4), split(12, -2), CPU)
+    assert found["linear_top1"] > 0.95 and found["knn_top1"] > 0.9 and found["features"] == "mean of patches"
+    assert (
+        found["advice"].startswith("use the probe, a plain image classifier, and not this model") and found["p"] < 1e-6
+    )
+    assert (found["train_images"], found["of_train_images"]) == (360, 720) and found["seconds"] >= 1.5
+    assert found["linear_top5"] >= found["linear_top1"] and found["linear_mean_per_class"] > 0.9
+    blind = measure_probe(train, None, split(12, 9), CPU)  # nothing chosen: the half that says nothing
+    assert blind["features"] == "pooled" and blind["advice"].startswith("use the model") and blind["linear_top1"] < 0.5
+
+
+def test_no_clear_difference_is_said():
+    model = make_split(60, margin=9)
+    assert compare(model, model)["advice"].startswith("no clear difference: the model has 100.0% of 60 images right")
+
+
+def test_logistic_regression_is_at_its_minimum():
+    features = np.insert(make_features(np.arange(60) % 3, 2.0), 0, 1, axis=1).astype("f8")
+    labels, strength = np.arange(60) % 3, 0.01
+    weights = fit_linear(features, labels, np.zeros((WIDTH + 1, 3)), strength, CPU)
+    logits = features @ weights
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    gradient = features.T @ (shares - np.eye(3)[labels]) / 60 + strength * np.vstack([np.zeros(3), weights[1:]])
+    assert np.abs(gradient).max() < 1e-3
+
+
+def test_neighbors_vote_and_other_classes_follow_by_their_nearest():
+    train = scale_to_unit(np.array([[1, 0], [1, 0.1], [1, 0.2], [1, -0.1], [0.9, 0.5], [0, 1], [-1, 0.1]]))
+    votes = vote(train, np.array([0, 0, 1, 1, 1, 2, 3]), scale_to_unit(np.array([[1.0, 0.05]])), 5)
+    assert votes.shape == (1, 5) and np.argsort(-votes[0]).tolist() == [1, 0, 2, 3, 4]
