@@ -4,6 +4,7 @@ data/taxonomy.csv has those of Oxford Flowers 102: genera in their wide sense (A
 with Gaura), families of APG IV (2016). Empty is what name and images do not determine together (docs/own_images.md).
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from data.columns import LABEL_NAMES, MISSING, find_known, list_columns
-from data.labels import name_key
+from data.labels import name_key, tidy_name
 from data.oxford_flowers import CLASS_NAMES
 from data.records import Records, open_records
 from data.survey import TAXONOMY_FILE
@@ -20,7 +21,7 @@ from utils.logging_utils import UserError, some
 
 LEVELS = ("genus", "family")  # the deepest first
 UNKNOWN = (*MISSING, "?", "-", "unknown")
-NAMES = [name for name in ("name", *LABEL_NAMES) if name not in LEVELS]  # columns of the classes, the best first
+NAMES = [name for name in ("name", *LABEL_NAMES, "key") if name not in LEVELS]  # columns of the classes, the best first
 # Most genera and epithets have these Latin endings, most English words have not.
 _GENUS = r"[a-z-]{2,}(?:a|us|um|is|es|as|ys|on|[aeioy]x|er)"
 _EPITHET = r"[a-z-]{2,}(?:a|us|um|is|(?:ar|al|an|il|in|en[ns]|estr|orm)e|i|ae|[ou]r|ens|ans|[aiou]x|oides)"
@@ -29,6 +30,7 @@ LATIN = re.compile(rf"{_HYBRID}{_GENUS}(?: {_HYBRID}{_EPITHET}(?: .*)?| spp?\.?)
 BINOMIAL = re.compile(rf"{_HYBRID}([a-z-]{{2,}})(?: (?:{_HYBRID}[a-z-]{{2,}}(?: .*)?|spp?\.?))?", re.IGNORECASE)
 LATIN_SHARE = 0.7  # of the class names: then all have a genus that look like it, such as Silene, and before none has
 
+AUTHORED = re.compile(r"([A-Z][a-z-]+) [A-Z(].*")
 Taxonomy = dict[str, list[str]]  # by level the taxon of each class, "" where it is not known
 
 
@@ -48,7 +50,8 @@ def find_taxonomy(
         try:
             warnings = _read(path, class_names, found)
         except UserError as error:
-            raise UserError(f"--taxonomy {error}".replace("image", "class")) from error
+            given = "--taxonomy " if file else ""
+            raise UserError(f"{given}{error}".replace("each image", "each class")) from error
     if dataset == "synthetic" and path is None:
         found, source = {"genus": [name.split()[-1].capitalize() for name in class_names]}, "the invented names"
         found["family"] = [""] * len(class_names)
@@ -65,11 +68,13 @@ def _find_file(dataset: str, class_names: Sequence[str]) -> Path | None:
     if not folder.is_dir():
         return None
     inside, beside = folder / TAXONOMY_FILE, folder.absolute().parent / TAXONOMY_FILE
-    if inside.is_file() or not beside.is_file():
-        return inside if inside.is_file() else None
+    if os.path.lexists(inside) or not beside.is_file():
+        return inside if os.path.lexists(inside) else None
     keys = {*map(name_key, class_names)}
-    cells = (cell for row in open_records(beside, has_header=True).rows() for cell in row)
-    return beside if any(name_key(cell) in keys for cell in cells) else None
+    with contextlib.suppress(UserError):  # another file of the user's
+        cells = (cell for row in open_records(beside, has_header=True).rows() for cell in row)
+        return beside if any(name_key(cell) in keys for cell in cells) else None
+    return None
 
 
 def _of_names(class_names: Sequence[str]) -> Taxonomy:
@@ -85,6 +90,8 @@ def _of_names(class_names: Sequence[str]) -> Taxonomy:
 
 def _read(path: Path, class_names: Sequence[str], found: Taxonomy) -> list[str]:
     """Fill in what a file says of the classes; returns warnings. Raises UserError."""
+    if os.path.lexists(path) and not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{path}: is no file; give a table with the columns name, genus and family")
     rows = _read_rows(open_records(path, has_header=True))
     places = {name_key(name): place for place, name in enumerate(class_names)}
     known: dict[int, tuple[str, ...]] = {}
@@ -126,7 +133,13 @@ def _read_rows(records: Records) -> list[list[str]]:
         )
     places = [records.columns.index(column) for column in columns if column is not None]
     cells = ([" ".join(row[place].split()) for place in places] for row in records.rows())
-    return [[name, *("" if taxon in UNKNOWN else taxon for taxon in taxa)] for name, *taxa in cells if name]
+    return [[name, *("" if taxon in UNKNOWN else _tidy(taxon) for taxon in taxa)] for name, *taxa in cells if name]
+
+
+def _tidy(taxon: str) -> str:
+    """Without its author: "Rosa L." is Rosa, "Asteraceae Bercht. & J. Presl" Asteraceae."""
+    taxon = tidy_name(taxon)
+    return found[1] if (found := AUTHORED.fullmatch(taxon)) else taxon
 
 
 def _unite(path: Path, found: Taxonomy) -> None:
@@ -134,6 +147,8 @@ def _unite(path: Path, found: Taxonomy) -> None:
     for level in LEVELS:
         spelling: dict[str, str] = {}
         found[level] = [taxon and spelling.setdefault(name_key(taxon), taxon) for taxon in found[level]]
+    if wrong := next((genus for genus in found["genus"] if genus.endswith("aceae") or len(genus) > 100), None):
+        raise UserError(f"{path}: {printable(wrong[:40])!r} is no genus; are the columns genus and family mixed up?")
     families: dict[str, str] = {}
     for genus, family in zip(found["genus"], found["family"]):
         if genus and family and families.setdefault(genus, family) != family:

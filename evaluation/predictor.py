@@ -1,6 +1,8 @@
 """Images to class names: the likeliest ones of each, their probabilities, and whether the first is certain enough."""
 
+import contextlib
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from models.features import Examined
 from models.search import MAX_SCORED, Found, Goal
 from runtime.device import choose_device
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, logger
+from utils.logging_utils import UserError, logger, printable
 
 FEW_IMAGES = 30  # of val, with which a threshold says little
 
@@ -145,9 +147,10 @@ class Predictor:
     def predict_together(self, images: Sequence[str | Path]) -> Prediction | str:
         """The class of one plant that all images show, whose scores are fused; the reason if none can be opened.
 
-        Images that cannot be opened are in its `unreadable`, and the rest is fused. All class names are scored.
+        Images that cannot be opened are in its `unreadable`, and the rest is fused; of copies the first alone, with
+        a warning. All class names are scored.
         """
-        found = list(self._compute(images, None))
+        found = list(self._compute(_without_copies(images), None))
         results = [result for result in found if not isinstance(result, str)]
         reasons = [result for result in found if isinstance(result, str)]
         if not results:
@@ -192,6 +195,18 @@ class Predictor:
         likeliest = [(names[label], float(share)) for label, share in zip(order, shares)]
         is_confident = calibration.threshold is not None and likeliest[0][1] >= calibration.threshold
         return Prediction(likeliest, is_confident, at_most, prediction_set, taxa=taxa)
+
+
+def _without_copies(images: Sequence[str | Path]) -> list[str | Path]:
+    """Of files with the same content the first: copies add nothing, and fused they would raise the confidence."""
+    first: dict[object, str | Path] = {}
+    for image in images:
+        key: object = image
+        with contextlib.suppress(OSError, ValueError):  # opening it as an image says why
+            key = zlib.crc32(Path(image).read_bytes()) if Path(image).is_file() else image
+        if first.setdefault(key, image) is not image:
+            logger.warning(f"{printable(str(image))}: a copy of {printable(str(first[key]))}, which counts once")
+    return list(first.values())
 
 
 def _find_taxa(probabilities: np.ndarray, calibration: Calibration) -> dict[str, Taxon]:

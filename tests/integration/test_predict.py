@@ -400,6 +400,10 @@ def test_images_of_one_plant_get_one_answer(trained, images, capsys):
         assert status == 0 and found["images"] == several[:count] and "averaged" not in err
         assert {each["name"]: each["confidence"] for each in found["likeliest"]} == pytest.approx(expected, abs=2e-3)
         assert found["name"] == found["likeliest"][0]["name"]
+    (images / "copy.png").write_bytes((images / "00.png").read_bytes())
+    status, again, err = run(capsys, "one", "--together", *several, "images/copy.png", "--json", "--top", "10", *FAST)
+    assert status == 0 and json.loads(again)["likeliest"] == found["likeliest"]
+    assert "images/copy.png: a copy of images/00.png, which counts once" in err
     (images / "03.png").write_bytes(b"broken")
     status, out, _ = run(capsys, "one", *several, "images/deep", "gone/*.png", "--together", "--json", *FAST)
     found, deep = map(json.loads, out.splitlines())

@@ -1,5 +1,6 @@
 """Genus and family of classes: taxonomy.csv, names that are "Genus species", Oxford Flowers, and files of no use."""
 
+import os
 import re
 
 import pytest
@@ -74,6 +75,10 @@ def test_genera_of_latin_names(names, genera):
         ("sep=;\n" + TABLE.replace(",", ";"), "utf-8"),
         ("family,Species,genus,note\nRosaceae,Dog_Rose,Rosa,x\n,tea rose,rosa,\nAsteraceae,DAISY,Bellis,\n", "utf-8"),
         (TABLE + "oak,Quercus,Fagaceae\n,,\n", "utf-8"),
+        (
+            TABLE.replace("dog rose,Rosa,", "dog rose,Rosa L.,").replace("Asteraceae", "Asteraceae Bercht. & J.Presl"),
+            "utf-8",
+        ),
     ],
 )
 def test_tables_in_the_ways_that_people_write_them(read, table, encoding):
@@ -86,6 +91,7 @@ def test_tables_in_the_ways_that_people_write_them(read, table, encoding):
 def test_json_and_classes_that_a_table_leaves_out(read):
     taxonomy, _, _ = read('[{"name": "daisy", "genus": "Bellis", "family": null}]', name="t.json")
     assert taxonomy == {"genus": ["", "", "Bellis"], "family": ["", "", ""]}
+    assert read('{"daisy": {"genus": "Bellis", "family": null}, "oak": {}}', name="t.json")[0] == taxonomy
     names = ["Rosa canina", "Rosa rugosa", "Bellis perennis"]
     taxonomy, _, _ = read("name,genus,family\nRosa canina,,Rosaceae\n", names)
     assert taxonomy == {"genus": GENERA, "family": ["Rosaceae", "Rosaceae", ""]}
@@ -115,12 +121,17 @@ def test_a_misspelled_name_is_reported(read):
             "is no table (field larger than field limit (131072)); expected a header and a row for each class",
         ),
         ("<html>\n<body>\n", "has no column name"),
+        (
+            "name,genus,family\ndaisy,Asteraceae,Bellis\n",
+            "'Asteraceae' is no genus; are the columns genus and family mixed",
+        ),
+        ("name,genus,family\ndaisy," + "B" * 500 + ",Asteraceae\n", "is no genus"),
     ],
 )
 def test_tables_of_no_use_are_one_sentence(read, table, words):
     with pytest.raises(UserError) as caught:
         read(table)
-    assert words in str(caught.value) and str(caught.value).startswith("--taxonomy ") and "\n" not in str(caught.value)
+    assert words in str(caught.value) and str(caught.value).startswith("/") and "\n" not in str(caught.value)
 
 
 def test_files_that_are_none(read, tmp_path):
@@ -128,8 +139,11 @@ def test_files_that_are_none(read, tmp_path):
         read(TABLE, name="t.xlsx")
     with pytest.raises(UserError, match="--taxonomy gone.csv: cannot be read"):
         find_taxonomy(CLASSES, str(tmp_path), "gone.csv")
-    with pytest.raises(UserError, match="--taxonomy .*: cannot be read"):
+    with pytest.raises(UserError, match="--taxonomy .*: is no file; give a table with the columns"):
         find_taxonomy(CLASSES, str(tmp_path), str(tmp_path))
+    os.mkfifo(tmp_path / "taxonomy.csv")
+    with pytest.raises(UserError, match="^/.*: is no file"):
+        find_taxonomy(CLASSES, str(tmp_path), None)
 
 
 def test_a_file_beside_the_folder_counts_if_it_is_of_these_classes(tmp_path):
@@ -137,6 +151,9 @@ def test_a_file_beside_the_folder_counts_if_it_is_of_these_classes(tmp_path):
     (tmp_path / "taxonomy.csv").write_text(TABLE)
     assert find_taxonomy(CLASSES, str(tmp_path / "plants"), None)[0]["genus"] == GENERA
     assert find_taxonomy(["oak", "ash"], str(tmp_path / "plants"), None)[0] is None
+    (tmp_path / "taxonomy.csv").write_text("")
+    assert find_taxonomy(CLASSES, str(tmp_path / "plants"), None)[0] is None  # of another data set, whatever it is
+    (tmp_path / "taxonomy.csv").write_text(TABLE)
     (tmp_path / "labels.csv").write_text("")
     assert find_taxonomy(CLASSES, str(tmp_path / "labels.csv"), None)[0]["genus"] == GENERA
     (tmp_path / "plants").rmdir()
