@@ -27,7 +27,7 @@ from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
 from evaluation.mistakes import write_mistakes
 from evaluation.open_set import fit_open_set
-from evaluation.reference import Reference, build_spaces, find_reference
+from evaluation.reference import Reference, build_spaces, find_reference, find_train_images
 from evaluation.report import result_lines, write_report
 from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
@@ -256,7 +256,8 @@ class Evaluator:
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
         stem = self.folder / f"eval_{split}"
-        write_mistakes(scores, rows, calibration, self.plant.class_names, stem, None)
+        train = find_train_images(reference, data)
+        write_mistakes(scores, rows, calibration, self.plant.class_names, stem, train)
         if self.method.csv:
             write_tables(report, scores, calibration, self.plant.class_names, self.folder)
         for line in result_lines(report):

@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 from data.taxonomy import LEVELS, Taxonomy
 from evaluation.metrics import Calibration, SplitScores
+from evaluation.reference import TrainImages
 from utils.image_utils import open_thumbnail
 from utils.logging_utils import skip_failure
 from utils.plot_utils import COLUMNS, Tile, plot_confusions, plot_tiles, shorten
@@ -85,11 +86,6 @@ def find_nearest(features: np.ndarray, train_features: np.ndarray, count: int) -
 # ---- pictures
 
 
-class TrainImages(NamedTuple):
-    rows: Dataset
-    nearest: np.ndarray  # (n, K) places among the rows, of each image of a split, the nearest first
-
-
 def write_mistakes(
     split: SplitScores,
     rows: Dataset,
@@ -98,7 +94,7 @@ def write_mistakes(
     stem: Path,
     train: TrainImages | None,
 ) -> None:
-    """<stem>_confusions.png, and with train images <stem>_mistakes.png."""
+    """<stem>_confusions.png, and with train images, if `split` has features, <stem>_mistakes.png."""
     with skip_failure(f"{stem}_confusions.png"):
         found = count_confusions(split, calibration and calibration.taxonomy, names)
         title = f"{len(split.ids):,} images by true and predicted class, ordered by {found.order}"
@@ -122,11 +118,11 @@ def _list_tiles(
     predicted class.
     """
     place = {sample: index for index, sample in enumerate(rows["id"])}
-    for index in worst:
+    nearest = find_nearest(split.features["tower"][worst], train.features, COLUMNS - 1)
+    for index, neighbors in zip(worst, nearest):
         truth, predicted = split.labels[index], split.scores[index].argmax()
         image = open_thumbnail(rows[place[split.ids[index]]]["image"], TILE_SIDE)
         yield Tile(image, f"is: {shorten(names[truth])}\npredicted: {shorten(names[predicted])}", "black")
-        neighbors = train.nearest[index][: COLUMNS - 1]
         for neighbor in neighbors:
             row = train.rows[int(neighbor)]
             color = {truth: "darkgreen", predicted: "darkred"}.get(row["label"], "gray")

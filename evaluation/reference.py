@@ -37,6 +37,21 @@ class Reference(NamedTuple):
     facts: dict  # the evaluator's, a hash of the images, how many there are in train, seconds of the tower
 
 
+class TrainImages(NamedTuple):
+    rows: Dataset
+    features: np.ndarray  # (m, D) of the tower, of the rows
+
+
+def find_train_images(reference: Reference | str, data: PlantData | None) -> TrainImages | None:
+    """The images of a reference; None without one, or if an image could not be opened, so that rows are not known."""
+    if isinstance(reference, str) or data is None or isinstance(data.train, Stream):
+        return None
+    rows = sample_by_class(data.train, len(data.class_names), "tower")
+    rows = rows.select(sorted(range(len(rows)), key=rows["id"][:].__getitem__))
+    is_whole = rows["label"][:] == reference.labels["tower"].tolist()
+    return TrainImages(rows, reference.features["tower"]) if is_whole else None
+
+
 def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference | str:
     """That of the run directory, if it is of these weights and images, or a new one; or why there is none.
 

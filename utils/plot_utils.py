@@ -168,7 +168,9 @@ def _save(figure: Figure, path: str | Path, dpi: int) -> None:
 
 def _draw(axes, tile: Tile) -> None:
     axes.axis("off")
-    axes.set_title(tile.caption, fontsize=11, color=tile.color, parse_math=False)  # a dollar of a name is a dollar
+    axes.set(xticks=(), yticks=())  # which are laid out, seen or not: half the time of a sheet
+    # A dollar of a name is a dollar; a place of its own needs no look at all that stands above the image.
+    axes.set_title(tile.caption, fontsize=11, color=tile.color, parse_math=False, y=1.0)
     if tile.image is not None:
         axes.imshow(tile.image)
 

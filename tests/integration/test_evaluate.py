@@ -198,3 +198,27 @@ def test_the_demo_classifies_images_it_never_saw(here, demo_run, capsys):
     assert report["top1"] >= report["exact_match"]
     shown = 1 - report["coverage"]
     assert all(found["abstention_rate"] > shown for found in report["ood"].values())
+
+
+def test_a_taxonomy_and_tables_for_spreadsheets(trained, here, capsys):
+    """Given at evaluation, kept with the calibration, measured on test, beside pairs; a bad file is one sentence."""
+    species = json.loads((trained / "training_config.json").read_text())["recorded"]["class_names"]
+    table = here / "kinds.csv"
+    rows = [f"{name},{name.split()[0].title()},{'' if name[0] == 'a' else 'Floraceae'}" for name in species]
+    table.write_text("\n".join(["name;genus;family".replace(";", ","), *rows]))
+    status, log = run(capsys, "one", "--split", "test", "--csv", "--taxonomy", str(table), *FAST)
+    assert status == 0 and "genus of 10 and family of 7 of 10 classes by kinds.csv" in log
+    saved = json.loads((trained / "calibration.json").read_text())
+    assert saved["taxonomy"]["genus"] == [name.split()[0].title() for name in species]
+    assert set(saved["levels"]) == {"genus", "family"} == set(saved["pairs"]["levels"])
+    report = json.loads((trained / "eval_test.json").read_text())
+    assert report["hierarchy"]["rejected"] == round(20 * (1 - report["coverage"])) and "taxonomy" not in report
+    assert report["together"]["class"]["pairs"] == 10 and report["calibration"]["taxonomy"] is None
+    text, card = ((trained / name).read_text() for name in ("eval_test.md", "best/README.md"))
+    assert "| one class | 10 |" in text and "and the genus or family that they get" in text
+    assert "Two images of one class, of different plants, fused: top-1" in card
+    for name in ("eval_test_images.csv", "eval_test_classes.csv", "eval_test_confusions.png", "eval_test_mistakes.png"):
+        assert (trained / name).stat().st_size > 100
+    table.write_text("name,genus\namber starwort,Amber\n")
+    status, log = run(capsys, "one", "--taxonomy", str(table), *FAST)
+    assert status == 1 and f"error: --taxonomy {table}: has no column family" in log and "Traceback" not in log

@@ -79,6 +79,7 @@ def test_a_run_writes_what_it_promises(full_run):
     assert {path.name for path in full_run.folder.iterdir()} == {
         "training_config.json", "train.log", "metrics.jsonl", "loss.png", "best", "eval_val.json", "eval_val.png",
         "eval_val.md", "eval_val_images.png", "eval_val_confusions.png", "eval_val.scores.jsonl", "calibration.json",
+        "eval_val_mistakes.png", "reference.safetensors",
         "checkpoint-4", "checkpoint-6", "run.lock", "examples",
     }  # fmt: skip
     best = {path.name for path in (full_run.folder / "best").iterdir()}

@@ -8,7 +8,8 @@ from PIL import Image
 from data.dataset import ROW
 from evaluation import mistakes
 from evaluation.metrics import SplitScores
-from evaluation.mistakes import TrainImages, count_confusions, find_nearest, write_mistakes
+from evaluation.mistakes import count_confusions, find_nearest, write_mistakes
+from evaluation.reference import TrainImages
 
 
 def make_split(pairs: dict[tuple[int, int], int], classes: int) -> SplitScores:
@@ -74,9 +75,11 @@ def test_the_contact_sheet_has_each_mistake_beside_its_nearest_train_images(tmp_
     )
     rows = Dataset.from_list([row(color, 0, f"i{number}") for number, color in enumerate(colors)], features=ROW)
     scores = np.log([[0.4, 0.6], [0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
-    split = SplitScores([f"i{number}" for number in range(4)], np.zeros(4, int), scores)
-    nearest = np.array([[0, 1, 2], [3, 3, 3], [2, 3, 1], [3, 3, 3]])
-    write_mistakes(split, rows, None, ["rose", "$daisy$"], tmp_path / "eval", TrainImages(train, nearest))
+    features = np.array([[3, 2, 1, 0], [0, 0, 0, 1], [0, 1, 3, 2], [0, 0, 0, 1]])  # how near each train image is
+    split = SplitScores([f"i{number}" for number in range(4)], np.zeros(4, int), scores, features={"tower": features})
+    write_mistakes(
+        split, rows, None, ["rose", "$daisy$"], tmp_path / "eval", TrainImages(train, np.eye(4, dtype=np.float16))
+    )
     sheet = Image.open(tmp_path / "eval_mistakes.png").convert("RGB")
     for row_number, (image, neighbors) in enumerate([(2, [2, 3, 1]), (0, [0, 1, 2])]):  # the most confident first
         expected = [tuple(255 - value for value in colors[image]), *(colors[neighbor] for neighbor in neighbors)]
@@ -86,5 +89,7 @@ def test_the_contact_sheet_has_each_mistake_beside_its_nearest_train_images(tmp_
     (tmp_path / "eval_mistakes.png").unlink()
     write_mistakes(split, rows, None, ["rose", "daisy"], tmp_path / "eval", None)
     right = split._replace(labels=np.array([1, 0, 1, 0]))
-    write_mistakes(right, rows, None, ["rose", "daisy"], tmp_path / "eval", TrainImages(train, nearest))
+    write_mistakes(
+        right, rows, None, ["rose", "daisy"], tmp_path / "eval", TrainImages(train, np.eye(4, dtype=np.float16))
+    )
     assert not (tmp_path / "eval_mistakes.png").exists()
