@@ -22,9 +22,10 @@ from data.groups import find_plants
 from data.labels import parse_reply
 from data.synthetic import draw_ood_images
 from data.taxonomy import Taxonomy
+from evaluation.calibration import Calibration, calibrate
 from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
-from evaluation.metrics import Calibration, SplitScores, adjust_scores, calibrate, measure_replies, measure_split
+from evaluation.metrics import SplitScores, adjust_scores, measure_replies, measure_split
 from evaluation.mistakes import write_mistakes
 from evaluation.open_set import fit_open_set
 from evaluation.reference import Reference, build_spaces, find_reference, find_train_images

@@ -17,8 +17,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from scipy.stats import ttest_1samp
 
+from evaluation.calibration import Calibration, calibrate
 from evaluation.hierarchy import fit_levels
-from evaluation.metrics import Calibration, SplitScores, calibrate, confidence, measure_selective, wilson_interval
+from evaluation.metrics import SplitScores, confidence, measure_selective, wilson_interval
 
 MIN_PAIRS = 30  # of observations, below which pairs of a class are used
 

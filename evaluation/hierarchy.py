@@ -13,7 +13,8 @@ import numpy as np
 from scipy.special import softmax
 
 from data.taxonomy import LEVELS, Taxonomy
-from evaluation.metrics import Calibration, SplitScores, choose_threshold, wilson_interval
+from evaluation.calibration import Calibration, choose_threshold
+from evaluation.metrics import SplitScores, wilson_interval
 
 MIN_ACCEPTED = 5  # images of val that must get a taxon; 20 would make most levels useless (docs/LOG.md)
 

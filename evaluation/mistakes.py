@@ -14,7 +14,8 @@ from scipy.spatial.distance import squareform
 from scipy.special import softmax
 
 from data.taxonomy import LEVELS, Taxonomy
-from evaluation.metrics import Calibration, SplitScores
+from evaluation.calibration import Calibration
+from evaluation.metrics import SplitScores
 from evaluation.reference import TrainImages
 from utils.image_utils import open_thumbnail
 from utils.logging_utils import skip_failure

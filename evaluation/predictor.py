@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
+from evaluation.calibration import Calibration
 from evaluation.conformal import explain_missing, find_sets
 from evaluation.fusion import explain_doubt
 from evaluation.hierarchy import find_taxa
-from evaluation.metrics import Calibration
 from evaluation.results import read_calibration
 from evaluation.trust import Detector, load_detector
 from models.builder import PlantModel

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.metrics import Calibration
+from evaluation.calibration import Calibration
 from runtime.run_dir import Run
 from runtime.run_files import SAVED_CALIBRATION, integer, list_of, number, read_entries, read_json
 from utils.logging_utils import UserError

@@ -11,9 +11,10 @@ from pathlib import Path
 from scipy.special import softmax
 
 from data.taxonomy import LEVELS
+from evaluation.calibration import Calibration
 from evaluation.conformal import find_sets
 from evaluation.hierarchy import find_rejected, find_taxa
-from evaluation.metrics import Calibration, SplitScores
+from evaluation.metrics import SplitScores
 from runtime.atomic import write_file
 from utils.logging_utils import logger
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from scipy.special import logsumexp
 
-from evaluation.metrics import Calibration, SplitScores
+from evaluation.calibration import Calibration
+from evaluation.metrics import SplitScores
 from evaluation.open_set import SCORES, SUMS, Space, combine, measure_strangeness, tabulate
 from evaluation.probe import TrainFeatures, measure_probe
 from evaluation.reference import REFERENCE_FILE, Reference, build_spaces, read_reference

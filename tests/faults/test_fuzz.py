@@ -17,7 +17,8 @@ from config.cli import parse_config
 from config.training_config import CONFIG_FILE, PRESETS, ConfigError, TrainingConfig, find_problems, find_range_problems
 from data.labels import parse_reply, tidy_name
 from data.oxford_flowers import CLASS_NAMES
-from evaluation.metrics import Calibration, SplitScores, measure_split
+from evaluation.calibration import Calibration
+from evaluation.metrics import SplitScores, measure_split
 from evaluation.model_card import read_reports
 from evaluation.report import format_number, render
 from evaluation.results import read_calibration, scores_schema

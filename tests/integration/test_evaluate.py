@@ -214,9 +214,9 @@ def test_a_taxonomy_and_tables_for_spreadsheets(trained, here, capsys):
     report = json.loads((trained / "eval_test.json").read_text())
     assert report["hierarchy"]["rejected"] == round(20 * (1 - report["coverage"])) and "taxonomy" not in report
     assert report["together"]["class"]["pairs"] == 10 and report["calibration"]["taxonomy"] is None
-    text, card = ((trained / name).read_text() for name in ("eval_test.md", "best/README.md"))
+    text, readme = ((trained / name).read_text() for name in ("eval_test.md", "best/README.md"))
     assert "| one class | 10 |" in text and "and the genus or family that they get" in text
-    assert "Two images of one class, of different plants, fused: top-1" in card
+    assert "Two images of one class, of different plants, fused: top-1" in readme
     for name in ("eval_test_images.csv", "eval_test_classes.csv", "eval_test_confusions.png", "eval_test_mistakes.png"):
         assert (trained / name).stat().st_size > 100
     table.write_text("name,genus\namber starwort,Amber\n")

@@ -5,8 +5,9 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import betabinom
 
+from evaluation.calibration import calibrate
 from evaluation.conformal import METHODS, explain_missing, find_quantile, find_sets, fit_sets, nonconformity
-from evaluation.metrics import SplitScores, calibrate
+from evaluation.metrics import SplitScores
 
 RESPLITS, CLASSES = 100, 10
 

@@ -15,9 +15,10 @@ import evaluation.evaluator
 from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
+from evaluation.calibration import Calibration, calibrate
 from evaluation.conformal import find_sets
 from evaluation.evaluator import Evaluator, Method
-from evaluation.metrics import Calibration, SplitScores, calibrate, confidence
+from evaluation.metrics import SplitScores, confidence
 from evaluation.report import result_lines
 from evaluation.results import read_calibration, read_correct
 from models.builder import PlantModel

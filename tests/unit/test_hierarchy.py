@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from evaluation.calibration import Calibration, calibrate
 from evaluation.fusion import fit_pairs
 from evaluation.hierarchy import MIN_ACCEPTED, find_rejected, find_taxa, fit_levels, measure_levels
-from evaluation.metrics import Calibration, SplitScores, calibrate
+from evaluation.metrics import SplitScores
 from evaluation.predictor import Prediction, Taxon
 
 # Genus A has classes 0 and 1, B 2 and 3, C 4; class 5 has no genus. Families: A and B are one, 4 and 5 another.

@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 
+from evaluation.calibration import choose_threshold, fit_temperature
 from evaluation.metrics import (
     MAX_CONFUSIONS,
     SplitScores,
     adjust_scores,
     calibration_bins,
-    choose_threshold,
     confidence,
     confusions,
     expected_calibration_error,
-    fit_temperature,
     mcnemar,
     measure_accuracy,
     measure_replies,

@@ -5,8 +5,9 @@ import csv
 import numpy as np
 import pytest
 
+from evaluation.calibration import calibrate
 from evaluation.hierarchy import measure_levels
-from evaluation.metrics import SplitScores, calibrate, measure_split
+from evaluation.metrics import SplitScores, measure_split
 from evaluation.spreadsheet import write_tables
 from tests.unit.test_hierarchy import TAXONOMY, draw, fit
 
