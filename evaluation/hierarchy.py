@@ -1,8 +1,10 @@
 """Genus or family where the class is not sure: probabilities summed up the tree, one threshold a level, fitted on val.
 
 The probability of a genus is the sum of those of its classes, which needs no other model. The deepest level is the
-answer whose likeliest taxon reaches the level's threshold (Deng et al. 2012 call it hedging). A threshold is fitted as
-that for classes is, on those images of val alone that reach none before: on all of val, easy images would lower it.
+answer whose likeliest taxon reaches the level's threshold (Deng et al. 2012 call it hedging). A threshold is fitted on
+those images of val alone that reach none before: on all of val, easy images would lower it. They are few, so the mean
+of their calibrated confidences has to reach the target, and not their accuracy: five right ones in a row once let
+through 17 images of which 7 were right (docs/LOG.md).
 
 Shapes: n images, C classes.
 """
@@ -54,8 +56,8 @@ def fit_levels(split: SplitScores, calibration: Calibration, taxonomy: Taxonomy 
     rest, levels = find_rejected(probabilities, calibration), dict[str, float | None]()
     for level in LEVELS:
         taxa = find_taxa(probabilities, taxonomy, level)
-        right, known = taxa.names == np.array(taxonomy[level])[split.labels], rest & (taxa.names != "")
-        found = choose_threshold(taxa.confidences[known], right[known], calibration.target_selective_accuracy)
+        confidences = taxa.confidences[rest & (taxa.names != "")]
+        found = choose_threshold(confidences, confidences, calibration.target_selective_accuracy)
         levels[level] = found if (rest & taxa.accept(found)).sum() >= MIN_ACCEPTED else None
         rest &= ~taxa.accept(levels[level])
     return calibration._replace(levels=levels, taxonomy=taxonomy)
