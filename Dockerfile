@@ -18,6 +18,6 @@ USER 1000
 VOLUME /cache
 EXPOSE 7860
 HEALTHCHECK --start-period=10m --interval=30s --timeout=10s CMD ["python", "-c", \
-    "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:7860/', timeout=5)"]
+    "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:7860/health', timeout=5)"]
 ENTRYPOINT ["python", "app.py", "--host", "0.0.0.0"]
 CMD ["/srv/run"]

@@ -75,8 +75,18 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
 
     In a child process, which can be ended whatever the template does; transformers keeps it in Jinja's sandbox.
     """
+    if not processor.chat_template:  # in checkpoints of early 2024 the tokenizer has one
+        processor.chat_template = processor.tokenizer.chat_template
     if not processor.chat_template:
         raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
+    if "image" not in str(
+        processor.chat_template
+    ):  # made for plain text, in which the image token stands like any other
+        image = f"{processor.image_token}\n"
+        dialogs = [
+            [turn | {"content": "".join(part.get("text", image) for part in turn["content"])} for turn in dialog]
+            for dialog in dialogs
+        ]
     receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_answer, args=(sender, processor, dialogs), daemon=True)
     child.start()

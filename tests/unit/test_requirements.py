@@ -1,5 +1,6 @@
 """requirements.lock: one version of each package for every Python that requirements*.txt are promised for."""
 
+import json
 import re
 from importlib.metadata import PackageNotFoundError, distribution
 
@@ -8,11 +9,13 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import app
 from tests.conftest import ROOT
 
 FILES = sorted(ROOT.glob("requirements*.txt"))
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 LOCKED = [Requirement(line) for line in LOCK.splitlines() if line and not line.lstrip().startswith("#")]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 LINUX = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"}
 
 
@@ -58,3 +61,25 @@ def test_the_lock_holds_all_that_its_packages_need():
 
 def test_the_lock_names_no_index():
     assert not re.search(r"://|--|file:|\+cpu|\+cu", LOCK)
+
+
+# ---- the image of Docker
+
+
+def test_the_docker_image_holds_what_the_web_demo_imports():
+    """.dockerignore names what is copied; each room is imported by another of them, or by app.py."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    copied = {line[1:] for line in lines if line.startswith("!")}
+    rooms = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"benchmarks", "tests"}
+    assert rooms | {"app.py", "web", "requirements.lock"} <= copied and "*" in lines
+    files = re.findall(r"requirements[-a-z]*[.](?:txt|lock)", DOCKERFILE)
+    assert files and all((ROOT / file).exists() for file in files)
+
+
+def test_the_docker_image_starts_the_web_demo_with_flags_that_it_has(capsys):
+    program, script, *flags = json.loads(re.search(r"^ENTRYPOINT (.*)", DOCKERFILE, re.MULTILINE)[1])
+    (run,) = json.loads(re.search(r"^CMD (.*)", DOCKERFILE, re.MULTILINE)[1])
+    with pytest.raises(SystemExit):
+        app.main([*flags, run, "--no-such-flag"])
+    errors = re.findall(r"^error: (\S+)", "".join(capsys.readouterr()), re.MULTILINE)
+    assert (program, script, set(errors)) == ("python", "app.py", {f"{run}:", "--no-such-flag:"})

@@ -29,9 +29,24 @@ def test_the_prompt_comes_from_the_template(family, checkpoint):
     assert ids[-1] == prompt.eos_id and (tokenizer.bos_token is None or ids.count(tokenizer.bos_token_id) == 1)
 
 
+TEXT_ONLY = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEXT_ONLY, FAMILIES["mistral"][0]])
+def test_a_template_of_the_tokenizer_serves_where_the_processor_has_none(template, checkpoint):
+    """One for plain text, as language models have it, too."""
+    processor = processor_with(None, checkpoint)
+    processor.tokenizer.chat_template = template
+    prompt = build_prompt(processor, QUESTION, [processor.tokenizer.eos_token_id])
+    assert (prompt.prompt, prompt.response_prefix, prompt.eos) == EXPECTED["mistral"]
+
+
 def processor_with(template, checkpoint):
     processor = AutoProcessor.from_pretrained(checkpoint("mistral"))
-    processor.chat_template = template
+    processor.chat_template, processor.tokenizer.chat_template = template, None
     return processor
 
 
@@ -40,7 +55,7 @@ def processor_with(template, checkpoint):
     [
         (None, "has no chat template"),
         ("{% for m in messages %}{% if m.role == 'user' %}<image> Q{% endif %}{% endfor %}", "does not continue its"),
-        ("{% for m in messages %}{% if m.role == 'user' %}Q{% else %} {{ m.content[0].text }}{% endif %}{% endfor %}",
+        ("{% for m in messages %}{% if m.role == 'user' %}image{%else%}{{ m.content[0].text }}{% endif %}{% endfor %}",
          "puts 0 image tokens"),
         (("{% for m in messages %}{% if m.role == 'user' %}<image><image>{% else %} {{ m.content[0].text }}{% endif %}"
          "{% endfor %}"), "puts 2 image tokens"),
