@@ -8,7 +8,8 @@ covariance (Ren et al. 2021). A sum is of scores in standard deviations of val.
 
 The score that decides is chosen by leave-class-out: names and train images of a fifth of the classes are taken away,
 and val's images of these are to be set apart from the rest. The model did learn these classes: their names have the
-mass that is then missing, which is why `log_mass` is not chosen from.
+mass that is then missing, which is why `log_mass` is not chosen from. Neither is `confidence` alone: "not sure" goes by
+it already, and a name that is taken away flatters it too (docs/LOG.md).
 
 Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
 """
@@ -117,6 +118,7 @@ def fit_open_set(val: SplitScores, spaces: Mapping[str, Space], temperature: flo
         fitted["missing"] = f"{found} are too few; {MIN_IMAGES} of {MIN_CLASSES} are needed"
         return fitted
     aurocs = leave_classes_out(val, spaces, temperature)
+    del aurocs["confidence"]  # what "not sure" goes by already
     chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first, the simplest
     values = combine(strangeness, fitted["scale"])[chosen]
     fitted["threshold"] = float(np.quantile(values, KEPT, method="higher"))
