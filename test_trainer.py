@@ -261,7 +261,8 @@ def check_pixels(found: PreFlight) -> str:
     processor = found.collator.processor
     patches = (processor.image_processor.crop_size["height"] // processor.patch_size) ** 2
     shape = f"pixel_values {tuple(found.batch['pixel_values'].shape)} (images, tiles, channels, height, width)"
-    return f"{shape} | {patches} patches of {processor.patch_size} x {processor.patch_size} + 1 CLS per tile"
+    cls = " + 1 CLS" if processor.vision_feature_select_strategy == "default" else ""
+    return f"{shape} | {patches} patches of {processor.patch_size} x {processor.patch_size}{cls} per tile"
 
 
 def check_padding(found: PreFlight) -> str:
@@ -314,7 +315,7 @@ def check_steps(found: PreFlight) -> str:
 
 def check_leak(found: PreFlight) -> str:
     memory = [step["memory_gib"] for step in found.steps]
-    if memory[-1] - memory[1] > LEAK_GIB:
+    if memory[-1] - memory[1] > LEAK_GIB and memory[-1] == max(memory):  # a CPU's goes up and down
         values = ", ".join(f"{value:.2f}" for value in memory)
         raise UserError(f"memory grew over {STEPS - 2} steps ({values} GiB) and would run out; please report this")
     peak = found.steps[-1]["peak_gib"]

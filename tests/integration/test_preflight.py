@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 import test_trainer
+from config.training_config import TrainingConfig
+from data.collator import PlantCollator
 from models import callbacks
+from models.builder import build_processor
 from tests.conftest import ROOT
 
 
@@ -105,6 +108,19 @@ def test_a_leak_fails(small_splits, capsys, monkeypatch):
     monkeypatch.setattr(callbacks, "memory_in_use", lambda device: next(grown))
     status, lines = run(capsys, *TINY)
     assert status == 1 and lines["leak"].startswith("FAIL") and "memory grew over 4 steps" in lines["leak"]
+
+
+def test_memory_that_goes_up_and_down_is_no_leak():
+    memory = (1.34, 1.11, 1.22, 1.24, 1.13, 1.19)
+    found = test_trainer.PreFlight(TrainingConfig(), steps=[{"memory_gib": each, "peak_gib": 1.4} for each in memory])
+    assert test_trainer.check_leak(found) == "1.34 GiB after the first step, 1.19 after the last | peak 1.40"
+
+
+def test_a_tower_without_cls_is_described_without_it(checkpoint, tiny):
+    processor, prompt = build_processor(TrainingConfig(model=checkpoint("granite")), tiny.names)
+    collator = PlantCollator(processor, prompt, tiny.names, 70)
+    found = test_trainer.PreFlight(TrainingConfig(), collator=collator, batch=collator(tiny.rows(1)))
+    assert test_trainer.check_pixels(found).endswith("| 25 patches of 14 x 14 per tile")
 
 
 def test_an_implausible_first_loss_fails(small_splits, capsys, monkeypatch):
