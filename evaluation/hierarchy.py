@@ -4,7 +4,7 @@ The probability of a genus is the sum of those of its classes, which needs no ot
 answer whose likeliest taxon reaches the level's threshold (Deng et al. 2012 call it hedging). A threshold is fitted on
 those images of val alone that reach none before: on all of val, easy images would lower it. They are few, so the mean
 of their calibrated confidences has to reach the target, and not their accuracy: five right ones in a row once let
-through 17 images of which 7 were right (docs/LOG.md).
+through 17 images of which 7 were right (docs/LOG.md). Where no image of val is that sure, the target is the threshold.
 
 Shapes: n images, C classes.
 """
@@ -17,8 +17,6 @@ from scipy.special import softmax
 from data.taxonomy import LEVELS, Taxonomy
 from evaluation.calibration import Calibration, choose_threshold
 from evaluation.metrics import SplitScores, wilson_interval
-
-MIN_ACCEPTED = 5  # images of val that must get a taxon; 20 would make most levels useless (docs/LOG.md)
 
 
 class Taxa(NamedTuple):
@@ -53,12 +51,12 @@ def fit_levels(split: SplitScores, calibration: Calibration, taxonomy: Taxonomy 
     if taxonomy is None:
         return calibration
     probabilities = softmax(split.scores / calibration.temperature, axis=1)
-    rest, levels = find_rejected(probabilities, calibration), dict[str, float | None]()
+    rest, levels = find_rejected(probabilities, calibration), dict[str, float]()
     for level in LEVELS:
         taxa = find_taxa(probabilities, taxonomy, level)
         confidences = taxa.confidences[rest & (taxa.names != "")]
         found = choose_threshold(confidences, confidences, calibration.target_selective_accuracy)
-        levels[level] = found if (rest & taxa.accept(found)).sum() >= MIN_ACCEPTED else None
+        levels[level] = calibration.target_selective_accuracy if found is None else found
         rest &= ~taxa.accept(levels[level])
     return calibration._replace(levels=levels, taxonomy=taxonomy)
 

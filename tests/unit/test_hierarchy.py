@@ -6,7 +6,7 @@ from scipy.special import log_softmax, softmax
 
 from evaluation.calibration import Calibration, calibrate
 from evaluation.fusion import fit_pairs
-from evaluation.hierarchy import MIN_ACCEPTED, find_rejected, find_taxa, fit_levels, measure_levels
+from evaluation.hierarchy import find_rejected, find_taxa, fit_levels, measure_levels
 from evaluation.metrics import SplitScores
 from evaluation.predictor import Prediction, Taxon
 
@@ -78,18 +78,28 @@ def test_counts_are_those_of_a_loop_over_the_images():
     assert (found["accepted"], found["correct"]) == (accepted, right) and accepted > 100
 
 
-def test_a_level_that_is_no_surer_or_has_few_images_names_nothing():
+def test_where_no_image_of_val_is_that_sure_the_target_is_the_threshold():
     val = draw(2000, 4)
     mixed = val._replace(labels=np.random.default_rng(5).integers(0, 6, 2000))
-    assert set(fit(mixed, 0.99).levels.values()) == {None}
-    few = SplitScores(val.ids[: MIN_ACCEPTED - 1], val.labels[: MIN_ACCEPTED - 1], val.scores[: MIN_ACCEPTED - 1])
-    assert set(fit(few).levels.values()) == {None}
-    found = measure_levels(few, fit(few))
-    assert (found["accepted"], found["precision"], found["precision_interval"]) == (0, None, None)
+    nothing = fit(mixed, 0.99)
+    assert set(nothing.levels.values()) == {0.99}
+    found = measure_levels(mixed, nothing)
+    assert (found["rejected"], found["accepted"]) == (2000, 0)
+    assert (found["precision"], found["precision_interval"]) == (None, None)
     assert fit_levels(val, calibrate(val, 0.9), None).levels is None
     assert measure_levels(val, calibrate(val, 0.9)) is None
     certain = fit(val)._replace(threshold=0.0)
     assert measure_levels(val, certain)["share_correct"] is None
+
+
+@pytest.mark.parametrize("images", [6, 20, 100])
+def test_few_images_of_val_do_not_break_the_promise(images):
+    """A threshold by what was right would: where the first of few are right, all below them are let through."""
+    accepted = correct = 0
+    for seed in range(30):
+        found = measure_levels(draw(300, 100 + seed), fit(draw(images, seed), 0.95))
+        accepted, correct = accepted + found["accepted"], correct + found["correct"]
+    assert accepted > 300 and correct / accepted > 0.92
 
 
 def test_pairs_have_thresholds_of_their_own():
