@@ -4,8 +4,9 @@
     python app.py runs/default                   the page, for this machine alone, at http://127.0.0.1:7860
     python app.py runs/default --open true       shown in the browser at once
     python app.py runs/default --host 0.0.0.0    for the whole network: whoever reaches it may use it
+    python app.py runs/default --no-page         the endpoint alone, for other programs: docs/endpoint.md
 
-Drop or paste a photo, or take one. Photos are classified one by one, kept for an hour, and sent nowhere.
+Drop or paste a photo, or take one, and more of the same plant. Photos are kept for an hour, and sent nowhere.
 """
 
 import base64
@@ -18,6 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +27,10 @@ from pathlib import Path
 from config.cli import COMPUTE_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, logger, printable, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 WEB = Path(__file__).parent / "web"
-MAX_UPLOAD = "20mb"
 UPLOADS_KEPT_S = 3600
-MAX_QUEUE = 20  # photos; whoever sends the next one is asked to come back
-SHOWN = 5  # names of an answer
 SMALL_SIDE = 640  # pixels of a photo that the answer brings
 BROWSERS_SHOW = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # Pillow's names of what each browser shows by itself
 
@@ -41,6 +40,11 @@ class PageOptions:
     host: str = option("127.0.0.1", "0.0.0.0 serves the page to the whole network")
     port: int = option(7860, "of the page; 0: any free port", low=0, high=65535)
     open: bool = option(False, "open the page in this machine's browser")
+    no_page: bool = option(False, "serve the endpoint alone, without a page")
+
+    def find_conflicts(self) -> Iterator[str]:
+        if self.open and self.no_page:
+            yield "open=true with no_page=true: there is no page to open; leave one out"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError as error:
             raise UserError(f"the page needs gradio ({error}): pip install -r requirements-app.txt") from error
         options = replace(options, port=find_port(options.host, options.port))
+        from evaluation.endpoint import Endpoint
         from evaluation.predictor import load_predictor
 
-        serve(build_page(load_predictor(run), run), options)
+        endpoint = Endpoint(load_predictor(run), run)
+        serve(build_blocks(endpoint, None if options.no_page else run), endpoint, options)
     return 0
 
 
@@ -85,43 +91,64 @@ def load_texts():
     return templates.get_template("page.html.j2").module
 
 
-def build_page(predictor, run: Run):
+def build_blocks(endpoint, run: Run | None):
+    """What gradio serves: the endpoint for gradio_client, and the page of a run if there is one."""
+    import gradio as gr
+
+    from evaluation.endpoint import MAX_QUEUE
+
+    # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the classes: for a
+    # subclass gradio writes a .pyi file beside this one, and an instance it copies.
+    gr.Image.preprocess = lambda self, upload: upload and upload.path and read_upload(upload)
+    gr.File.preprocess = lambda self, uploads: [read_upload(upload) for upload in uploads.root] if uploads else []
+    with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as blocks:
+        if run:
+            build_page(endpoint, run)
+        images = gr.File(file_count="multiple", visible=False, label="images")
+        answer, ask = gr.JSON(visible=False, label="answer"), gr.Button(visible=False)
+        ask.click(partial(answer_client, endpoint), images, answer, api_name="predict", concurrency_id="model")
+    return blocks.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
+
+
+def build_page(endpoint, run: Run) -> None:
     import gradio as gr
 
     from evaluation.model_card import WARNING, read_reports
     from evaluation.report import EXAMPLES_FOLDER
 
-    # gradio would decode photos itself, without the limits and the sentences of open_image. Set on the class: for a
-    # subclass gradio writes a .pyi file beside this one, and an instance it copies.
-    gr.Image.preprocess = lambda self, upload: upload and upload.path and (upload.path, upload.orig_name)
     names, texts = run.class_names, load_texts()
     reports = read_reports(run.folder, run.describe_weights(), run.config.dataset)
     report = reports.get("test", reports.get("val"))
-    foot = texts.footer(run.folder.resolve().name, names, report, predictor.calibration is not None, WARNING)
-    with gr.Blocks(title="LLaVA Plants", analytics_enabled=False, delete_cache=(60, UPLOADS_KEPT_S)) as page:
-        gr.HTML(texts.header(len(names)))
-        with gr.Row():
-            with gr.Column():
-                photo = gr.Image(
-                    sources=["upload", "webcam", "clipboard"],
-                    label="Photo",
-                    alt_text="the photo",
-                    placeholder="Drop or paste a photo\nor click to choose one",
-                    buttons=[],
-                    elem_id="photo",
-                )
-            with gr.Column():
-                answer = gr.HTML(texts.start(), elem_id="answer")
-        # Of two photos in quick succession the later one's name stays. photo.change would come twice for some.
-        event = {"fn": partial(answer_to, predictor, texts), "inputs": photo, "outputs": answer}
-        event |= {"trigger_mode": "always_last", "concurrency_id": "model", "api_visibility": "private"}
-        gr.on([photo.input, photo.clear], **event)
-        examples = find_examples(run.folder.resolve() / EXAMPLES_FOLDER)
-        if examples:
-            shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
-            shown.load_input_event.then(**event)
-        gr.HTML(foot, elem_id="foot")
-    return page.queue(default_concurrency_limit=1, max_size=MAX_QUEUE)
+    is_calibrated = endpoint.predictor.calibration is not None
+    gr.HTML(texts.header(len(names)))
+    with gr.Row():
+        with gr.Column():
+            photo = gr.Image(
+                sources=["upload", "webcam", "clipboard"],
+                label="Photo",
+                alt_text="the photo",
+                placeholder="Drop or paste a photo\nor click to choose one",
+                buttons=[],
+                elem_id="photo",
+            )
+        with gr.Column():
+            answer = gr.HTML(texts.start(), elem_id="answer")
+    with gr.Row(elem_id="more"):
+        others = gr.File(file_count="multiple", label="More photos of this plant, up to 4", elem_id="others", height=80)
+        look = gr.Button("Where did it look?", elem_id="look")
+    answer_page = partial(answer_to, endpoint, texts)
+    # Of two photos in quick succession the later one's name stays. photo.change would come twice for some.
+    event = {"trigger_mode": "always_last", "concurrency_id": "model", "api_visibility": "private"}
+    first = event | {"fn": lambda photo: (answer_page(photo), None), "inputs": photo, "outputs": [answer, others]}
+    both = event | {"inputs": [photo, others], "outputs": answer}
+    gr.on([photo.input, photo.clear], **first)
+    gr.on([others.upload, others.delete, others.clear], answer_page, **both)
+    look.click(partial(answer_page, with_map=True), **both)
+    examples = find_examples(run.folder.resolve() / EXAMPLES_FOLDER)
+    if examples:
+        shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
+        shown.load_input_event.then(**first)
+    gr.HTML(texts.footer(run.folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
 
 
 def find_examples(folder: Path) -> list[str]:
@@ -159,17 +186,20 @@ class KnownHosts:
         return name in self.names
 
 
-def serve(page, options: PageOptions) -> None:
+def serve(blocks, endpoint, options: PageOptions) -> None:
     """Until Ctrl-C or SIGTERM."""
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from evaluation.endpoint import MAX_UPLOAD
+
+    routes = endpoint.build_routes(is_alone=options.no_page)
     hosts = Middleware(KnownHosts, host=options.host.lower())
     # gradio asks itself whether it runs, and would send that through a proxy
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},localhost,{options.host}"
     font = ["system-ui", "sans-serif"]  # of the machine that shows the page
-    _, address, _ = page.launch(
+    _, address, _ = blocks.launch(
         server_name=f"[{options.host}]" if ":" in options.host else options.host,  # IPv6, as in addresses of pages
         server_port=options.port,
         inbrowser=options.open,
@@ -180,42 +210,66 @@ def serve(page, options: PageOptions) -> None:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [hosts]},
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [hosts], "routes": routes},
         theme=gr.themes.Default(primary_hue="emerald", secondary_hue="emerald", font=font, font_mono=["monospace"]),
         css_paths=WEB / "page.css",
         head=f"<script>{(WEB / 'page.js').read_text(encoding='utf-8')}</script>",
     )
-    logger.info(f"page | {address} | Ctrl-C ends it")
+    logger.info(f"{'endpoint' if options.no_page else 'page'} | {address} | Ctrl-C ends it")
     threading.Event().wait()
 
 
-def answer_to(predictor, texts, upload: tuple[str, str | None] | None) -> str:
-    """HTML for an upload, (path, its own name), or for None, after the photo was removed."""
-    if upload is None:
+def read_upload(upload) -> dict:
+    """A photo as that of a row; under the sender's name for it, since its path here is private."""
+    return {"bytes": Path(upload.path).read_bytes(), "path": upload.orig_name or Path(upload.path).name}
+
+
+def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), with_map: bool = False) -> str:
+    """HTML for photos of one plant; for None, after the first photo was removed, as before there was any."""
+    from evaluation.endpoint import SHOWN, Refusal
+
+    if photo is None:
         return texts.start()
-    path, name = upload
     try:
-        found = next(predictor.predict([path], SHOWN))
-        small = "" if isinstance(found, str) else draw_small(path)
+        found = endpoint.predict([photo, *others])
+        if isinstance(found, str):
+            return texts.refusal(found)
+        looked = endpoint.explain(photo, found) if with_map else None
+        picture = (encode(looked[0]), looked[1]) if looked else None
+        return texts.answer(found, SHOWN, draw_small(photo), 1 + len(others), picture)
+    except Refusal as refusal:
+        return texts.refusal(str(refusal))
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")
-    if isinstance(found, str):  # it begins with the path, which is private
-        return texts.refusal(found.replace(printable(path), printable(name or Path(path).name)))
-    return texts.answer(found, SHOWN, small)
 
 
-def draw_small(path: str) -> str:
+def answer_client(endpoint, images: Sequence[dict]) -> dict:
+    """What /predict answers, for gradio_client."""
+    import gradio as gr
+
+    from evaluation.endpoint import Refusal
+
+    try:
+        return endpoint.answer(images)
+    except Refusal as refusal:
+        raise gr.Error(str(refusal), print_exception=False) from refusal
+
+
+def draw_small(photo: dict) -> str:
     """The photo as the model sees it, in text for the page, if browsers do not show it: none but Safari shows HEIC."""
     from PIL import Image
 
     from utils.image_utils import open_thumbnail
 
-    with Image.open(path) as header:
-        if header.format in BROWSERS_SHOW:
-            return ""
+    with Image.open(io.BytesIO(photo["bytes"])) as header:
+        return "" if header.format in BROWSERS_SHOW else encode(open_thumbnail(photo, SMALL_SIDE))
+
+
+def encode(image) -> str:
+    """A picture as the text of a JPEG, for the page."""
     file = io.BytesIO()
-    open_thumbnail(path, SMALL_SIDE).save(file, "JPEG")
+    image.save(file, "JPEG")
     return base64.b64encode(file.getvalue()).decode()
 
 

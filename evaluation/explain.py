@@ -46,7 +46,7 @@ def explain(predictor: Predictor, image: str, found: Prediction, out: Path) -> N
     logger.info(f"saved | {out} | brighter: the model is less certain of the name with this part hidden")
 
 
-def find_parts(plant: PlantModel, image: str | Path, names: Sequence[str]) -> tuple[Image.Image, np.ndarray]:
+def find_parts(plant: PlantModel, image: str | Path | dict, names: Sequence[str]) -> tuple[Image.Image, np.ndarray]:
     """Where the model looked for the first of an image's likeliest class names. Raises ImageError.
 
     The image, upright, at most SHOWN_SIDE pixels wide and high; and (GRID, GRID) drops in nats of the log-odds of this

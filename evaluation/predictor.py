@@ -130,9 +130,10 @@ class Predictor:
         self.calibration = calibration
         self._calibration = calibration or Calibration(1.0, 0.0, 0.0, 0)
 
-    def predict(self, images: Sequence[str | Path], top: int = 5) -> Iterator[Prediction | str]:
+    def predict(self, images: Sequence[str | Path | dict], top: int = 5) -> Iterator[Prediction | str]:
         """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch.
 
+        Images are paths, or {"bytes": contents, "path": name} as in rows.
         Of more than MAX_SCORED class names only the `top` likeliest are found.
         """
         goal = Goal(top, self._calibration.temperature, self._calibration.threshold)
@@ -144,7 +145,7 @@ class Predictor:
         if doubt := explain_doubt(self.calibration):
             logger.warning(doubt)
 
-    def predict_together(self, images: Sequence[str | Path]) -> Prediction | str:
+    def predict_together(self, images: Sequence[str | Path | dict]) -> Prediction | str:
         """The class of one plant that all images show, whose scores are fused; the reason if none can be opened.
 
         Images that cannot be opened are in its `unreadable`, and the rest is fused; of copies the first alone, with
@@ -157,9 +158,9 @@ class Predictor:
             return "; ".join(reasons)
         return self._answer(results, self._calibration.of_images(len(results)))._replace(unreadable=reasons)
 
-    def _compute(self, images: Sequence[str | Path], goal: Goal | None) -> Iterator:
+    def _compute(self, images: Sequence[str | Path | dict], goal: Goal | None) -> Iterator:
         """For each file in order its Examined, with a goal the names Found, or why it cannot be opened."""
-        files = [{"bytes": None, "path": str(image)} for image in images]
+        files = [image if isinstance(image, dict) else {"bytes": None, "path": str(image)} for image in images]
         rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
         # Starting workers takes longer than a few images.
         workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)

@@ -1,11 +1,6 @@
 """The web demo in a real browser: make test-browser."""
 
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pillow_heif
@@ -13,48 +8,12 @@ import pytest
 from PIL import Image
 
 from evaluation.model_card import WARNING
-from tests.conftest import ROOT
 from tests.faults.corpus import OPENS, contents
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
 CAMERA = "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """Address of the page of a run of six steps, app.py beside it as its own process."""
-    pytest.importorskip("gradio", reason="the page needs gradio: make test-browser installs it")
-    import train
-    from data import dataset
-
-    folder = tmp_path_factory.mktemp("app")
-    with pytest.MonkeyPatch.context() as patch:
-        for split, count in {"train": 48, "validation": 20, "test": 20}.items():
-            patch.setitem(dataset.SPLIT_SIZES, split, count)
-        tiny = ["--preset", "tiny", "--max-steps", "6", "--num-workers", "0", "--output-dir", str(folder / "run")]
-        assert train.main(tiny) == 0
-    temporary = folder / "temporary"
-    temporary.mkdir()
-    # a proxy that is not there: neither the page nor its start may need it
-    environment = os.environ | {"TMPDIR": str(temporary), "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    with open(folder / "log", "w") as log:
-        argv = [sys.executable, str(ROOT / "app.py"), str(folder / "run"), "--port", "0"]
-        server = subprocess.Popen(argv, stdout=log, stderr=log, env=environment, cwd=folder)
-    try:
-        until = time.monotonic() + 120
-        while not (found := re.search(r"page \| (\S+)", (folder / "log").read_text())):
-            assert server.poll() is None and time.monotonic() < until, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield found[1]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 143
-        text = (folder / "log").read_text()
-        assert "the page is closed" in text and "Traceback" not in text
-        assert not list(temporary.glob("llava_plants_*")) and not list(ROOT.glob("*.pyi"))
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +93,41 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
     page.wait_for_selector("#answer h2", state="detached")
     assert page.inner_text("#answer").strip() == "The name appears here."
     assert WARNING in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
+
+
+def test_more_photos_of_a_plant_are_answered_together_until_another_one_is_chosen(open_page, photo, tmp_path):
+    (tmp_path / "letter.txt").write_text("no photo")
+    Image.new("RGB", (60, 40), (20, 90, 200)).save(tmp_path / "b.png")
+    page = open_page()
+    assert not page.is_visible("#others") and not page.is_visible("#look")
+    choose(page, photo)
+    answer(page)
+    page.set_input_files("#others input[type=file]", [tmp_path / "b.png", tmp_path / "letter.txt"])
+    page.wait_for_selector("#answer >> text=From 2 photos of the plant together.")
+    assert "Not used: letter.txt: is not an image" in page.inner_text("#answer")
+    page.click("#others [aria-label='Remove this file'] >> nth=1")
+    page.wait_for_selector("#answer >> text=Not used", state="detached")
+    assert "From 2 photos" in page.inner_text("#answer")
+    choose(page, tmp_path / "b.png")
+    page.wait_for_selector("#answer >> text=together", state="detached")
+    answer(page)
+    assert "b.png" not in page.inner_text("#others")
+    page.set_input_files("#others input[type=file]", [photo] * 5)
+    page.wait_for_selector("#answer >> text=6 images: send 1 to 5")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_the_map_is_shown_on_request_beside_the_photo(name, open_page, tmp_path):
+    Image.new("RGB", (90, 60), (200, 30, 90)).save(tmp_path / name)
+    page = open_page(390, 844)
+    choose(page, tmp_path / name)
+    answer(page)
+    assert page.locator("#answer figure").count() == 0
+    page.click("#look")
+    page.wait_for_selector("#answer figure img")
+    assert page.evaluate("document.querySelector('#answer figure img').naturalWidth") == 90
+    assert page.evaluate("document.querySelector('#photo img').naturalWidth") == 90
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".tif"])

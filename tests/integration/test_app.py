@@ -9,15 +9,18 @@ import socket
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
 import app
 from config.training_config import TrainingConfig
+from evaluation.endpoint import Refusal
 from evaluation.model_card import WARNING
-from evaluation.predictor import Prediction
+from evaluation.predictor import Prediction, Taxon
 from runtime.run_files import save_config
+from tests.conftest import run_printed
 from utils.logging_utils import UserError
 
 LIKELIEST = [("oak", 0.6234), ("<b>ash</b>", 0.3), ("elm", 0.0764), ("fir", 0.0001), ("yew", 0.0001), ("box", 0.0)]
@@ -28,14 +31,26 @@ MEASURED |= {"coverage": 0.75, "selective_accuracy": 0.96, "per_token": False, "
 TEXTS = app.load_texts()
 
 
-class FakePredictor:
+class Upload(NamedTuple):
+    path: str
+    orig_name: str | None
+
+
+class FakeEndpoint:
     def __init__(self, found):
         self.found = found
 
-    def predict(self, images, top):
+    def predict(self, images):
         if isinstance(self.found, Exception):
             raise self.found
-        yield self.found
+        return self.found
+
+    def explain(self, image, found):
+        return Image.new("RGB", (30, 20)), image["path"] == "flat.jpg"
+
+
+def photo_of(path):
+    return {"bytes": path.read_bytes(), "path": path.name}
 
 
 def footer(names, report, is_calibrated, run="mine"):
@@ -51,14 +66,14 @@ def test_an_answer_is_a_name_and_five_bars_of_their_own_length():
 
 def test_an_answer_brings_the_photo_in_a_form_that_browsers_show(tmp_path):
     Image.new("RGB", (1200, 300), (200, 30, 90)).save(tmp_path / "a.tif")  # as HEIC: most show neither
-    html = app.answer_to(FakePredictor(Prediction(LIKELIEST, True)), TEXTS, (str(tmp_path / "a.tif"), "a.tif"))
+    html = app.answer_to(FakeEndpoint(Prediction(LIKELIEST, True)), TEXTS, photo_of(tmp_path / "a.tif"))
     small = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/jpeg;base64,(.*?)"', html)[1])))
     assert small.format == "JPEG" and small.size == (640, 160) and "<h2>oak</h2>" in html
 
 
 def test_a_photo_that_browsers_show_is_not_decoded_a_second_time(tmp_path):
     Image.new("RGB", (1200, 300), (200, 30, 90)).save(tmp_path / "a.heic", "JPEG")  # the contents decide
-    html = app.answer_to(FakePredictor(Prediction(LIKELIEST, True)), TEXTS, (str(tmp_path / "a.heic"), "a.heic"))
+    html = app.answer_to(FakeEndpoint(Prediction(LIKELIEST, True)), TEXTS, photo_of(tmp_path / "a.heic"))
     assert "<h2>oak</h2>" in html and "data:image" not in html
 
 
@@ -83,20 +98,51 @@ def test_the_set_is_shown_where_it_is_not_sure_between_several():
         assert "one of" not in TEXTS.answer(Prediction(LIKELIEST, certain, None, chosen), 3)
 
 
-def test_a_refusal_shows_the_file_by_its_own_name(tmp_path):
-    path = str(tmp_path / "up\nload.jpg")
-    predictor = FakePredictor(f"{path!r}: cannot be decoded (see {path!r})")
-    assert app.answer_to(predictor, TEXTS, (path, "mine.jpg")) == TEXTS.refusal(
-        "mine.jpg: cannot be decoded (see mine.jpg)"
-    )
-    assert str(tmp_path) not in app.answer_to(predictor, TEXTS, (path, None))
-    assert r"&#39;\u202egpj.jpg&#39;" in app.answer_to(predictor, TEXTS, (path, "\u202egpj.jpg"))
+def test_the_genus_or_family_is_the_headline_where_the_plant_is_not_sure():
+    taxa = {"genus": Taxon("<i>Quercus</i>", 0.93, True), "family": Taxon("Fagaceae", 0.97, True)}
+    names = [name for name, _ in LIKELIEST]
+    html = TEXTS.answer(Prediction(LIKELIEST, False, None, names[:3], taxa=taxa), 5)
+    assert "<h2>A plant of the genus &lt;i&gt;Quercus&lt;/i&gt;</h2>" in html and "Not sure" not in html
+    assert "93% sure of the genus, not of the plant: perhaps oak (62%)." in html
+    assert "Probably one of: oak, &lt;b&gt;ash&lt;/b&gt;, elm." in html
+    taxa["genus"] = taxa["genus"]._replace(is_confident=False)
+    html = TEXTS.answer(Prediction(LIKELIEST, False, taxa=taxa), 5)
+    assert "<h2>A plant of the family Fagaceae</h2>" in html and "97% sure of the family" in html
+    assert "<h2>oak</h2>" in TEXTS.answer(Prediction(LIKELIEST, True, taxa=taxa), 5)
+
+
+def test_several_photos_are_said_with_those_that_were_not_used():
+    html = TEXTS.answer(Prediction(LIKELIEST, True, unreadable=["<b>.jpg: is empty"]), 5, "", 4)
+    assert "From 3 photos of the plant together." in html and "Not used: &lt;b&gt;.jpg: is empty." in html
+    assert "together" not in TEXTS.answer(Prediction(LIKELIEST, True), 5)
+
+
+def test_the_map_is_shown_when_asked_for(tmp_path):
+    endpoint = FakeEndpoint(Prediction(LIKELIEST, True))
+    for name, words in (("a.jpg", "the less sure of oak"), ("flat.jpg", "no single part decides")):
+        Image.new("RGB", (30, 20)).save(tmp_path / name)
+        html = app.answer_to(endpoint, TEXTS, photo_of(tmp_path / name), with_map=True)
+        assert words in html and "<h2>oak</h2>" in html
+        picture = re.search('alt="where it looked in the photo" src="data:image/jpeg;base64,(.*?)"', html)[1]
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (30, 20)
+        assert "figure" not in app.answer_to(endpoint, TEXTS, photo_of(tmp_path / name))
+
+
+def test_a_photo_goes_by_the_name_of_its_sender(tmp_path):
+    """Its path here is private: it is in no answer."""
+    path = tmp_path / "up.jpg"
+    path.write_bytes(b"no photo")
+    assert app.read_upload(Upload(str(path), "mine.jpg")) == {"bytes": b"no photo", "path": "mine.jpg"}
+    assert app.read_upload(Upload(str(path), None))["path"] == "up.jpg"
 
 
 def test_no_photo_is_no_answer_and_a_failure_is_said():
-    assert app.answer_to(FakePredictor(None), TEXTS, None) == TEXTS.start()
-    html = app.answer_to(FakePredictor(RuntimeError("CUDA error")), TEXTS, ("a.jpg", "a.jpg"))
+    assert app.answer_to(FakeEndpoint(None), TEXTS, None) == TEXTS.start()
+    photo = {"bytes": b"", "path": "a.jpg"}
+    html = app.answer_to(FakeEndpoint(RuntimeError("CUDA error")), TEXTS, photo)
     assert "There is no name for this photo, since the program failed" in html and "CUDA" not in html
+    assert app.answer_to(FakeEndpoint("a.jpg: is <empty>"), TEXTS, photo) == TEXTS.refusal("a.jpg: is <empty>")
+    assert "6 images: send" in app.answer_to(FakeEndpoint(Refusal(400, "6 images: send")), TEXTS, photo)
 
 
 def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
@@ -149,18 +195,26 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, tmp_path, capsys):
 def test_uploads_go_to_a_folder_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    folders = []
+    folders, shown = [], []
 
-    def serve(page, options):
+    def serve(blocks, endpoint, options):
         folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
-        assert folders[0].stat().st_mode & 0o077 == 0
+        assert folders[-1].stat().st_mode & 0o077 == 0
 
     monkeypatch.setattr("evaluation.predictor.load_predictor", lambda run: None)
-    monkeypatch.setattr(app, "build_page", lambda predictor, run: None)
+    monkeypatch.setattr("evaluation.endpoint.Endpoint", lambda predictor, run: None)
+    monkeypatch.setattr(app, "build_blocks", lambda endpoint, run: shown.append(run))
     monkeypatch.setattr(app, "serve", serve)
     save_config(TrainingConfig(), tmp_path, {})
     assert app.main([str(tmp_path), "--port", "0"]) == 0
-    assert len(folders) == 1 and not folders[0].exists()
+    assert not folders[0].exists() and shown[0].folder == tmp_path
+    assert app.main([str(tmp_path), "--port", "0", "--no-page"]) == 0 and shown[1] is None
+
+
+def test_a_page_that_is_not_served_cannot_be_opened(tmp_path, capsys):
+    save_config(TrainingConfig(), tmp_path, {})
+    status, printed = run_printed(app.main, capsys, str(tmp_path), "--no-page", "--open")
+    assert status == 2 and "open=true with no_page=true: there is no page to open; leave one out" in printed
 
 
 @pytest.mark.parametrize(
