@@ -226,10 +226,12 @@ def read_upload(upload) -> dict:
 
 def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), with_map: bool = False) -> str:
     """HTML for photos of one plant; for None, after the first photo was removed, as before there was any."""
-    from evaluation.endpoint import SHOWN, Refusal
+    from evaluation.endpoint import MAX_IMAGES, SHOWN
 
     if photo is None:
         return texts.start()
+    if len(others) >= MAX_IMAGES:
+        return texts.refusal(f"{1 + len(others)} photos are too many; at most {MAX_IMAGES} of one plant are used")
     try:
         found = endpoint.predict([photo, *others])
         if isinstance(found, str):
@@ -237,8 +239,6 @@ def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), 
         looked = endpoint.explain(photo, found) if with_map else None
         picture = (encode(looked[0]), looked[1]) if looked else None
         return texts.answer(found, SHOWN, draw_small(photo), 1 + len(others), picture)
-    except Refusal as refusal:
-        return texts.refusal(str(refusal))
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")

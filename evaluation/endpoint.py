@@ -3,8 +3,8 @@
     POST /predict   multipart/form-data with files named `image` -> what predict.py --json prints, and which run said it
     GET /health     whether it is ready, and which run it serves
 
-A request that cannot be answered gets a 4xx and {"error": one sentence}. Limits are those of the page, which asks the
-same Endpoint: uploads up to MAX_UPLOAD bytes, one answer at a time, MAX_QUEUE requests waiting for theirs.
+A request that cannot be answered gets a 4xx and {"error": one sentence}. Limits are those of the web demo, which asks
+the same Endpoint: uploads up to MAX_UPLOAD bytes, one answer at a time, MAX_QUEUE requests waiting for theirs.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Endpoint:
             return JSONResponse({"error": str(refusal)}, refusal.status)
         except ClientDisconnect:
             return JSONResponse({"error": "the sender left before its images had arrived"}, 400)
-        except Exception:  # the others are served on
+        except Exception:  # later requests may succeed
             logger.exception("a request could not be answered")
             return JSONResponse({"error": "the program failed; its own output says why"}, 500)
         finally:
@@ -130,7 +130,7 @@ class Endpoint:
 def check_request(method: str, headers, waiting: int) -> None:
     """Raises Refusal by what is known before a request's body is read."""
     if method != "POST":
-        raise Refusal(405, f"{method} is not answered here; {HOW}")
+        raise Refusal(405, f"{method} is of no use here; {HOW}")
     if not headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(415, f"only multipart/form-data is read here; {HOW}")
     length = headers.get("content-length", "")

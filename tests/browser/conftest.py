@@ -11,13 +11,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What gradio prints of a request that names a file of the server.
+# What gradio prints of a request for a file of the server.
 REFUSED = re.compile(r"Traceback((?!Traceback).)*?\n\S*(InvalidPathError|ValidationError): ", re.DOTALL)
 
 
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory):
-    """Address of the page of a run of six steps, app.py beside it as its own process."""
+    """Address of the web demo of a run of six steps, app.py beside it as its own process."""
     pytest.importorskip("gradio", reason="the page needs gradio: make test-browser installs it")
     import train
     from data import dataset

@@ -95,7 +95,7 @@ def test_an_uploaded_photo_gets_names_with_bars_of_their_shares(open_page, photo
     assert WARNING in page.inner_text("#foot") and "of 20 photos of val" in page.inner_text("#foot")
 
 
-def test_more_photos_of_a_plant_are_answered_together_until_another_one_is_chosen(open_page, photo, tmp_path):
+def test_more_photos_of_a_plant_get_one_name_until_another_one_is_chosen(open_page, photo, tmp_path):
     (tmp_path / "letter.txt").write_text("no photo")
     Image.new("RGB", (60, 40), (20, 90, 200)).save(tmp_path / "b.png")
     page = open_page()
@@ -113,7 +113,7 @@ def test_more_photos_of_a_plant_are_answered_together_until_another_one_is_chose
     answer(page)
     assert "b.png" not in page.inner_text("#others")
     page.set_input_files("#others input[type=file]", [photo] * 5)
-    page.wait_for_selector("#answer >> text=6 images: send 1 to 5")
+    page.wait_for_selector("#answer >> text=6 photos are too many; at most 5 of one plant")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])

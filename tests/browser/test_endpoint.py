@@ -1,4 +1,4 @@
-"""The endpoint by HTTP, as docs/endpoint.md shows it, beside the page: make test-browser."""
+"""The endpoint by HTTP, as docs/endpoint.md shows it: make test-browser."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +33,12 @@ def test_an_image_gets_json_and_health_says_who_answers(shown, image):
 
 def test_a_bad_request_gets_a_sentence_and_no_500(shown, image):
     refused = [
-        (httpx.get(f"{shown}predict"), 405, "GET is not answered here"),
+        (httpx.get(f"{shown}predict"), 405, "GET is of no use here"),
         (post(shown), 415, "only multipart/form-data is read here"),
         (httpx.post(f"{shown}predict", json={"image": "x"}), 415, "only multipart/form-data is read here"),
-        (httpx.post(f"{shown}predict", files={"photo": b"x"}), 400, "0 images: send 1 to 5 images of one plant"),
+        (httpx.post(f"{shown}predict", files={"picture": b"x"}), 400, "0 images: send 1 to 5 images of one plant"),
         (httpx.post(f"{shown}predict", files={"image": (None, "x")}), 400, "`image` is text, not a file"),
-        (post(shown, ("a.jpg", b"no photo")), 422, "a.jpg: is not an image in any of the formats"),
+        (post(shown, ("a.jpg", b"no image")), 422, "a.jpg: is not an image in any of the formats"),
         (post(shown, ("a.jpg", b"")), 422, "a.jpg: is empty (0 bytes)"),
         (post(shown, *[("a.jpg", image)] * 6), 400, "6 images: send 1 to 5"),
         (post(shown, *[("a.jpg", b"x")] * 51), 400, "the form cannot be read (Too many files"),
@@ -83,7 +83,7 @@ def test_gradio_client_gets_the_same(shown, image, tmp_path):
     path.write_bytes(image)
     client = Client(shown, verbose=False, download_files=False)
     assert client.predict([handle_file(path)], api_name="/predict") == post(shown, ("plant.jpg", image)).json()
-    path.write_bytes(b"no photo")
+    path.write_bytes(b"no image")
     for files, words in (
         ([path], "plant.jpg: is not an image"),
         ([path] * 6, "6 images: send"),

@@ -16,7 +16,6 @@ from PIL import Image
 
 import app
 from config.training_config import TrainingConfig
-from evaluation.endpoint import Refusal
 from evaluation.model_card import WARNING
 from evaluation.predictor import Prediction, Taxon
 from runtime.run_files import save_config
@@ -119,7 +118,7 @@ def test_several_photos_are_said_with_those_that_were_not_used():
 
 def test_the_map_is_shown_when_asked_for(tmp_path):
     endpoint = FakeEndpoint(Prediction(LIKELIEST, True))
-    for name, words in (("a.jpg", "the less sure of oak"), ("flat.jpg", "no single part decides")):
+    for name, words in (("a.jpg", "Bright parts speak for oak"), ("flat.jpg", "no single part decides")):
         Image.new("RGB", (30, 20)).save(tmp_path / name)
         html = app.answer_to(endpoint, TEXTS, photo_of(tmp_path / name), with_map=True)
         assert words in html and "<h2>oak</h2>" in html
@@ -142,7 +141,8 @@ def test_no_photo_is_no_answer_and_a_failure_is_said():
     html = app.answer_to(FakeEndpoint(RuntimeError("CUDA error")), TEXTS, photo)
     assert "There is no name for this photo, since the program failed" in html and "CUDA" not in html
     assert app.answer_to(FakeEndpoint("a.jpg: is <empty>"), TEXTS, photo) == TEXTS.refusal("a.jpg: is <empty>")
-    assert "6 images: send" in app.answer_to(FakeEndpoint(Refusal(400, "6 images: send")), TEXTS, photo)
+    six = app.answer_to(FakeEndpoint(Prediction(LIKELIEST, True)), TEXTS, photo, [photo] * 5)
+    assert "6 photos are too many; at most 5 of one plant are used." in six and "oak" not in six
 
 
 def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():

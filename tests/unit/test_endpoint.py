@@ -44,7 +44,7 @@ def test_an_answer_is_what_predict_prints_and_which_run_said_it(endpoint, folder
 
 
 def test_what_cannot_be_opened_is_named_as_its_sender_does(endpoint, folder):
-    broken = {"bytes": b"no photo", "path": "mine.jpg"}
+    broken = {"bytes": b"no image", "path": "mine.jpg"}
     with pytest.raises(Refusal, match="^mine.jpg: is not an image in any of the formats") as refused:
         endpoint.answer([broken])
     assert refused.value.status == 422
@@ -55,7 +55,7 @@ def test_what_cannot_be_opened_is_named_as_its_sender_does(endpoint, folder):
 
 
 @pytest.mark.parametrize("count", [0, 6])
-def test_one_to_five_images_are_answered(count, endpoint, folder):
+def test_one_to_five_images_are_taken(count, endpoint, folder):
     with pytest.raises(Refusal, match=f"^{count} images: send 1 to 5 images of one plant: curl") as refused:
         endpoint.answer(uploads(folder, *[1] * count))
     assert refused.value.status == 400
@@ -65,7 +65,7 @@ def test_one_to_five_images_are_answered(count, endpoint, folder):
 @pytest.mark.parametrize(
     ("status", "method", "headers", "waiting", "words"),
     [
-        (405, "GET", FORM, 1, "GET is not answered here; send 1 to 5 images"),
+        (405, "GET", FORM, 1, "GET is of no use here; send 1 to 5 images"),
         (415, "POST", FORM | {"content-type": "application/json"}, 1, "only multipart/form-data is read here"),
         (415, "POST", {}, 1, "only multipart/form-data is read here"),
         (411, "POST", {"content-type": FORM["content-type"]}, 1, "does not say its length"),

@@ -31,7 +31,7 @@ class Rule(NamedTuple):
         return [found[0] for found in re.finditer(rf"(?<![a-z\d])(?:{self.words})(?![a-z\d])", text)]
 
 
-WEB_DEMO = r"^web/|(^|_)app\.py$|^docs/own_images\.md$"
+WEB_DEMO = r"^web/|^tests/browser/|(^|_)app\.py$|^docs/own_images\.md$"
 
 RULES = [
     # In the data room, where it is among the words that people use in names of folders and columns.
