@@ -148,7 +148,8 @@ def build_page(endpoint, run: Run) -> None:
     if examples:
         shown = gr.Examples(examples, photo, label="Photos to try, not trained on", api_visibility="private")
         shown.load_input_event.then(**first)
-    gr.HTML(texts.footer(run.folder.resolve().name, names, report, is_calibrated, WARNING), elem_id="foot")
+    detects = endpoint.predictor.detector is not None
+    gr.HTML(texts.footer(run.folder.resolve().name, names, report, is_calibrated, WARNING, detects), elem_id="foot")
 
 
 def find_examples(folder: Path) -> list[str]:
@@ -238,7 +239,8 @@ def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), 
             return texts.refusal(found)
         looked = endpoint.explain(photo, found) if with_map else None
         picture = (encode(looked[0]), looked[1]) if looked else None
-        return texts.answer(found, SHOWN, draw_small(photo), 1 + len(others), picture)
+        photos = len({each["bytes"] for each in (photo, *others)})  # copies count once
+        return texts.answer(found, SHOWN, draw_small(photo), photos, picture)
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.exception("a photo could not be classified")
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")

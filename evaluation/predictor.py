@@ -198,15 +198,22 @@ class Predictor:
         return Prediction(likeliest, is_confident, at_most, prediction_set, taxa=taxa)
 
 
-def _without_copies(images: Sequence[str | Path]) -> list[str | Path]:
+def _without_copies(images: Sequence[str | Path | dict]) -> list[str | Path | dict]:
     """Of files with the same content the first: copies add nothing, and fused they would raise the confidence."""
-    first: dict[object, str | Path] = {}
+    first: dict[object, str | Path | dict] = {}
+
+    def name_of(image: str | Path | dict) -> str:
+        return printable(image["path"] if isinstance(image, dict) else str(image))
+
     for image in images:
-        key: object = image
+        key: object = name_of(image)
         with contextlib.suppress(OSError, ValueError):  # opening it as an image says why
-            key = zlib.crc32(Path(image).read_bytes()) if Path(image).is_file() else image
+            if isinstance(image, dict):
+                key = zlib.crc32(image["bytes"])
+            elif Path(image).is_file():
+                key = zlib.crc32(Path(image).read_bytes())
         if first.setdefault(key, image) is not image:
-            logger.warning(f"{printable(str(image))}: a copy of {printable(str(first[key]))}, which counts once")
+            logger.warning(f"{name_of(image)}: a copy of {name_of(first[key])}, which counts once")
     return list(first.values())
 
 

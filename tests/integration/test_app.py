@@ -110,6 +110,16 @@ def test_the_genus_or_family_is_the_headline_where_the_plant_is_not_sure():
     assert "<h2>oak</h2>" in TEXTS.answer(Prediction(LIKELIEST, True, taxa=taxa), 5)
 
 
+def test_a_plant_that_it_does_not_know_is_none_of_these_and_no_genus_of_them():
+    taxa, names = {"genus": Taxon("Quercus", 0.93, True)}, [name for name, _ in LIKELIEST]
+    html = TEXTS.answer(Prediction(LIKELIEST, True, None, names, 0.3, taxa=taxa), 5)
+    assert "<h2>None of these plants</h2>" in html and html.count("<li>") == 5
+    assert "Quercus" not in html and "one of:" not in html and "% sure" not in html
+    assert "<h2>oak</h2>" in TEXTS.answer(Prediction(LIKELIEST, True, None, names, -0.3), 5)
+    foot = TEXTS.footer("mine", ["oak"], None, True, WARNING, True)
+    assert 'named as one of them, or gets "none of these" or "not sure".' in " ".join(foot.split())
+
+
 def test_several_photos_are_said_with_those_that_were_not_used():
     html = TEXTS.answer(Prediction(LIKELIEST, True, unreadable=["<b>.jpg: is empty"]), 5, "", 4)
     assert "From 3 photos of the plant together." in html and "Not used: &lt;b&gt;.jpg: is empty." in html

@@ -419,7 +419,7 @@ def test_plants_without_a_readable_image_and_folders_of_plants(trained, images, 
     (here / "gone").mkdir()
     (here / "bad").mkdir()
     for number in (1, 2):
-        (here / f"bad/{number}.png").write_bytes(b"broken")
+        (here / f"bad/{number}.png").write_bytes(b"broken %d" % number)
     status, out, err = run(capsys, "one", "--together", "gone", "bad", "images", *FAST)
     first, second, third = out.splitlines()
     assert status == 1 and first == "gone: holds no images" and "3 of 15 could not be classified" in err
