@@ -207,7 +207,7 @@ class Evaluator:
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if isinstance(reference, Reference):
             open_set = fit_open_set(scores, build_spaces(reference), calibration.temperature)
-            calibration = calibration._replace(open_set=dict(open_set))
+            calibration = calibration._replace(open_set=open_set | {"reference": reference.facts["identity"]})
         if not (method.per_token or method.prior_calibration or method.limit):
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")

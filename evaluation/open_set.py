@@ -40,6 +40,7 @@ class OpenSet(TypedDict):
     kept: float  # share of val at or below it
     scale: dict[str, list[float]]  # mean and standard deviation of each score on val
     missing: str | None
+    reference: str  # identity of the train images' features, without which the threshold means nothing
 
 
 class Space(NamedTuple):
@@ -59,7 +60,7 @@ def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
     # The smaller of the two products has the same eigenvalues.
     is_wide = centered.shape[0] < centered.shape[1]
     values, vectors = np.linalg.eigh(centered @ centered.T if is_wide else centered.T @ centered)
-    kept = values > 1e-9 * values[-1]
+    kept = values > 1e-9 * max(values[-1], 1e-9)  # none where all images are alike
     values, vectors = values[kept][: -PRINCIPAL - 1 : -1], vectors[:, kept][:, : -PRINCIPAL - 1 : -1]
     axes = centered.T @ vectors / np.sqrt(values) if is_wide else vectors
     return Space(center, axes, centered @ axes, labels)
@@ -94,7 +95,7 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 
     def whitening(residuals: np.ndarray) -> np.ndarray:
         covariance = residuals.T @ residuals / len(residuals)
-        spread = np.trace(covariance) / len(covariance) + 1e-12
+        spread = np.trace(covariance) / max(len(covariance), 1) + 1e-12
         covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * spread * np.eye(len(covariance))
         return np.linalg.cholesky(np.linalg.inv(covariance))
 
@@ -109,7 +110,7 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 
 def fit_open_set(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> OpenSet:
     """The score that is best at classes taken away, and the threshold that keeps 95 % of val; or why there is none."""
-    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None)
+    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None, reference="")
     classes = np.unique(val.labels)
     strangeness = measure_strangeness(val, spaces, temperature)
     fitted["scale"] = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}

@@ -114,7 +114,7 @@ def load_predictor(run: Run) -> "Predictor":
         missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
     detector = None
     if len(plant.class_names) <= MAX_SCORED:
-        detector = load_detector(run.folder, run.describe_weights(), calibration, plant.base.config)
+        detector = load_detector(run.folder, calibration, plant.base.config)
     for problem in (missing, detector):
         if isinstance(problem, str):
             logger.warning(f"{run.folder}: {problem}")

@@ -17,7 +17,7 @@ from data.dataset import PlantData
 from data.streaming import Stream
 from evaluation.open_set import SPACES, Space, build_space
 from runtime.atomic import write_file
-from runtime.run_files import ANY, BOOL, COUNT, TEXT, number, validate
+from runtime.run_files import BOOL, COUNT, TEXT, number, validate
 
 if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
@@ -26,7 +26,7 @@ REFERENCE_FILE = "reference.safetensors"
 # Train images whose features are computed, in all and of each class: by the tower, which is fast, and by all the model.
 MANY, FEW = {"tower": 1000, "state": 500}, {"tower": 10, "state": 1}
 MOST = {"tower": 1000, "state": 20}
-FACTS = {"scored": {str: ANY}, "ids": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL}
+FACTS = {"identity": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL}
 
 
 class Reference(NamedTuple):
@@ -34,7 +34,7 @@ class Reference(NamedTuple):
 
     features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
     labels: dict[str, np.ndarray]  # {space: (m,)}
-    facts: dict  # the evaluator's, a hash of the images, how many there are in train, seconds of the tower
+    facts: dict  # "identity": hash of what computed which images; how many there are in train; seconds of the tower
 
 
 class TrainImages(NamedTuple):
@@ -62,13 +62,13 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
     if isinstance(data.train, Stream):
         return "the train images are streamed, so none are at hand"
     samples = {space: sample_by_class(data.train, len(data.class_names), space) for space in SPACES}
-    ids = hashlib.sha256(json.dumps([list(rows["id"]) for rows in samples.values()]).encode()).hexdigest()
-    path, found = evaluator.folder / REFERENCE_FILE, None
-    if evaluator.dist.is_main_process and (found := read_reference(path)) is not None:
-        is_same = (found.facts["scored"], found.facts["ids"]) == (evaluator.facts, ids)
-        found = found if is_same else None
-    if any(evaluator.dist.gather_object([found is not None])):
-        return found or "rank 0 has it"
+    listed = [evaluator.facts, *(list(rows["id"]) for rows in samples.values())]
+    identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    path, known = evaluator.folder / REFERENCE_FILE, None
+    if evaluator.dist.is_main_process and (saved := read_reference(path)) is not None:
+        known = saved if saved.facts["identity"] == identity else None
+    if any(evaluator.dist.gather_object([known is not None])):
+        return known or "rank 0 has it"
     towers, states = {}, {}
     began = time.perf_counter()
     examine = functools.partial(evaluator.plant.score, with_features=True)
@@ -87,7 +87,7 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
     ordered = {space: [found[image] for image in sorted(found)] for space, found in entries.items()}
     features = {space: np.stack([each for _, each in found]).astype(np.float16) for space, found in ordered.items()}
     labels = {space: np.array([label for label, _ in found]) for space, found in ordered.items()}
-    facts = {"scored": evaluator.facts, "ids": ids, "images": len(data.train), "seconds": round(seconds, 2)}
+    facts = {"identity": identity, "images": len(data.train), "seconds": round(seconds, 2)}
     tower = evaluator.plant.base.model.vision_tower
     facts["tower_is_trained"] = any(parameter.requires_grad for parameter in tower.parameters())
     reference = Reference(features, labels, facts)

@@ -37,9 +37,7 @@ class Detector(NamedTuple):
         return float(measured[self.fitted["score"]].mean() - self.fitted["threshold"])
 
 
-def load_detector(
-    folder: Path, weights: str | None, calibration: Calibration | None, config: Any
-) -> Detector | str | None:
+def load_detector(folder: Path, calibration: Calibration | None, config: Any) -> Detector | str | None:
     """That of a run, whose model has this config, or why it has none; None of a run made before there were any.
 
     Raises UserError for a score that does not exist.
@@ -56,10 +54,10 @@ def load_detector(
     reference, widths = read_reference(folder / REFERENCE_FILE), feature_widths(config)
     if (
         reference is None
-        or reference.facts["scored"].get("adapter") != weights
+        or reference.facts["identity"] != fitted.get("reference")
         or {name: features.shape[1] for name, features in reference.features.items()} != widths
     ):
-        return f'no "none of these": {REFERENCE_FILE} is missing, corrupted or of other weights; {again}'
+        return f'no "none of these": {REFERENCE_FILE} is missing, corrupted or another one; {again}'
     return Detector(fitted, build_spaces(reference), calibration.temperature)
 
 

@@ -483,7 +483,7 @@ def test_none_of_these_is_kept_apart_from_not_sure(trained, images, capsys):
     assert status == 1 and "calibration.json: 'knn' is no open-set score; make it again: python evaluate.py one" in err
     (trained / "reference.safetensors").write_bytes(b"torn")
     lines, err = answer(-1e9)
-    assert 'no "none of these": reference.safetensors is missing, corrupted or of other weights; make it again' in err
+    assert 'no "none of these": reference.safetensors is missing, corrupted or another one; make it again' in err
     assert not any("none of these" in line for line in lines)
     path.write_text(json.dumps({key: value for key, value in saved.items() if key != "open_set"}))
     _, out, err = run(capsys, "one", "images/00.png", "--json", *FAST)

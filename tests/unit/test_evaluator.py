@@ -172,6 +172,17 @@ def test_an_interrupted_evaluation_resumes(tiny, tmp_path, monkeypatch):
     assert len(read_entries(path, {str: ANY})[1]) == 10
 
 
+def test_scores_of_runs_without_features_are_computed_again(tiny, tmp_path):
+    path = tmp_path / "eval_val.scores.jsonl"
+    scores = make(tiny, tmp_path).score(rows(tiny, 3), "val")[0]
+    header, *entries = map(json.loads, path.read_text().splitlines())
+    older = [{key: value for key, value in entry.items() if key not in ("tower", "state")} for entry in entries]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *older]))
+    again, speed = make(tiny, tmp_path).score(rows(tiny, 3), "val")
+    assert speed is not None and again.features["tower"].shape == (3, 192)
+    np.testing.assert_allclose(again.scores, scores.scores, atol=2e-4)
+
+
 def test_scores_of_another_model_are_not_used(tiny, tmp_path):
     path = tmp_path / "kept.jsonl"
 

@@ -1,9 +1,17 @@
-"""Scores that tell images of none of the classes: on features whose truth is known."""
+"""Scores that set images of none of the classes apart, and the probe: on features whose truth is known."""
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.numpy import save_file
 
+from data.dataset import ROW, PlantData
+from data.streaming import Stream
+from evaluation.evaluator import Evaluator
 from evaluation.metrics import SplitScores
 from evaluation.open_set import (
     KEPT,
@@ -17,7 +25,10 @@ from evaluation.open_set import (
     tabulate,
 )
 from evaluation.probe import TrainFeatures, compare, fit_linear, measure_probe, vote
-from evaluation.trust import Detector
+from evaluation.reference import find_reference, read_reference, sample_by_class
+from evaluation.report import render
+from evaluation.trust import Detector, measure_trust
+from models.builder import PlantModel
 from models.features import Examined, scale_to_unit
 
 CLASSES, WIDTH = 12, 40
@@ -148,6 +159,108 @@ def test_several_images_of_a_plant_are_decided_by_their_mean(spaces):
     together, alone = measure(30, 3)
     assert together == pytest.approx(np.mean(alone)) and together > 0
     assert measure(0, 3)[0] < 0
+
+
+@pytest.mark.parametrize("features", [np.ones((24, WIDTH), "f4"), make_features(np.arange(24) % CLASSES)[:CLASSES]])
+def test_alike_images_and_single_ones_of_a_class_give_numbers(features):
+    labels = np.arange(len(features)) % CLASSES
+    alike = {name: build_space(features, labels) for name in ("tower", "state")}
+    found = measure_strangeness(make_split(24), alike, 1.0)
+    assert all(np.isfinite(values).all() for values in found.values())
+    assert np.isfinite(fit_open_set(make_split(), alike, 1.0)["threshold"])
+
+
+# ---- features of train images
+
+
+@pytest.fixture
+def evaluator(tiny, tmp_path):
+    plant = PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", CPU)
+    return Evaluator(plant, tmp_path, {"adapter": "step 1"})
+
+
+def data_of(tiny, rows):
+    return PlantData(Dataset.from_list(rows, features=ROW), None, None, tiny.names, "a set")
+
+
+def test_features_of_train_images_are_computed_once_for_the_same_weights_and_images(tiny, evaluator, monkeypatch):
+    rows = tiny.rows(40)
+    first = find_reference(evaluator, data_of(tiny, rows))
+    assert sorted(np.bincount(first.labels["tower"])) == [4] * 10 and first.facts["images"] == 40
+    path, computed = evaluator.folder / "reference.safetensors", []
+    distribute = Evaluator.distribute
+    monkeypatch.setattr(Evaluator, "distribute", lambda *given: (computed.append(1), distribute(*given))[1])
+    again = find_reference(evaluator, data_of(tiny, rows))
+    assert not computed and again.facts == first.facts
+    np.testing.assert_array_equal(again.features["tower"], first.features["tower"])
+    for change in (lambda: path.write_bytes(path.read_bytes()[:-9]), lambda: evaluator.facts.update(adapter="step 2")):
+        change()
+        computed.clear()
+        assert find_reference(evaluator, data_of(tiny, rows)).facts["images"] == 40 and computed
+    assert find_reference(evaluator, data_of(tiny, rows[:30])).facts["images"] == 30
+
+
+def test_what_is_no_set_of_features_is_not_used(tmp_path):
+    path, facts = (
+        tmp_path / "reference.safetensors",
+        {"images": 1, "seconds": 0.1, "tower_is_trained": True, "identity": "x"},
+    )
+    good = {f"{space}.{part}": value for space in ("tower", "state")
+            for part, value in (("features", np.ones((3, 4), "f2")), ("labels", np.arange(3)))}  # fmt: skip
+    save_file(good, path, metadata={"facts": json.dumps(facts)})
+    assert read_reference(path).facts == facts
+    bad = [
+        (good | {"tower.labels": np.arange(2)}, facts),
+        (good | {"state.features": np.full((3, 4), np.nan, "f2")}, facts),
+        (good | {"state.labels": np.ones(3, "f4")}, facts),
+        ({name: value for name, value in good.items() if name != "state.labels"}, facts),
+        (good, facts | {"images": "many"}),
+        (good, {}),
+    ]
+    for tensors, some in bad:
+        save_file(tensors, path, metadata={"facts": json.dumps(some)})
+        assert read_reference(path) is None
+    path.unlink()
+    assert read_reference(path) is None
+
+
+def test_why_there_are_no_train_images_is_a_sentence_in_the_report(tiny, evaluator):
+    broken = data_of(tiny, [row | {"image": {"bytes": b"", "path": "gone.jpg"}} for row in tiny.rows(4)])
+    for data, reason in [
+        (broken, "no train image can be opened"),
+        (
+            dataclasses.replace(broken, train=object.__new__(Stream)),
+            "the train images are streamed, so none are at hand",
+        ),
+        (None, "no train images were given"),
+    ]:
+        assert find_reference(evaluator, data) == reason
+        report = measure_trust(reason, None, None, make_split(), {}, CPU)
+        assert report["probe"]["linear_top1"] is None and report["none_of_these"]["missing"] == reason
+        text = render("trust_tables.md.j2", report=report | {"split": "val"})
+        assert (
+            f"Would a much cheaper model do? Not measured: {reason}." in text
+            and f'No "none of these": {reason}.' in text
+        )
+
+
+def test_without_val_there_is_a_probe_and_no_threshold(tiny, evaluator):
+    reference = find_reference(evaluator, data_of(tiny, tiny.rows(20)))
+    split = make_split(20)
+    split = split._replace(
+        scores=split.scores[:, :10], labels=split.labels % 10, features={"tower": np.ones((20, 192))}
+    )
+    report = measure_trust(reference, None, None, split, {}, CPU)
+    assert report["none_of_these"] == {"score": None, "missing": "the run was trained on val"}
+    assert report["open_set"] == [] and 0 <= report["probe"]["linear_top1"] <= 1
+
+
+@pytest.mark.parametrize(("images", "classes", "found"), [(4000, 10, 100), (1020, 102, 10), (300, 3, 100)])
+def test_a_sample_of_train_images_is_even(images, classes, found):
+    rows = Dataset.from_dict({"label": [at % classes for at in range(images)], "id": list(map(str, range(images)))})
+    assert set(np.bincount(sample_by_class(rows, classes, "tower")["label"])) == {found}
+    few = np.bincount(sample_by_class(rows, classes, "state")["label"])
+    assert set(few) <= set(range(1, 21)) and sum(few) <= 500
 
 
 # ---- the probe
