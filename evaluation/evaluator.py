@@ -32,7 +32,7 @@ from evaluation.reference import Reference, build_spaces, find_reference, find_t
 from evaluation.report import result_lines, write_report
 from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
-from evaluation.trust import measure_trust
+from evaluation.trust import find_strange, measure_trust
 from models.builder import PlantModel
 from models.features import decode, encode, features_schema
 from runtime.atomic import write_file
@@ -260,7 +260,8 @@ class Evaluator:
         train = find_train_images(reference, data)
         write_mistakes(scores, rows, calibration, self.plant.class_names, stem, train)
         if self.method.csv:
-            write_tables(report, scores, calibration, self.plant.class_names, self.folder)
+            strange = find_strange(scores, calibration, reference)
+            write_tables(report, scores, calibration, self.plant.class_names, self.folder, strange)
         for line in result_lines(report):
             logger.info("result | %s | %s", split, line)
         return report

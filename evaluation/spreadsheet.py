@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from scipy.special import softmax
 
 from data.taxonomy import LEVELS
@@ -25,12 +26,17 @@ UNCALIBRATED = Calibration(1.0, 0.0, 0.0, 0)
 
 
 def write_tables(
-    report: dict, split: SplitScores, calibration: Calibration | None, names: Sequence[str], folder: Path
+    report: dict,
+    split: SplitScores,
+    calibration: Calibration | None,
+    names: Sequence[str],
+    folder: Path,
+    strange: np.ndarray | None = None,
 ) -> None:
-    """Both tables of a report into a run directory."""
+    """Both tables of a report into a run directory; `strange` (n,): which images get "none of these", if known."""
     stem = folder / f"eval_{report['split']}"
     classes = [[name, *(found[key] for key in CLASS_COLUMNS.values())] for name, found in report["per_class"].items()]
-    images = list_images(split, calibration or UNCALIBRATED, names)
+    images = list_images(split, calibration or UNCALIBRATED, names, strange)
     _write(Path(f"{stem}_images.csv"), images)
     _write(Path(f"{stem}_classes.csv"), [["class", *CLASS_COLUMNS], *classes])
     logger.info("saved | %s_images.csv | %s_classes.csv", stem, stem)
@@ -39,7 +45,9 @@ def write_tables(
 CLASS_COLUMNS = {"images": "n", "precision": "precision", "recall": "recall", "F1": "f1"}  # to keys of a report
 
 
-def list_images(split: SplitScores, calibration: Calibration, names: Sequence[str]) -> Iterator[list]:
+def list_images(
+    split: SplitScores, calibration: Calibration, names: Sequence[str], strange: np.ndarray | None
+) -> Iterator[list]:
     """A header, then for each image its cells."""
     probabilities = softmax(split.scores / calibration.temperature, axis=1)
     rejected, sets = find_rejected(probabilities, calibration), find_sets(probabilities, calibration.conformal)
@@ -59,7 +67,7 @@ def list_images(split: SplitScores, calibration: Calibration, names: Sequence[st
         yield [
             split.ids[index],
             names[split.labels[index]],
-            doubt if rejected[index] else likeliest,
+            "none of these" if strange is not None and strange[index] else doubt if rejected[index] else likeliest,
             likeliest,
             float(shares.max()),
             not rejected[index],

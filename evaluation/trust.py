@@ -37,6 +37,15 @@ class Detector(NamedTuple):
         return float(measured[self.fitted["score"]].mean() - self.fitted["threshold"])
 
 
+def find_strange(split: SplitScores, calibration: Calibration | None, reference: Reference | str) -> np.ndarray | None:
+    """(n,) whether each image gets "none of these"; None where that was not fitted."""
+    fitted = calibration and calibration.open_set
+    if calibration is None or isinstance(reference, str) or not fitted or fitted["score"] is None:
+        return None
+    detector = Detector(fitted, build_spaces(reference), calibration.temperature)
+    return detector.measure(split)[fitted["score"]] > fitted["threshold"]
+
+
 def load_detector(folder: Path, calibration: Calibration | None, config: Any) -> Detector | str | None:
     """That of a run, whose model has this config, or why it has none; None of a run made before there were any.
 

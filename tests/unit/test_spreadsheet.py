@@ -61,6 +61,15 @@ def test_they_say_what_the_report_says(tables):
         assert float(row["F1"]) == pytest.approx(found["f1"], abs=1e-4)
 
 
+def test_none_of_these_is_the_answer_where_predict_would_say_so(tmp_path):
+    val, strange = draw(100, 3), np.arange(100) % 3 == 0
+    calibration = fit(val)
+    report = {"split": "val"} | measure_split(val, calibration, NAMES)
+    write_tables(report, val, calibration, NAMES, tmp_path, strange)
+    answers = [row["answer"] for row in read(tmp_path / "eval_val_images.csv")]
+    assert [answer == "none of these" for answer in answers] == strange.tolist()
+
+
 def test_without_calibration_or_taxonomy(tmp_path):
     split = draw(50, 2)
     plain = calibrate(split, 0.9)
