@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
             trainer = build_trainer(run, plant, data)
             run.record(plant, data, trainer)
             run.log_header(plant, data, trainer)
+            run.end_phase("load")
             trainer.plan_memory()
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
             build_evaluator(run, plant, dist).report(data.validation, "val", data=data)
+            run.end_phase("report")
             step = trainer.state.global_step
             del trainer  # the GPU has room for one model
             verify_reload(run, plant, data)

@@ -46,6 +46,8 @@ class RunLog(TrainerCallback):
         self.train_began = self.step_began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        run = self.trainer.run
+        run.end_phase("steps" if "first step" in run.seconds else "first step")
         now = time.perf_counter()
         step = self.trainer.step_checks.metrics | {
             "seconds": round(now - self.step_began, 4),
@@ -54,7 +56,7 @@ class RunLog(TrainerCallback):
         }
         self.step_began = now
         if state.is_world_process_zero:
-            append_metrics(self.trainer.run.folder, step)
+            append_metrics(run.folder, step)
             self.warn_of_spikes(step)
             self.window.append(step)
             if state.global_step % args.logging_steps == 0 or state.global_step in (1, state.max_steps):
@@ -62,6 +64,7 @@ class RunLog(TrainerCallback):
                 self.window.clear()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.trainer.run.end_phase("evaluations")
         if state.is_world_process_zero:
             append_metrics(self.trainer.run.folder, {"step": state.global_step} | metrics)
             logger.info(

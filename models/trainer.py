@@ -191,6 +191,7 @@ class PlantTrainer(Trainer):
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
         plan_memory(self, self.data_collator.largest_row(sample_rows(self.train_dataset)), steps_left)
+        self.run.end_phase("plan")
         self.planned_micro_batch = self.dist.broadcast_object(self.micro_batcher.size)
 
     def _move_model_to_device(self, model, device):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig
 from runtime import checkpoint, run_files
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
@@ -50,6 +52,8 @@ class Run:
     state: str = "new"  # or interrupted, or completed
     notes: list[str] = field(default_factory=list)  # what the user should hear of how it starts
     resume_from: Path | None = None  # checkpoint; known once `record` was called
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase, from the start of the process
+    phase_began: float = field(default_factory=lambda: psutil.Process().create_time())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -160,10 +164,19 @@ class Run:
         logger.info(f"model | {config.model} | {described} | {where}")
         logger.info(f"plan | {steps:,} steps | global batch size {config.effective_batch_size} | {epochs:.1f} epochs")
 
+    def end_phase(self, name: str) -> None:
+        """The time since the last phase was that of this one."""
+        now = time.time()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.phase_began
+        self.phase_began = now
+
     def complete(self, step: int) -> None:
         """The last line of metrics.jsonl: only a run that has it is complete."""
+        self.end_phase("reload")
         if self.is_main_process:
             run_files.append_metrics(self.folder, {"step": step, "completed": True})
+            phases = " | ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
+            logger.info(f"time | {phases} | {sum(self.seconds.values()):.0f} s in all")
 
     def discard_if_never_started(self) -> None:
         """Remove the folder of a new run that failed before its first step, unless it holds anything else."""
