@@ -12,6 +12,7 @@ and "not sure" are calibrated on val. Exit status 1 if a file could not be class
 """
 
 import glob
+import itertools
 import json
 import os
 import sys
@@ -42,20 +43,23 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="the images above are classified"):
-        images = [[image] for image in find_images(words)]
-        if options.explain and len(images) != 1:
-            raise UserError(f"--explain {options.explain}: is of one image, and these are {len(images):,}; name one")
-        format_result, failed = format_json if options.json else format_line, 0
-        for names, found in classify(run, group_images(words) if options.together else images, options):
-            failed += len(names if isinstance(found, str) else found.unreadable)
-            print(format_result(names if options.together else names[0], found, options.top), flush=True)
+        plants = group_images(words, options.together)
+        images = sum(len(plant) for _, plant in plants)
+        if options.explain and images != 1:
+            raise UserError(f"--explain {options.explain}: is of one image, and these are {images:,}; name one")
+        failed = 0
+        for (label, plant), found in zip(plants, classify(run, [plant for _, plant in plants], options)):
+            failed += len(plant if isinstance(found, str) else found.unreadable)
+            names = [image for image, _ in plant] if options.together else label
+            line = format_json(names, found, options.top) if options.json else format_line(label, found, options.top)
+            print(line, flush=True)
         if failed:
-            logger.warning(f"{failed:,} of {len(images):,} could not be classified; their lines say why")
+            logger.warning(f"{failed:,} of {images:,} could not be classified; their lines say why")
     return 1 if failed else 0
 
 
-def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: PredictionOptions) -> Iterator[tuple]:
-    """(images, Prediction or why there is none) of each plant, given by (file, or why it stands for none)."""
+def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: PredictionOptions) -> Iterator:
+    """Prediction, or why there is none, of each plant, given as (file, why it stands for none) of its images."""
     from evaluation.explain import NAMES, explain
     from evaluation.predictor import load_predictor
 
@@ -76,21 +80,30 @@ def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: Pred
             found = "; ".join(filter(None, [found, *reasons]))
         elif reasons:
             found = found._replace(unreadable=[*found.unreadable, *reasons])
-        yield [image for image, _ in plant], found
+        yield found
         if options.explain and not isinstance(found, str):
             explain(predictor, images[0], found, Path(options.explain))
 
 
-def group_images(words: list[str]) -> list[list[tuple[str, str | None]]]:
-    """What find_images gives, plant by plant: those of a folder are of one plant, and so are all others together."""
-    plants: dict[str, list[tuple[str, str | None]]] = {}
-    for word in words:
+def group_images(words: list[str], together: bool) -> list[tuple[str, list[tuple[str, str | None]]]]:
+    """(label, what find_images gives) of each plant: of each image, or `together` of the images of each folder, and of
+    all others.
+    """
+    if not together:
+        return [(image, [(image, reason)]) for image, reason in find_images(words)]
+    plants: dict[str, dict[tuple[str, str | None], None]] = {}
+    expanded = [
+        (sorted(filter(os.path.isdir, match(word))) if glob.has_magic(word) and not os.path.exists(word) else [])
+        or [word]
+        for word in words
+    ]
+    for word in dict.fromkeys(itertools.chain(*expanded)):
         is_folder, found = os.path.isdir(word), list(find_images([word]))
-        plants.setdefault(word if is_folder else "", []).extend(found)
-        if is_folder and len(folders := {os.path.dirname(image) for image, _ in found}) > 1:
+        plants.setdefault(word if is_folder else "", {}).update(dict.fromkeys(found))
+        if is_folder and len(below := {os.path.dirname(image) for image, _ in found}) > 1:
             move = f"if each is a plant: {printable(os.path.join(word, '*'))}"
-            logger.warning(f"{printable(word)}: the images of {len(folders)} folders count as one plant; {move}")
-    return list(plants.values())
+            logger.warning(f"{printable(word)}: the images of {len(below)} folders count as one plant; {move}")
+    return [(word or ", ".join(image for image, _ in plant), list(plant)) for word, plant in plants.items()]
 
 
 def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -135,13 +148,13 @@ def match(pattern: str) -> Iterable[str]:
     )
 
 
-def format_line(image: str | list[str], found, top: int) -> str:
+def format_line(image: str, found, top: int) -> str:
     """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
     from evaluation.predictor import list_names, percent
 
     if isinstance(found, str):
         return found
-    label = ", ".join(map(printable, [image] if isinstance(image, str) else image))
+    label = printable(image)
     first, *others = [f"{name} {percent(share)}" for name, share in found.likeliest[:top]]
     line = f"{label}: {first}" + (f" ({', '.join(others)})" if others else "")
     if found.is_none_of_these:

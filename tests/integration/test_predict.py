@@ -424,7 +424,16 @@ def test_plants_without_a_readable_image_and_folders_of_plants(trained, images, 
     first, second, third = out.splitlines()
     assert status == 1 and first == "gone: holds no images" and "3 of 15 could not be classified" in err
     assert second.startswith("bad/1.png: is not an image") and "; bad/2.png: is not an image" in second
-    assert third.startswith("images/00.png, images/01.png") and "the images of 2 folders count as one plant" in err
+    assert (
+        third.startswith("images: ")
+        and err.count("the images of 2 folders count as one plant; if each is a plant") == 1
+    )
+    (here / "images/00.png").rename(here / "bad/3.png")
+    lines = run(capsys, "one", "--together", "ba*", "images/deep", "ba*", "images/deep", *FAST)[1].splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["bad", "images/deep"] and lines[0].count(
+        "not used: bad/"
+    ) == 2
+    (here / "bad/3.png").rename(here / "images/00.png")
     assert "calibrated on only 9 pairs of val" in err or "calibrated on only 10 pairs of val" in err
     set_threshold(trained, 0.5, pairs=None)
     _, _, err = run(capsys, "one", "--together", "images/00.png", "images/01.png", *FAST)
