@@ -83,3 +83,8 @@ def test_the_docker_image_starts_the_web_demo_with_flags_that_it_has(capsys):
         app.main([*flags, run, "--no-such-flag"])
     errors = re.findall(r"^error: (\S+)", "".join(capsys.readouterr()), re.MULTILINE)
     assert (program, script, set(errors)) == ("python", "app.py", {f"{run}:", "--no-such-flag:"})
+
+
+def test_the_docker_image_asks_a_path_that_the_endpoint_has():
+    (path,) = re.findall(r"http://127\.0\.0\.1:7860(/\w+)", DOCKERFILE)
+    assert f'Route("{path}"' in (ROOT / "evaluation" / "endpoint.py").read_text(encoding="utf-8")
