@@ -22,6 +22,7 @@ from utils.plot_utils import LEAST_DROP, blend_map
 MAX_IMAGES = 5  # of one plant
 MAX_UPLOAD = 20_000_000  # bytes of an image
 MAX_BODY = MAX_IMAGES * MAX_UPLOAD + 100_000  # bytes of a request: the images and what is written around them
+UPLOAD_S = 120  # seconds for a request's images to arrive; who sends none must not keep others waiting
 MAX_QUEUE = 20  # requests; whoever sends the next one is asked to come back
 SHOWN = 5  # names of an answer
 HOW = "send 1 to 5 images of one plant: curl -F image=@photo.jpg ADDRESS/predict"
@@ -104,26 +105,29 @@ class Endpoint:
             self.waiting -= 1
 
     async def _read_and_answer(self, request) -> dict:
-        from starlette.concurrency import run_in_threadpool
+        import anyio  # a part of Starlette
         from starlette.exceptions import HTTPException
 
         check_request(request.method, request.headers, self.waiting)
         try:
-            async with request.form(max_files=10 * MAX_IMAGES, max_fields=10) as form:
-                uploads = form.getlist("image")
-                if any(isinstance(upload, str) for upload in uploads):
-                    raise Refusal(400, f"`image` is text, not a file; {HOW}")
-                for upload in uploads:
-                    if upload.size > MAX_UPLOAD:
-                        raise Refusal(
-                            413, f"{upload.filename}: is above the limit of {MAX_UPLOAD:,} bytes; make it smaller"
-                        )
-                return await run_in_threadpool(self._answer_uploads, uploads)
+            with anyio.fail_after(UPLOAD_S):
+                form = await request.form(max_files=10 * MAX_IMAGES, max_fields=10)
+        except TimeoutError as error:
+            raise Refusal(408, f"the images had not arrived after {UPLOAD_S} s; send smaller ones") from error
         except HTTPException as error:
             raise Refusal(400, f"the form cannot be read ({error.detail.rstrip('.')}); {HOW}") from error
+        try:
+            return await anyio.to_thread.run_sync(self._answer_uploads, form.getlist("image"))
+        finally:
+            await form.close()
 
     def _answer_uploads(self, uploads: Sequence) -> dict:
         """Large uploads lie on disk until they are read here."""
+        for upload in uploads:
+            if isinstance(upload, str):
+                raise Refusal(400, f"`image` is text, not a file; {HOW}")
+            if upload.size > MAX_UPLOAD:
+                raise Refusal(413, f"{upload.filename}: is above the limit of {MAX_UPLOAD:,} bytes; make it smaller")
         return self.answer([{"bytes": upload.file.read(), "path": upload.filename} for upload in uploads])
 
 
@@ -134,7 +138,7 @@ def check_request(method: str, headers, waiting: int) -> None:
     if not headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refusal(415, f"only multipart/form-data is read here; {HOW}")
     length = headers.get("content-length", "")
-    if not length.isdecimal():
+    if not length.isdecimal() or len(length) > 15:
         raise Refusal(411, "the request does not say its length (Content-Length); send it whole, not in chunks")
     if int(length) > MAX_BODY:
         raise Refusal(

@@ -1,11 +1,14 @@
 """The endpoint by HTTP, as docs/endpoint.md shows it: make test-browser."""
 
+import asyncio
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from evaluation.endpoint import Endpoint
 from tests.faults.corpus import OPENS, contents
 
 httpx = pytest.importorskip("httpx", reason="comes with gradio: make test-browser installs it")
@@ -74,6 +77,28 @@ def test_of_many_requests_none_is_lost(shown, image):
     for n, each in enumerate(found):
         assert each.json()["image"] == f"{n}.jpg" if n % 8 else each.json()["error"].startswith(f"{n}.jpg: ")
     assert len({json.dumps(each.json()["likeliest"]) for n, each in enumerate(found) if n % 8}) == 1
+
+
+def test_who_sends_nothing_or_leaves_keeps_no_place(shown, image, monkeypatch):
+    """Of 20 places: 30 senders leave in the middle of their image, then one never begins."""
+    host, port = shown.removeprefix("http://").rstrip("/").split(":")
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\nContent-Type: multipart/form-data; "
+    for _ in range(30):
+        with socket.create_connection((host, int(port))) as sender:
+            sender.sendall(f'{head}boundary=x\r\n\r\n--x\r\nContent-Disposition: form-data; name="image"'.encode())
+    assert post(shown, ("a.jpg", image)).status_code == 200
+
+    class Silent:
+        method, headers = "POST", {"content-type": "multipart/form-data", "content-length": "9"}
+
+        async def form(self, **limits):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr("evaluation.endpoint.UPLOAD_S", 0.01)
+    endpoint = object.__new__(Endpoint)
+    endpoint.waiting = 0
+    found = asyncio.run(endpoint._post(Silent()))
+    assert found.status_code == 408 and b"had not arrived after 0.01 s" in found.body and endpoint.waiting == 0
 
 
 def test_gradio_client_gets_the_same(shown, image, tmp_path):

@@ -69,6 +69,7 @@ def test_one_to_five_images_are_taken(count, endpoint, folder):
         (415, "POST", FORM | {"content-type": "application/json"}, 1, "only multipart/form-data is read here"),
         (415, "POST", {}, 1, "only multipart/form-data is read here"),
         (411, "POST", {"content-type": FORM["content-type"]}, 1, "does not say its length"),
+        (411, "POST", FORM | {"content-length": "9" * 5000}, 1, "does not say its length"),
         (411, "POST", FORM | {"content-length": "-1"}, 1, "does not say its length"),
         (413, "POST", FORM | {"content-length": str(MAX_BODY + 1)}, 1, "above the limit of 100,100,000"),
         (429, "POST", FORM, MAX_QUEUE + 1, "20 requests are waiting; send this one again later"),
