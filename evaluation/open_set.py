@@ -8,8 +8,8 @@ covariance (Ren et al. 2021). A sum is of scores in standard deviations of val.
 
 The score that decides is chosen by leave-class-out: names and train images of a fifth of the classes are taken away,
 and val's images of these are to be set apart from the rest. The model did learn these classes: their names have the
-mass that is then missing, which is why `log_mass` is not chosen from. Neither is `confidence` alone: "not sure" goes by
-it already, and a name that is taken away flatters it too (docs/LOG.md).
+mass that is then missing, which flatters `log_mass` and `confidence`, alone and in sums. So these are not chosen from,
+but scores of features alone (docs/LOG.md); "not sure" goes by confidence already.
 
 Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
 """
@@ -119,8 +119,7 @@ def fit_open_set(val: SplitScores, spaces: Mapping[str, Space], temperature: flo
         fitted["missing"] = f"{found} are too few; {MIN_IMAGES} of {MIN_CLASSES} are needed"
         return fitted
     aurocs = leave_classes_out(val, spaces, temperature)
-    del aurocs["confidence"]  # what "not sure" goes by already
-    chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first, the simplest
+    chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first by name
     values = combine(strangeness, fitted["scale"])[chosen]
     fitted["threshold"] = float(np.quantile(values, KEPT, method="higher"))
     return fitted
@@ -138,19 +137,18 @@ def combine(strangeness: Mapping[str, np.ndarray], scale: Mapping[str, Sequence[
 
 
 def leave_classes_out(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> dict[str, float]:
-    """{score: mean AUROC} of val's images of a fifth of the classes, taken away, against the rest; five times."""
-    classes = np.random.default_rng(0).permutation(val.scores.shape[1])
+    """{score of features: mean AUROC} of val's images of a fifth of the classes, taken away, against the rest."""
+    classes = np.random.default_rng(0).permutation(np.unique(val.labels))
     found: dict[str, list[float]] = {}
     for fold in range(FOLDS):
-        known = np.sort(np.delete(classes, np.s_[fold::FOLDS]))
+        known = np.setdiff1d(np.arange(val.scores.shape[1]), classes[fold::FOLDS])
         is_known = np.isin(val.labels, known)
-        if is_known.all() or not is_known.any():
+        if is_known.all():  # of four classes the fifth part is empty
             continue
         strangeness = measure_strangeness(val, spaces, temperature, known)
-        scale = {name: (each[is_known].mean(), each[is_known].std()) for name, each in strangeness.items()}
-        for name, each in combine(strangeness, scale).items():
-            found.setdefault(name, []).append(measure_auroc(each[is_known], each[~is_known]))
-    return {name: float(np.mean(each)) for name, each in found.items()}
+        for name in strangeness.keys() - {"confidence"}:
+            found.setdefault(name, []).append(measure_auroc(strangeness[name][is_known], strangeness[name][~is_known]))
+    return {name: float(np.mean(found[name])) for name in sorted(found)}
 
 
 # ---- how well
