@@ -22,7 +22,9 @@ from utils.logging_utils import logger, report_errors, set_environment, setup_lo
 
 @dataclass(frozen=True)
 class ExportOptions:
-    dtype: str = option("bf16", "of the merged weights", choices=("bf16", "fp16", "fp32"))
+    dtype: str = option(
+        "bf16", "of the merged weights; nf4: language model in 4 bit", choices=("bf16", "fp16", "fp32", "nf4")
+    )
     format: str = option("safetensors", "gguf: for llama.cpp and ollama", choices=("safetensors", "gguf"))
     quantize: str = option("f16", "of the language model in gguf", choices=("f16", "q8_0", "q4_k_m"))
     adapter_only: bool = option(False, "export the adapter, for the base model it was trained on")

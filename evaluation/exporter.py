@@ -109,19 +109,24 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
         plant, save = PlantModel.from_run(run, device), save_adapter
     else:
         logger.info(f"model | merging {run.best_folder} into {run.config.model} | {dtype}")
-        precision = "no" if dtype == "fp32" else dtype
+        precision = {"fp32": "no", "nf4": "bf16"}.get(dtype, dtype)
         plant = PlantModel.from_config_unloaded(run.config, run.class_names, device, precision)
         save = save_merged
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
     expected, base_difference = save(run, plant, draft, images)
     save_classes(run, plant.prompt, draft)
     rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
+    if dtype == "nf4":
+        verify.check_merge(rounding, base_difference, plant.dtype)
+        save_quantized(plant, draft, images)
+        rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
     if adapter_only:
         found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
     else:
         metrics = None if validated is None else verify.compare_with_validated(validated, plant, rows)
         advice = "" if dtype == "fp32" else "; try --dtype fp32"
-        found = verify.check_merge(rounding, base_difference, plant.dtype, metrics, advice)
+        kind = dtype if dtype == "nf4" else plant.dtype
+        found = verify.check_merge(rounding, base_difference, kind, metrics, advice)
         if metrics is None:
             found += "; its accuracy is unknown, since the run was trained on val"
         verification = f"Merged in {dtype} and loaded afresh: {found}."
@@ -168,6 +173,28 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
     plant.prompt, saved_processor = prompt, AutoProcessor.from_pretrained(draft)
     plant.collator = PlantCollator(saved_processor, prompt, plant.class_names, config.image_size)
     return expected, base_difference
+
+
+def save_quantized(plant: PlantModel, draft: Path, images) -> None:
+    """Write the merged model in `draft` anew with its language model in nf4, and load that afresh into `plant`.
+
+    Raises UserError unless what was loaded computes what was saved.
+    """
+    plant.model = None
+    collect_memory(plant.device)
+    plant.model = verify.load_whole(draft, plant.dtype, plant.device, in_4bit=True)
+    for path in draft.glob("*.safetensors*"):
+        path.unlink()
+    # Saved before it computes: on some CPUs a forward repacks 4-bit weights in place.
+    plant.model.save_pretrained(draft, max_shard_size=merging.SHARD_BYTES)
+    expected = verify.logits_of(plant, images)
+    plant.model = None
+    collect_memory(plant.device)
+    plant.model = verify.load_whole(draft, plant.dtype, plant.device, in_4bit=True)
+    difference = verify.relative_difference(verify.logits_of(plant, images), expected)
+    if not difference <= verify.ROUNDING[plant.dtype]:
+        reason = f"its logits differ by {difference:.2%} once it is loaded afresh"
+        raise UserError(f"what was saved in 4 bit is not what was quantized: {reason}; use --dtype bf16")
 
 
 def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch.Tensor, float | None]:

@@ -19,7 +19,7 @@ from data.collator import PlantCollator
 from data.dataset import PlantData
 from evaluation.metrics import mcnemar
 from evaluation.model_card import write_model_card
-from models.builder import PlantModel, load_weights
+from models.builder import PlantModel, keep_4bit_weights, load_weights, nf4
 from models.loading import load_model, scale_logits
 from models.merging import Adapter
 from runtime.device import available_gpu_memory, collect_memory
@@ -30,8 +30,8 @@ from utils.logging_utils import UserError, logger
 RELOAD_IMAGES = 4  # scored before and after a reload
 LOGIT_IMAGES = 8  # of an export, whose logits are compared
 TOLERANCE = 1e-3  # nats between scores of the same weights
-# Relative difference of logits that rounding the merged weights to a dtype may make (docs/LOG.md).
-ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+# Relative difference of logits that rounding the merged weights to a dtype may make (docs/LOG.md); 1.4: unrelated.
+ROUNDING: dict[torch.dtype | str, float] = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05, "nf4": 1.0}
 SCORING_BYTES = 3e9  # of a GPU, kept free for an image beside 16-bit weights
 SIGNIFICANCE = 0.01  # p below which an exported model is worse
 
@@ -118,17 +118,23 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return float((logits - reference).square().mean().sqrt() / spread.square().mean().sqrt())
 
 
-def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device, in_4bit: bool = False) -> PreTrainedModel:
     """A saved model as anyone loads it; what a GPU has no room for is offloaded to the host's memory."""
     room = available_gpu_memory(device)
     placement: dict = {"device_map": {"": device}}
     if room is not None:
         placement = {"device_map": "auto", "max_memory": {device.index: int(room - SCORING_BYTES), "cpu": "1000GB"}}
-    if not isinstance(AutoConfig.from_pretrained(folder), LlavaConfig):
-        return load_model(Path(folder), str(folder), dtype, placement)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **placement)
-    model.model.register_forward_pre_hook(_show_only_tile, with_kwargs=True)
-    return scale_logits(model)
+    config, quantization = AutoConfig.from_pretrained(folder), nf4(dtype) if in_4bit else None
+    if isinstance(config, LlavaConfig):
+        is_quantized = getattr(config, "quantization_config", None) is not None  # then it says how itself
+        how = {"dtype": dtype, "quantization_config": None if is_quantized else quantization, **placement}
+        model: PreTrainedModel = LlavaForConditionalGeneration.from_pretrained(folder, **how)
+        model.model.register_forward_pre_hook(_show_only_tile, with_kwargs=True)
+        scale_logits(model)
+    else:
+        model = load_model(Path(folder), str(folder), dtype, placement, quantization)
+    keep_4bit_weights(model)
+    return model
 
 
 def _show_only_tile(model: nn.Module, given: tuple, inputs: dict) -> tuple[tuple, dict]:
@@ -173,7 +179,11 @@ def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: 
 
 
 def check_merge(
-    rounding: float, base_difference: float | None, dtype: torch.dtype, metrics: dict | None = None, advice: str = ""
+    rounding: float,
+    base_difference: float | None,
+    dtype: torch.dtype | str,
+    metrics: dict | None = None,
+    advice: str = "",
 ) -> str:
     """The verification in a sentence. Raises UserError unless the saved model is the measured one.
 

@@ -291,6 +291,17 @@ def build_model(
     return model
 
 
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The language model in 4 bit, doubly quantized, computed in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=IN_16_BIT,
+    )
+
+
 def build_base(
     config: TrainingConfig, processor: Processor, device: torch.device, dtype: torch.dtype
 ) -> LlavaNextForConditionalGeneration:
@@ -300,13 +311,7 @@ def build_base(
     """
     model, quantization = config.model, None
     if config.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=IN_16_BIT,
-        )
+        quantization = nf4(dtype)
     if model in RANDOM_MODELS:
         with explain_errors(f"--model {model}", "weights", Path()):
             if model == "full":
@@ -320,11 +325,15 @@ def build_base(
     base.config._commit_hash = None if Path(model).is_dir() else folder.name
     if config.views == "base":
         base.config.image_grid_pinpoints = BASE_VIEW
-    for module in base.modules():
-        if type(module).__name__ == "Linear4bit":
-            # On a CPU with AVX512-BF16 one evaluation would repack the weights in place; later gradients are lost.
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_weights(base)
     return base
+
+
+def keep_4bit_weights(model: PreTrainedModel) -> None:
+    """On a CPU with AVX512-BF16 one evaluation would repack them in place; later gradients are lost."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 import export
 from data.synthetic import draw_split
@@ -138,6 +138,42 @@ def test_16_bit_is_the_default_and_the_verification_states_it(dtype, kind, train
     assert {weight.dtype for weight in load_file(here / "out" / "model.safetensors").values()} == {kind}
     model_card = (here / "out" / "README.md").read_text()
     assert f"Merged in {dtype} and loaded afresh: its logits differ by" in model_card and "was validated" in model_card
+
+
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("base view", marks=pytest.mark.slow)])
+def test_nf4_on_disk_is_loaded_back_by_plain_transformers(kind, base_run, trained_lora, here, monkeypatch, capsys):
+    if kind == "base view":
+        shutil.copytree(base_run("everything").folder, here / "one")
+    status, output = run(capsys, "two" if kind == "adapter" else "one", "out", "--dtype", "nf4", *FAST)
+    assert status == 0 and "result | verified: its logits differ by" in output, output
+    saved = load_file(here / "out" / "model.safetensors")
+    in_4bit = {name.partition(".weight.quant_state")[0] for name in saved if ".quant_state." in name}
+    assert len(in_4bit) == 3 * 7 and all("language_model" in name for name in in_4bit)
+    assert {saved[name].dtype for name in saved if "vision" in name or "projector" in name} == {torch.bfloat16}
+    model_class = LlavaNextForConditionalGeneration if kind == "adapter" else LlavaForConditionalGeneration
+    loaded = model_class.from_pretrained(here / "out", dtype="auto", device_map="cpu")
+    assert (
+        loaded.is_loaded_in_4bit
+        and "Merged in nf4 and loaded afresh: its logits" in (here / "out/README.md").read_text()
+    )
+
+
+def test_4_bit_weights_that_load_otherwise_are_not_exported(trained_lora, here, monkeypatch, capsys):
+    real = verify.load_whole
+
+    def load(folder, dtype, device, in_4bit=False):
+        model, is_saved = (
+            real(folder, dtype, device, in_4bit),
+            "quantization_config" in (folder / "config.json").read_text(),
+        )
+        if is_saved:
+            model.lm_head.weight.data *= 1.2
+        return model
+
+    monkeypatch.setattr(verify, "load_whole", load)
+    status, output = run(capsys, "two", "out", "--dtype", "nf4", *FAST)
+    assert status == 1 and "what was saved in 4 bit is not what was quantized: its logits differ by 20" in output
+    assert not (here / "out").exists()
 
 
 def test_the_adapter_alone(trained_lora, here, checkpoint, capsys):
@@ -432,7 +468,7 @@ BAD_INPUT = [
     (nothing, ["one"], "error: one: OUT is missing after it; usage: RUN OUT"),
     (nothing, ["one", "out", "more"], "error: more: unexpected argument; usage: RUN OUT"),
     (nothing, ["none", "out"], "error: none: not a run, training_config.json is missing"),
-    (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32"),
+    (nothing, ["one", "out", "--dtype", "int8"], "error: dtype=int8: not one of bf16, fp16, fp32, nf4"),
     (nothing, ["one", "out", "--adapter-only", "--dtype", "fp32"], "error: dtype=fp32 with adapter_only=true: an"),
     (nothing, ["one", "out", "--adapter-only", "--limit", "3"], "error: limit=3 with adapter_only=true: an adapter's"),
     (nothing, ["one", "out", "--adapter-only", "--format", "gguf"], "error: format=gguf with adapter_only=true: the"),
