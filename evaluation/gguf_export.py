@@ -157,19 +157,23 @@ def _write_language_model(merged: Path, draft: Path, quantize: str, chat_templat
 
 def _write_right_table(merged: Path, draft: Path, runtime: LlamaCpp, batch: Batch, reference: Reference) -> bool:
     """Write mmproj.gguf with the position table with which the runtime sees; return whether it is rolled."""
-    differences = []
-    for is_rolled in (False, True):
-        write_vision(merged, draft / VISION, is_rolled)
-        runtime.open_vision(draft / VISION)
-        differences.append(_difference(runtime.embed(batch), reference.features[is_rolled][0]))
-        if differences[-1] <= EMBEDDINGS:
-            return is_rolled
-    tables = "as it is {:.1%}, rolled by one {:.1%}".format(*differences)
-    reason = f"computes other image embeddings than transformers (with the position table {tables})"
-    raise UserError(
-        f"llama.cpp {runtime_versions()['llama.cpp']} {reason}; nothing was exported, install the wheel of "
-        "requirements-gguf.txt"
-    )
+    path, differences = draft / VISION, {}
+    for is_rolled in (True, False):
+        write_vision(merged, path, is_rolled)
+        runtime.open_vision(path)
+        differences[is_rolled] = _difference(runtime.embed(batch), reference.features[is_rolled][0])
+    is_rolled = differences[True] < differences[False]
+    if not differences[is_rolled] <= EMBEDDINGS:
+        version = runtime_versions()["llama.cpp"]
+        tables = f"with the position table as it is {differences[False]:.1%}, rolled by one {differences[True]:.1%}"
+        reason = f"computes other image embeddings than transformers ({tables})"
+        raise UserError(
+            f"llama.cpp {version} {reason}; nothing was exported, install the wheel of requirements-gguf.txt"
+        )
+    if is_rolled:
+        write_vision(merged, path, is_rolled)
+        runtime.open_vision(path)
+    return is_rolled
 
 
 def _compare(
