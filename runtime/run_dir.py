@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig
 from runtime import checkpoint, run_files
 from utils.logging_utils import LOG_FILE, UserError, logger, setup_logging
@@ -42,6 +40,12 @@ SAME_ON_RESUME = {
 }
 
 
+def _process_start() -> float:
+    import psutil  # not before --help is printed
+
+    return psutil.Process().create_time()
+
+
 @dataclass
 class Run:
     """A run directory with its config and recorded facts; `open_run` makes one for training, `Run.load` for use."""
@@ -53,7 +57,7 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what the user should hear of how it starts
     resume_from: Path | None = None  # checkpoint; known once `record` was called
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase, from the start of the process
-    phase_began: float = field(default_factory=lambda: psutil.Process().create_time())
+    phase_began: float = field(default_factory=_process_start)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
