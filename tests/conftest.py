@@ -1,6 +1,7 @@
 """Tiny real models, data and runs, made once a session; no network."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 # The official release, or part of it; its photographs are not part of the repository.
 FLOWERS = Path(os.environ.get("FLOWERS102", ROOT.parent / "shared" / "flowers102"))
 QUESTION = "What flower is shown in this image?"
+TOKEN = "hf_very_secret"  # of all runs of `train_once`
 TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "6", "--num-workers", "0", "--logging-steps", "50"]
 
 # Chat templates as on the hub, with their special tokens and their language model's config.
@@ -158,15 +160,21 @@ def as_granite_vision(model, processor):
 
 
 def use_small_splits(patch: pytest.MonkeyPatch) -> None:
-    from data import dataset
+    from data import dataset, synthetic
+    from evaluation import evaluator, report
+    from runtime import device
 
     for split, count in {"train": 48, "validation": 20, "test": 20}.items():
         patch.setitem(dataset.SPLIT_SIZES, split, count)
+    patch.setattr(evaluator, "draw_ood_images", functools.partial(synthetic.draw_ood_images, 8))
+    for name in ("MISTAKES", "SHOWN"):
+        patch.setattr(report, name, 4)
+    patch.setattr(device, "gc", SimpleNamespace(collect=lambda: None))  # 0.2 s each, and a CPU has room
 
 
 @pytest.fixture
 def small_splits(monkeypatch):
-    """The synthetic source in a fraction of a second."""
+    """The synthetic source, and a report of it, in a fraction of a second."""
     use_small_splits(monkeypatch)
 
 
@@ -228,6 +236,8 @@ def train_once(tmp_path_factory) -> Callable[..., Finished]:
             output = io.StringIO()
             with pytest.MonkeyPatch.context() as patch, working_folder(tmp_path_factory.mktemp("run")) as folder:
                 use_small_splits(patch)
+                patch.setenv("HUGGINGFACE_TOKEN", TOKEN)
+                patch.delenv("HF_TOKEN", raising=False)
                 with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                     assert train.main([*TINY, *flags]) == 0
             runs[flags] = Finished(folder / "runs" / "tiny", output.getvalue())
@@ -267,6 +277,12 @@ def demo_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
     assert train.main(["--preset", "tiny", "--output-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_on_val(train_once) -> Finished:
+    """A run that was trained on val, too."""
+    return train_once("--train-on-val", "true")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from models import callbacks
 from models.trainer import PlantTrainer
 from runtime.checkpoint import describe_best, verify_checkpoint
 from runtime.run_files import lock_folder, read_metrics, save_config
-from tests.conftest import FLOWERS, run_printed
+from tests.conftest import FLOWERS, TOKEN, run_printed
 from utils.logging_utils import UserError
 
 TINY = ["--preset", "tiny", "--max-steps", "6", "--save-steps", "2", "--num-workers", "0"]
@@ -115,12 +115,10 @@ def test_the_model_card_warns_and_gives_the_accuracy(full_run):
     assert "More Information Needed" not in model_card
 
 
-def test_a_token_is_never_written(here, small_splits, capsys, monkeypatch):
-    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_very_secret")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    status, output = run(capsys, *TINY, "--max-steps", "1")
-    assert status == 0 and "hf_very_secret" not in output
-    assert not [path for path in here.rglob("*") if path.is_file() and b"hf_very_secret" in path.read_bytes()]
+def test_a_token_is_never_written(full_run):
+    files = [path for path in full_run.folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and TOKEN not in full_run.output
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
 def test_a_4bit_run_on_own_images(here, checkpoint, image_folder, capsys):
@@ -132,13 +130,13 @@ def test_a_4bit_run_on_own_images(here, checkpoint, image_folder, capsys):
     assert re.search(r"best reloaded into a fresh base model \| scores of 2 images reproduced within", output)
 
 
-def test_a_run_that_trains_on_val_does_not_evaluate_on_it(here, small_splits, capsys):
-    flags = [*TINY, "--train-on-val", "true", "--output-dir", "mine"]
-    status, output = run(capsys, *flags)
-    assert status == 0 and "68 train, no val (it is in train)" in output
-    assert not (here / "mine" / "eval_val.json").exists() and read_metrics(here / "mine")[-1]["completed"]
-    assert not [line for line in read_metrics(here / "mine") if "eval_loss" in line]
-    assert "weights of step 8" in run(capsys, *flags, "--max-steps", "8")[1]
+def test_a_run_that_trains_on_val_does_not_evaluate_on_it(here, small_splits, run_on_val, capsys):
+    mine = shutil.copytree(run_on_val.folder, here / "mine")
+    assert "68 train, no val (it is in train)" in run_on_val.output
+    assert not (mine / "eval_val.json").exists() and read_metrics(mine)[-1]["completed"]
+    assert not [line for line in read_metrics(mine) if "eval_loss" in line]
+    longer = [*TINY, "--train-on-val", "true", "--output-dir", "mine", "--max-steps", "7"]
+    assert "weights of step 7" in run(capsys, *longer)[1]
 
 
 @pytest.mark.skipif(not (FLOWERS / "setid.mat").exists(), reason=f"the official release is not in {FLOWERS}")
@@ -151,44 +149,47 @@ def test_the_official_release_trains(here, checkpoint, capsys):
 # ---- resume
 
 
-class Killed(KeyboardInterrupt):
-    pass
+def kill_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    real = callbacks.RunLog.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(callbacks.RunLog, "on_step_end", stop)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--trainable", "adapter", "--lora-dropout", "0.2"],
-        ["--trainable", "everything"],
-        ["--augmentation", "light", "--class-balance", "true"],
+        ["--trainable", "adapter", "--lora-dropout", "0.2", "--augmentation", "light", "--class-balance", "true"],
+        SHAPE,  # the command of `full_run`
     ],
-    ids=["lora", "full", "sampling"],
+    ids=["lora and sampling", "full"],
 )
-def test_an_interrupted_run_resumes_and_ends_bit_identical(settings, here, small_splits, capsys, monkeypatch):
-    assert run(capsys, *TINY, *settings, "--output-dir", "undisturbed")[0] == 0
-    real = callbacks.RunLog.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise Killed
-
+def test_an_interrupted_run_resumes_and_ends_bit_identical(settings, here, small_splits, full_run, capsys, monkeypatch):
+    if settings != SHAPE:
+        assert run(capsys, *TINY, *settings, "--output-dir", "undisturbed")[0] == 0
     with monkeypatch.context() as fault:
-        fault.setattr(callbacks.RunLog, "on_step_end", stop)
+        kill_at(fault, 5)
         status, output = run(capsys, *TINY, *settings)
     assert status == 130 and "re-run the same command" in output
     status, output = run(capsys, *TINY, *settings)
     assert status == 0 and "resuming from runs/tiny/checkpoint-4" in output
-    undisturbed, resumed = here / "undisturbed", here / "runs" / "tiny"
+    undisturbed = full_run.folder if settings == SHAPE else here / "undisturbed"
+    resumed = here / "runs" / "tiny"
     assert same(weights_of(undisturbed), weights_of(resumed))
     assert losses(undisturbed) == losses(resumed) and len(losses(resumed)) == 6
 
 
-def test_a_completed_run_is_kept_and_the_next_has_a_new_folder(completed, small_splits, capsys):
+def test_a_completed_run_is_kept_and_the_next_has_a_new_folder(completed, small_splits, capsys, monkeypatch):
     before = (completed / "metrics.jsonl").read_bytes()
-    status, output = run(capsys, *TINY, *SHAPE, "--max-steps", "6")
-    assert status == 0 and "runs/tiny is complete; using runs/tiny-2" in output.replace("\nrun | ", "; ")
-    assert (completed.parent / "tiny-2" / "best").is_dir() and (completed / "metrics.jsonl").read_bytes() == before
+    with monkeypatch.context() as fault:
+        kill_at(fault, 2)
+        status, output = run(capsys, *TINY, *SHAPE, "--max-steps", "6")
+    assert status == 130 and "runs/tiny is complete; using runs/tiny-2" in output.replace("\nrun | ", "; ")
+    assert len(losses(completed.parent / "tiny-2")) == 2 and (completed / "metrics.jsonl").read_bytes() == before
     status, output = run(capsys, *TINY, *SHAPE, "--output-dir", "runs/tiny")
     assert status == 0 and "runs/tiny is complete; give a new folder, or a larger --max-steps to continue" in output
 
@@ -234,13 +235,15 @@ def test_a_folder_with_another_config_is_refused(completed, small_splits, capsys
     assert (completed / "training_config.json").read_text() == before
 
 
-def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, small_splits, capsys):
+def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here, small_splits, capsys, monkeypatch):
     with lock_folder(Path("mine")):
         status, output = run(capsys, *TINY, "--output-dir", "mine")
         assert status == 1 and f"mine: another training, process {os.getpid()} on " in output
         assert "Traceback" not in output
         assert [path.name for path in (here / "mine").iterdir()] == ["run.lock"]
-    assert run(capsys, *TINY, "--output-dir", "mine", "--max-steps", "1")[0] == 0
+    with monkeypatch.context() as fault:
+        kill_at(fault, 1)
+        assert run(capsys, *TINY, "--output-dir", "mine")[0] == 130 and len(losses(here / "mine")) == 1
 
 
 def test_the_lock_of_a_killed_training_is_released(here):
@@ -488,6 +491,6 @@ def test_what_stands_in_the_way_of_pictures_is_no_end(small_splits, capsys):
         Path("runs/tiny", name).mkdir(parents=True)
     Path("runs/tiny/examples").write_text("no folder")
     save_config(parse_config([*TINY, "--output-dir", "runs/tiny"]), "runs/tiny", {})
-    status, output = run(capsys, *TINY, "--output-dir", "runs/tiny", "--allow-changed")
+    status, output = run(capsys, *TINY, "--max-steps", "1", "--output-dir", "runs/tiny", "--allow-changed")
     assert status == 0 and output.count(": skipped, since it cannot be made (") == 5 and "Traceback" not in output
     assert read_metrics(Path("runs/tiny"))[-1]["completed"]

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import filelock
 import pytest
 
-from tests.conftest import ROOT
+import train
+from tests.conftest import ROOT, run_main
 from utils import lock_utils, logging_utils, signal_utils
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
@@ -145,7 +146,6 @@ def test_a_lock_that_another_program_holds_is_named_and_ends_the_wait(tmp_path, 
 
 PROGRAM = """
 import signal, time
-from runtime.interrupt import StopRequest
 from utils import signal_utils
 from utils.logging_utils import logger, report_errors, set_environment, setup_logging
 
@@ -177,15 +177,10 @@ def test_a_signal_is_one_line_and_its_exit_status(body, status):
     assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
 
 
-def test_a_signal_while_a_run_loads_is_one_line(tmp_path):
-    process = start(
-        "import train\n"
-        "from data import dataset\n"
-        "dataset.build_datasets = lambda *args: signal.raise_signal(signal.SIGTERM)\n"
-        f"train.main(['--preset', 'tiny', '--output-dir', {str(tmp_path / 'run')!r}])"
-    )
-    screen, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (143, "")
+def test_a_signal_while_a_run_loads_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.dataset.build_datasets", lambda *args: signal.raise_signal(signal.SIGTERM))
+    status, screen, errors = run_main(train.main, capsys, "--preset", "tiny", "--output-dir", str(tmp_path / "run"))
+    assert (status, errors) == (143, "")
     assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
 
 
@@ -342,7 +337,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
         # C code that does not return; reporting; a training that saves without end.
         "import hashlib; print('on', flush=True); hashlib.pbkdf2_hmac('sha256', b'x', b'y', 10**9)",
         "logger.addFilter(lambda record: print('on', flush=True) or time.sleep(60))\nraise KeyboardInterrupt",
-        "with StopRequest().listening(): print('on', flush=True); time.sleep(60); time.sleep(60)",
+        "import runtime.interrupt as it\nwith it.StopRequest().listening(): print('on', flush=True); time.sleep(60)",
     ],
     ids=["C", "reporting", "training"],
 )

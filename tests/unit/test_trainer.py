@@ -40,6 +40,12 @@ CPU = torch.device("cpu")
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20 GiB."
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """test_callbacks.py draws them; here they would take half of the time."""
+    monkeypatch.setattr("models.callbacks.plot_training", lambda metrics, path: None)
+
+
 def make_trainer(tiny, folder, train_rows=None, val_rows=None, model=None, **settings):
     """The trainer of the tiny preset, for four steps of 16 images."""
     defaults = {"output_dir": str(folder), "max_steps": 4, "save_steps": 50, "num_workers": 0}
