@@ -161,14 +161,14 @@ def as_granite_vision(model, processor):
 
 def use_small_splits(patch: pytest.MonkeyPatch) -> None:
     from data import dataset, synthetic
-    from evaluation import evaluator, report
+    from evaluation import evaluator
     from runtime import device
 
     for split, count in {"train": 48, "validation": 20, "test": 20}.items():
         patch.setitem(dataset.SPLIT_SIZES, split, count)
     patch.setattr(evaluator, "draw_ood_images", functools.partial(synthetic.draw_ood_images, 8))
-    for name in ("MISTAKES", "SHOWN"):
-        patch.setattr(report, name, 4)
+    for name in ("report.MISTAKES", "report.SHOWN", "mistakes.MISTAKES"):
+        patch.setattr(f"evaluation.{name}", 4)
     patch.setattr(device, "gc", SimpleNamespace(collect=lambda: None))  # 0.2 s each, and a CPU has room
 
 
