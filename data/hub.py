@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from config.training_config import TrainingConfig
 from data.arrow import read_tables
 from data.oxford_flowers import OFFICIAL_SIZES
-from data.parquet import load_complete, name_splits
+from data.parquet import choose_splits, load_complete
 from data.rows import Reading, Source, count_images
 from data.survey import ARCHIVES
 from utils.hub_utils import explain_hub_error
@@ -81,7 +81,7 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
     except Exception as error:  # the library and the hub raise a dozen kinds
         raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"
-    splits, warnings = name_splits(loaded, where)
+    splits, warnings = choose_splits(loaded, where)
     # Where the library puts files of a data set; their tables name them by path.
     caches = [Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
     return read_tables(splits, reading, where, dict.fromkeys(splits, caches), (), warnings)._replace(revision=revision)

@@ -118,7 +118,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     with _explaining(where, "save it again, or write parquet with to_parquet"):
         check_sizes(folder.find("arrow"))
         saved = load_from_disk(str(path))
-    splits, warnings = name_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
+    splits, warnings = choose_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
     return read_tables(splits, reading, where, {split: [path] for split in splits}, _beside(path), warnings)
 
@@ -131,7 +131,7 @@ def _beside(path: Path) -> list[Path]:
 # ---- splits
 
 
-def name_splits(tables: Mapping[str, Dataset], where: str) -> tuple[dict[str, Dataset], list[str]]:
+def choose_splits(tables: Mapping[str, Dataset], where: str) -> tuple[dict[str, Dataset], list[str]]:
     """(the tables as train, validation and test, warnings of those that are not used); one alone is train."""
     if len(tables) == 1 and split_of(next(iter(tables))) in (None, "train"):
         return {"train": next(iter(tables.values()))}, []

@@ -27,7 +27,7 @@ from evaluation.metrics import mcnemar
 from evaluation.model_card import build_model_card
 from evaluation.report import render
 from models.builder import PlantModel
-from models.gguf_files import build_runtime_prompt, find_obstacle, write_language_model, write_vision
+from models.gguf_files import build_runtime_prompt, find_gguf_obstacle, write_language_model, write_vision
 from models.loading import find_checkpoint
 from models.merging import weights_bytes
 from models.tiny import SIZES, build_config
@@ -45,7 +45,7 @@ SHARES = {"f16": 1.0, "q8_0": 1.6, "q4_k_m": 1.4}  # of disk space beside the me
 EMBEDDINGS, LOGITS = 0.02, {"f16": 0.02, "q8_0": 0.1, "q4_k_m": 0.5}
 
 
-class Reference(NamedTuple):
+class Expected(NamedTuple):
     """What plain transformers computes; the first two for a right runtime, and for one with the defect."""
 
     features: dict[bool, list[torch.Tensor]]  # (N, H) of each image
@@ -98,7 +98,7 @@ def _check_architecture(model: str, revision: str | None, processor) -> None:
         config = build_config(processor, SIZES[model])
     else:
         config = LlavaNextConfig.from_pretrained(find_checkpoint(model, revision))
-    if obstacle := find_obstacle(config):
+    if obstacle := find_gguf_obstacle(config):
         raise UserError(f"--format gguf: llama.cpp computes another model than {model}: {obstacle}; leave it out")
 
 
@@ -106,7 +106,7 @@ def _check_architecture(model: str, revision: str | None, processor) -> None:
 
 
 @torch.no_grad()
-def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows) -> Reference:
+def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows) -> Expected:
     model, layer = plant.model.model, plant.model.config.vision_feature_layer
     features: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     logits: dict[bool, list[torch.Tensor]] = {False: [], True: []}
@@ -121,7 +121,7 @@ def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows
             )
             with hook:
                 logits[has_defect].append(verify.logits_of(plant, [image]))
-    return Reference(features, logits, predict_classes(plant, rows))
+    return Expected(features, logits, predict_classes(plant, rows))
 
 
 def predict_classes(model: PlantModel | LlamaCpp, rows) -> dict[str, tuple[int, int]]:
@@ -155,7 +155,7 @@ def _write_language_model(merged: Path, draft: Path, quantize: str, chat_templat
     whole.unlink()
 
 
-def _write_right_table(merged: Path, draft: Path, runtime: LlamaCpp, batch: Batch, reference: Reference) -> bool:
+def _write_right_table(merged: Path, draft: Path, runtime: LlamaCpp, batch: Batch, reference: Expected) -> bool:
     """Write mmproj.gguf with the position table with which the runtime sees; return whether it is rolled."""
     path, differences = draft / VISION, {}
     for is_rolled in (True, False):
@@ -177,7 +177,7 @@ def _write_right_table(merged: Path, draft: Path, runtime: LlamaCpp, batch: Batc
 
 
 def _compare(
-    runtime: LlamaCpp, batches: Sequence[Batch], reference: Reference, is_rolled: bool, tolerance: float
+    runtime: LlamaCpp, batches: Sequence[Batch], reference: Expected, is_rolled: bool, tolerance: float
 ) -> str:
     """Compare token ids, image embeddings and logits of a few images; in words. Raises UserError for a difference."""
     embeddings, logits = [], []

@@ -22,7 +22,7 @@ PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
-def find_obstacle(config: LlavaConfig | LlavaNextConfig) -> str | None:
+def find_gguf_obstacle(config: LlavaConfig | LlavaNextConfig) -> str | None:
     """What of a model llama.cpp has no equal for, in words."""
     text, vision = config.text_config, config.vision_config
     expected = [

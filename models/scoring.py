@@ -35,25 +35,29 @@ def score_batch(
     """
     names = 1 + max(int(trie.names.max()) for trie in tries)
 
-    def score(base, prompt: Prompt) -> list[torch.Tensor]:
-        images, scores = len(prompt.last), torch.zeros(len(prompt.last), names)
-        found = [expand(base, prompt, trie, [np.flatnonzero(trie.is_inner)] * images) for trie in tries]
+    def score(base, prefill: Prefill) -> list[torch.Tensor]:
+        images, scores = len(prefill.last), torch.zeros(len(prefill.last), names)
+        found = [expand(base, prefill, trie, [np.flatnonzero(trie.is_inner)] * images) for trie in tries]
         for trie, (children, values) in zip(tries, found):
             sums = np.zeros((images, len(trie.parents)), dtype=np.float32)
             trie.add_up(sums, children[0], values.view(images, -1).numpy(force=True))
             ends = trie.names >= 0
             scores[:, trie.names[ends]] = torch.from_numpy(sums[:, ends])
         if states is not None:
-            states.extend(prompt.last.float().numpy(force=True))
+            states.extend(prefill.last.float().numpy(force=True))
         return list(scores)
 
     return torch.stack(by_micro_batch(model, batch, tries, micro_batcher, score))
 
 
 def by_micro_batch(
-    model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher, score: Callable[[Any, "Prompt"], list]
+    model,
+    batch: Batch,
+    tries: Sequence[TokenTrie],
+    micro_batcher: MicroBatcher,
+    score: Callable[[Any, "Prefill"], list],
 ) -> list:
-    """What score(base, prompt) returns for each image, micro-batch by micro-batch, halved when out of memory."""
+    """What score(base, prefill) returns for each image, micro-batch by micro-batch, halved when out of memory."""
     base, found = unwrap(model), []
     tokens = max(len(trie.levels) for trie in tries)  # of the longest name
     while len(found) < len(batch.samples):
@@ -71,8 +75,8 @@ def by_micro_batch(
     return found
 
 
-class Prompt(NamedTuple):
-    """Images and question of a micro-batch, computed."""
+class Prefill(NamedTuple):
+    """What the forward over images and question of a micro-batch leaves for those over the names."""
 
     ids: list[str]
     cache: DynamicCache
@@ -80,15 +84,15 @@ class Prompt(NamedTuple):
     lengths: torch.Tensor  # (B,)
     is_prompt: torch.Tensor  # (B, T) bool: not padding
 
-    def select(self, images: list[int]) -> "Prompt":
+    def select(self, images: list[int]) -> "Prefill":
         """That of some images; the cache keeps no other."""
         rows = torch.tensor(images, device=self.last.device)
         self.cache.batch_select_indices(rows)
         ids = [self.ids[image] for image in images]
-        return Prompt(ids, self.cache, self.last[rows], self.lengths[rows], self.is_prompt[rows])
+        return Prefill(ids, self.cache, self.last[rows], self.lengths[rows], self.is_prompt[rows])
 
 
-def _prefill(base, inputs: dict, samples: Sequence[Sample]) -> Prompt:
+def _prefill(base, inputs: dict, samples: Sequence[Sample]) -> Prefill:
     lengths = [sample.prompt_length for sample in samples]
     input_ids = inputs["input_ids"][:, : max(lengths)]  # (B, T)
     prompt_lengths = torch.tensor(lengths).to(input_ids.device)
@@ -103,11 +107,11 @@ def _prefill(base, inputs: dict, samples: Sequence[Sample]) -> Prompt:
     ).last_hidden_state  # (B, T, width)
     last = hidden[torch.arange(len(lengths), device=hidden.device), prompt_lengths - 1]
     is_prompt = torch.arange(max(lengths), device=hidden.device) < prompt_lengths[:, None]
-    return Prompt([sample.id for sample in samples], cache, last, prompt_lengths, is_prompt)
+    return Prefill([sample.id for sample in samples], cache, last, prompt_lengths, is_prompt)
 
 
 def expand(
-    base, prompt: Prompt, trie: TokenTrie, chosen: Sequence[np.ndarray]
+    base, prefill: Prefill, trie: TokenTrie, chosen: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], torch.Tensor]:
     """(children of the inner nodes chosen for each image, log-probabilities (E,) of their tokens, image by image).
 
@@ -118,17 +122,17 @@ def expand(
     images = np.repeat(np.arange(len(chosen)), [len(each) for each in children])
     slots = [np.searchsorted(each, trie.parents[below]) for each, below in zip(nodes, children)]
     edges = np.stack([images, np.concatenate(slots), trie.tokens[np.concatenate(children)]])
-    hidden = _forward(base, prompt, trie, nodes)
+    hidden = _forward(base, prefill, trie, nodes)
     values = _edge_log_probabilities(base.lm_head, hidden, torch.from_numpy(edges).to(hidden.device))
     if not torch.isfinite(values).all():
-        advice = f"try --mixed-precision bf16 or no (images: {', '.join(prompt.ids)})"
+        advice = f"try --mixed-precision bf16 or no (images: {', '.join(prefill.ids)})"
         raise UserError(f"a score is not a finite number; {advice}")
     return children, values
 
 
-def _forward(base, prompt: Prompt, trie: TokenTrie, nodes: Sequence[np.ndarray]) -> torch.Tensor:
+def _forward(base, prefill: Prefill, trie: TokenTrie, nodes: Sequence[np.ndarray]) -> torch.Tensor:
     """(B, N, width) hidden states of each image's nodes, ascending; the first is the root, the end of the prompt."""
-    size, last = max(map(len, nodes)), prompt.last[:, None]
+    size, last = max(map(len, nodes)), prefill.last[:, None]
     if size == 1:
         return last
     tokens, depths = np.zeros((2, len(nodes), size), dtype=int)
@@ -143,18 +147,18 @@ def _forward(base, prompt: Prompt, trie: TokenTrie, nodes: Sequence[np.ndarray])
         torch.from_numpy(part).to(last.device) for part in (tokens[:, 1:], depths[:, 1:], visible[:, 1:, 1:])
     )
     # The prompt is visible too; (B, 1, N, T + N)
-    visible = torch.cat([prompt.is_prompt[:, None].expand(-1, size - 1, -1), visible], dim=2)[:, None]
+    visible = torch.cat([prefill.is_prompt[:, None].expand(-1, size - 1, -1), visible], dim=2)[:, None]
     # Numbers to add to attention scores: eager attention silently misreads a boolean mask.
     mask = torch.zeros(visible.shape, dtype=last.dtype, device=last.device)
     mask.masked_fill_(~visible, torch.finfo(mask.dtype).min)
     below = base.model(
         input_ids=tokens,
-        position_ids=prompt.lengths[:, None] + depths - 1,
+        position_ids=prefill.lengths[:, None] + depths - 1,
         attention_mask=mask,
-        past_key_values=prompt.cache,
+        past_key_values=prefill.cache,
         use_cache=True,
     ).last_hidden_state
-    prompt.cache.crop(1 - size)
+    prefill.cache.crop(1 - size)
     return torch.cat([last, below], dim=1)
 
 

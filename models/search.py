@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 
 from data.collator import Batch
 from models.memory import MicroBatcher
-from models.scoring import Prompt, by_micro_batch, expand
+from models.scoring import Prefill, by_micro_batch, expand
 from models.trie import TokenTrie
 
 MAX_SCORED = 1000  # names that are all scored for a prediction; among more, the likeliest are searched for
@@ -94,18 +94,18 @@ class Search:
 def search_batch(model, batch: Batch, trie: TokenTrie, micro_batcher: MicroBatcher, goal: Goal) -> list[Found]:
     """The likeliest names of each image. Raises UserError for a log-probability that is not finite."""
 
-    def search(base, prompt: Prompt) -> list[Found]:
-        return _search_images(base, prompt, [Search(trie, goal) for _ in prompt.ids])
+    def search(base, prefill: Prefill) -> list[Found]:
+        return _search_images(base, prefill, [Search(trie, goal) for _ in prefill.ids])
 
     return by_micro_batch(model, batch, [trie], micro_batcher, search)
 
 
-def _search_images(base, prompt: Prompt, searches: list[Search]) -> list[Found]:
+def _search_images(base, prefill: Prefill, searches: list[Search]) -> list[Found]:
     """All images of a micro-batch at once; one that is done leaves more nodes to the rest."""
     found: dict[int, Found | None] = {}
     pending, chosen = list(range(len(searches))), [np.zeros(1, dtype=int)] * len(searches)
     while True:
-        children, values = expand(base, prompt, searches[0].trie, chosen)
+        children, values = expand(base, prefill, searches[0].trie, chosen)
         parts = np.split(values.double().numpy(force=True), np.cumsum([len(each) for each in children]))
         for image, below, part in zip(pending, children, parts):
             searches[image].add(below, part)
@@ -114,6 +114,6 @@ def _search_images(base, prompt: Prompt, searches: list[Search]) -> list[Found]:
         if not rows:
             return list(found.values())
         if len(rows) < len(pending):
-            prompt = prompt.select(rows)
+            prefill = prefill.select(rows)
         pending = [pending[row] for row in rows]
         chosen = [searches[image].choose(EXPANDED // len(pending)) for image in pending]

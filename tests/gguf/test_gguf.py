@@ -270,5 +270,5 @@ def test_each_obstacle_is_found(change, sentence, tiny):
     fields = build_config(tiny.processor, SIZES["tiny"]).to_dict()
     for key, value in change.items():
         fields[key] = fields[key] | value if isinstance(value, dict) else value
-    found = files.find_obstacle(LlavaNextConfig.from_dict(fields))
+    found = files.find_gguf_obstacle(LlavaNextConfig.from_dict(fields))
     assert found is None if sentence is None else found.startswith(sentence)
