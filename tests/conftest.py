@@ -237,7 +237,8 @@ def train_once(tmp_path_factory) -> Callable[..., Finished]:
             with pytest.MonkeyPatch.context() as patch, working_folder(tmp_path_factory.mktemp("run")) as folder:
                 use_small_splits(patch)
                 patch.setenv("HUGGINGFACE_TOKEN", TOKEN)
-                patch.delenv("HF_TOKEN", raising=False)
+                patch.setenv("HF_TOKEN", "")  # the program sets it anew; this has it removed afterwards
+                patch.delenv("HF_TOKEN")
                 with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                     assert train.main([*TINY, *flags]) == 0
             runs[flags] = Finished(folder / "runs" / "tiny", output.getvalue())
