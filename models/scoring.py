@@ -8,7 +8,7 @@ which attends to the prompt and its ancestors, gives the exact log-probability o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,11 +51,7 @@ def score_batch(
 
 
 def by_micro_batch(
-    model,
-    batch: Batch,
-    tries: Sequence[TokenTrie],
-    micro_batcher: MicroBatcher,
-    score: Callable[[Any, "Prefill"], list],
+    model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher, score: Callable[..., list]
 ) -> list:
     """What score(base, prefill) returns for each image, micro-batch by micro-batch, halved when out of memory."""
     base, found = unwrap(model), []
