@@ -97,14 +97,14 @@ class PlantData:
 def build_datasets(config: TrainingConfig) -> PlantData:
     """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""
     reading = Reading(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Reading)})
+    source, unknown = hold_out_classes(load_source(config.dataset, reading), config.holdout_classes, config.seed)
     source = split_source(
-        load_source(config.dataset, reading),
+        source,
         {"validation": config.val_fraction, "test": config.test_fraction},
         config.seed,
         config.group_by,
         config.min_images,
     )
-    source, unknown = hold_out_classes(source, config.holdout_classes, config.seed)
     names = source.class_names
     taxonomy, found, lacking = find_taxonomy(names, config.dataset, config.taxonomy)
     listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])

@@ -285,11 +285,11 @@ def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dat
     for split, rows in source.splits.items():
         assert not isinstance(rows, Stream)  # a config that streams cannot hold out classes
         labels = new_labels[rows["label"][:]]
-        unknown.append(rows.select(np.flatnonzero(labels < 0)))
-        rows = rows.remove_columns("label").add_column("label", labels).select(np.flatnonzero(labels >= 0))
-        kept[split] = rows.select_columns(["image", "label", "id"])
-    images = concatenate_datasets(unknown).remove_columns("label")
-    images = images.add_column("label", np.zeros(len(images), dtype=int)).select_columns(["image", "label", "id"])
+        # Before rows are selected: afterwards a new column would copy all images.
+        rows = rows.remove_columns("label").add_column("label", np.maximum(labels, 0)).select_columns(rows.column_names)
+        kept[split] = rows.select(np.flatnonzero(labels >= 0))
+        unknown.append(rows.select(np.flatnonzero(labels < 0)).select_columns(["image", "label", "id"]))
+    images = concatenate_datasets(unknown)
     note = f"held out, with --seed {seed}: {len(images):,} images of {some([names[label] for label in taken], LISTED)}"
     names = [name for label, name in enumerate(names) if label not in taken]
     return source._replace(splits=kept, class_names=names, notes=[*source.notes, note]), images
