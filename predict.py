@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.explain and images != 1:
             raise UserError(f"--explain {options.explain}: is of one image, and these are {images:,}; name one")
         failed = 0
-        for (label, plant), found in zip(plants, classify(run, [plant for _, plant in plants], options)):
+        # classify comes first, so that zip lets it draw its picture after the last answer.
+        for found, (label, plant) in zip(classify(run, [plant for _, plant in plants], options), plants):
             failed += len(plant if isinstance(found, str) else found.unreadable)
             names = [image for image, _ in plant] if options.together else label
             line = format_json(names, found, options.top) if options.json else format_line(label, found, options.top)
