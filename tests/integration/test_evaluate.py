@@ -101,7 +101,7 @@ def test_a_base_model_on_other_images_takes_no_folder_of_another(here, small_spl
 
 def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, capsys, monkeypatch):
     """Each draw by a process with the run's options, whose place a run made before takes; then the means."""
-    held, started = train_once("--holdout-classes", "3").folder, []
+    held, started, evaluated = train_once("--holdout-classes", "3").folder, [], []
 
     def start(command):
         started.append(parse_config(command[2:]))
@@ -109,6 +109,7 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("evaluation.holdout.DRAWS", 2)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda run, options: evaluated.append(run.folder))  # training did
     monkeypatch.setattr("evaluation.holdout.subprocess.run", start)
     status, log = run(capsys, "one", "--holdout-classes", "3", *FAST)
     assert status == 0 and "trained 2 times anew, each time without 3 of its classes" in log
@@ -117,7 +118,9 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
         folder = f"one/holdout-3/draw-{seed}"
         assert changed_fields(draw, replace(config, seed=seed, holdout_classes=3)) == [] and draw.output_dir == folder
         report = json.loads((here / folder / "eval_val.json").read_text())
-        assert report["ood"]["held-out classes"]["n"] in range(24, 30)  # 88 images of ten classes
+        assert str(evaluated[seed]) == folder and report["ood"]["held-out classes"]["n"] in range(
+            24, 30
+        )  # 88 images of ten classes
         assert {row["source"] for row in report["open_set"]} == {"noise", "plain", "stripes", "held-out classes"}
         assert report["none_of_these"]["missing"].startswith("14 images of 7 classes in val are too few")
     means = json.loads((here / "one" / "open_set_val.json").read_text())
