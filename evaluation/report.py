@@ -92,7 +92,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
         with skip_failure(Path(folder) / EXAMPLES_FOLDER):
             examples = [(names[split.labels[index]], image_of(index, EXAMPLE_SIDE)) for index in shown[:EXAMPLES]]
             _keep_examples(examples, folder)
-    logger.info("saved | %s | %s_images.png", stem.with_suffix(".png"), stem)
+    logger.info("saved | %s.md and the pictures %s*.png", stem, stem)
 
 
 def _draw_metrics(

@@ -74,7 +74,7 @@ def list_images(
             bool(split.correct[index]),
             "; ".join(members),
             *(
-                cell
+                cell if found.names[index] else ""  # a class without a taxon stands for itself
                 for level, found in taxa.items()
                 for cell in (found.names[index], float(found.confidences[index]), bool(accepted[level][index]))
             ),

@@ -52,6 +52,7 @@ def test_they_say_what_the_report_says(tables):
         assert (row["answer"] == row["likeliest class"]) == (row["sure"] == "yes")
         assert (row["likeliest class"] == row["true class"]) == (row["right"] == "yes")
         assert row["likeliest class"] in row["set"]
+        assert bool(row["family"]) == bool(row["family confidence"]) == bool(row["family sure"])
     genera = [row for row in unsure if row["answer"].startswith("not sure; genus ")]
     assert len(genera) == report["tree"]["genus"]["accepted"] > 20
     truth = dict(zip((" ".join(name.split()) for name in NAMES), TAXONOMY["genus"]))
