@@ -7,8 +7,8 @@
     python evaluate.py runs/base-x runs/default            compare two runs that were evaluated (McNemar's test)
     python evaluate.py runs/default --holdout-classes 10   trains it five times anew, each without ten classes
 
-Writes eval_<split>.json, .md, .png and _images.png to the run directory (of a base model: runs/base-<name>); with --csv
-tables for spreadsheets too.
+Writes eval_<split>.json, .md and pictures to the run directory (of a base model: runs/base-<name>); with --csv tables
+for spreadsheets too.
 Temperature and "not sure" threshold are fitted on val alone. The same command resumes an interrupted evaluation.
 """
 
