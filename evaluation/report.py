@@ -158,11 +158,11 @@ def result_lines(report: dict) -> Iterator[str]:
             f"{sets['coverage']:.3f} (95% interval {low:.3f} to {high:.3f}) | {sets['mean_size']:.2f} names on average"
         )
     if (tree := report["hierarchy"]) and tree["rejected"]:
-        yield (
-            f'genus or family of {tree["rejected"]:,} images whose class is "not sure": {tree["accepted"]:,} get one, '
-            f"{tree['correct']:,} a right one ({tree['share_correct']:.0%}) | precision "
-            f"{format_number(tree['precision'])}"
-        )
+        found = "none is sure either"
+        if tree["accepted"]:
+            right, precision = f"{tree['correct']:,} a right one ({tree['share_correct']:.0%})", tree["precision"]
+            found = f"{tree['accepted']:,} get one, {right} | precision {precision:.3f}"
+        yield f'genus or family of {tree["rejected"]:,} images whose class is "not sure": {found}'
     for kind, found in (report["together"] or {}).items():
         yield (
             f"two images of one {kind}: top-1 {found['pair_top1']:.3f} on {found['pairs']:,} pairs, single "
