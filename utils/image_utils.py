@@ -268,7 +268,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float32)
     if image.mode == "F":
         values = np.nan_to_num(values, copy=False)
-        low, high = float(values.min()), float(values.max())
+        low, high = float(np.min(values)), float(np.max(values))
         half = max(high / 2 - low / 2, 1e-12)  # high - low may overflow
         values /= half
         values -= low / half
