@@ -43,7 +43,7 @@ from models.fused_layers import (
 )
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
-from models.scoring import score_batch
+from models.scoring import check_length, score_batch
 from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from models.trainable import set_trainable
@@ -189,6 +189,8 @@ class PlantModel:
         options = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
 
         def generate(batch: Batch) -> list[str]:
+            longest = max(batch.samples, key=lambda sample: sample.length)
+            check_length(self.base, longest, longest.length)
             ids = self.model.generate(**batch, **options, max_new_tokens=max_new_tokens)
             return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

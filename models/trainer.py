@@ -25,7 +25,7 @@ from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fp8 import use_fp8
 from models.fused_layers import get_fused_layers, set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
-from models.scoring import rank_true_classes, score_batch
+from models.scoring import check_length, rank_true_classes, score_batch
 from models.step_checks import StepChecks
 from models.training_arguments import build_arguments, load_state
 from models.trie import build_tries
@@ -123,6 +123,7 @@ class PlantTrainer(Trainer):
         device = self.args.device
         if inputs.samples:
             inputs.check_tensors(self.tile, device)
+            self.check_length(inputs)
         self.step_batch = inputs
         random_state = _get_random_state(device)
         while True:
@@ -138,6 +139,10 @@ class PlantTrainer(Trainer):
         if self.dist.world_size > 1:
             all_reduce_gradients(self.model.parameters(), self.dist.world_size)
         return self.step_loss.nan_to_num(0.0, 0.0, 0.0)  # otherwise the mean loss that trackers get would stay NaN
+
+    def check_length(self, batch: Batch) -> None:
+        longest = max(batch.samples, key=lambda sample: sample.length)
+        check_length(unwrap(self.model), longest, longest.length)
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
@@ -190,7 +195,9 @@ class PlantTrainer(Trainer):
         """Choose what fits the GPU; `steps_left` None: those after the run's checkpoint. Raises UserError."""
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
-        plan_memory(self, self.data_collator.largest_row(sample_rows(self.train_dataset)), steps_left)
+        row = self.data_collator.largest_row(sample_rows(self.train_dataset))
+        self.check_length(self.data_collator([row]))
+        plan_memory(self, row, steps_left)
         self.run.end_phase("plan")
         self.planned_micro_batch = self.dist.broadcast_object(self.micro_batcher.size)
 

@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -153,6 +154,7 @@ def _rendezvous(rank: int, world_size: int):
     """The store through which all ranks talk, once all have joined. Raises UserError."""
     wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would ask for an unknown name for minutes
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
         heartbeats = [HEARTBEAT.format(number) for number in range(world_size)]
         store.set(heartbeats[rank], "")

@@ -635,6 +635,10 @@ BAD_STARTS = {
         "rendezvous at 127.0.0.1:{port} timed out after 2 s: 1 of 2 ranks joined. Start the missing rank",
     ),
     "no rank 0": (START | {"RANK": "1"}, "rendezvous at 127.0.0.1:{port} failed for rank 1 of 2: "),
+    "unknown address": (
+        START | {"RANK": "1", "MASTER_ADDR": "nowhere.invalid"},
+        "rendezvous at nowhere.invalid:{port} failed for rank 1 of 2: gaierror: ",
+    ),
     "too high a rank": (START | {"RANK": "2"}, "RANK=2: is not one of WORLD_SIZE=2 ranks, counted from 0. Start"),
     "other engine": (
         START | {"ACCELERATE_USE_FSDP": "true"},

@@ -122,6 +122,7 @@ TOWERS = {
     "SigLIP": (("SiglipVisionConfig", {}), "full", [-4, -2]),
     "SigLIP without its pooling head": (("SiglipVisionConfig", {"vision_use_head": False}), "full", [1, 2]),
     "DINOv2": (("Dinov2Config", {}), "default", -2),
+    "DINOv3 without register tokens": (("DINOv3ViTConfig", {"num_register_tokens": 0}), "default", -1),
     "ViT": (("ViTConfig", {}), "default", 2),
     "AIMv2": (("Aimv2VisionConfig", {}), "full", -1),
     "BEiT, without a table of positions": (("BeitConfig", {}), "default", -1),

@@ -77,6 +77,25 @@ def split_into(size: int) -> dict:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}
 
 
+def test_more_tokens_than_the_language_model_has_positions_are_refused(tiny, tmp_path):
+    """At the start, as far as the largest row is known, and in a step, in a score and in a reply."""
+    trainer = make_trainer(tiny, tmp_path)
+    plant = PlantModel(trainer.model, tiny.processor, tiny.prompt, trainer.data_collator, "no", CPU)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.config.text_config.max_position_embeddings = max(sample.length for sample in batch.samples) - 1
+    rows = tiny.rows(10)
+    for start in (
+        trainer.plan_memory,
+        lambda: trainer.training_step(trainer.model, batch),
+        lambda: list(plant.score(rows)),
+        lambda: list(plant.generate(rows, 1)),
+    ):
+        with pytest.raises(
+            UserError, match=r"pixels, prompt and name are \d+ tokens, .* \d+ positions .*; use --views"
+        ):
+            start()
+
+
 def steps_of(folder) -> list[dict]:
     return [line for line in read_metrics(folder) if "loss" in line]
 
