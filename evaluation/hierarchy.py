@@ -37,6 +37,7 @@ def find_taxa(probabilities: np.ndarray, taxonomy: Taxonomy, level: str) -> Taxa
     _, first, groups = np.unique(keys, return_index=True, return_inverse=True)
     sums = np.zeros((len(first), len(probabilities)))
     np.add.at(sums, groups, probabilities.T)
+    sums = np.minimum(sums.round(9), 1)  # the sum of all classes is 1, and not a hair below a threshold of 1
     likeliest = sums.argmax(axis=0)
     return Taxa(names[first[likeliest]], sums[likeliest, np.arange(len(probabilities))])
 

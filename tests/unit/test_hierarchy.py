@@ -40,6 +40,18 @@ def test_probabilities_sum_up_the_tree():
     assert find_taxa(np.eye(6), {"genus": ["A"] * 6}, "genus").confidences == pytest.approx(np.ones(6))
 
 
+@pytest.mark.parametrize("images", [1, 3, 40])
+def test_a_family_of_all_classes_is_always_sure(images):
+    """Its probability is 1 but for rounding, which must neither miss a threshold of 1 nor exceed 1."""
+    taxonomy = {"genus": [""] * 7, "family": ["Rosaceae"] * 7}
+    for seed in range(40):
+        scores = log_softmax(np.random.default_rng(seed).normal(size=(100, 7)), axis=1)
+        split = SplitScores([""] * 100, np.zeros(100, dtype=int), scores)
+        val = SplitScores([""] * images, np.arange(images) % 7, scores[:images])
+        calibration = fit_levels(val, calibrate(val, 0.9)._replace(threshold=None), taxonomy)
+        assert calibration.levels["family"] <= 1 and measure_levels(split, calibration)["family"]["accepted"] == 100
+
+
 def test_the_taxa_of_images_that_are_not_sure_are_right_as_often_as_promised():
     """Classes of a genus are hardly separated, genera nearly always, so that most images get a genus and no class."""
     val, test = draw(3000, 0), draw(6000, 1)
