@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         setup_logging(None if other else run.folder, "evaluate.log")
         if other:
             compare_runs(run, other, options.split)
-        elif count := find_holdout(run):
+        elif count := find_holdout(run, options.protocol):
             from evaluation.holdout import evaluate_holdouts
 
             trained = replace(run, config=replace(run.config, holdout_classes=0))
@@ -65,13 +65,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def find_holdout(run: Run) -> int:
+def find_holdout(run: Run, protocol: str) -> int:
     """The number of classes to train again without; 0 of a base model, or of a run that was trained without them."""
     saved = run.config if run.is_base_model else Run.load(run.folder).config
     if run.config.holdout_classes != saved.holdout_classes > 0:
         problem = f"was trained without {saved.holdout_classes} classes already"
         raise UserError(f"{run.folder}: {problem}; evaluate it without --holdout-classes, or give a run of all classes")
-    return run.config.holdout_classes - saved.holdout_classes
+    count = run.config.holdout_classes - saved.holdout_classes
+    if count and protocol == "generation":
+        raise UserError("--holdout-classes with --protocol generation: replies have no scores; use scoring or both")
+    if count and saved.train_on_val:
+        problem = "was trained on val, and what tells other plants is fitted there"
+        raise UserError(f"{run.folder}: {problem}; give --holdout-classes a run with train_on_val=false")
+    return count
 
 
 def evaluate_run(run: Run, options: EvaluationOptions) -> None:

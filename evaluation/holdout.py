@@ -1,7 +1,7 @@
 """Whether images of plants that were never learned are noticed: a run trained again without some of its classes.
 
-Each of DRAWS takes other classes away, by its seed, and is a run of its own below the run's directory: trained as the
-run was, evaluated, and left there, so that the same command resumes.
+Each of DRAWS takes classes away by its seed, of few classes perhaps the same as another, and is a run of its own below
+the run's directory: trained as the run was, evaluated, and left there, so that the same command resumes.
 """
 
 import dataclasses
