@@ -142,6 +142,7 @@ def result_lines(report: dict) -> Iterator[str]:
     )
     if report["calibration"] is None:
         yield f"not calibrated: {report['not_calibrated']}"
+        yield from trust_lines(report)
         return
     yield (
         f"calibration error {report['ece']:.3f}, {report['ece_uncalibrated']:.3f} before temperature scaling | "

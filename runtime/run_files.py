@@ -54,6 +54,17 @@ def list_of(kind: Kind, count: int) -> Kind:
     return Kind(f"a list of {count}, each {kind.words}", holds)
 
 
+def either(*schemas: Any) -> Kind:
+    def holds(value: Any) -> bool:
+        for schema in schemas:
+            with contextlib.suppress(ValueError):
+                validate(value, schema)
+                return True
+        return False
+
+    return Kind(f"as one of {len(schemas)} forms", holds)
+
+
 def _are_names(value: Any) -> bool:
     """Non-empty, no two alike, and text that can be written: JSON may spell half a character."""
     is_list = isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
@@ -65,6 +76,7 @@ def _are_names(value: Any) -> bool:
 ANY = Kind("anything", lambda value: True)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 NO_TEXT = Kind("text or null", lambda value: value is None or isinstance(value, str))
+NULL = Kind("null", lambda value: value is None)
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 NUMBER, FRACTION, COUNT = number(), number(0, 1), integer()
 # What Python's JSON writes of a loss that overflowed: NaN and infinities are numbers here and in no other Kind.
@@ -117,13 +129,11 @@ HIERARCHY: dict = dict.fromkeys(("rejected", "accepted", "correct"), COUNT) | {"
 HIERARCHY |= {"precision": (FRACTION, None)}
 HIERARCHY |= dict.fromkeys(("share_interval", "precision_interval"), (list_of(FRACTION, 2), None))
 HIERARCHY |= dict.fromkeys(("genus", "family"), dict.fromkeys(("taxa", "classes", "accepted", "correct"), COUNT))
-PROBE = {"advice": TEXT, "tower_is_trained?": BOOL, "seconds": (number(0), None)}
-PROBE |= {
-    f"{name}_{key}?": (FRACTION, None) for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")
-}
-PROBE |= dict.fromkeys(("train_images?", "of_train_images?"), COUNT)
-NONE_OF_THESE = {"score": NO_TEXT, "missing": NO_TEXT, "threshold?": (NUMBER, None), "kept?": FRACTION}
-NONE_OF_THESE |= {"rates?": {str: FRACTION}}
+PROBE: dict = {"advice": TEXT, "tower_is_trained?": BOOL, "seconds": number(0)}
+PROBE |= {f"{name}_{key}": FRACTION for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")}
+PROBE |= dict.fromkeys(("train_images", "of_train_images"), COUNT)
+NO_PROBE = {"advice": TEXT, "linear_top1": NULL}  # why it was not measured
+NONE_OF_THESE = {"score": TEXT, "threshold": NUMBER, "kept": FRACTION, "rates": {str: FRACTION}}
 TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accuracy": (FRACTION, None)}
 TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
 TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(number(-2, 2), 2), None)}
@@ -150,8 +160,8 @@ REPORT = {
     "conformal?": (SETS, None),
     "hierarchy?": (HIERARCHY, None),
     "together?": ({str: TOGETHER}, None),
-    "probe?": PROBE,
-    "none_of_these?": NONE_OF_THESE,
+    "probe?": either(PROBE, NO_PROBE),
+    "none_of_these?": either(NONE_OF_THESE, {"score": NULL, "missing": TEXT}),
     "open_set?": [{"source": TEXT, "score": TEXT, "n": COUNT, **dict.fromkeys(("auroc", "fpr95"), FRACTION)}],
     "ood?": {str: {"n": COUNT, "abstention_rate": FRACTION}},
     "confusions": [{"names": list_of(TEXT, 2), "confused": COUNT}],

@@ -196,6 +196,10 @@ def test_reports(tmp_path):
     """What is read can be written into a model card and a report."""
     scores = SplitScores(["a", "b", "c"], np.array([0, 1, 1]), np.log([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]))
     extra = {"split": "val", "per_token": False, "ood": {"noise": {"n": 4, "abstention_rate": 0.5}}}
+    shares = {f"{name}_{key}": 0.5 for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")}
+    counts = {"advice": "use it", "tower_is_trained": True, "seconds": 1.5, "train_images": 4, "of_train_images": 9}
+    noticed = {"score": "tower_knn", "threshold": 0.5, "kept": 0.95, "missing": None, "rates": {"known": 0.05}}
+    extra |= {"probe": shares | counts, "none_of_these": noticed, "open_set": []}
     report = SCORED | extra | measure_split(scores, CALIBRATION, ["oak", "ash"])
 
     @quiet
@@ -204,6 +208,7 @@ def test_reports(tmp_path):
         (tmp_path / "eval_val.json").write_bytes(found)
         for read in read_reports(tmp_path, SCORED["adapter"], SCORED["dataset"]).values():
             assert "Classes, worst first" in render("class_tables.md.j2", report=read)
+            assert render("trust_tables.md.j2", report=read)
             assert format_number(read["top1"]) and all(map(format_number, read["top1_interval"]))
             assert read["calibration"] is None or format_number(read["calibration"]["threshold"])
 

@@ -71,7 +71,8 @@ def test_a_run_that_was_trained_on_val_is_not_calibrated(here, small_splits, run
     shutil.copytree(run_on_val.folder, here / "one")
     status, log = run(capsys, "one", *FAST)
     assert status == 1 and "was trained on val, which measures nothing then; use --split test" in log
-    assert run(capsys, "one", "--split", "test", *FAST)[0] == 0
+    status, log = run(capsys, "one", "--split", "test", *FAST)
+    assert status == 0 and "a linear probe on its vision tower" in log
     report = json.loads((here / "one" / "eval_test.json").read_text())
     assert report["not_calibrated"] == "the run was trained on val" and report["coverage"] is None
 
@@ -132,6 +133,14 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
     monkeypatch.setattr("evaluation.holdout.subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
     status, log = run(capsys, "one", "--holdout-classes", "4", *FAST)
     assert status == 1 and "one/holdout-4/draw-0: its training did not end well, the lines above say why; re-run" in log
+    monkeypatch.setattr("evaluation.holdout.subprocess.run", None)  # before anything is trained
+    status, log = run(capsys, "one", "--holdout-classes", "3", "--protocol", "generation", *FAST)
+    assert status == 1 and "--protocol generation: replies have no scores; use scoring or both" in log
+    saved = json.loads((here / "one" / "training_config.json").read_text())
+    saved["config"] |= {"train_on_val": True, "eval_steps": None}
+    (here / "one" / "training_config.json").write_text(json.dumps(saved))
+    status, log = run(capsys, "one", "--holdout-classes", "3", "--split", "test", *FAST)
+    assert status == 1 and "one: was trained on val, and what tells other plants is fitted there; give" in log
 
 
 def other_weights(folder):

@@ -105,6 +105,24 @@ def test_prediction_sets_are_on_the_card_where_they_were_measured(folder):
     assert "Prediction sets" not in card_of(folder)
 
 
+NOTICED = {"score": "tower_knn", "threshold": 0.5, "kept": 0.95, "rates": {"known": 0.05}, "missing": None}
+PROBED = {f"{name}_{key}": 0.5 for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")}
+PROBED |= {"advice": "use it", "seconds": 1.5, "train_images": 4, "of_train_images": 9}
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "key"),
+    [("probe", PROBED, key) for key in PROBED]
+    + [("none_of_these", NOTICED, key) for key in NOTICED if key != "missing"],
+)
+def test_a_report_with_half_a_table_is_excluded(folder, name, whole, key):
+    """Its template could not be filled in, and an export would end with it."""
+    report(folder, "test", **{name: whole})
+    assert "On test:" in card_of(folder)
+    report(folder, "test", **{name: {given: value for given, value in whole.items() if given != key}})
+    assert "On test:" not in card_of(folder)
+
+
 def test_a_truncated_report_is_excluded(folder):
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
