@@ -58,6 +58,10 @@ class Method:
     coverage: float = 0.9  # share of images whose prediction set is to contain the true class
     csv: bool = False  # tables for spreadsheets are written
 
+    @property
+    def is_plain(self) -> bool:
+        return not (self.per_token or self.prior_calibration or self.limit)
+
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
     """An Evaluator of a run, whose facts are all that its scores depend on beside the images."""
@@ -208,7 +212,7 @@ class Evaluator:
         if isinstance(reference, Reference):
             open_set = fit_open_set(scores, build_spaces(reference), calibration.temperature)
             calibration = calibration._replace(open_set=open_set | {"reference": reference.facts["identity"]})
-        if not (method.per_token or method.prior_calibration or method.limit):
+        if method.is_plain:
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
         return calibration

@@ -4,7 +4,7 @@ Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `lab
 (n,) whether the likeliest class is the true one, `confidences` (n,) the probability of the likeliest class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 MAX_CONFUSIONS = 20  # pairs in a report
+BLOCK = 2**24  # numbers of a matrix that exist at a time
 
 
 class SplitScores(NamedTuple):
@@ -33,6 +34,12 @@ class SplitScores(NamedTuple):
     @property
     def correct(self) -> np.ndarray:
         return self.scores.argmax(axis=1) == self.labels
+
+
+def by_blocks(compute: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, columns: int) -> np.ndarray:
+    """compute(rows), some rows at a time, where it needs a matrix of rows by `columns` that memory may not hold."""
+    count = max(-(-len(rows) * columns // BLOCK), 1)
+    return np.concatenate([compute(block) for block in np.array_split(rows, count)])
 
 
 # ---- accuracy

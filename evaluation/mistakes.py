@@ -17,6 +17,7 @@ from data.taxonomy import LEVELS, Taxonomy
 from evaluation.calibration import Calibration
 from evaluation.metrics import SplitScores
 from evaluation.reference import TrainImages
+from models.features import scale_to_unit
 from utils.image_utils import open_thumbnail
 from utils.logging_utils import skip_failure
 from utils.plot_utils import COLUMNS, Tile, plot_confusions, plot_tiles, shorten
@@ -80,8 +81,8 @@ def _order_by_confusion(both: np.ndarray) -> np.ndarray:
 
 def find_nearest(features: np.ndarray, train_features: np.ndarray, count: int) -> np.ndarray:
     """(n, count) places of the train images (m, D) whose features are nearest to those of images (n, D), by cosine."""
-    unit, train_unit = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (features, train_features))
-    return np.argsort(-(unit.astype("f4") @ train_unit.astype("f4").T), axis=1, kind="stable")[:, :count]
+    unit, train_unit = (scale_to_unit(each.astype("f4")) for each in (features, train_features))
+    return np.argsort(-(unit @ train_unit.T), axis=1, kind="stable")[:, :count]
 
 
 # ---- pictures
@@ -105,8 +106,9 @@ def write_mistakes(
         shown = [names[label] for label in found.labels]
         plot_confusions(found.counts, shown, found.groups, title, f"{stem}_confusions.png")
     wrong = np.flatnonzero(~split.correct)
-    if train is not None and len(wrong):
-        with skip_failure(f"{stem}_mistakes.png"):
+    with skip_failure(f"{stem}_mistakes.png"):
+        Path(f"{stem}_mistakes.png").unlink(missing_ok=True)  # of other weights
+        if train is not None and len(wrong):
             probabilities = softmax(split.scores[wrong] / (calibration.temperature if calibration else 1), axis=1)
             worst = wrong[np.argsort(-probabilities.max(axis=1), kind="stable")][:MISTAKES]
             plot_tiles(list(_list_tiles(split, worst, rows, names, train)), f"{stem}_mistakes.png")

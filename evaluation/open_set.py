@@ -21,7 +21,8 @@ import numpy as np
 from scipy.special import softmax
 from scipy.stats import rankdata
 
-from evaluation.metrics import SplitScores
+from evaluation.metrics import SplitScores, by_blocks
+from models.features import scale_to_unit
 
 PRINCIPAL, SHRINKAGE = 128, 0.1  # directions; share of a covariance that is made the same in all (docs/LOG.md)
 KEPT = 0.95  # share of val that the threshold keeps
@@ -83,10 +84,8 @@ def measure_strangeness(
 
 
 def _nearest(points: np.ndarray, references: np.ndarray) -> np.ndarray:
-    def unit(vectors: np.ndarray) -> np.ndarray:
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-    return 1 - (unit(points) @ unit(references).T).max(axis=1)
+    units = scale_to_unit(references)
+    return by_blocks(lambda block: 1 - (scale_to_unit(block) @ units.T).max(axis=1), points, len(units))
 
 
 def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -101,8 +100,11 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 
     by_class, by_all = whitening(references - means[index]), whitening(references - references.mean(axis=0))
     whitened, centers = points @ by_class, means @ by_class
-    distances = (whitened**2).sum(axis=1)[:, None] - 2 * whitened @ centers.T + (centers**2).sum(axis=1)
-    return distances.min(axis=1) - (((points - references.mean(axis=0)) @ by_all) ** 2).sum(axis=1)
+    nearest = by_blocks(
+        lambda block: ((centers**2).sum(axis=1) - 2 * block @ centers.T).min(axis=1), whitened, len(means)
+    )
+    of_all = ((points - references.mean(axis=0)) @ by_all) ** 2
+    return (whitened**2).sum(axis=1) + nearest - of_all.sum(axis=1)
 
 
 # ---- choice and threshold

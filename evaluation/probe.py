@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
 
-from evaluation.metrics import SplitScores, mcnemar, measure_accuracy
+from evaluation.metrics import BLOCK, SplitScores, by_blocks, mcnemar, measure_accuracy
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)  # L2, for features of unit variance; each fit begins where the last one ended
 MAX_STEPS, NEIGHBORS = 100, 5  # of L-BFGS; that vote
@@ -80,16 +80,21 @@ def compare(model: SplitScores, probe: SplitScores) -> dict:
 
 def vote(train: np.ndarray, labels: np.ndarray, images: np.ndarray, classes: int) -> np.ndarray:
     """(n, C): cosine similarities of an image's nearest neighbors, summed by class; other classes by their nearest."""
-    near = images @ train.T  # (n, m), of features of unit length
-    top = np.argsort(-near, axis=1, kind="stable")[:, :NEIGHBORS]
-    found = np.full((len(images), classes), -np.inf)
     order = np.argsort(labels, kind="stable")
-    there, starts = np.unique(labels[order], return_index=True)
-    found[:, there] = np.maximum.reduceat(near[:, order], starts, axis=1) - 2  # below 0, where all votes are above
-    rows = np.repeat(np.arange(len(images)), top.shape[1])
-    votes = np.zeros_like(found)
-    np.add.at(votes, (rows, labels[top].ravel()), 1 + np.take_along_axis(near, top, axis=1).ravel())
-    return np.where(votes > 0, votes, found)
+    train, labels = train[order], labels[order]
+    there, starts = np.unique(labels, return_index=True)
+    few = min(NEIGHBORS, len(labels))
+
+    def vote_of(block: np.ndarray) -> np.ndarray:
+        near = block @ train.T  # (n, m), of features of unit length
+        found = np.full((len(block), classes), -np.inf)
+        found[:, there] = np.maximum.reduceat(near, starts, axis=1) - 2  # below 0, where all votes are above
+        top = np.argpartition(near, -few, axis=1)[:, -few:]
+        votes = np.zeros_like(found)
+        np.add.at(votes, (np.arange(len(block))[:, None], labels[top]), 1 + np.take_along_axis(near, top, axis=1))
+        return np.where(votes > 0, votes, found)
+
+    return by_blocks(vote_of, images, len(train))
 
 
 def fit_linear(
@@ -97,11 +102,16 @@ def fit_linear(
 ) -> np.ndarray:
     """(1 + D, C) weights of multinomial logistic regression on features (m, 1 + D), whose first column is 1."""
     inputs, targets = torch.from_numpy(features).to(device, torch.float32), torch.from_numpy(labels).to(device)
+    rows = max(BLOCK // start.shape[1], 1)  # whose logits exist at a time
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(flat.reshape(start.shape)).to(device, torch.float32).requires_grad_()
-        loss = cross_entropy(inputs @ weights, targets) + strength / 2 * weights[1:].square().sum()
+        loss = strength / 2 * weights[1:].square().sum()
         (gradient,) = torch.autograd.grad(loss, weights)
+        for part, truth in zip(inputs.split(rows), targets.split(rows)):
+            share = cross_entropy(part @ weights, truth) * (len(truth) / len(targets))
+            gradient += torch.autograd.grad(share, weights)[0]
+            loss = loss.detach() + share.detach()
         return loss.item(), gradient.double().numpy(force=True).ravel()
 
     fitted = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS})

@@ -26,7 +26,7 @@ REFERENCE_FILE = "reference.safetensors"
 # Train images whose features are computed, in all and of each class: by the tower, which is fast, and by all the model.
 MANY, FEW = {"tower": 1000, "state": 500}, {"tower": 10, "state": 1}
 MOST = {"tower": 1000, "state": 20}
-FACTS = {"identity": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL}
+FACTS = {"identity": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL, "unreadable?": [TEXT]}
 
 
 class Reference(NamedTuple):
@@ -43,13 +43,13 @@ class TrainImages(NamedTuple):
 
 
 def find_train_images(reference: Reference | str, data: PlantData | None) -> TrainImages | None:
-    """The images of a reference; None without one, or if an image could not be opened, so that rows are not known."""
+    """The images of a reference, or None without one."""
     if isinstance(reference, str) or data is None or isinstance(data.train, Stream):
         return None
     rows = sample_by_class(data.train, len(data.class_names), "tower")
-    rows = rows.select(sorted(range(len(rows)), key=rows["id"][:].__getitem__))
-    is_whole = rows["label"][:] == reference.labels["tower"].tolist()
-    return TrainImages(rows, reference.features["tower"]) if is_whole else None
+    places = {image: place for place, image in enumerate(rows["id"])}
+    rows = rows.select([places[image] for image in sorted(places.keys() - {*reference.facts["unreadable"]})])
+    return TrainImages(rows, reference.features["tower"])
 
 
 def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference | str:
@@ -61,12 +61,16 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
         return "no train images were given"
     if isinstance(data.train, Stream):
         return "the train images are streamed, so none are at hand"
-    samples = {space: sample_by_class(data.train, len(data.class_names), space) for space in SPACES}
+    samples = {"tower": sample_by_class(data.train, len(data.class_names), "tower")}
+    samples["state"] = sample_by_class(
+        samples["tower"], len(data.class_names), "state"
+    )  # so that the tower has seen it
     listed = [evaluator.facts, *(list(rows["id"]) for rows in samples.values())]
     identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     path, known = evaluator.folder / REFERENCE_FILE, None
     if evaluator.dist.is_main_process and (saved := read_reference(path)) is not None:
-        known = saved if saved.facts["identity"] == identity else None
+        is_same = saved.facts["identity"] == identity and "unreadable" in saved.facts  # an older program did not say
+        known = saved if is_same else None
     if any(evaluator.dist.gather_object([known is not None])):
         return known or "rank 0 has it"
     towers, states = {}, {}
@@ -88,10 +92,12 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
     features = {space: np.stack([each for _, each in found]).astype(np.float16) for space, found in ordered.items()}
     labels = {space: np.array([label for label, _ in found]) for space, found in ordered.items()}
     facts = {"identity": identity, "images": len(data.train), "seconds": round(seconds, 2)}
+    facts["unreadable"] = sorted({*samples["tower"]["id"]} - towers.keys())
     tower = evaluator.plant.base.model.vision_tower
     facts["tower_is_trained"] = any(parameter.requires_grad for parameter in tower.parameters())
     reference = Reference(features, labels, facts)
-    if evaluator.dist.is_main_process:
+    # A quick look must not take away what calibration.json refers to.
+    if evaluator.dist.is_main_process and (evaluator.method.is_plain or not path.exists()):
         write_reference(path, reference)
     return reference
 

@@ -61,9 +61,8 @@ def list_images(
         likeliest = names[shares.argmax()]
         level = next((level for level in taxa if accepted[level][index]), None)
         doubt = f"not sure; {level} {taxa[level].names[index]}" if level else "not sure"
-        members = (
-            [] if sets is None else [names[label] for label in (-shares).argsort(kind="stable") if sets[index, label]]
-        )
+        inside: Iterable[int] = () if sets is None else np.flatnonzero(sets[index])
+        members = [names[label] for label in sorted(inside, key=lambda label: -shares[label])]
         yield [
             split.ids[index],
             names[split.labels[index]],

@@ -86,8 +86,8 @@ def test_the_contact_sheet_has_each_mistake_beside_its_nearest_train_images(tmp_
         for column, color in enumerate(expected):
             assert color_at(sheet, row_number, column, 2) == pytest.approx(color, abs=8)
     assert Image.open(tmp_path / "eval_confusions.png").width > 400
-    (tmp_path / "eval_mistakes.png").unlink()
     write_mistakes(split, rows, None, ["rose", "daisy"], tmp_path / "eval", None)
+    assert not (tmp_path / "eval_mistakes.png").exists()  # that of before would be taken for this one
     right = split._replace(labels=np.array([1, 0, 1, 0]))
     write_mistakes(
         right, rows, None, ["rose", "daisy"], tmp_path / "eval", TrainImages(train, np.eye(4, dtype=np.float16))

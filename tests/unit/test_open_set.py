@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
-from evaluation.evaluator import Evaluator
+from evaluation.evaluator import Evaluator, Method
 from evaluation.metrics import SplitScores
 from evaluation.open_set import (
     KEPT,
@@ -25,7 +25,7 @@ from evaluation.open_set import (
     tabulate,
 )
 from evaluation.probe import TrainFeatures, compare, fit_linear, measure_probe, vote
-from evaluation.reference import find_reference, read_reference, sample_by_class
+from evaluation.reference import find_reference, find_train_images, read_reference, sample_by_class
 from evaluation.report import render
 from evaluation.trust import Detector, measure_trust
 from models.builder import PlantModel
@@ -209,6 +209,71 @@ def test_features_of_train_images_are_computed_once_for_the_same_weights_and_ima
         computed.clear()
         assert find_reference(evaluator, data_of(tiny, rows)).facts["images"] == 40 and computed
     assert find_reference(evaluator, data_of(tiny, rows[:30])).facts["images"] == 30
+
+
+def test_the_images_of_a_reference_are_those_of_its_features(tiny, evaluator, monkeypatch):
+    """Of seven images a class each second one for the tower, and one that cannot be opened."""
+    monkeypatch.setattr("evaluation.reference.MANY", {"tower": 40, "state": 30})
+    monkeypatch.setattr("evaluation.reference.FEW", {"tower": 1, "state": 1})
+    rows = [row | {"label": at % 2} for at, row in enumerate(tiny.rows(14))]
+    rows[4] |= {"image": {"bytes": b"", "path": "gone.jpg"}}
+    data = data_of(tiny, rows)
+    for _ in range(2):  # computed, and read
+        reference = find_reference(evaluator, data)
+        train = find_train_images(reference, data)
+        assert {*train.rows["id"]} == {rows[at]["id"] for at in (0, 1, 5, 8, 9, 12, 13)}
+        assert reference.facts["unreadable"] == [rows[4]["id"]]
+        assert train.rows["label"][:] == reference.labels["tower"].tolist()
+        for sample, tower in evaluator.distribute(evaluator.plant.embed, train.rows):
+            np.testing.assert_allclose(train.features[train.rows["id"][:].index(sample.id)], tower, atol=1e-3)
+
+
+def test_a_quick_look_leaves_the_features_that_the_calibration_refers_to(tiny, evaluator):
+    data, path = data_of(tiny, tiny.rows(20)), evaluator.folder / "reference.safetensors"
+    quick = dataclasses.replace(evaluator, facts={"adapter": "step 1", "precision": "fp16"}, method=Method(limit=2))
+    find_reference(quick, data)
+    first = path.read_bytes()
+    find_reference(evaluator, data)
+    whole = path.read_bytes()
+    assert first != whole and find_reference(quick, data).facts["images"] == 20 and path.read_bytes() == whole
+
+
+def test_a_reference_that_does_not_say_what_was_unreadable_is_made_again(tiny, evaluator):
+    data, path = data_of(tiny, tiny.rows(10)), evaluator.folder / "reference.safetensors"
+    saved = find_reference(evaluator, data)
+    tensors = {f"{space}.{part}": getattr(saved, part)[space] for space in ("tower", "state")
+               for part in ("features", "labels")}  # fmt: skip
+    older = {name: value for name, value in saved.facts.items() if name != "unreadable"}
+    save_file(tensors, path, metadata={"facts": json.dumps(older)})
+    assert read_reference(path).facts == older and find_reference(evaluator, data).facts["unreadable"] == []
+
+
+def test_many_images_are_compared_some_at_a_time(spaces, monkeypatch):
+    split, train = make_split(50), make_split(70, seed=5)
+    inputs, start = np.insert(train.features["tower"], 0, 1, axis=1), np.zeros((WIDTH + 1, CLASSES))
+
+    def compute():
+        votes = vote(train.features["tower"], train.labels, split.features["tower"], CLASSES)
+        weights = fit_linear(inputs, train.labels, start, 0.1, CPU)
+        return [votes, weights, *measure_strangeness(split, spaces, 1.0).values()]
+
+    whole = compute()
+    for module in ("metrics", "probe"):
+        monkeypatch.setattr(f"evaluation.{module}.BLOCK", 200)
+    for expected, other in zip(whole, compute(), strict=True):
+        np.testing.assert_allclose(expected, other, atol=2e-3)
+
+
+@pytest.mark.parametrize(("split", "is_said"), [("val", True), ("test", False)])
+def test_what_was_fitted_on_the_same_images_is_said(split, is_said, spaces):
+    val = make_split(240)
+    fitted = fit_open_set(val, spaces, 1.0)
+    probe = measure_probe(TrainFeatures(val.features["tower"], val.labels, 240, 1.0), val, val, CPU)
+    answer = {**fitted, "rates": {"known": 0.05}}
+    report = {"split": split, "probe": probe, "none_of_these": answer} | dict.fromkeys(("top1", "top5"), 0.9)
+    text = render("trust_tables.md.j2", report=report | {"mean_per_class": 0.9})
+    assert ("What is free in them was chosen on these same images." in text) is is_said
+    assert ("keeps 95% of val, these same images" in text) is is_said and "\n\n\n" not in text
 
 
 def test_what_is_no_set_of_features_is_not_used(tmp_path):
