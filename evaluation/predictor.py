@@ -106,7 +106,7 @@ def load_predictor(run: Run) -> "Predictor":
         doubt = f'no confidence reached a selective accuracy of {target} on val, so every image is "not sure"'
     if doubt:
         logger.warning(f"{run.folder}: {doubt}")
-    if calibration and calibration.taxonomy and len(calibration.taxonomy["genus"]) != len(plant.class_names):
+    if calibration and {*map(len, (calibration.taxonomy or {}).values())} - {len(plant.class_names)}:
         reason = "its taxonomy is not of the run's classes"
         raise UserError(f"{run.folder}: calibration.json: {reason}; make it again: python evaluate.py {run.folder}")
     missing = explain_missing(calibration and calibration._asdict())

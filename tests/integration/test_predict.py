@@ -462,9 +462,10 @@ def test_the_genus_is_named_where_the_class_is_not_sure(trained, images, capsys)
     assert run(capsys, "one", "images/00.png", *FAST)[1].startswith("images/00.png: not sure (")
     set_threshold(trained, 0.0, levels={"genus": 0.0, "family": None})
     assert json.loads(run(capsys, "one", "images/00.png", "--json", *FAST)[1])["level"] == "name"
-    set_threshold(trained, 0.0, taxonomy={"genus": ["x"], "family": ["y"]})
-    status, _, err = run(capsys, "one", "images/00.png", *FAST)
-    assert status == 1 and "its taxonomy is not of the run's classes; make it again: python evaluate.py one" in err
+    for taxonomy in ({"genus": ["x"], "family": ["y"]}, {"genus": [""] * 10, "family": ["y"]}):
+        set_threshold(trained, 0.0, taxonomy=taxonomy)
+        status, _, err = run(capsys, "one", "images/00.png", *FAST)
+        assert status == 1 and "its taxonomy is not of the run's classes; make it again: python evaluate.py one" in err
 
 
 def test_none_of_these_is_kept_apart_from_not_sure(trained, images, capsys):
