@@ -242,7 +242,7 @@ def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), 
         photos = len({each["bytes"] for each in (photo, *others)})  # copies count once
         return texts.answer(found, SHOWN, draw_small(photo), photos, picture)
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
-        logger.exception("a photo could not be classified")
+        logger.critical("a photo could not be classified", exc_info=True)
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")
 
 

@@ -13,14 +13,15 @@ import sys
 
 from config.cli import parse_config
 from config.training_config import ConfigError
-from utils.logging_utils import report_errors, set_environment, setup_logging
+from utils.logging_utils import HOW_TO_RESUME, report_errors, set_environment, setup_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv, __doc__)  # before torch is imported: a typo costs a tenth of a second
     set_environment()
     setup_logging()
-    with report_errors(ConfigError):
+    change = "leave --resume never out, and " if config.resume == "never" else ""  # with it a new run would start
+    with report_errors(ConfigError, when_interrupted=change + HOW_TO_RESUME):
         from data.dataset import build_datasets
         from evaluation.evaluator import build_evaluator
         from evaluation.verify import verify_reload

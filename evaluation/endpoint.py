@@ -99,7 +99,7 @@ class Endpoint:
         except ClientDisconnect:
             return JSONResponse({"error": "the sender left before its images had arrived"}, 400)
         except Exception:  # later requests may succeed
-            logger.exception("a request could not be answered")
+            logger.critical("a request could not be answered", exc_info=True)
             return JSONResponse({"error": "the program failed; its own output says why"}, 500)
         finally:
             self.waiting -= 1

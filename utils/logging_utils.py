@@ -14,13 +14,13 @@ import select
 import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from utils.lock_utils import LIMIT_S, watching_locks
 from utils.signal_utils import end_children, handling
 
 LOG_FILE = "train.log"
@@ -37,9 +37,9 @@ RAISE_LIMIT = (
 AFTER_MENDING = "once that is mended, re-run the same command to resume from what was saved"
 MOVES = {FULL: FREE_SPACE, FORBIDDEN: CHOOSE_PLACE, LIMITS: RAISE_LIMIT}
 FULL_BYTES = 20e6  # a disk with less free space is why a save failed
-HOW_TO_RESUME = (
-    "re-run the same command, without --resume never, to resume from what was saved (checkpoints, scored images)"
-)
+HOW_TO_RESUME = "re-run the same command to resume from what was saved (checkpoints, scored images)"
+LOCK_SAID_S = 10  # seconds of a wait for a lock after which it is said
+LOCK_LIMIT_S = 3600  # after which a program ends: another one may rightly build a large data set
 logger = logging.getLogger("llava_plants")
 left_aside: dict[str, str] = {}  # environment variables of another program's launcher, such as ACCELERATE_USE_FSDP
 
@@ -120,7 +120,7 @@ def _log_unraisable(error) -> None:
     """sys.unraisablehook, such as for a killed worker, which its loader raises again: a traceback in the log alone."""
     message = f"{error.exc_type.__name__}: {error.exc_value}; {error.err_msg or 'ignored in'} {error.object!r}"
     trace = (error.exc_type, error.exc_value, error.exc_traceback)
-    logger.warning(message, exc_info=trace, extra={"message_only": True})
+    logger.warning(message, exc_info=trace)
 
 
 # ---- lines
@@ -159,16 +159,31 @@ def is_watched() -> bool:
 
 
 class _ScreenFormatter(logging.Formatter):
-    """Bare INFO lines, `warning: ...`, `error: ...`; a traceback only of what the user cannot fix."""
+    """Bare INFO lines, `warning: ...`, `error: ...`; a traceback only of what the user cannot fix: of CRITICAL."""
 
     def format(self, record: logging.LogRecord) -> str:
-        if getattr(record, "message_only", False):
+        if record.levelno < logging.CRITICAL:
             record = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return prefix + super().format(record)
 
 
-class _ScreenHandler(logging.StreamHandler):
+class _Dispensable(logging.StreamHandler):
+    """A program continues without its screen (`train.py | head`, a closed terminal), or without its log file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger.handlers = [other for other in logger.handlers if other is not self]  # the list itself is being read
+        if isinstance(self, _ScreenHandler):
+            mute(self.stream)
+        name = getattr(self, "baseFilename", "the screen")
+        logger.warning("%s: %s; no more lines are written there", name, error.strerror)
+
+
+class _ScreenHandler(_Dispensable):
     """Lines above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -176,26 +191,9 @@ class _ScreenHandler(logging.StreamHandler):
         with tqdm.tqdm.external_write_mode(self.stream) if tqdm else contextlib.nullcontext():
             super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        _on_logging_error(self, super().handleError, record)
 
-
-class _FileHandler(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        _on_logging_error(self, super().handleError, record)
-
-
-def _on_logging_error(handler: logging.StreamHandler, otherwise: Callable, record: logging.LogRecord) -> None:
-    """A program continues without its screen (`train.py | head`, a closed terminal), or without its log file."""
-    error = sys.exc_info()[1]
-    if not isinstance(error, OSError):
-        otherwise(record)
-        return
-    logger.handlers = [other for other in logger.handlers if other is not handler]  # the list itself is being read
-    if isinstance(handler, _ScreenHandler):
-        mute(handler.stream)
-    name = getattr(handler, "baseFilename", "the screen")
-    logger.warning("%s: %s; no more lines are written there", name, error.strerror)
+class _FileHandler(_Dispensable, logging.FileHandler):
+    pass
 
 
 def mute(stream: TextIO) -> None:
@@ -220,7 +218,7 @@ def skip_failure(what: str | Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         message = f"{what}: skipped, since it cannot be made ({first_line(error)}); everything else continues"
-        logger.warning(message, exc_info=True, extra={"message_only": True})
+        logger.warning(message, exc_info=True)
 
 
 # ---- errors and signals
@@ -243,7 +241,7 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
     def say() -> None:
         logger.warning(f"interrupted; {when_interrupted}")
 
-    with handling(interrupt, say), watching_locks(_report_lock):
+    with handling(interrupt, say), _limiting_locks():
         try:
             yield
             sys.stdout.flush()
@@ -257,20 +255,46 @@ def report_errors(*kinds: type[Exception], when_interrupted: str = HOW_TO_RESUME
                 mute(sys.stdout)
                 sys.exit(128 + signal.SIGPIPE)
             if message := _find_message(error, kinds):
-                logger.error(message, exc_info=True, extra={"message_only": True})
+                logger.error(message, exc_info=True)
             else:
                 logger.critical("%s: %s", type(error).__name__, error, exc_info=True)
             end_children()
             sys.exit(1)
 
 
-def _report_lock(path: str, is_over: bool) -> None:
-    if not is_over:
-        logger.warning(f"waiting for the lock {path}, which another program holds, for at most {LIMIT_S:,} s")
-        return
-    move = f"end the program that holds it (fuser {path} shows it), and {HOW_TO_RESUME}"
-    logger.error(f"the lock {path} was not free within {LIMIT_S:,} s; {move}")
-    os._exit(1)  # nothing else ends the thread that waits
+@contextlib.contextmanager
+def _limiting_locks() -> Iterator[None]:
+    """`datasets` and huggingface_hub wait without end or a word for a file lock that another program holds.
+
+    Inside, such a wait is said, then raises UserError: filelock logs each of its attempts, in the thread that waits.
+    """
+    waits: dict[str, tuple[float, float]] = {}  # of each lock: since when, and how long at the last look
+
+    def look(record: logging.LogRecord) -> bool:
+        if record.levelno > logging.DEBUG or not isinstance(record.args, tuple):
+            return True
+        path, now = str(record.args[1]), time.monotonic()
+        if record.msg.startswith("Lock %s acquired"):
+            waits.pop(path, None)
+        elif record.msg.startswith("Lock %s not acquired"):
+            since, before = waits.get(path, (now, 0.0))
+            waits[path] = since, now - since
+            if now - since > LOCK_LIMIT_S:
+                move = f"end the program that holds it (fuser {path} shows it), and {HOW_TO_RESUME}"
+                raise UserError(f"the lock {path} was not free within {LOCK_LIMIT_S:,} s; {move}")
+            if before <= LOCK_SAID_S < now - since:
+                what = f"waiting for the lock {path}, which another program holds"
+                logger.warning(f"{what}, for at most {LOCK_LIMIT_S:,} s")
+        return False
+
+    locks = logging.getLogger("filelock")
+    locks.setLevel(logging.DEBUG)
+    locks.addFilter(look)
+    try:
+        yield
+    finally:
+        locks.removeFilter(look)
+        locks.setLevel(logging.NOTSET)
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
@@ -327,29 +351,22 @@ def _system_message(error: BaseException, is_ours: bool) -> str | None:
     directory's disk is looked at. An error of ours has its own message, unless the disk is full.
     """
     is_cause = True
-    link: BaseException | None = error
-    while link is not None:
+    for link in causes_of(error):
         number = _errno_of(link)
         if number in (FULL if is_ours else errno.errorcode if is_cause else (*FULL, *FORBIDDEN)):
-            move = next((move for numbers, move in MOVES.items() if number in numbers), AFTER_MENDING)
-            if isinstance(link, OSError) and link.strerror:
-                return f"{link.filename or 'the disk'}: {link.strerror}; {move}"
             problem = _without_traceback(link).splitlines()[0][:300]
-            return (
-                f"the system gave no more memory ({problem}); {move}"
-                if number == errno.ENOMEM
-                else f"{problem}; {move}"
-            )
+            if isinstance(link, OSError) and link.strerror:
+                problem = f"{link.filename or 'the disk'}: {link.strerror}"
+            elif number == errno.ENOMEM:
+                problem = f"the system gave no more memory ({problem})"
+            return f"{problem}; {next((move for numbers, move in MOVES.items() if number in numbers), AFTER_MENDING)}"
         is_cause = is_cause and link.__cause__ is not None
-        link = link.__cause__ or link.__context__
     if is_ours:
         return None
-    for handler in logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            folder = Path(handler.baseFilename).parent
-            with contextlib.suppress(OSError):  # it is gone
-                if shutil.disk_usage(folder).free < FULL_BYTES:
-                    return f"{folder}: its disk is full ({type(error).__name__}); {FREE_SPACE}"
+    for folder in [Path(each.baseFilename).parent for each in logger.handlers if isinstance(each, _FileHandler)]:
+        with contextlib.suppress(OSError):  # it is gone
+            if shutil.disk_usage(folder).free < FULL_BYTES:
+                return f"{folder}: its disk is full ({type(error).__name__}); {FREE_SPACE}"
     if any(words in str(error) for words in WRITER):
         return f"a file cannot be written ({first_line(error)}); {RAISE_LIMIT}"
     return None
@@ -357,9 +374,10 @@ def _system_message(error: BaseException, is_ours: bool) -> str | None:
 
 def _errno_of(error: BaseException) -> int | None:
     """Of an error of the system, or of a library's that quotes the system's words, such as "File too large"."""
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return errno.ENOMEM
     if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
         return getattr(error, "errno", None)
-    text = str(error) if isinstance(error, (OSError, RuntimeError)) or "Error while serializing" in str(error) else ""
-    return next((number for number in errno.errorcode if os.strerror(number) in text), None)
+    is_quoting = isinstance(error, (OSError, RuntimeError)) or "Error while serializing" in text
+    return next((number for number in errno.errorcode if is_quoting and os.strerror(number) in text), None)

@@ -23,53 +23,35 @@ class _Watch:
     """Reads the signals of this process in a thread of its own."""
 
     def __init__(self):
-        self.first: tuple[int, float] | None = None  # number and time of the first signal
-        self.handlers: list[Callable] = []  # of `handling`, the innermost last
         self.last_words: Callable[[], None] | None = None  # said before an exit without cleanup; None: no limit
-        self.is_running = False
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        threading.Thread(target=self.read, daemon=True).start()
 
-    def start(self) -> None:
-        if self.is_running:
-            return
-        self.is_running = True
-        self.pipe, writer = os.pipe()
-        for end in (self.pipe, writer):
-            os.set_blocking(end, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
-        threading.Thread(target=self._look, daemon=True).start()
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(self.writer)  # which ends the thread
+        self.last_words = None
 
-    def read(self) -> int | None:
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self.pipe, 1)[0]
-        return None
-
-    def _look(self) -> None:
+    def read(self) -> None:
+        first, since = 0, 0.0  # number and time of the first signal
         while True:
-            select.select([self.pipe], [], [], LOOK_S)
-            number = self.read()
-            if self.first is None and self.handlers and number in SIGNALS:
-                self.first = number, time.monotonic()
-            if self.first is None or not self.handlers:
-                continue
-            first, since = self.first[0], time.monotonic() - self.first[1]
-            if number in SIGNALS and since > SAME_S:
+            number = 0
+            if select.select([self.reader], [], [], LOOK_S)[0]:
+                if not (written := os.read(self.reader, 1)):
+                    return os.close(self.reader)
+                number = written[0] if written[0] in SIGNALS else 0
+            if not first:
+                first, since = number, time.monotonic()
+            elif number and time.monotonic() - since > SAME_S:
                 os._exit(128 + number)
-            if self.last_words is not None and since > GRACE_S:
+            elif self.last_words is not None and time.monotonic() - since > GRACE_S:
                 self.last_words()
                 os._exit(128 + first)
 
-    def _forget(self) -> None:
-        """In a forked process, which a pool may end by SIGTERM: signals are as they were before."""
-        if self.handlers:
-            signal.set_wakeup_fd(-1)
-            self.handlers.clear()
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, signal.SIG_DFL)
 
-
-_watch = _Watch()
+_watch: _Watch | None = None  # inside `handling`
 
 
 @contextlib.contextmanager
@@ -80,26 +62,38 @@ def handling(handler: Callable, last_words: Callable[[], None] | None = None) ->
     imported. A signal that was ignored at the start stays so (nohup, a job in the background). Does nothing outside
     the main thread, where Python allows no handlers.
     """
+    global _watch
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _watch.start()
-    while not _watch.handlers and _watch.read() is not None:
-        pass  # what came before
+    is_outermost = _watch is None
+    watch = _watch = _watch or _Watch()
+    words, watch.last_words = watch.last_words, last_words
     numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before, words = {number: signal.signal(number, handler) for number in numbers}, _watch.last_words
-    _watch.handlers.append(handler)
-    _watch.last_words = last_words
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        _watch.last_words = words
-        if _watch.handlers:  # not in a forked process
-            _watch.handlers.pop()
-        if not _watch.handlers:
-            _watch.first = None
+        watch.last_words = words
+        if is_outermost and _watch:  # not in a forked process
+            _watch.close()
+            _watch = None
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _forget() -> None:
+    """In a forked process, which a pool may end by SIGTERM: signals are as they were before."""
+    global _watch
+    if _watch:
+        _watch.close()
+        _watch = None
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def end_children() -> None:

@@ -3,16 +3,15 @@
 import contextlib
 import multiprocessing
 import resource
-import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from utils.logging_utils import UserError, first_line
 
-# Tokenizers differ in what they make of the characters around <image>.
 TEMPLATE_S, TEMPLATE_BYTES = 10, 2**30  # that a chat template may take: it is a program of whoever made the checkpoint
 LONGEST = 20_000  # characters of a rendered turn
+# Tokenizers differ in what they make of the characters around <image>.
 PROBE = "[INST] <image>\nWhat flower is shown in this image? [/INST] colt's foot"
 
 
@@ -79,9 +78,7 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
         processor.chat_template = processor.tokenizer.chat_template
     if not processor.chat_template:
         raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
-    if "image" not in str(
-        processor.chat_template
-    ):  # made for plain text, in which the image token stands like any other
+    if "image" not in str(processor.chat_template):  # for plain text, where the image token is one of all
         image = f"{processor.image_token}\n"
         dialogs = [
             [turn | {"content": "".join(part.get("text", image) for part in turn["content"])} for turn in dialog]
@@ -93,10 +90,9 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
     sender.close()
     problem, texts = f"does not end in {TEMPLATE_S} s, or takes too much memory", []
     try:
-        if receiver.poll(TEMPLATE_S + 2):  # a child that cannot even set its own limit
-            problem, texts = receiver.recv()
-    except EOFError:
-        pass
+        with contextlib.suppress(EOFError):  # the child reached a limit
+            if receiver.poll(TEMPLATE_S):
+                problem, texts = receiver.recv()
     finally:
         child.kill()
         child.join()
@@ -107,9 +103,7 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
 
 def _answer(sender: Connection, processor, dialogs: list[list[dict]]) -> None:
     """Send (what is wrong with the template, texts) to the parent, or end at a limit without a word."""
-    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.alarm(TEMPLATE_S)
+    resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_S, TEMPLATE_S))  # where the parent is gone
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()

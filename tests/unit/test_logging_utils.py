@@ -16,7 +16,7 @@ import pytest
 
 import train
 from tests.conftest import ROOT, run_main
-from utils import lock_utils, logging_utils, signal_utils
+from utils import logging_utils, signal_utils
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 
@@ -125,21 +125,28 @@ def test_lines_carry_their_level_only_from_warning_on(tmp_path, capsys):
 
 
 def test_a_lock_that_another_program_holds_is_named_and_ends_the_wait(tmp_path, capsys, monkeypatch):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    for name, seconds in (("LOOK_S", 0.02), ("SAID_S", 0.1), ("LIMIT_S", 0.4)):
-        monkeypatch.setattr(lock_utils, name, seconds)
+    for name, seconds in (("LOCK_SAID_S", 0.1), ("LOCK_LIMIT_S", 0.4)):
+        monkeypatch.setattr(logging_utils, name, seconds)
     setup_logging()
     path = tmp_path / "datasets_builder.lock"
-    with filelock.FileLock(path), report_errors():
+    with pytest.raises(SystemExit) as stop, filelock.FileLock(path), report_errors():
         with pytest.raises(filelock.Timeout):
-            filelock.FileLock(path).acquire(timeout=0.3)
-        assert not ended
-        with pytest.raises(filelock.Timeout):
-            filelock.FileLock(path).acquire(timeout=0.8)
-    said = capsys.readouterr().out
-    assert f"warning: waiting for the lock {path}, which another program holds, for at most 3,600 s" in said
-    assert ended[0] == 1 and f"error: the lock {path} was not free within 3,600 s; end the program that holds" in said
+            filelock.FileLock(path).acquire(timeout=0.3)  # as huggingface_hub tries again and again
+        filelock.FileLock(path).acquire(timeout=0.8)
+    warning, error = capsys.readouterr().out.splitlines()
+    assert warning == f"warning: waiting for the lock {path}, which another program holds, for at most 0.4 s"
+    assert stop.value.code == 1 and f"error: the lock {path} was not free within 0.4 s; end the program that" in error
+
+
+def test_a_wait_for_a_lock_that_becomes_free_begins_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging_utils, "LOCK_LIMIT_S", 0.3)
+    path = tmp_path / "x.lock"
+    with report_errors():
+        for _ in range(2):
+            with filelock.FileLock(path), pytest.raises(filelock.Timeout):
+                filelock.FileLock(path).acquire(timeout=0.2)
+            with filelock.FileLock(path):
+                pass
 
 
 # ---- signals, in a process of its own
@@ -177,11 +184,16 @@ def test_a_signal_is_one_line_and_its_exit_status(body, status):
     assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
 
 
-def test_a_signal_while_a_run_loads_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "move"),
+    [((), "re-run the same command to"), (("--resume", "never"), "leave --resume never out, and re-run the same")],
+)
+def test_a_signal_while_a_run_loads_is_one_line(flags, move, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.dataset.build_datasets", lambda *args: signal.raise_signal(signal.SIGTERM))
-    status, screen, errors = run_main(train.main, capsys, "--preset", "tiny", "--output-dir", str(tmp_path / "run"))
+    argv = ["--preset", "tiny", "--output-dir", str(tmp_path / "run"), *flags]
+    status, screen, errors = run_main(train.main, capsys, *argv)
     assert (status, errors) == (143, "")
-    assert screen.startswith("warning: interrupted; re-run the same command") and screen.count("\n") == 1
+    assert screen.startswith(f"warning: interrupted; {move}") and screen.count("\n") == 1
 
 
 @pytest.mark.parametrize(
