@@ -23,13 +23,12 @@ from data.arrow_columns import (
     read_known,
     read_labels,
     read_splits,
-    values_of,
 )
 from data.classes import Labeling, name_classes
 from data.columns import GROUP_NAMES, are_groups, list_columns
 from data.labels import tidy_name
 from data.oxford_flowers import CLASS_NAMES, check_official_counts
-from data.rows import ImageRow, Reading, Source, allow_incomplete, build_rows
+from data.rows import SPLITS, Reading, Source, allow_incomplete, build_rows
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
 
@@ -52,7 +51,7 @@ def read_tables(
     tables = _Tables(parts, reading.label_column, where, warnings)
     tables.read_classes(reading.class_names, beside)
     tables.read_groups()
-    tables.find_images(roots, reading.allow_missing)
+    tables.read_images(roots, reading.allow_missing)
     return tables.build()
 
 
@@ -61,7 +60,7 @@ class _Tables:
 
     def __init__(self, parts: Mapping[str, Dataset], label_column: str | None, where: str, warnings: Sequence[str]):
         first = next(iter(parts.values()))
-        image, self.by_path = find_image_column(first, where)
+        image = find_image_column(first, where)
         label = find_label_column(first, image, label_column, where)
         if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
             raise UserError(
@@ -72,7 +71,6 @@ class _Tables:
         is_plain = (image, label) == ("image", "label")
         self.notes = [] if is_plain else [f"images from column {image}, labels from {label}"]
         self.warnings = list(warnings)
-        self.files: list[str] | None = None  # the file of each row, "" for none; None: images are in the tables
 
     def read_classes(self, names_file: str | None, beside: Sequence[Path]) -> None:
         """Set names, and splits and labels of all rows, -1 for none; a later split without labels is excluded."""
@@ -130,16 +128,33 @@ class _Tables:
                 self.notes.append(f"images of one plant have the same value in the column {name}")
                 return
 
-    def find_images(self, roots: Mapping[str, Sequence[Path]], allow_missing: bool) -> None:
-        """Set ids, and the files of images named by path. Raises UserError for missing ones, or if none can be used."""
-        written = list(chain(*(self._read_paths(rows) for rows in self.parts.values())))
-        self.ids = [printable(Path(path).stem) if path and len(path) < 4096 else "" for path in written]
-        if not all(self.ids) or len({*self.ids}) < len(self.ids):
-            self.ids = [f"{split}-{number:06d}" for split, rows in self.parts.items() for number in range(len(rows))]
-        are_stored = not any(written) or not all(_has_no_bytes(rows, self.image).all() for rows in self.parts.values())
-        if not self.by_path and are_stored:
+    def read_images(self, roots: Mapping[str, Sequence[Path]], allow_missing: bool) -> None:
+        """Set ids and rows; images named by path become files. Raises UserError if some are missing."""
+        images = concatenate_datasets([_take_images(rows, self.image) for rows in self.parts.values()])
+        column = images.data.column("image")  # in its chunks: combined, images would be copied into memory
+        is_empty = pyarrow.compute.is_null(pyarrow.compute.struct_field(column, "bytes")).to_numpy()
+        try:
+            paths = pyarrow.compute.struct_field(column, "path").to_pylist()
+        except UnicodeDecodeError as error:
+            problem = f"file names in the column {self.image} are not UTF-8; write them again"
+            raise UserError(f"{self.where}: {problem}") from error
+        ids = [printable(Path(path).stem) if path and len(path) < 4096 else "" for path in paths]
+        if not all(ids) or len({*ids}) < len(ids):
+            ids = [f"{split}-{number:06d}" for split, rows in self.parts.items() for number in range(len(rows))]
+        if any(paths) and is_empty.all():
+            files = self._find_files(paths, roots, allow_missing)
+            self.labels[[not file for file in files]] = -1
+            self.rows = build_rows(zip(files, self.labels, ids, self.groups))
             return
-        keys = [(split, path or "") for split, path in zip(self.splits.tolist(), written)]
+        rows = images.add_column("label", self.labels).add_column("id", ids)
+        rows = rows.add_column("group", self.groups) if any(self.groups) else rows
+        self.rows = _empty_images(rows, np.flatnonzero(is_empty))
+
+    def _find_files(
+        self, paths: Sequence[str | None], roots: Mapping[str, Sequence[Path]], allow_missing: bool
+    ) -> list[str]:
+        """The file of each image, "" for none."""
+        keys = [(split, path or "") for split, path in zip(self.splits.tolist(), paths)]
         real = {split: [root.resolve() for root in roots[split]] for split in self.parts}
         found = {(split, path): _find_file(path, real[split]) for split, path in {*keys}}
         missing = [path[:200] for split, path in keys if found[split, path] == ""]
@@ -156,37 +171,16 @@ class _Tables:
             count = f"{len(missing):,} of {len(keys) - len(outside):,} images"
             message = f"{self.where}: {count} are missing ({some(missing)})"
             self.warnings.append(allow_incomplete(message, allow_missing and is_any))
-        self.files = [found[key] or "" for key in keys]
-        self.labels[[not file for file in self.files]] = -1
-
-    def _read_paths(self, rows: Dataset) -> list[str | None]:
-        """The path or file name of each image, as written."""
-        column = rows.data.column(self.image)  # in its chunks: combined, images would be copied into memory
-        if self.by_path:
-            return values_of(column)
-        index = column.type.get_field_index("path") if pyarrow.types.is_struct(column.type) else -1
-        if index < 0 or "string" not in str(column.type.field(index).type):
-            return [None] * len(rows)
-        try:
-            return pyarrow.compute.struct_field(column, "path").to_pylist()
-        except UnicodeDecodeError as error:
-            problem = f"file names in the column {self.image} are not UTF-8; write them again"
-            raise UserError(f"{self.where}: {problem}") from error
+        return [found[key] or "" for key in keys]
 
     def build(self) -> Source:
         """The source of the images that have a label."""
-        found: dict[str, Dataset] = {}
-        for split, rows in self.parts.items():
-            first = int(np.argmax(self.splits == split))
-            at = slice(first, first + len(rows))
-            columns = self.labels[at], self.ids[at], self.groups[at]
-            if self.files is None:
-                table = _stored_rows(rows, self.image, *columns)
-            else:
-                table = build_rows(map(ImageRow, self.files[at], *columns))
-            for name, is_in in (read_splits(rows) if len(self.parts) == 1 else {split: True}).items():
-                chosen = is_in & (self.labels[at] >= 0)
-                found[name] = table if chosen.all() else table.select(np.flatnonzero(chosen))
+        splits = read_splits(*self.parts.values()) if len(self.parts) == 1 else self.splits
+        found = {
+            split: self.rows.select(np.flatnonzero((splits == split) & (self.labels >= 0)))
+            for split in SPLITS
+            if split in splits
+        }
         is_official = self.names == list(CLASS_NAMES)
         if is_official:
             check_official_counts(found, self.where)
@@ -194,26 +188,20 @@ class _Tables:
         return Source(found, self.names, self.where, notes, self.warnings, is_published=is_official)
 
 
-def _stored_rows(rows: Dataset, image: str, labels: np.ndarray, ids: list[str], groups: list[str]) -> Dataset:
-    """The images that a table stores, which stay memory-mapped. Without bytes they are empty: no path is opened."""
-    table = rows.select_columns([image]).cast_column(image, Image(decode=False))
-    table = table if image == "image" else table.rename_column(image, "image")
-    table = table.add_column("label", labels).add_column("id", ids)
-    table = table.add_column("group", groups) if any(groups) else table
-    missing = np.flatnonzero(_has_no_bytes(rows, image))
-    if not len(missing):
-        return table
-    empty = [{**row, "image": {"bytes": b"", "path": None}} for row in table.select(missing)]
-    places = np.arange(len(table))
-    places[missing] = len(table) + np.arange(len(missing))
-    return concatenate_datasets([table, Dataset.from_list(empty, features=table.features)]).select(places)
+def _take_images(rows: Dataset, column: str) -> Dataset:
+    """The column of images, or of their paths, as `image`."""
+    images = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    return images if column == "image" else images.rename_column(column, "image")
 
 
-def _has_no_bytes(rows: Dataset, image: str) -> np.ndarray:
-    column = rows.data.column(image)
-    if pyarrow.types.is_struct(column.type):
-        column = pyarrow.compute.struct_field(column, "bytes")
-    return pyarrow.compute.is_null(column).to_numpy()
+def _empty_images(rows: Dataset, numbers: np.ndarray) -> Dataset:
+    """The rows with these images empty: no path of an image that the table does not store is opened."""
+    if not len(numbers):
+        return rows
+    empty = [{**row, "image": {"bytes": b"", "path": None}} for row in rows.select(numbers)]
+    places = np.arange(len(rows))
+    places[numbers] = len(rows) + np.arange(len(numbers))
+    return concatenate_datasets([rows, Dataset.from_list(empty, features=rows.features)]).select(places)
 
 
 def _find_file(path: str, roots: Sequence[Path]) -> str | None:

@@ -11,7 +11,6 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from data import columns
 from data.columns import FILE_NAMES, IMAGE_NAMES, find_known, list_columns, plain_name
 from data.records import ADDRESS
-from data.rows import SPLITS
 from utils.image_utils import SUFFIXES, is_image_start, printable
 from utils.logging_utils import UserError
 
@@ -51,29 +50,31 @@ def values_of(column: pyarrow.ChunkedArray) -> list:
 # ---- images
 
 
-def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> tuple[list[str], bool]:
-    """(columns of images, whether they hold paths of files), the best name first; `head`: a column's FIRST_ROWS."""
+def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray]) -> list[str]:
+    """Columns of images, else of paths of image files, the best name first; `head`: a column's FIRST_ROWS."""
     kinds = {name: kind_of(feature) for name, feature in features.items()}
-    found = [name for name, kind in kinds.items() if kind == "image"]
     # Bytes of no telling name may also be a hash or an embedding.
-    telling = [name for name in found if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
-    found = [name for name in found if name in telling or any(is_image_start(v[:16]) for v in _values(head(name)))]
-    by_path = not found
-    if by_path:
+    telling = [name for name in kinds if not isinstance(features[name], Value) or plain_name(name) in IMAGE_NAMES]
+    found = [
+        name
+        for name, kind in kinds.items()
+        if kind == "image" and (name in telling or any(is_image_start(cell[:16]) for cell in _values(head(name))))
+    ]
+    if not found:
         texts = {name: _values(head(name)) for name, kind in kinds.items() if kind == "text"}
         found = [name for name, cells in texts.items() if sum(map(_is_path, cells)) * 2 > len(cells)]
     known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
-    return list(dict.fromkeys([*known, *found])), by_path
+    return list(dict.fromkeys([*known, *found]))
 
 
-def find_image_column(rows: Dataset, where: str) -> tuple[str, bool]:
-    """(the column of images, whether it holds paths of files). Raises UserError for none, or for several."""
+def find_image_column(rows: Dataset, where: str) -> str:
+    """The column of images or of paths of files. Raises UserError for none, or for several."""
     features, head = rows.features, rows.data.slice(0, FIRST_ROWS).column
-    found, by_path = find_images(features, head)
+    found = find_images(features, head)
     if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
         raise UserError(f"{where}: several columns hold images ({list_columns(found)}); rename the one to use to image")
     if found:
-        return found[0], by_path
+        return found[0]
     for name, feature in features.items():
         if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
             raise UserError(
@@ -162,14 +163,12 @@ def read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
     return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
 
 
-def read_splits(rows: Dataset) -> dict[str, np.ndarray]:
-    """Which rows of a table that holds all splits are of each, (rows,) bool, by a column of split words; else train."""
+def read_splits(rows: Dataset) -> np.ndarray:
+    """The split of each row of a table that holds all splits, by a column of split words; else train."""
     cells = read_known(rows, columns.SPLIT_NAMES)
     column = columns.find_split_column(cells)
-    found = np.array(
-        [columns.read_split(column, cell) or "train" for cell in cells[column]] if column else ["train"] * len(rows)
-    )
-    return {split: found == split for split in SPLITS if split in found} if "train" in found else {"train": found != ""}
+    found = [columns.read_split(column, cell) or "train" for cell in cells[column]] if column else []
+    return np.array(found if "train" in found else ["train"] * len(rows))
 
 
 def names_of(feature) -> list[str]:

@@ -12,7 +12,7 @@ from data.classes import name_classes
 from data.columns import split_of_file
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
-from data.rows import SPLITS, ImageRow, Reading, Source, build_rows
+from data.rows import SPLITS, Reading, Source, build_rows
 from data.survey import TABLES, Excluded, Folder, add_unused, is_utf8
 from data.tables import LabelRow, LabelTable, find_label_tables, read_label_tables
 from utils.image_utils import printable
@@ -101,10 +101,9 @@ def _build_source(
     counts = Counter(row.class_name for row in found.rows)
     labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
     add_unused(layout.given, excluded, {labeling.table, *used})
-    by_split: dict[str, list[ImageRow]] = defaultdict(list)
+    by_split: dict[str, list[tuple[str, int, str, str]]] = defaultdict(list)
     for row in found.rows:
-        image = ImageRow(row.path, labeling.labels[row.class_name], row.id, row.group)
-        by_split[row.split or "train"].append(image)
+        by_split[row.split or "train"].append((row.path, labeling.labels[row.class_name], row.id, row.group))
     splits = {split: build_rows(by_split[split]) for split in SPLITS if split in by_split}
     warnings = [*labeling.warnings, *excluded.lines(), *found.warnings]
     return Source(splits, labeling.names, f"image folder {root}", [*found.notes, *labeling.notes], warnings)

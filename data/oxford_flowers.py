@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from data.rows import SPLITS, ImageRow, Source, allow_incomplete, build_rows
+from data.rows import SPLITS, Source, allow_incomplete, build_rows
 from data.survey import Folder
 from utils.logging_utils import UserError, some
 
@@ -100,7 +100,7 @@ def load_official_release(folder: Path, allow_missing: bool) -> Source:
         numbers = {f"image_{number:05d}": int(number) for number in sorted(split_numbers[key][0])}
         missing += [f"{name}.jpg" for name in numbers if f"{name}.jpg" not in present]
         splits[split] = build_rows(
-            ImageRow(f"{folder}/jpg/{name}.jpg", int(labels[number - 1]) - 1, name)
+            (f"{folder}/jpg/{name}.jpg", int(labels[number - 1]) - 1, name, "")
             for name, number in numbers.items()
             if f"{name}.jpg" in present
         )

@@ -45,8 +45,8 @@ def has_images(file: Path, by_path: bool = True) -> bool:
     Decided by its schema and the first values of texts and bytes. Raises UserError for a file that is not parquet.
     """
     features = _read_features(file)
-    found, are_paths = find_images(features, functools.partial(_read_head, file))
-    if not found or not are_paths:
+    found = find_images(features, functools.partial(_read_head, file))
+    if not found or kind_of(features[found[0]]) == "image":
         return bool(found)
     kinds = [kind_of(feature) for name, feature in features.items() if name not in found]
     return by_path and any(kind in ("class", "text", "number") for kind in kinds)
@@ -79,8 +79,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     where = f"stream of {len(train_files):,} parquet files in {path}"
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     first = splits["validation"]
-    image, by_path = find_image_column(first, where)
-    if by_path:
+    image = find_image_column(first, where)
+    if kind_of(first.features[image]) == "text":
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
     features = {str(file): _read_features(file).get(label) for file in train_files}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow
-from datasets import Dataset, DatasetInfo, Features, Image, Value
+from datasets import Dataset, Features, Image, Value
 from datasets.table import InMemoryTable
 
 from data.streaming import Stream
@@ -14,7 +14,6 @@ from utils.logging_utils import UserError
 
 SPLITS = ("train", "validation", "test")
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
-GROUPED_ROW = Features({**ROW, "group": Value("string")})
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,10 @@ class Reading:
     class_names: str | None  # file that gives class folders or labels their names
 
 
-class ImageRow(NamedTuple):
-    """An image file; `group`: what tells images of one plant, which one split gets, or "" for none."""
-
-    path: str
-    label: int
-    id: str
-    group: str = ""
-
-
 class Source(NamedTuple):
     """The splits that a source has (an image folder may have train alone), and what its labels are called."""
 
-    splits: dict[str, Dataset | Stream]  # rows may have the column "group" of GROUPED_ROW
+    splits: dict[str, Dataset | Stream]  # rows of ROW, and "group": what images of one plant share
     class_names: list[str]
     description: str
     notes: Sequence[str] = ()  # what was taken for a class, a split, a name
@@ -62,14 +52,16 @@ def count_images(rows: Dataset | Stream) -> int:
     return rows.num_images if isinstance(rows, Stream) else len(rows)
 
 
-def build_rows(images: Iterable[ImageRow]) -> Dataset:
-    """Rows as Arrow in memory: paths and no images, so that a million take 0.2 GB. Raises UserError."""
+def build_rows(images: Iterable[tuple[str, int, str, str]]) -> Dataset:
+    """Rows of image files as Arrow in memory: paths and no images, so that a million take 0.2 GB. Raises UserError.
+
+    `images`: path, label, id, and what tells images of one plant, which one split gets, or "".
+    """
     paths, labels, ids, groups = list(zip(*images)) or [(), (), (), ()]
     if odd := next((path for path in paths if not is_utf8(path)), None):
         raise UserError(f"{odd!r}: the path is not UTF-8, which Arrow needs; rename its folders")
-    contents = [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths, pyarrow.string())]
-    images = pyarrow.StructArray.from_arrays(contents, ["bytes", "path"])
-    features = GROUPED_ROW if any(groups) else ROW
-    schema = features.arrow_schema
-    columns = [pyarrow.array(column, field.type) for column, field in zip((images, labels, ids, groups), schema)]
-    return Dataset(InMemoryTable(pyarrow.Table.from_arrays(columns, schema=schema)), DatasetInfo(features=features))
+    text = pyarrow.string()
+    schema = pyarrow.schema({"image": text, "label": pyarrow.int64(), "id": text, "group": text})
+    table = pyarrow.table([paths, labels, ids, groups], schema=schema)
+    rows = Dataset(InMemoryTable(table)).cast_column("image", ROW["image"])
+    return rows if any(groups) else rows.remove_columns("group")

@@ -17,7 +17,7 @@ from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
 from data.oxford_flowers import find_release, load_official_release
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
-from data.rows import ROW, ImageRow, Reading, Source, build_rows
+from data.rows import ROW, Reading, Source, build_rows
 from data.survey import ARCHIVES, TABLES, Excluded, Folder, add_unused, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
@@ -135,4 +135,4 @@ def load_ood_images(folder: Path) -> Dataset:
         raise UserError("; ".join([f"--ood {folder}: no images found there", *excluded.lines(), move]))
     for line in excluded.lines():
         logger.warning("--ood %s: %s", folder, line)
-    return build_rows(ImageRow(path, 0, os.path.relpath(path, folder)) for path in found.list_images())
+    return build_rows((path, 0, os.path.relpath(path, folder), "") for path in found.list_images())

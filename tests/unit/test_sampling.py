@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.rows import ImageRow, build_rows
+from data.rows import build_rows
 from data.sampling import TrainRows, TrainSampler
 from utils.image_utils import augment_image
 
 LABELS = [0] * 90 + [1] * 9 + [2]
-ROWS = build_rows(ImageRow(f"/{number}.png", label, str(number)) for number, label in enumerate(LABELS))
+ROWS = build_rows((f"/{number}.png", label, str(number), "") for number, label in enumerate(LABELS))
 
 
 def indices(seed, epoch, is_balanced):
