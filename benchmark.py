@@ -1,41 +1,38 @@
 """How fast does this GPU train, and in how much memory? One table, on generated images.
 
     python benchmark.py --model full                          random weights of the full-size shape: no download
-    python benchmark.py --model full --preset native          images at their own size (--image 500x667)
-    python benchmark.py --model full --against stock          and the plain Trainer with PEFT, in the same call
-    python benchmark.py --model full --names 10000 --steps 60 --learning-rate 1e-3    top 5 of many names, searched for
     python benchmark.py --preset tiny                         the same on the CPU, in seconds
+    python benchmark.py --model full --memory-limits 6,12,80 --points points.jsonl    training alone, within each limit
+    python benchmark.py --points points.jsonl --picture speed.png                     which this draws
     torchrun --nproc-per-node 4 benchmark.py --model full --gradient-accumulation-steps 64    training alone
 
-Takes the flags of train.py except those of data, length and saving. Images are decoded and batched as in training;
-nothing is saved. The table has images/s as the median step (slowest - fastest), tokens/s, the share of the measured
-matmul rate that is reached without counting recomputation, and the peak memory that torch allocated and reserved.
+Takes the flags of train.py except those of data, length and saving; docs/speed.md shows more commands. Images are
+decoded and batched as in training; nothing is saved. The table has images/s as the median step (slowest - fastest),
+tokens/s, the share of the measured matmul rate that is reached without counting recomputation, and the peak memory that
+torch allocated and reserved.
 """
 
 import contextlib
-import io
+import gc
 import itertools
 import math
 import os
 import platform
-import random
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import NamedTuple
 
+from benchmarks.points import Result, append_result, read_points
 from config.cli import DATA_FIELDS, CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
 from runtime.run_dir import Run
-from utils.logging_utils import logger, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, report_errors, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer allocates its state
-IMAGES = 64  # different ones, used in turn
 LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
 DATA_OPTIONS = (*DATA_FIELDS, "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction")
@@ -55,16 +52,9 @@ class BenchmarkOptions:
     names: int = option(102, "class names; 102: the flowers', otherwise pairs of their words", low=2, high=20000)
     scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
     against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
-
-
-class Result(NamedTuple):
-    """A row of the table."""
-
-    system: str
-    rates: list[float]  # images/s of each timed step
-    peak: float  # bytes that torch had allocated
-    reserved: float  # bytes
-    note: str
+    memory_limits: str | None = option(None, "GiB of the GPU to train within, with commas; nothing else is timed")
+    points: str | None = option(None, "file to which each row of the table is appended as a line of JSON")
+    picture: str | None = option(None, "PNG to draw of the --points, images/s over memory; nothing is timed")
 
 
 def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, BenchmarkOptions, list[tuple[int, int]]]:
@@ -74,25 +64,40 @@ def parse_benchmark(argv: list[str] | None = None) -> tuple[TrainingConfig, Benc
     sizes = [re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", size) for size in options.image.split(",")]
     if not all(sizes):
         line.problems.append(f"image={options.image}: width x height of 1 to 9999 pixels is needed, such as 500x667")
+    if not all(re.fullmatch(r"[1-9]\d*(\.\d+)?", limit) for limit in split_limits(options)):
+        line.problems.append(f"memory_limits={options.memory_limits}: GiB are needed, such as 5.3,12")
+    if options.picture and not options.points:
+        line.problems.append(f"picture={options.picture}: needs --points FILE, which an earlier benchmark wrote")
     line.exit_on_problems()
     return config, options, [(int(size[1]), int(size[2])) for size in sizes if size]
+
+
+def split_limits(options: BenchmarkOptions) -> list[str]:
+    return options.memory_limits.split(",") if options.memory_limits else []
 
 
 def main(argv: list[str] | None = None) -> int:
     config, options, sizes = parse_benchmark(argv)
     set_environment()
     setup_logging()
-    with report_errors(ConfigError), tempfile.TemporaryDirectory() as folder:
+    with report_errors(ConfigError), contextlib.ExitStack() as stack:
+        if options.picture:
+            from utils.plot_utils import plot_speed
+
+            plot_speed(read_points(options.points), options.picture)
+            return 0
         from runtime.distributed import init_distributed
 
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         steps = WARM_UP + options.steps
-        config = replace(config, max_steps=steps, eval_steps=None, report_to="none")
-        with init_distributed(config) as dist, contextlib.ExitStack() as silent:
-            if not dist.is_main_process:
-                silent.enter_context(contextlib.redirect_stdout(silent.enter_context(open(os.devnull, "w"))))
-            if dist.world_size > 1:
-                options = replace(options, scoring=False, against="none")
-            measure(Run(replace(config, output_dir=folder), dist=dist), options, sizes)
+        config = replace(config, output_dir=folder, max_steps=steps, eval_steps=None, report_to="none")
+        dist = stack.enter_context(init_distributed(config))
+        if not dist.is_main_process:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            options = replace(options, points=None)
+        if dist.world_size > 1 or options.memory_limits:
+            options = replace(options, scoring=False, against="none")
+        measure(Run(config, dist=dist), options, sizes)
     return 0
 
 
@@ -100,19 +105,63 @@ def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -
     """Print the table. With several ranks its rates are those of all, and its memory is rank 0's."""
     import torch
 
+    from benchmarks.generated import make_data, make_names
     from models.builder import PlantModel
     from models.throughput import FlopCounter, measure_matmul_rate
-    from runtime.device import GIB, peak_memory
+    from runtime.device import GIB, collect_memory, peak_memory
 
-    config, device = run.config, run.dist.device
-    print(describe_machine(device), flush=True)
-    began = time.perf_counter()
+    config, device, results = run.config, run.dist.device, []
+    print(machine := describe_machine(device), flush=True)
     class_names = make_names(options.names)
-    plant = PlantModel.from_config(config, class_names, device)
-    host = peak_memory(torch.device("cpu")) / GIB
     count = max(config.max_steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
     data = make_data(sizes, class_names, count)
-    samples = [plant.collator([data.train[number]]).samples[0] for number in range(len(sizes))]
+
+    def add(result: Result) -> None:
+        results.append(result)
+        if options.points:
+            append_result(options.points, result, options.image, machine)
+
+    for limit in [float(limit) for limit in split_limits(options)] or [None]:
+        limit_memory(limit, run.dist)
+        began = time.perf_counter()
+        try:
+            plant = PlantModel.from_config(config, class_names, device)
+            tokens, tiles = describe_model(run, plant, data.train.select(range(len(sizes))), options.image)
+            host = peak_memory(torch.device("cpu")) / GIB
+            print(f"model ready in {time.perf_counter() - began:.1f} s | host peak {host:.1f} GiB", flush=True)
+            flops, dtype = FlopCounter(plant.model)(tokens, tiles), plant.dtype
+            add(train_ours(run, plant, data)._replace(limit=limit))
+        except UserError as error:
+            gc.unfreeze()  # what training froze, and did not come to thaw, would never be collected
+            add(Result(name_ours(run), [], 0, 0, str(error), limit))
+        else:
+            if options.scoring:
+                add(score_ours(plant, data.train))
+            if options.against == "stock":
+                add(train_stock(run, plant, data))
+        plant = None  # the GPU has room for one
+        collect_memory(device)
+    if not any(result.rates for result in results):
+        raise UserError(results[-1].note)
+    report(results, flops, measure_matmul_rate(device, dtype) * run.dist.world_size, tokens)
+
+
+def limit_memory(limit: float | None, dist) -> None:
+    """Let this process use so many GiB of the GPU, or all it has. Raises UserError where nothing can be limited."""
+    import torch
+
+    if limit is None:
+        return
+    if dist.world_size > 1 or dist.device.type != "cuda":
+        raise UserError("--memory-limits: needs a CUDA GPU and one rank; leave it out, or start without torchrun")
+    total = torch.cuda.get_device_properties(dist.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit * 2**30 / total, 1.0), dist.device)
+
+
+def describe_model(run: Run, plant, rows, images: str) -> tuple[int, int]:
+    """(tokens, tiles) of one of the rows, on average. Prints what is measured."""
+    config = run.config
+    samples = [plant.collator([row]).samples[0] for row in rows]
     tokens, image_tokens, tiles = (
         round(statistics.mean(getattr(sample, name) for sample in samples))
         for name in ("length", "image_tokens", "tiles")
@@ -121,55 +170,10 @@ def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -
         f"{config.model} | {plant.describe(config.trainable, config.load_in_4bit)} | LoRA r={config.lora_r}, "
         f"dropout {config.lora_dropout:g} | {config.optim} | global batch size {config.effective_batch_size} | "
         f"{config.num_workers} workers | {run.dist.world_size} ranks\n"
-        f"images {options.image} | image_size {config.image_size} | {image_tokens:,} image tokens, "
-        f"{tokens:,} tokens in all | {tiles} tiles\n"
-        f"model ready in {time.perf_counter() - began:.1f} s | host peak {host:.1f} GiB",
-        flush=True,
+        f"images {images} | image_size {config.image_size} | {image_tokens:,} image tokens, "
+        f"{tokens:,} tokens in all | {tiles} tiles"
     )
-    flops = FlopCounter(plant.model)(tokens, tiles)
-    results = [train_ours(run, plant, data)]
-    if options.scoring:
-        results.append(score_ours(plant, data.train))
-    if options.against == "stock":
-        results += train_stock(run, plant, data)
-    matmul_rate = measure_matmul_rate(device, plant.dtype) * run.dist.world_size
-    report(results, flops, matmul_rate, tokens)
-
-
-def make_names(count: int) -> Sequence[str]:
-    """The 102 flowers' names, or so many pairs of their words."""
-    from data.oxford_flowers import CLASS_NAMES
-
-    if count == len(CLASS_NAMES):
-        return CLASS_NAMES
-    words = sorted({word for name in CLASS_NAMES for word in name.split()})
-    return random.Random(0).sample([" ".join(pair) for pair in itertools.permutations(words, 2)], count)
-
-
-def make_data(sizes: list[tuple[int, int]], class_names: Sequence[str], count: int):
-    """A PlantData of JPEG images of these (W, H) in turn: smooth noise, which decodes and resizes like photographs.
-
-    An image's class is always the same, so that long training makes the model sure, as a search of names needs.
-    """
-    import numpy as np
-    from datasets import Dataset
-    from PIL import Image
-
-    from data.dataset import ROW, PlantData
-
-    generator = np.random.default_rng(0)
-    files = []
-    for image in itertools.islice(itertools.cycle(sizes), IMAGES):
-        coarse = Image.fromarray(generator.integers(0, 255, (image[1] // 8 + 1, image[0] // 8 + 1, 3), np.uint8))
-        coarse.resize(image, Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=90)
-        files.append(file.getvalue())
-    labels = [i % IMAGES % len(class_names) for i in range(count)]
-    rows = [
-        {"image": {"bytes": files[i % IMAGES], "path": None}, "label": label, "id": f"generated-{i}"}
-        for i, label in enumerate(labels)
-    ]
-    train = Dataset.from_list(rows, features=ROW)
-    return PlantData(train, None, train, list(class_names), "generated images")
+    return tokens, tiles
 
 
 def describe_machine(device) -> str:
@@ -187,6 +191,7 @@ def describe_machine(device) -> str:
 
 def train_ours(run: Run, plant, data) -> Result:
     """The trainer as train.py builds it. Prints the time to its first step, of its loader and of each phase."""
+    from models.memory import Plan
     from models.trainer import build_trainer
 
     trainer = build_trainer(run, plant, data)
@@ -200,31 +205,33 @@ def train_ours(run: Run, plant, data) -> Result:
     gaps = [1000 * (end - start) for start, end in itertools.pairwise(marks[3 * WARM_UP :])]
     phases = enumerate(("waiting for images", "forward, backward and clipping", "optimizer"))
     print(" | ".join(f"{name} {statistics.median(gaps[index::3]):.0f} ms" for index, name in phases))
-    note = f"micro-batch {trainer.micro_batcher.size}"
-    if trainer.fused:
-        checkpointed = sum(not layer.keep for layer in trainer.fused)
-        note += f", activation checkpointing {checkpointed}/{len(trainer.fused)} layers"
+    kept, offloaded = (sum(getattr(layer, name) for layer in trainer.fused) for name in ("keep", "offload"))
+    plan = Plan(trainer.micro_batcher.size, kept, offloaded, memory[0])
     trainer.accelerator.free_memory()
-    return Result("this project", rates, *memory, note)
+    return Result(name_ours(run), rates, *memory, plan.describe(len(trainer.fused)))
 
 
-def train_stock(run: Run, plant, data) -> list[Result]:
-    """The plain Trainer, in place of the model of `plant`; nothing if it runs out of memory."""
+def name_ours(run: Run) -> str:
+    views, matmul = run.config.views, run.config.matmul
+    return "this project" + (", base view" if views == "base" else "") + (", FP8" if matmul == "fp8" else "")
+
+
+def train_stock(run: Run, plant, data) -> Result:
+    """The plain Trainer, in place of the model of `plant`."""
     from benchmarks.stock_trainer import build_stock_trainer
     from runtime.device import collect_memory, is_out_of_memory
 
     plant.model = None  # the GPU has room for one model
     collect_memory(plant.device)
-    note = f"micro-batch {run.config.per_device_train_batch_size}"
+    rates, note = [], f"micro-batch {run.config.per_device_train_batch_size}"
     try:
         trainer = build_stock_trainer(run.config, plant, data.train)
         rates, _ = time_training(trainer, run.config.effective_batch_size)
-        return [Result("stock Trainer", rates, *read_memory(plant.device), note)]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        logger.warning(f"stock Trainer: out of memory with {note}; lower --per-device-train-batch-size")
-        return []
+        note = f"out of memory with {note}; lower --per-device-train-batch-size"
+    return Result("stock Trainer", rates, *read_memory(plant.device), note)
 
 
 def score_ours(plant, rows) -> Result:
@@ -299,13 +306,16 @@ def load_rate(trainer) -> float:
 def report(results: list[Result], flops: float, matmul_rate: float, tokens: int) -> None:
     """`flops` and `tokens` are those of an image, `matmul_rate` is in FLOP/s."""
     print(f"matmul {matmul_rate / 1e12:.3g} TFLOP/s measured | {flops / 1e12:.3g} TFLOP/image without recomputation")
-    print(f"{'':22} {'images/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
+    print(f"{'':24} {'images/s':>18} {'tokens/s':>9} {'share':>6} {'peak':>10} {'reserved':>10}")
     for result in results:
-        rate = statistics.median(result.rates)
-        spread = f"{rate:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
-        share = "" if "names" in result.system else f"{rate * flops / matmul_rate:.0%}"
+        limit = "" if result.limit is None else f"within {result.limit:g} GiB: "
+        if not result.rates:
+            print(f"{result.system:24} {'-':>18} {limit}{result.note}")
+            continue
+        share = "" if "names" in result.system else f"{result.rate * flops / matmul_rate:.0%}"
         memory = f"{result.peak / 2**30:6.2f} GiB {result.reserved / 2**30:6.2f} GiB"
-        print(f"{result.system:22} {spread:>18} {rate * tokens:9,.0f} {share:>6} {memory}  {result.note}")
+        speed = f"{result.spread:>18} {result.rate * tokens:9,.0f} {share:>6}"
+        print(f"{result.system:24} {speed} {memory}  {limit}{result.note}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from PIL import Image
 
 from utils.logging_utils import logger
 
+GPU_SIZES = (4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 80, 141)  # GiB, marked where a picture shows memory
 COLUMNS = 4  # of a grid of images
 MAP_COLORS = "inferno"  # of a map over an image, dark to bright; color-blind people read it too
 LEAST_DROP = 0.1  # nats: the odds of an answer are a tenth less
@@ -152,6 +153,28 @@ def plot_confusions(
             axes.add_patch(Rectangle((first - 0.5, first - 0.5), len(rest) + 1, len(rest) + 1, fill=False, color="0.5"))
     axes.set(xlabel="predicted", ylabel="true")
     figure.text(0.5, 1 - 0.15 / height, title, ha="center", va="top", fontsize=11, wrap=True, parse_math=False)
+    _save(figure, path, 100)
+
+
+@plain_text
+def plot_speed(points: Sequence[tuple[str, float, float]], path: str | Path) -> None:
+    """A curve for each system of the `points` (system, GiB, images/s): images/s over memory."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlabel="peak GPU memory, GiB", ylabel="training, images/s")
+    for system in dict.fromkeys(system for system, _, _ in points):
+        memory, rates = zip(*sorted((gib, rate) for name, gib, rate in points if name == system))
+        axes.plot(memory, rates, marker="o", label=system)
+        for gib, rate in zip(memory, rates):
+            axes.annotate(f"{rate:.1f}", (gib, rate), (-6, 4), textcoords="offset points", ha="right", fontsize=9)
+    axes.set_ylim(0, 1.08 * max(rate for _, _, rate in points))
+    low, high = axes.get_xlim()
+    ticks = [gib for gib in GPU_SIZES if low <= gib <= high]
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    for text in axes.legend(loc="lower right").get_texts():
+        text.set_parse_math(False)
     _save(figure, path, 100)
 
 
