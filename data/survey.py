@@ -18,13 +18,8 @@ MAX_DEPTH = 32  # folders below the path
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
-# Files that are no images: their content is not looked at.
-OTHER_SUFFIXES = (
-    *(".aae", ".avi", ".bib", ".cfg", ".db", ".doc", ".docx", ".gitkeep", ".h5", ".htm", ".html", ".ini", ".ipynb"),
-    *(".lock", ".log", ".m4v", ".md", ".mov", ".mp4", ".npy", ".npz", ".pdf", ".pkl", ".psd", ".py", ".pt"),
-    *(".bak", ".crdownload", ".download", ".old", ".part", ".partial", ".tmp"),  # of an image at times, but no other
-    *(".safetensors", ".sh", ".svg", ".toml", ".xls", ".xlsx", ".xml", ".xmp", ".yaml", ".yml"),
-)
+# No images whatever they begin with: backups, parts of downloads, and what lies beside each image.
+NO_IMAGES = (".bak", ".crdownload", ".download", ".old", ".part", ".partial", ".tmp", ".aae", ".xml", ".xmp", ".npy")
 JUNK = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information", "__pycache__"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "node_modules", "site-packages"),
@@ -32,12 +27,9 @@ JUNK = {
 # A folder with one of these files holds no plants to learn from.
 NOT_DATA = {"training_config.json": "a training run", "pyvenv.cfg": "a Python environment"}
 
-
-KINDS = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"} | {
-    suffix: kind
-    for kind, suffixes in [("table", TABLES), ("archive", ARCHIVES), ("raw", CAMERA_RAW), ("other", OTHER_SUFFIXES)]
-    for suffix in suffixes
-}
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".mat": "mat"}
+for _kind, _suffixes in (("table", TABLES), ("archive", ARCHIVES), ("raw", CAMERA_RAW), ("other", NO_IMAGES)):
+    KINDS |= dict.fromkeys(_suffixes, _kind)
 
 
 @dataclass(eq=False)  # compared by what they hold, 20,000 classes would take an hour
@@ -104,48 +96,44 @@ def survey(path: Path) -> tuple[Folder, Excluded]:
     """What lies in a folder and below, and what of it is excluded. Raises UserError if it cannot be listed."""
     excluded = Excluded(path)
     try:
-        status = os.stat(path)
-        os.scandir(path).close()
+        seen = {_identity(os.stat(folder)) for folder in (path, *path.resolve().parents)}
+        return _look(path, excluded, seen, 0), excluded
     except OSError as error:
         raise UserError(f"{path}: cannot be listed ({error.strerror}); check the path and its permissions") from error
-    above = [os.stat(folder) for folder in path.resolve().parents]
-    seen = {(status.st_dev, status.st_ino) for status in [status, *above]}
-    return _look(path, excluded, seen, 0), excluded
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int) -> Folder:
-    """`seen`: device and inode of each folder met, so that links neither loop nor show a folder twice."""
+    """`seen`: each folder met, so that links neither loop nor show a folder twice. Raises OSError."""
     folder = Folder(path)
-    try:
-        with os.scandir(path) as listing:
-            entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
-    except OSError as error:
-        excluded.add(f"folders that cannot be opened: {error.strerror}", path)
-        return folder
+    with os.scandir(path) as listing:
+        entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
     for entry in entries:
         if entry.name.startswith(".") or entry.name.endswith(("~", ".lrdata")) or entry.name.lower() in JUNK:
             continue
         try:
-            status = entry.stat()
-        except OSError as error:
-            reason = "links to nowhere" if entry.is_symlink() else f"files that cannot be read: {error.strerror}"
-            excluded.add(reason, path / entry.name)
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            entry_path = path / entry.name
-            if (status.st_dev, status.st_ino) in seen:
-                excluded.add("links to a folder that is read already, or above", entry_path)
+            status, reason = entry.stat(), None
+            if stat.S_ISREG(status.st_mode):
+                reason = _add_file(folder, entry.name, status.st_size)
+            elif not stat.S_ISDIR(status.st_mode):
+                reason = "devices or pipes"
+            elif _identity(status) in seen:
+                reason = "links to a folder that is read already, or above"
             elif depth == MAX_DEPTH:
-                excluded.add(f"folders more than {MAX_DEPTH} levels down", entry_path)
-            elif not_data := next((why for name, why in NOT_DATA.items() if (entry_path / name).exists()), None):
-                excluded.add(f"folders that are {not_data}", entry_path)
+                reason = f"folders more than {MAX_DEPTH} levels down"
+            elif found := [why for name, why in NOT_DATA.items() if (path / entry.name / name).exists()]:
+                reason = f"folders that are {found[0]}"
             else:
-                seen.add((status.st_dev, status.st_ino))
-                folder.folders.append(_look(entry_path, excluded, seen, depth + 1))
-        elif not stat.S_ISREG(status.st_mode):
-            excluded.add("devices or pipes", path / entry.name)
-        else:
-            _add_file(folder, entry.name, status.st_size, excluded)
+                seen.add(_identity(status))
+                folder.folders.append(_look(path / entry.name, excluded, seen, depth + 1))
+        except OSError as error:
+            is_gone = entry.is_symlink() and isinstance(error, FileNotFoundError)
+            reason = "links to nowhere" if is_gone else f"files or folders that cannot be opened: {error.strerror}"
+        if reason:
+            excluded.add(reason, path / entry.name)
     folder.folders.sort(key=lambda below: below.name)
     folder.images.sort()
     folder.num_images = len(folder.images) + sum(below.num_images for below in folder.folders)
@@ -154,23 +142,22 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
     return folder
 
 
-def _add_file(folder: Folder, name: str, size: int, excluded: Excluded) -> None:
-    """Of a million files, most are images: a Path is made for others only."""
+def _add_file(folder: Folder, name: str, size: int) -> str | None:
+    """Why it is not used, if so. Of a million files, most are images: a Path is made for others only."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix not in SUFFIXES and (suffix in KINDS or not size or not looks_like_image(folder.path / name)):
         kind = KINDS.get(suffix, "other")
         folder.files[kind].append(name)
-        if kind == "other":
-            excluded.add(f"{suffix or 'nameless'} files", folder.path / name)
-    elif not size:
-        excluded.add("empty image files (0 bytes)", folder.path / name)
-    elif not is_utf8(name):
-        excluded.add("images whose name is not UTF-8", folder.path / name)
-    elif suffix in HEIF_SUFFIXES and not reads_heif():
+        return f"{suffix or 'nameless'} files" if kind == "other" else None
+    if not size:
+        return "empty image files (0 bytes)"
+    if not is_utf8(name):
+        return "images whose name is not UTF-8"
+    if suffix in HEIF_SUFFIXES and not reads_heif():
         folder.files["heif"].append(name)
-        excluded.add("HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)", folder.path / name)
-    else:
-        folder.images.append(name)
+        return "HEIC/HEIF images, which pillow-heif reads (pip install pillow-heif)"
+    folder.images.append(name)
+    return None
 
 
 def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] = ()) -> None:

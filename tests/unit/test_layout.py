@@ -319,8 +319,11 @@ def test_images_are_known_by_content_and_other_files_are_reported_by_kind(tree):
     read = tree(*CLASSES)
     draw(tree.root / "rose" / "no suffix")
     draw(tree.root / "rose" / "page.jpg_large", "JPEG")
-    for name in ("a.MOV", "b.mov", "c.txt", "d.nef", "e.zip", "empty.jpg"):
-        (tree.root / "daisy" / name).write_bytes(b"" if "empty" in name else b"II*\0")
+    contents = {"a.MOV": b"moov", "b.mov": b"moov", "empty.jpg": b""} | dict.fromkeys(
+        ("c.txt", "d.nef", "e.zip"), b"II*\0"
+    )
+    for name, content in contents.items():
+        (tree.root / "daisy" / name).write_bytes(content)
     source = read()
     assert len(source.splits["train"]) == 8
     assert source.warnings == [
