@@ -5,7 +5,7 @@ be read in two ways is refused with the paths to give instead.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,31 +18,28 @@ from data.survey import Excluded, Folder
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
 
-# Subfolders of a class that are no classes: the parts of a plant, where and when it was seen, a level of no meaning.
-PARTS = {
-    *("bark", "branch", "bud", "buds", "flower", "flowers", "fruit", "fruits", "habit", "leaf", "leaves", "plant"),
-    *("root", "roots", "scan", "seed", "seeds", "stem", "whole", "other", "dcim", "photos", "pictures", "images"),
-    *("image", "img", "imgs", "jpg", "jpeg", "png", "indoor", "outdoor", "spring", "summer", "autumn", "winter"),
-}
-SPECIMEN = re.compile(  # plant_01, 2024-05-01, may 2024, 100APPLE
-    r"(?:plant|specimen|tree|individual|obs|observation|sample|visit|day|session|camera|cam|batch)[ _-]?[a-z]?\d+"
-    r"|(?:[a-z]+[ _-]?)?(?:19|20)\d\d(?:[ _.-]?\d\d){0,2}|\d{3}[a-z]{3,5}",
+# Subfolders of a class that are no classes: of one plant (plant_01, 2024-05-01), and of several, which are parts of a
+# plant, where and when it was seen (2024, may 2024, 100APPLE), a level of no meaning.
+_YEAR = r"(?:[a-z]+[ _-]?)?(?:19|20)\d\d"
+PLANT = re.compile(
+    r"(?:plant|specimen|tree|individual|obs|observation|sample|visit|day|session|batch)[ _-]?[a-z]?\d+"
+    rf"|{_YEAR}(?:[ _.-]?\d\d){{2}}",
     re.IGNORECASE,
 )
-SEVERAL_PLANTS = re.compile(  # of these: a year, a month, a camera's folder
-    r"(?:[a-z]+[ _-]?)?(?:19|20)\d\d(?:[ _.-]?\d\d)?|\d{3}[a-z]{3,5}|cam(?:era)?[ _-]?[a-z]?\d+", re.IGNORECASE
+PART = re.compile(
+    r"bark|branch|buds?|flowers?|fruits?|habit|leaf|leaves|plant|roots?|scan|seeds?|stem|whole|other|dcim|photos|pictures"
+    r"|images?|imgs?|jpe?g|png|indoor|outdoor|spring|summer|autumn|winter"
+    rf"|{_YEAR}(?:[ _.-]?\d\d)?|\d{{3}}[a-z]{{3,5}}|cam(?:era)?[ _-]?[a-z]?\d+",
+    re.IGNORECASE,
 )
-# Folders that hold no class where others do.
-ASIDE = {
-    *("annotations", "assets", "doc", "docs", "example", "examples", "figs", "figure", "labels", "mask"),
-    *("masks", "media", "output", "paper", "plots", "src", "static"),
-    *("outputs", "preview", "previews", "results", "sample", "samples", "screenshots", "thumbnails", "thumbs"),
-    *("unlabeled", "unlabelled", "unsorted"),
-}
-STATES = {  # of a plant: with it they make a class, so several plants have them
-    *("dead", "disease", "diseased", "dry", "fresh", "healthy", "infected", "mature", "normal", "ripe"),
-    *("rotten", "sick", "unhealthy", "unripe", "wilted", "young"),
-}
+ASIDE = re.compile(  # holds no class where others do
+    r"annotations|assets|docs?|examples?|figs|figure|labels|masks?|media|outputs?|paper|plots|src|static|previews?"
+    r"|results|samples?|screenshots|thumbnails|thumbs|unlabell?ed|unsorted",
+    re.IGNORECASE,
+)
+STATE = re.compile(  # of a plant: with it they make a class, so several plants have them
+    r"dead|diseased?|dry|fresh|(?:un)?healthy|infected|mature|normal|(?:un)?ripe|rotten|sick|wilted|young"
+)
 GENUS = re.compile(r"[A-Z][a-z]+")
 EPITHET = re.compile(r"[a-z-]+(?:us|a|um|is|i|ae|ens|ans|oides|[aei]le|[ae]re|stre|nse|x|or|ur|eas)")  # mostly
 
@@ -63,7 +60,6 @@ class Layout:
     splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     flat: dict[str, Folder] = field(default_factory=dict)  # splits without class folders
-    train_names: dict[Path, str] = field(default_factory=dict)  # of class folders, by their path below that of train
 
     @property
     def names(self) -> list[str]:
@@ -73,10 +69,8 @@ class Layout:
 
 def read_layout(top: Folder, excluded: Excluded) -> Layout:
     """Classes and splits of the folders below `top`; no class if its images lie flat. Raises UserError."""
-    layout = Layout(top, top)
-    while (inner := _only_way_down(layout.root, excluded)) is not None:
-        layout.root = inner
-    root = layout.root
+    root = _find_root(top, excluded)
+    layout = Layout(root, top)
     if root is not top:
         below = root.path.relative_to(top.path).as_posix()
         layout.notes.append(f"{printable(str(top.path))} holds one data set, {printable(below)}: it is used")
@@ -88,42 +82,37 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
         return layout
     splits = find_splits(root)
     others = [folder for folder in root.filled if folder not in splits.values()]
-    if splits and "train" not in splits:
-        if len(others) < 2:
-            listed = " and ".join(printable(folder.name) for folder in splits.values())
-            raise UserError(
-                f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
-            )
-        for split in [split for split, folder in splits.items() if not folder.filled]:  # images without labels
-            excluded.add_folder("images in a folder without class folders", splits.pop(split))
-        if splits:
-            layout.notes.append("class folders beside the split folders are train")
+    if not splits:
+        splits["train"] = root
+    elif "train" in splits:
+        for folder in others:
+            excluded.add_folder("images beside the split folders", folder)
+    elif len(others) < 2:
+        listed = " and ".join(printable(folder.name) for folder in splits.values())
+        raise UserError(
+            f"{root.path}: has {listed}, and no train folder to learn from; add one, or give a folder of classes"
+        )
+    else:
+        layout.notes.append("class folders beside the split folders are train")
         splits["train"] = Folder(root.path, folders=others, num_images=sum(folder.num_images for folder in others))
-        others = []
-    for folder in others if splits else ():
-        excluded.add_folder("images beside the split folders", folder)
-    counts = [
-        _read_split(layout, split, folder, excluded)
-        for split, folder in sorted((splits or {"train": root}).items(), key=lambda item: SPLITS.index(item[0]))
-    ]
+    counts = [_read_split(layout, split, splits, excluded) for split in SPLITS if split in splits]
     if layout.names:
         layout.notes.append(f"class folders: {'; '.join(filter(None, counts))}")
     return layout
 
 
-def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) -> str:
-    """Add a split's class folders to the layout; returns their number and place for the log."""
-    top = folder.path
+def _read_split(layout: Layout, split: str, splits: dict[str, Folder], excluded: Excluded) -> str:
+    """Add a split's class folders to the layout, those of train first; returns their number and place for the log."""
+    folder, train = splits[split], layout.splits.get("train", [])
     while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
         folder = folder.filled[0]
-    entries = find_classes(folder, excluded)
-    if split == "train":
-        layout.train_names = {entry.folder.path.relative_to(top): entry.name for entry in entries}
     # What names of several levels are made of depends on all classes of a split, which may lack some of train's.
+    names = {entry.folder.path.relative_to(splits["train"].path): entry.name for entry in train}
     entries = [
-        entry._replace(name=layout.train_names.get(entry.folder.path.relative_to(top), entry.name)) for entry in entries
+        entry._replace(name=names.get(entry.folder.path.relative_to(splits[split].path), entry.name))
+        for entry in find_classes(folder, excluded)
     ]
-    known = {name_key(entry.name) for entry in layout.splits.get("train", ())}
+    known = {name_key(entry.name) for entry in train}
     is_flat = len(entries) == 1 < len(known) and name_key(entries[0].name) not in known  # test/unknown/0001.jpg
     if split != "train" and (not entries or is_flat):
         layout.flat[split] = folder
@@ -140,54 +129,57 @@ def _read_split(layout: Layout, split: str, folder: Folder, excluded: Excluded) 
 
 def find_splits(folder: Folder) -> dict[str, Folder]:
     """Its subfolders that are splits, by split. Raises UserError for two of one split."""
-    found: dict[str, Folder] = {}
-    names = name_splits(folder)
-    for below in folder.filled:
-        if (split := names.get(below.name)) in found and "train" in names.values():
+    found = _folders_by_split(folder)
+    for split, (first, *others) in found.items():
+        if others and "train" in found:
             raise UserError(
-                f"{folder.path}: {found[split].name!r} and {below.name!r} are both taken for {split}; rename one, or "
+                f"{folder.path}: {first.name!r} and {others[0].name!r} are both taken for {split}; rename one, or "
                 "move it elsewhere"
             )
-        found |= {split: found.get(split, below)} if split else {}
+    return {split: folders[0] for split, folders in found.items()}
+
+
+def _folders_by_split(folder: Folder) -> dict[str, list[Folder]]:
+    """Its subfolders that are splits; words that all names have in common do not count: roses_train."""
+    splits = {below.name: split_of(below.name) for below in folder.filled}
+    if len(splits) > 1 and not any(splits.values()):
+        words = {name: re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in splits}
+        common = set.intersection(*map(set, words.values()))
+        splits = {name: split_of(" ".join(word for word in words[name] if word not in common)) for name in splits}
+        if not all(splits.values()) or "train" not in splits.values():
+            return {}
+    found: dict[str, list[Folder]] = defaultdict(list)
+    for below in folder.filled:
+        if split := splits[below.name]:
+            found[split].append(below)
     return found
 
 
-def name_splits(folder: Folder) -> dict[str, str]:
-    """Split by name of its subfolders that are splits; words that all have in common do not count: roses_train."""
-    names = [below.name for below in folder.filled]
-    found = {name: split for name in names if (split := split_of(name))}
-    if found or len(names) < 2:
-        return found
-    words = {name: re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()) for name in names}
-    common = set.intersection(*map(set, words.values()))
-    splits = {name: split_of(" ".join(word for word in words[name] if word not in common)) for name in names}
-    found = {name: split for name, split in splits.items() if split}
-    return found if len(found) == len(names) and "train" in found.values() else {}
-
-
 def _has_train(folder: Folder) -> bool:
-    return "train" in name_splits(folder).values()
+    return "train" in _folders_by_split(folder)
 
 
-def _only_way_down(folder: Folder, excluded: Excluded) -> Folder | None:
-    """The subfolder that must be meant, as no other holds classes; None if it is this folder."""
-    children = [child for child in folder.filled if child.name.lower() not in ASIDE]
+def _find_root(folder: Folder, excluded: Excluded) -> Folder:
+    """The folder that must be meant, it or one below, as no other holds classes. Raises UserError for several."""
+    children = [child for child in folder.filled if not ASIDE.fullmatch(child.name)]
+    splits = [*chain(*_folders_by_split(folder).values())]
+    leaves = [child for child in children if not child.filled and child not in splits]
     if folder.images or _has_train(folder):
-        return None
-    splits = name_splits(folder)
-    leaves = [child for child in children if not child.filled and child.name not in splits]
-    if len(children) == 1:
+        inner = []
+    elif len(children) == 1:
         inner = [child for child in children if child.filled]
     elif _has_splits_inside(children) or len(leaves) > 1:
         inner = []
     else:
         inner = _topmost_with_train(folder)
+    if not inner:
+        return folder
     if len(inner) > 1:
         raise UserError(f"{folder.path}: holds {len(inner)} data sets; {give_one(below.path for below in inner)}")
-    for child in folder.filled if inner else ():
+    for child in folder.filled:
         if child.path != inner[0].path and child.path not in inner[0].path.parents:
             excluded.add_folder("images beside the data set", child)
-    return inner[0] if inner else None
+    return _find_root(inner[0], excluded)
 
 
 def _topmost_with_train(folder: Folder) -> list[Folder]:
@@ -197,10 +189,10 @@ def _topmost_with_train(folder: Folder) -> list[Folder]:
 
 def _has_splits_inside(children: Sequence[Folder]) -> bool:
     """Whether these are classes with their images in train and test below, not data sets side by side."""
-    splits = [split_of(below.name) for child in children for below in child.filled]
+    inner = [below for child in children for below in child.filled]
+    splits = {split_of(below.name) for below in inner}
     are_classes = all(child.filled and not child.images for child in children) and len(children) > 1
-    are_leaves = not any(below.filled for child in children for below in child.filled)
-    return are_classes and are_leaves and "train" in splits and all(splits)
+    return are_classes and "train" in splits and None not in splits and not any(below.filled for below in inner)
 
 
 def give_one(paths: Iterable[Path]) -> str:
@@ -209,7 +201,7 @@ def give_one(paths: Iterable[Path]) -> str:
 
 def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     """The class folders below; a nested one whose name is a species' is "Genus species". Raises UserError."""
-    aside = [child for child in top.filled if child.name.lower() in ASIDE]
+    aside = [child for child in top.filled if ASIDE.fullmatch(child.name)]
     children = [child for child in top.filled if child not in aside] or aside
     for child in aside if children is not aside else ():
         excluded.add_folder("images in folders that name no class", child)
@@ -217,7 +209,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     if len(children) > 1 and all(map(_has_one_inside, groups)):
         groups = []  # rose/balcony/ among class folders: rose
     plain = sorted({*children} - {*groups}, key=lambda child: child.name)
-    if len(plain) == len(children) == 1 and plain[0].name.lower() in PARTS:
+    if len(plain) == len(children) == 1 and PART.fullmatch(plain[0].name):
         return []
     if len(groups) > 1 and not plain:
         _refuse_candidates(top, groups)
@@ -225,9 +217,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     nested: list[tuple[str, ClassFolder]] = []
     for child in plain:
         deep = bool(child.filled) and (_is_one_class(child) or (not child.images and _has_one_inside(child)))
-        specimens = (
-            deep and _are_specimens(child) and not any(SEVERAL_PLANTS.fullmatch(below.name) for below in child.filled)
-        )
+        specimens = deep and all(PLANT.fullmatch(below.name) for below in child.filled)
         entries.append(ClassFolder(child.name, child, deep, specimens))
         for below in child.filled if not deep else ():
             excluded.add_folder("images in a folder inside a class folder", below)
@@ -240,8 +230,6 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
         if plain and sum(name_key(entry.name) in keys for entry in inner) * 2 > len(inner):
             excluded.add_folder("images in a folder with the same classes again", group)
             continue
-        if group.images:
-            excluded.add("images in no class folder", group.path, len(group.images))
         nested += [(group.name, entry) for entry in inner]
     return entries + _name_nested(nested, entries)
 
@@ -266,12 +254,8 @@ def _is_genus_of(parent: str, name: str) -> bool:
 
 def _is_one_class(folder: Folder) -> bool:
     """Whether what lies below is of one class: parts of a plant, plants, years, or a level of no meaning."""
-    are_parts = all(below.name.lower() in PARTS for below in folder.filled)
-    return not any(below.filled for below in folder.filled) and (are_parts or _are_specimens(folder))
-
-
-def _are_specimens(folder: Folder) -> bool:
-    return all(SPECIMEN.fullmatch(below.name) for below in folder.filled)
+    are_parts = all(PART.fullmatch(below.name) or PLANT.fullmatch(below.name) for below in folder.filled)
+    return are_parts and not any(below.filled for below in folder.filled)
 
 
 def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
@@ -280,7 +264,7 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
     shared = {name for name, count in seen.items() if count > 1}
     # Two genera may have an epithet in common: the species' names tell them apart.
     are_species = len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups)
-    if len(shared) * 2 > len(seen) and not are_species and not {*seen} <= STATES:
+    if len(shared) * 2 > len(seen) and not are_species and not all(map(STATE.fullmatch, seen)):
         raise UserError(
             f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}); "
             f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into "
@@ -290,14 +274,15 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
 
 def find_boxes(folder: Folder) -> list[Path]:
     """Files that describe boxes in images: of YOLO, COCO and Pascal VOC."""
-    tables = [path for path in folder.find("table") if "labels" in path.parts]
-    tables += [path for path in folder.find("table") if path.name.startswith(("_annotations", "instances_"))]
-    return tables + [path for path in folder.find("other") if path.name.endswith((".xml", "data.yaml"))]
+    found = [path for path in folder.find("table") if "labels" in path.parts]
+    starts, ends = ("_annotations", "instances_"), (".xml", "data.yaml")
+    others = [*folder.find("table"), *folder.find("other")]
+    return found + [path for path in others if path.name.startswith(starts) or path.name.endswith(ends)]
 
 
 def describe_flat(folder: Folder) -> str:
     """Why a folder without class folders cannot be used, and the next move."""
-    archives, tables, heif = folder.find("archive"), folder.find("table"), folder.find("heif")
+    archives, tables = folder.find("archive"), folder.find("table")
     if folder.num_images and (boxes := find_boxes(folder)):
         return (
             f"{folder.path}: looks like a detection data set (boxes in {printable(str(boxes[0]))}), whose images "
@@ -314,8 +299,6 @@ def describe_flat(folder: Folder) -> str:
     if archives:
         found = f"no images but {len(archives)} archives such as {printable(archives[0].name)}"
         return f"{folder.path}: holds {found}; unpack them first: {unpack_command(archives[0])}"
-    if heif:
-        return f"{folder.path}: its {len(heif)} images are HEIC/HEIF; to read them: pip install pillow-heif"
     others = some(path.name for kind in ("raw", "other") for path in folder.find(kind))
     return (
         f"{folder.path}: no images found{others and f', but {others}'}; expected <class name>/photo.jpg, "
