@@ -6,12 +6,12 @@ A group is a text, equal for all images of a plant within a class; "" for an ima
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 
 from datasets import Dataset
 
 from utils.image_utils import SUFFIXES
-from utils.logging_utils import UserError
 
 NUMBERED = re.compile(r"(.+?)[_\-. ]+(\d{1,2})")  # 148000000_1, 148000000_2
 LETTERED = re.compile(r"(.*\d)[_\-]?([a-j])")  # plant12a, plant12b
@@ -34,30 +34,20 @@ _CHANGE = (
 AUGMENTED = re.compile(rf"(?:{_CHANGE}[_\- ]+(?P<after>.+)|(?P<before>.+?)(?:[_\- ]+{_CHANGE}(?:[_\- ]\d+)?)+)", re.I)
 
 
-def group_by_pattern(ids: Sequence[str], pattern: str) -> list[str]:
-    """The first group, or all, of what a pattern finds in file names or else paths. Raises UserError for nothing."""
-    groups = _apply(pattern, ids)
-    if ids and not any(groups):
-        raise UserError(
-            f"--group-by {pattern}: matches none of {len(ids):,} images, such as {ids[0]}; the first group of the "
-            "expression, or all that it matches, must be what images of one plant have in common"
-        )
-    return groups
+def find_plants(splits: Collection[Dataset], pattern: str | None) -> tuple[list[str], str]:
+    """(the group of each row of the splits, what tells it): the rule of the user, what the data says, or file names.
 
-
-def _apply(pattern: str, ids: Sequence[str]) -> list[str]:
-    compiled = re.compile(pattern)
-    found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
-    return [(match[1] if compiled.groups else match[0]) or "" if match else "" for match in found]
-
-
-def find_plants(rows: Dataset, pattern: str | None) -> list[str]:
-    """The group of each row of a split, by the rule of the user, what the data says, or file names."""
+    `pattern`: a group is what its first group, or all of it, finds in file names or else paths.
+    """
+    ids = [image_id for rows in splits for image_id in rows["id"][:]]
     if pattern is not None:
-        return _apply(pattern, rows["id"][:])
-    if "group" in rows.column_names:
-        return [group or "" for group in rows["group"][:]]
-    return group_by_name(rows["id"][:], rows["label"][:])
+        compiled = re.compile(pattern)
+        found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
+        return [(match[1 if compiled.groups else 0] or "") if match else "" for match in found], "--group-by"
+    if any("group" in rows.column_names for rows in splits):
+        columns = [rows["group"][:] if "group" in rows.column_names else [""] * len(rows) for rows in splits]
+        return [group or "" for group in chain(*columns)], "plant, as the data has it"
+    return group_by_name(ids, chain(*(rows["label"][:] for rows in splits))), "file name"
 
 
 def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:

@@ -5,7 +5,6 @@ The place of an image in a cut is a hash of the seed and its id, so that images 
 
 import difflib
 import hashlib
-import itertools
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data.copies import find_copies
-from data.groups import group_by_name, group_by_pattern
+from data.groups import find_plants
 from data.rows import SPLITS, Source
 from data.streaming import Stream
 from utils.logging_utils import UserError, some
@@ -34,16 +33,16 @@ def split_source(
     number of images of a class, over all splits. What was done is added to notes and warnings. Raises UserError.
     """
     missing = [split for split in SPLITS if split not in source.splits]
-    if any(isinstance(rows, Stream) for rows in source.splits.values()):
-        return source  # with all splits
-    if source.is_published and not missing and group_by is None and min_images == 1:
+    splits = {split: rows for split, rows in source.splits.items() if not isinstance(rows, Stream)}
+    is_ready = source.is_published and not missing and group_by is None and min_images == 1
+    if is_ready or len(splits) < len(source.splits):  # a stream has all splits
         return source
     if "train" in missing:
         raise UserError(
             f"{source.description}: has {' and '.join(source.splits)}, and no train split to learn from; add one, or "
             "give images without splits"
         )
-    images = _Images(source, missing)
+    images = _Images(source, splits, missing)
     images.skip_copies()
     images.skip_rare_classes(min_images)
     images.find_groups(group_by)
@@ -56,13 +55,11 @@ def split_source(
 class _Images:
     """The images of all splits of a source in one row, and what is found out about them."""
 
-    def __init__(self, source: Source, missing: list[str]):
-        self.source, self.missing = source, missing
-        self.splits = {split: rows for split, rows in source.splits.items() if not isinstance(rows, Stream)}
-        self.ids: list[str] = [image_id for rows in self.splits.values() for image_id in rows["id"][:]]
-        self.labels = np.concatenate([np.array(rows["label"][:], dtype=np.int64) for rows in self.splits.values()])
-        sizes = [len(rows) for rows in self.splits.values()]
-        self.sides = np.repeat([SPLITS.index(split) for split in self.splits], sizes)
+    def __init__(self, source: Source, splits: dict[str, Dataset], missing: list[str]):
+        self.source, self.splits, self.missing = source, splits, missing
+        self.ids: list[str] = [image_id for rows in splits.values() for image_id in rows["id"][:]]
+        self.labels = np.concatenate([np.array(rows["label"][:], dtype=np.int64) for rows in splits.values()])
+        self.sides = np.repeat([SPLITS.index(split) for split in splits], [len(rows) for rows in splits.values()])
         self.plants = np.arange(len(self.ids))  # equal numbers: images of one plant, or copies
         self.copies: list[list[int]] = []
         self.rare: set[int] = set()  # labels of classes below min_images
@@ -70,7 +67,7 @@ class _Images:
 
     def skip_copies(self) -> None:
         """Skip copies in two classes and copies of images of a later split; remember all that stay."""
-        in_two_classes, leaked, pairs = [], [], []
+        in_two_classes, leaked = [], []
         for copies in find_copies(self.splits.values()):
             highest = self.sides[copies].max()
             lower = [number for number in copies if self.sides[number] < highest]
@@ -80,17 +77,17 @@ class _Images:
                 leaked.append((lower, next(number for number in copies if self.sides[number] == highest)))
             else:
                 self.copies.append(copies)
-                original, copied, *_ = sorted(
-                    (self.ids[number] for number in copies), key=lambda name: (len(name), name)
-                )
-                pairs.append(f"{copied} of {original}")
         if in_two_classes:
             self._skip_contradictions(in_two_classes)
         if leaked:
             self._skip_leaked(leaked)
-        if pairs and self.missing:
+        if self.copies and self.missing:
+            named = (
+                sorted((self.ids[n] for n in copies), key=lambda name: (len(name), name)) for copies in self.copies
+            )
+            pairs = some(f"{copied} of {original}" for original, copied, *_ in named)
             number = _count(sum(map(len, self.copies)) - len(self.copies), "copy", "copies")
-            self.notes.append(f"{number} of images ({some(pairs)}): all copies of an image stay in one split")
+            self.notes.append(f"{number} of images ({pairs}): all copies of an image stay in one split")
 
     def _skip_contradictions(self, found: list[list[int]]) -> None:
         numbers = [number for copies in found for number in copies]
@@ -142,16 +139,12 @@ class _Images:
 
     def find_groups(self, pattern: str | None) -> None:
         """Give images of one plant one number; copies are of one plant."""
-        if pattern is not None:
-            groups, rule = group_by_pattern(self.ids, pattern), "--group-by"
-        elif any("group" in rows.column_names for rows in self.splits.values()):
-            rule = "plant, as the data has it"
-            columns = [
-                rows["group"][:] if "group" in rows.column_names else [""] * len(rows) for rows in self.splits.values()
-            ]
-            groups = [group or "" for group in itertools.chain(*columns)]
-        else:
-            groups, rule = group_by_name(self.ids, self.labels.tolist()), "file name"
+        groups, rule = find_plants(self.splits.values(), pattern)
+        if pattern is not None and not any(groups):
+            raise UserError(
+                f"--group-by {pattern}: matches none of {len(groups):,} images, such as {self.ids[0]}; the first group "
+                "of the expression, or all that it matches, must be what images of one plant have in common"
+            )
         members = defaultdict(list)
         for number in np.flatnonzero(self.sides != NOWHERE).tolist():
             if groups[number]:
@@ -190,23 +183,21 @@ class _Images:
         """Move images from train into the splits of `fractions`, each its share of each class and at least a group."""
         needed = len(fractions) + 1
         few: dict[str, list[str]] = {"images": [], "groups of images": []}
+        train = np.flatnonzero(self.sides == 0)
         numbers_of = defaultdict(list)
-        for number in np.flatnonzero(self.sides == 0).tolist():
+        for number in train.tolist():
             numbers_of[int(self.labels[number])].append(number)
+        side_of: dict[int, int] = {}  # of groups
         for label, numbers in sorted(numbers_of.items()):
             # A group's place is that of its first image by name: the least place of all would be a low one.
-            first = {
-                self.plants[number]: self.ids[number]
-                for number in sorted(numbers, key=self.ids.__getitem__, reverse=True)
-            }
+            by_name = sorted(numbers, key=self.ids.__getitem__, reverse=True)
+            first = {self.plants[number]: self.ids[number] for number in by_name}
             places = {plant: _place(image_id, seed) for plant, image_id in first.items()}
-            if len(places) < needed:
+            if len(places) >= needed:
+                side_of |= zip(sorted(places, key=places.__getitem__), _sides(sorted(places.values()), fractions))
+            else:
                 few["images" if len(numbers) < needed else "groups of images"].append(self.source.class_names[label])
-                continue
-            ordered = sorted(places, key=places.__getitem__)
-            side_of = dict(zip(ordered, _sides(sorted(places.values()), fractions)))
-            for number in numbers:
-                self.sides[number] = side_of.get(self.plants[number], 0)
+        self.sides[train] = [side_of.get(plant, 0) for plant in self.plants[train]]
         if sum(map(len, few.values())) == len(numbers_of):
             what = "groups of images" if few["groups of images"] else "images"
             regroup = "group them otherwise with --group-by, " if few["groups of images"] else ""
@@ -251,15 +242,11 @@ class _Images:
     def build(self) -> Source:
         """The source of the images that are used, each in its split, without a column of groups."""
         kept = sorted(set(self.labels[self.sides != NOWHERE].tolist()))
-        new_labels = np.full(len(self.source.class_names), -1)
-        new_labels[kept] = np.arange(len(kept))
-        is_renumbered = len(kept) < len(self.source.class_names)
         parts, first = {}, 0
         for split, rows in self.splits.items():
             sides = self.sides[first : first + len(rows)]
-            if is_renumbered:
-                labels = new_labels[self.labels[first : first + len(rows)]]
-                rows = rows.remove_columns("label").add_column("label", labels)
+            if len(kept) < len(self.source.class_names):
+                rows = _renumber(rows, kept)
             rows = rows.select_columns(["image", "label", "id"])
             for name in (split, *self.missing) if split == "train" else (split,):
                 chosen = np.flatnonzero(sides == SPLITS.index(name))
@@ -279,20 +266,26 @@ def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dat
         reason = f"{source.description} has {len(names)} classes, and two or more have to be learned"
         raise UserError(f"--holdout-classes {count}: {reason}; use {max(len(names) - 2, 0)} or less")
     taken = sorted(sorted(range(len(names)), key=lambda label: _place(names[label], seed))[:count])
-    new_labels = np.full(len(names), -1)
-    new_labels[[label for label in range(len(names)) if label not in taken]] = np.arange(len(names) - count)
+    left = [label for label in range(len(names)) if label not in taken]
     kept, unknown = {}, []
     for split, rows in source.splits.items():
         assert not isinstance(rows, Stream)  # a config that streams cannot hold out classes
-        labels = new_labels[rows["label"][:]]
-        # Before rows are selected: afterwards a new column would copy all images.
-        rows = rows.remove_columns("label").add_column("label", np.maximum(labels, 0)).select_columns(rows.column_names)
-        kept[split] = rows.select(np.flatnonzero(labels >= 0))
-        unknown.append(rows.select(np.flatnonzero(labels < 0)).select_columns(["image", "label", "id"]))
+        is_kept = np.isin(rows["label"][:], left)
+        rows = _renumber(rows, left)
+        kept[split] = rows.select(np.flatnonzero(is_kept))
+        unknown.append(rows.select(np.flatnonzero(~is_kept)).select_columns(["image", "label", "id"]))
     images = concatenate_datasets(unknown)
     note = f"held out, with --seed {seed}: {len(images):,} images of {some([names[label] for label in taken], LISTED)}"
-    names = [name for label, name in enumerate(names) if label not in taken]
+    names = [names[label] for label in left]
     return source._replace(splits=kept, class_names=names, notes=[*source.notes, note]), images
+
+
+def _renumber(rows: Dataset, kept: list[int]) -> Dataset:
+    """The rows with labels that count the `kept` classes alone; of another class the label is 0."""
+    labels = np.array(rows["label"][:], dtype=np.int64)
+    labels = np.where(np.isin(labels, kept), np.searchsorted(kept, labels), 0)
+    # Before rows are selected: afterwards a new column would copy all images.
+    return rows.remove_columns("label").add_column("label", labels).select_columns(rows.column_names)
 
 
 def _place(image_id: str, seed: int) -> float:
