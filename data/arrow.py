@@ -24,7 +24,7 @@ from data.arrow_columns import (
     read_labels,
     read_splits,
 )
-from data.classes import Labeling, name_classes
+from data.class_names import Labeling, name_classes
 from data.columns import GROUP_NAMES, are_groups, list_columns
 from data.labels import tidy_name
 from data.oxford_flowers import CLASS_NAMES, check_official_counts

@@ -1,19 +1,22 @@
-"""Names of classes whose folders are numbers or codes, and of the plants that images show, from files beside them.
+"""What labels are called: as they are written, without numbers, or as a file says what numbers and codes mean.
 
 A file names classes as a table, as JSON or as lines: cat_to_name.json, PlantNet's and PlantCLEF's tables of species,
-COCO's categories, ImageNet's synsets, classes.txt.
+COCO's categories, ImageNet's synsets, classes.txt. Tables tell also which images show one plant.
 """
 
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.columns import GROUP_NAMES, NOT_KNOWN, find_known, label_preference, plain_name
+from data.groups import original_of
 from data.image_index import ImageIndex, find_file_column
-from data.labels import name_key
+from data.labels import are_codes, name_key, tidy_name, without_numbers
 from data.records import ADDRESS, cell_of, open_records, read_json, read_lines, records_of
 from data.survey import TABLES
 from utils.image_utils import is_image_name
@@ -29,6 +32,72 @@ MAX_VALUES = 50_000  # of a column of codes; one with more is the number of a ro
 SCOUT_ROWS = 5000  # a column without a code in these holds none
 
 Names = dict[str, str]  # class name by code
+
+
+@dataclass
+class Labeling:
+    """Class names, the class of each label as written, and where the names come from."""
+
+    names: list[str] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    table: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def name_classes(
+    written: Sequence[str], names_file: str | None, beside: Sequence[Path], counts: Mapping[str, int] | None = None
+) -> Labeling:
+    """Classes in the order of `written`; of several spellings of one, the name is the one of most images (`counts`).
+
+    `names_file`: a file of names for them; `beside`: folders in which such a file is looked for, if the labels are
+    numbers or codes. Raises UserError for a file that lacks some, and for empty names.
+    """
+    labeling = Labeling()
+    called = {label: tidy_name(name) for label, name in _call(written, names_file, beside, labeling).items()}
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for label in written:
+        by_key[name_key(called[label]) or called[label]].append(label)
+    if empty := by_key.get(""):
+        raise UserError(
+            f"labels without a name: {', '.join(map(repr, empty[:5]))}; rename them, or use --class-names FILE"
+        )
+    for number, labels in enumerate(by_key.values()):
+        best = max(labels, key=lambda label: counts[label]) if counts else labels[0]
+        labeling.names.append(called[best])
+        labeling.labels.update(dict.fromkeys(labels, number))
+        if len(labels) > 1:
+            listed = " and ".join(map(repr, labels[:5]))
+            labeling.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
+    for name in labeling.names:
+        if (original := original_of(name)) and name_key(original) in by_key:
+            labeling.warnings.append(f"{name!r} looks like a copy of {original!r}; if it is one, merge the two")
+    return labeling
+
+
+def _call(
+    written: Sequence[str], names_file: str | None, beside: Sequence[Path], labeling: Labeling
+) -> Mapping[str, str]:
+    """What each label is called by the given file or one beside, else by itself without numbers."""
+    called: Mapping[str, str] = dict(zip(written, written))
+    if names_file is not None:
+        called, labeling.table = read_class_names(Path(names_file), written), Path(names_file)
+    elif (plain := without_numbers(written)) is not None:
+        labeling.notes.append(f"names without their numbers: {written[0]} is {tidy_name(plain[0])}")
+        return dict(zip(written, plain))
+    elif are_codes(written):
+        called, labeling.table = find_class_names(written, beside) or (called, None)
+        if labeling.table is None:
+            labeling.warnings.append(
+                f"classes are called {some(written)}, and the model would answer with that; a json or csv file of code "
+                "and name gives them names: --class-names FILE"
+            )
+    if labeling.table is not None:
+        labeling.notes.append(f"names from {labeling.table}: {written[0]} is {tidy_name(called[written[0]])}")
+    return called
+
+
+# ---- files of names
 
 
 def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Names, Path] | None:
@@ -165,8 +234,6 @@ def _names_in_rows(
                 changing.update((n, text) for text in texts if first[text] != row[text])
             if len(seen) > MAX_VALUES:
                 del tables[n]
-        if not tables:
-            return
     for text in texts:
         for n, seen in tables.items():
             num_names = len({row[text] for row in seen.values()})
@@ -175,13 +242,14 @@ def _names_in_rows(
 
 
 def _translate(names: Names, aliases: Names) -> Iterator[tuple[int, Names]]:
+    """The names of the codes among these, without numbers if all begin or end with one."""
     found: Names = {}
     for key, name in names.items():
         code = aliases.get(key) or aliases.get(key.casefold())
         if code is not None and name and (code == key or code not in found):
             found[code] = name
     if found:
-        yield len(names), _without_numbers(found)
+        yield len(names), dict(zip(found, without_numbers([*found.values()]) or found.values()))
 
 
 def _by_position(lines: Sequence[str], aliases: Names) -> Iterator[tuple[int, Names]]:
@@ -189,15 +257,9 @@ def _by_position(lines: Sequence[str], aliases: Names) -> Iterator[tuple[int, Na
     codes = {*aliases.values()}
     for first in (0, 1):
         names = {str(number): cell_of(line) for number, line in enumerate(lines, first)}
-        found = {aliases[number]: name for number, name in names.items() if number in aliases}
-        if len(found) == len(codes) and (len(names) == len(found) or (first == 0 and "0" in aliases)):
-            yield len(names), _without_numbers(found)
-
-
-def _without_numbers(names: Names) -> Names:
-    """ "001.Black_footed" without its number, if all names begin with one."""
-    plain = {code: re.sub(r"^\d+\s*[._) -]\s*", "", name) for code, name in names.items()}
-    return plain if all(plain[code] not in ("", name) for code, name in names.items()) else names
+        is_whole = len(names) == len(codes) or (first == 0 and "0" in aliases)
+        if is_whole and codes == {aliases[number] for number in names if number in aliases}:
+            yield from _translate(names, aliases)
 
 
 # ---- plants

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data.class_names import find_groups
-from data.classes import name_classes
+from data.class_names import find_groups, name_classes
 from data.columns import split_of_file
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
