@@ -82,10 +82,10 @@ class _Images:
         if leaked:
             self._skip_leaked(leaked)
         if self.copies and self.missing:
-            named = (
+            ordered = (
                 sorted((self.ids[n] for n in copies), key=lambda name: (len(name), name)) for copies in self.copies
             )
-            pairs = some(f"{copied} of {original}" for original, copied, *_ in named)
+            pairs = some(f"{copied} of {original}" for original, copied, *_ in ordered)
             number = _count(sum(map(len, self.copies)) - len(self.copies), "copy", "copies")
             self.notes.append(f"{number} of images ({pairs}): all copies of an image stay in one split")
 
