@@ -104,7 +104,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         rows = validation if options.split == "val" else take(data.test, options.limit)
         if rows is None:
             raise UserError(f"{run.folder}: was trained on val, which measures nothing then; use --split test")
-        ood_rows = load_ood_images(Path(options.ood)) if options.ood else None
+        ood_rows = load_ood_images(Path(options.ood), data.class_names) if options.ood else None
         if run.is_base_model:
             run.recorded = {"base": True, "class_names": data.class_names}
         run.recorded["taxonomy"] = data.taxonomy

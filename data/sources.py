@@ -7,6 +7,7 @@ A folder is looked at once (data/survey.py); its contents tell whether it is the
 import copy
 import os
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from datasets import Dataset
 
 from data.folders import load_class_folders, load_tables, with_parent_tables
 from data.hub import HUB_REPOSITORY, load_hub, load_hub_dataset
+from data.labels import name_key
 from data.layout import Layout, describe_flat, find_boxes, give_one, read_layout, unpack_command
 from data.oxford_flowers import find_release, load_official_release
 from data.parquet import has_images, load_parquet_files, load_saved_dataset, stream_parquet_folder
 from data.rows import ROW, Reading, Source, build_rows
-from data.survey import ARCHIVES, TABLES, Excluded, Folder, add_unused, survey
+from data.survey import ARCHIVES, TABLES, add_unused, survey
 from data.synthetic import SPECIES, SPLIT_SIZES, draw_split
 from data.tables import find_label_tables
 from utils.image_utils import is_image_name, printable
-from utils.logging_utils import UserError, logger
+from utils.logging_utils import UserError, logger, some
 
 ADDRESS = re.compile(r"\w+://|www\.|[\w-]+(\.[\w-]+)*\.(com|org|net|io|co|edu|de|eu)/")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -125,11 +127,20 @@ def load_folder(path: Path, reading: Reading) -> Source:
     return load_class_folders(layout, not_in_classes, reading)
 
 
-def load_ood_images(folder: Path) -> Dataset:
-    """The images in a folder, whatever they show; the label 0 means nothing. What is not used is logged."""
+def load_ood_images(folder: Path, class_names: Sequence[str] = ()) -> Dataset:
+    """The images in a folder, whatever they show; the label 0 means nothing. What is not used is logged.
+
+    Also if folders have names of classes, whose images make any rate too low.
+    """
     folder = Path(os.path.expanduser(folder))
-    found, excluded = survey(folder) if folder.is_dir() else (Folder(folder), Excluded(folder))
+    if not folder.is_dir():
+        raise UserError(f"--ood {folder}: is no folder; give a folder of images without the classes")
+    found, excluded = survey(folder)
     add_unused(found, excluded)
+    keys = {*map(name_key, class_names)}
+    if known := [below.path.name for below in found.walk() if below.num_images and name_key(below.path.name) in keys]:
+        reason = "the model knows these plants, whose images make the rates too low; leave them out"
+        logger.warning("--ood %s: has folders named as classes are: %s; %s", folder, some(known), reason)
     if not found.num_images:
         move = "give a folder of images without the classes"
         raise UserError("; ".join([f"--ood {folder}: no images found there", *excluded.lines(), move]))

@@ -262,9 +262,7 @@ def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dat
     names = source.class_names
     if not count:
         return source, None
-    if len(names) - count < 2:
-        reason = f"{source.description} has {len(names)} classes, and two or more have to be learned"
-        raise UserError(f"--holdout-classes {count}: {reason}; use {max(len(names) - 2, 0)} or less")
+    check_holdout(count, len(names), source.description)
     taken = sorted(sorted(range(len(names)), key=lambda label: _place(names[label], seed))[:count])
     left = [label for label in range(len(names)) if label not in taken]
     kept, unknown = {}, []
@@ -286,6 +284,14 @@ def _renumber(rows: Dataset, kept: list[int]) -> Dataset:
     labels = np.where(np.isin(labels, kept), np.searchsorted(kept, labels), 0)
     # Before rows are selected: afterwards a new column would copy all images.
     return rows.remove_columns("label").add_column("label", labels).select_columns(rows.column_names)
+
+
+def check_holdout(count: int, classes: int, whose: str) -> None:
+    """Raise UserError unless two of the classes are left."""
+    if classes - count < 2:
+        move = f"use {classes - 2} or less" if classes > 2 else "leave it out"
+        reason = f"{whose} has {classes} classes, and two or more have to be learned"
+        raise UserError(f"--holdout-classes {count}: {reason}; {move}")
 
 
 def _place(image_id: str, seed: int) -> float:

@@ -105,7 +105,9 @@ def _read(path: Path, class_names: Sequence[str], found: Taxonomy) -> list[str]:
         else:
             known[place] = tuple(taxa)
     if not known:
-        examples = f"{some(map(repr, unknown), 3)}; the classes are {some(map(repr, class_names), 3)}"
+        examples = (
+            f"{some(map(repr, unknown), 3) or 'only a header'}; the classes are {some(map(repr, class_names), 3)}"
+        )
         raise UserError(f"{path}: has none of the classes ({examples}); write them as the class folders or labels are")
     for place, given in known.items():
         for level, taxon in zip(LEVELS, given):

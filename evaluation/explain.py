@@ -33,7 +33,8 @@ def explain(predictor: Predictor, image: str, found: Prediction, out: Path) -> N
     """A PNG, whole or none at all, of where the model looked for an image's likeliest name. Raises ImageError."""
     name, share = found.likeliest[0]
     shown, drops = find_parts(predictor.plant, image, [name for name, _ in found.likeliest])
-    caption = f"{'' if found.is_confident else 'not sure: '}{shorten(name)} {percent(share)}"
+    doubt = "none of these; nearest: " if found.is_none_of_these else "" if found.is_confident else "not sure: "
+    caption = f"{doubt}{shorten(name)} {percent(share)}"
     if drops.max() < LEAST_DROP:
         caption += "\nhiding any one part changes little"
     draft, _ = beside(out)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from config.training_config import format_value
+from data.splits import check_holdout
 from runtime.atomic import write_file
 from runtime.launcher import refuse_several_ranks
 from runtime.run_dir import Run
@@ -28,6 +29,7 @@ NOT_PASSED = ("preset", "output_dir", "resume", "allow_changed", "seed", "holdou
 def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Run], None]) -> None:
     """Train and evaluate the draws, log the means over them, and write open_set_<split>.json. Raises UserError."""
     refuse_several_ranks()
+    check_holdout(classes, len(run.class_names), str(run.folder))
     logger.info(f"draws | {run.folder} is trained {DRAWS} times anew, each time without {classes} of its classes")
     tables = []
     for seed in range(DRAWS):
@@ -37,7 +39,9 @@ def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Ru
         flags += [f"--seed={seed}", f"--holdout-classes={classes}", f"--output-dir={folder}"]
         logger.info(f"draws | {seed + 1} of {DRAWS} | {folder}")
         if subprocess.run([sys.executable, str(TRAIN), *flags]).returncode:
-            raise UserError(f"{folder}: its training did not end well, the lines above say why; re-run to resume")
+            raise UserError(
+                f"{folder}: its training did not end well, the lines above say why; mend that and re-run to resume"
+            )
         evaluate(Run.load(folder))
         report = json.loads((folder / f"eval_{split}.json").read_text(encoding="utf-8"))
         tables.append([row for row in report["open_set"] if row["source"] == SOURCE])

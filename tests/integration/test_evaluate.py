@@ -132,7 +132,11 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
     assert status == 1 and "was trained without 3 classes already; evaluate it without --holdout-classes" in log
     monkeypatch.setattr("evaluation.holdout.subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
     status, log = run(capsys, "one", "--holdout-classes", "4", *FAST)
-    assert status == 1 and "one/holdout-4/draw-0: its training did not end well, the lines above say why; re-run" in log
+    assert (
+        status == 1 and "one/holdout-4/draw-0: its training did not end well, the lines above say why; mend that" in log
+    )
+    status, log = run(capsys, "one", "--holdout-classes", "9", *FAST)
+    assert status == 1 and "--holdout-classes 9: one has 10 classes, and two or more have to be learned; use 8" in log
     monkeypatch.setattr("evaluation.holdout.subprocess.run", None)  # before anything is trained
     status, log = run(capsys, "one", "--holdout-classes", "3", "--protocol", "generation", *FAST)
     assert status == 1 and "--protocol generation: replies have no scores; use scoring or both" in log

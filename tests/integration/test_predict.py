@@ -300,6 +300,10 @@ def still_training(folder):
     (folder / "metrics.jsonl").unlink()
 
 
+def coverage_of_one(folder):
+    set_threshold(folder, 0.0, conformal={"method": "lac", "target": 1, "quantile": None})
+
+
 def torn_calibration(folder):
     (folder / "calibration.json").write_text("{")
 
@@ -321,6 +325,7 @@ BAD_INPUT = [
         "error: one/best: is not there yet; the first evaluation of the run writes it; if",
     ),
     (torn_calibration, ["one", "images"], "error: one/calibration.json: cannot be used (Expecting"),
+    (coverage_of_one, ["one", "images"], "conformal.target must be a number from 0 to 0.999, not 1); delete it, and"),
 ]
 
 

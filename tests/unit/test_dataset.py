@@ -190,6 +190,18 @@ def test_ood_images_are_read_whatever_they_show(image_folder, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="--ood .*: no images found there"):
         load_ood_images(tmp_path / "none")
+    with pytest.raises(UserError, match="--ood .*/gone: is no folder; give a folder of images without the classes"):
+        load_ood_images(tmp_path / "gone")
+
+
+def test_ood_images_in_folders_named_as_classes_are_warned_of(image_folder, caplog):
+    root = image_folder({"cat": 2, "dog": 3})
+    load_ood_images(root, ["oak", "ash"])
+    assert not caplog.text
+    load_ood_images(root, ["Cat", "oak"])
+    assert "has folders named as classes are: cat; the model knows these plants" in caplog.text
+    load_ood_images(root / "dog", ["dog", "oak"])
+    assert "/dog: has folders named as classes are: dog;" in caplog.text
 
 
 def test_known_duplicates_are_listed_with_their_split():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from scipy.special import logsumexp
 
 from data import synthetic
 from data.synthetic import SPECIES, draw_flower
-from evaluation.explain import GRID, MAX_SIDE, NAMES, SHOWN_SIDE, Occluded, find_parts
-from evaluation.predictor import load_predictor
+from evaluation.explain import GRID, MAX_SIDE, NAMES, SHOWN_SIDE, Occluded, explain, find_parts
+from evaluation.predictor import Prediction, load_predictor
 from models.builder import PlantModel
 from runtime.run_dir import Run
 from utils.image_utils import ImageError, fit_image, open_image
@@ -67,6 +68,19 @@ def test_the_map_is_bright_where_the_answer_comes_from(size, orientation, looks_
     assert near == pytest.approx(drops.sum(), rel=0.03) and drops.max() > 0.1
     assert max(shown.size) <= SHOWN_SIDE and abs(shown.width / shown.height / (width / height) - 1) < 0.05
     assert len(seen) == (GRID + 1) ** 2 + 1 and max(map(max, seen)) <= MAX_SIDE
+
+
+def test_the_caption_is_the_answer_of_the_line(monkeypatch, tmp_path):
+    captions = []
+    monkeypatch.setattr("evaluation.explain.find_parts", lambda *_: (None, np.ones((GRID, GRID))))
+    monkeypatch.setattr(
+        "evaluation.explain.plot_map",
+        lambda shown, drops, caption, path: path.write_text(captions.append(caption) or ""),
+    )
+    confident = Prediction([("oak", 0.9)], True)
+    for found in (confident, confident._replace(is_confident=False), confident._replace(strangeness=0.1)):
+        explain(SimpleNamespace(plant=None), "a.png", found, tmp_path / "map.png")
+    assert captions == ["oak 90%", "not sure: oak 90%", "none of these; nearest: oak 90%"]
 
 
 def test_what_speaks_against_the_answer_is_below_zero_and_dark(looks_at, tiny, tmp_path):

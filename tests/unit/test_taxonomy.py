@@ -115,7 +115,7 @@ def test_a_misspelled_name_is_reported(read):
         ),
         ("name,genus,family\noak,Quercus,Fagaceae\n", "has none of the classes ('oak'; the classes are 'dog rose'"),
         ("", "is empty; expected a header and a row for each class"),
-        ("name,genus,family\n", "has none of the classes"),
+        ("name,genus,family\n", "has none of the classes (only a header; the classes are"),
         (
             'name,genus,family\n"dog rose,Rosa,Rosaceae\n' + "x" * 200_000,
             "is no table (field larger than field limit (131072)); expected a header and a row for each class",
