@@ -220,13 +220,12 @@ def read_sizes(rows, max_bad_fraction: float) -> tuple[list[tuple[dict, tuple[in
 
 def check_lengths(found: PreFlight) -> str:
     from data.dataset import sample_rows
-    from utils.image_utils import fitted_size
 
-    image_size, limit = found.config.image_size, found.config.max_bad_fraction
+    limit = found.config.max_bad_fraction
     read, unreadable = read_sizes(found.rows, limit)
     for rows in filter(None, (found.data.validation, found.data.test)):
         unreadable += read_sizes(sample_rows(rows), limit)[1]
-    lengths = [found.collator.describe(row, fitted_size(size, image_size)).length for row, size in read]
+    lengths = [found.collator.describe(row, size).length for row, size in read]
     sizes = [f"{width}x{height}" for _, (height, width) in read]
     if not lengths:
         raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")

@@ -12,15 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import (
-    ImageError,
-    augment_image,
-    count_image_tokens,
-    fit_image,
-    gray_image,
-    open_image,
-    read_image_size,
-)
+from utils.image_utils import ImageError, count_image_tokens, fit_image, gray_image, open_image, read_image_size
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt
@@ -136,11 +128,8 @@ class PlantCollator:
         self.image_size = image_size
         self.pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", [])  # LLaVA-1.5 has none
         self.answers = [self._build_answer(name) for name in class_names]
-
-    @property
-    def name_ids(self) -> list[list[int]]:
-        """What follows the prompt for each class: the name's tokens, the end-of-turn token last."""
-        return [answer.ids[answer.prompt_length :] for answer in self.answers]
+        # What follows the prompt for each class: the name's tokens, the end-of-turn token last.
+        self.name_ids = [answer.ids[answer.prompt_length :] for answer in self.answers]
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         images, samples, unreadable = self._open(rows)
@@ -158,11 +147,6 @@ class PlantCollator:
 
     def _validate(self, batch: Batch) -> None:
         """Raise UserError unless the processor's output is, sample by sample, what is expected."""
-        missing = {"input_ids", "pixel_values", "image_sizes"} - set(batch)
-        if missing:
-            given = f"batch of {batch.samples[0].id} and {len(batch.samples) - 1} more"
-            reason = "is missing; the model would train on text alone, check the processor"
-            raise UserError(f"{given}: {min(missing)} {reason}")
         for index, sample in enumerate(batch.samples):
             if fault := self._find_fault(batch, index):
                 image = f"image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles"
@@ -170,6 +154,8 @@ class PlantCollator:
                 raise UserError(f"sample {sample.id}, {image}: {fault}; {move}")
 
     def _find_fault(self, batch: Batch, index: int) -> str | None:
+        if missing := {"input_ids", "pixel_values", "image_sizes"} - set(batch):
+            return f"{min(missing)} is missing, and the model would train on text alone"
         sample, ids, size = batch.samples[index], batch["input_ids"][index], tuple(batch["image_sizes"][index].tolist())
         answer, image_token = self.answers[sample.label], self.processor.image_token_id
         placeholders = answer.text.count(self.processor.image_token)
@@ -188,7 +174,7 @@ class PlantCollator:
             return f"truncated to {len(ids)} of {sample.length} tokens"
         if self.prompt.eos_id not in supervised[-1:]:
             return f"its last token is not the end-of-turn token {self.prompt.eos!r}"
-        if supervised[:-1] != answer.ids[answer.prompt_length : -1]:
+        if supervised[:-1] != self.name_ids[sample.label][:-1]:
             text = self.processor.tokenizer.decode(supervised[:-1])
             return f"its answer is {text!r}, expected {self.class_names[sample.label]!r}"
         place = answer.ids.index(image_token)
@@ -205,7 +191,8 @@ class PlantCollator:
         return Batch(self._encode(images, [self.prompt.prompt] * len(images), "left"), samples, unreadable)
 
     def describe(self, row: dict, size: tuple[int, int]) -> Sample:
-        """The sample that a row must become if its fitted image has this (H, W)."""
+        """The sample that a row must become if its image has this (H, W), before it is fitted or after."""
+        size = (self.image_size, self.image_size) if self.image_size else size
         answer = self.answers[row["label"]]
         image_tokens, tiles = self.count_tokens(size)
         extra = image_tokens - 1  # the placeholder becomes this many more
@@ -253,9 +240,7 @@ class PlantCollator:
             except ImageError as error:
                 unreadable.append(f"{row['id']}: {error}")
                 continue
-            if (seed := row.get("augmentation_seed")) is not None:
-                image = augment_image(image, seed)
-            image = fit_image(image, self.image_size)
+            image = fit_image(image, self.image_size, row.get("augmentation_seed"))
             images.append(image)
             samples.append(self.describe(row, (image.height, image.width)))
         return images, samples, unreadable

@@ -15,7 +15,6 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from config.training_config import TrainingConfig
-from data.oxford_flowers import KNOWN_DUPLICATES
 from data.rows import ROW, SPLITS, Reading, count_images
 from data.sources import load_source
 from data.splits import hold_out_classes, split_source
@@ -107,11 +106,6 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     )
     names = source.class_names
     taxonomy, found, lacking = find_taxonomy(names, config.dataset, config.taxonomy)
-    listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
-    for note in (*source.notes, *found, f"classes: {listed}"):
-        logger.info("data | %s", note)
-    for warning in (*source.warnings, *lacking):
-        logger.warning("%s", warning)
     data = PlantData(
         **source.splits,
         class_names=names,
@@ -122,6 +116,11 @@ def build_datasets(config: TrainingConfig) -> PlantData:
         unknown=unknown,
         taxonomy=taxonomy,
     )
+    listed = ", ".join(names if len(names) <= 12 else [*names[:10], "...", names[-1]])
+    for note in (*data.notes, f"classes: {listed}"):
+        logger.info("data | %s", note)
+    for warning in data.warnings:
+        logger.warning("%s", warning)
     data.validate()
     train, validation = data.train, data.validation
     if config.sample_fraction < 1:
@@ -153,11 +152,6 @@ def take(rows: Dataset, count: int | None) -> Dataset:
     if count is None or count >= len(rows):
         return rows
     return rows.select(sorted(random.Random(0).sample(range(len(rows)), count)))
-
-
-def known_duplicates(ids: Collection[str]) -> list[str]:
-    """Which of these images have a known copy in another split of the official release."""
-    return [f"{image} = {duplicate}" for image, duplicate in KNOWN_DUPLICATES.items() if image in set(ids)]
 
 
 def check_unreadable_fraction(unreadable: Collection[str], images: int, max_bad_fraction: float) -> None:

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from datasets import Dataset
@@ -31,6 +31,11 @@ KNOWN_DUPLICATES = {
 VGG_MD5 = {"imagelabels.mat": "e0620be6f572b9609742df49c70aed4d", "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c"}
 VGG_SPLIT_KEYS = {"train": "trnid", "validation": "valid", "test": "tstid"}
 VGG_IMAGE = re.compile(r"image_\d{5}\.jpg")
+
+
+def known_duplicates(ids: Iterable[str]) -> list[str]:
+    """Which of these images have a known copy in another split of the official release."""
+    return [f"{image} = {KNOWN_DUPLICATES[image]}" for image in sorted({*ids} & {*KNOWN_DUPLICATES})]
 
 
 def official_counts(split: str) -> list[int]:

@@ -17,9 +17,10 @@ import numpy as np
 from scipy.special import logsumexp
 from torch.utils.data import ConcatDataset, Subset
 
-from data.dataset import PlantData, check_unreadable_fraction, known_duplicates, take
+from data.dataset import PlantData, check_unreadable_fraction, take
 from data.groups import find_plants
 from data.labels import parse_reply
+from data.oxford_flowers import known_duplicates
 from data.synthetic import draw_ood_images
 from data.taxonomy import Taxonomy
 from evaluation.calibration import Calibration, calibrate

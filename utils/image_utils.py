@@ -102,11 +102,14 @@ def read_image_size(source: dict | str | Path) -> tuple[int, int]:
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def fit_image(image: Image.Image, image_size: int | None) -> Image.Image:
+def fit_image(image: Image.Image, image_size: int | None, seed: int | None = None) -> Image.Image:
     """The whole image resized to `image_size` x `image_size` pixels, bicubic, aspect ratio not kept; None: as it is.
 
     The base view of LLaVA-NeXT makes a square of any image anyway, and a square gives all images the same token count.
+    With a `seed` the image is augmented first.
     """
+    if seed is not None:
+        image = augment_image(image, seed)
     if image_size is None or image.size == (image_size, image_size):
         return image
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -128,11 +131,6 @@ def augment_image(image: Image.Image, seed: int) -> Image.Image:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(draw.uniform(0.8, 1.2))
     return image
-
-
-def fitted_size(size: tuple[int, int], image_size: int | None) -> tuple[int, int]:
-    """(H, W) that fit_image gives an image of this (H, W)."""
-    return size if image_size is None else (image_size, image_size)
 
 
 def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:

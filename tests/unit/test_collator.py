@@ -258,6 +258,7 @@ def test_the_largest_row_becomes_as_many_tokens_as_any(image_size, size, tiny):
     row = collator.largest_row(rows)
     (largest,) = collator([row]).samples
     assert largest.size == size and row["label"] == 3
+    assert collator.describe(row, (33, 99)).size == (size if image_size else (33, 99))
     others = [collator.describe(row | {"label": label}, other) for other in SIZES for label in range(len(names))]
     assert image_size or largest.length == max(sample.length for sample in others)
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from config.cli import parse_config
 from data import dataset, oxford_flowers, sources
 from data.dataset import build_datasets, sample_rows
-from data.oxford_flowers import CLASS_NAMES, check_official_counts, official_counts
+from data.oxford_flowers import CLASS_NAMES, check_official_counts, known_duplicates, official_counts
 from data.sources import load_ood_images
 from tests.conftest import FLOWERS
 from utils.image_utils import open_image
@@ -205,7 +205,7 @@ def test_ood_images_in_folders_named_as_classes_are_warned_of(image_folder, capl
 
 
 def test_known_duplicates_are_listed_with_their_split():
-    assert dataset.known_duplicates(["image_07309", "image_00001"]) == ["image_07309 = image_07307 (train)"]
+    assert known_duplicates(["image_07309", "image_00001"]) == ["image_07309 = image_07307 (train)"]
 
 
 def test_a_limited_split_is_the_same_every_time(image_folder):

@@ -19,7 +19,6 @@ from utils.image_utils import (
     ImageError,
     count_image_tokens,
     fit_image,
-    fitted_size,
     is_image_start,
     open_image,
     open_thumbnail,
@@ -43,7 +42,6 @@ def gradient(mode: str = "RGB") -> Image.Image:
 @pytest.mark.parametrize(("side", "expected"), [(336, (336, 336)), (None, (30, 40))])
 def test_fit_is_the_whole_image_as_a_square_or_its_own_size(side, expected):
     assert fit_image(gradient(), side).size == expected
-    assert fitted_size((40, 30), side) == expected[::-1]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
