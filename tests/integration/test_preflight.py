@@ -41,7 +41,7 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits,
     assert "Number of image tokens: 1 (expanded to 55, as many as feature rows)" in lines["image tokens"]
     assert "25 patches of 14 x 14 + 1 CLS per tile" in lines["pixels"] and "(1, 2, 3, 70, 70)" in lines["pixels"]
     assert "supervised: ' amber starwort</s>'" in lines["sample"] and "as expected of random weights" in lines["steps"]
-    assert "minutes per epoch of 3 steps" in lines["time"] and "transformers 5" in lines["packages"]
+    assert re.search(r"about \d+\.\d s per epoch of 3 steps", lines["time"]) and "transformers 5" in lines["packages"]
     assert not list(here.iterdir())
 
 
@@ -103,6 +103,13 @@ def test_untested_versions_are_reported(small_splits, capsys, monkeypatch):
     )
 
 
+def test_a_long_epoch_is_in_minutes():
+    found = test_trainer.PreFlight(TrainingConfig())
+    found.data, found.device = SimpleNamespace(num_train=1600), torch.device("cpu")
+    found.steps = [{"seconds": 1.8}] * 3
+    assert found.check_time() == "8.89 images/s | about 3.0 minutes per epoch of 100 steps"
+
+
 def test_a_leak_fails(small_splits, capsys, monkeypatch):
     grown = iter(range(0, 10**12, 10**8))
     monkeypatch.setattr(callbacks, "memory_in_use", lambda device: next(grown))
@@ -112,15 +119,17 @@ def test_a_leak_fails(small_splits, capsys, monkeypatch):
 
 def test_memory_that_goes_up_and_down_is_no_leak():
     memory = (1.34, 1.11, 1.22, 1.24, 1.13, 1.19)
-    found = test_trainer.PreFlight(TrainingConfig(), steps=[{"memory_gib": each, "peak_gib": 1.4} for each in memory])
-    assert test_trainer.check_leak(found) == "1.34 GiB after the first step, 1.19 after the last | peak 1.40"
+    found = test_trainer.PreFlight(TrainingConfig())
+    found.steps = [{"memory_gib": each, "peak_gib": 1.4} for each in memory]
+    assert found.check_leak() == "1.34 GiB after the first step, 1.19 after the last | peak 1.40"
 
 
 def test_a_tower_without_cls_is_described_without_it(checkpoint, tiny):
     processor, prompt = build_processor(TrainingConfig(model=checkpoint("granite")), tiny.names)
-    collator = PlantCollator(processor, prompt, tiny.names, 70)
-    found = test_trainer.PreFlight(TrainingConfig(), collator=collator, batch=collator(tiny.rows(1)))
-    assert test_trainer.check_pixels(found).endswith("| 25 patches of 14 x 14 per tile")
+    found = test_trainer.PreFlight(TrainingConfig())
+    found.collator = PlantCollator(processor, prompt, tiny.names, 70)
+    found.batch = found.collator(tiny.rows(1))
+    assert found.check_pixels().endswith("| 25 patches of 14 x 14 per tile")
 
 
 def test_an_implausible_first_loss_fails(small_splits, capsys, monkeypatch):
@@ -184,13 +193,10 @@ def test_an_empty_environment_is_reported_with_the_command_to_install(capsys, mo
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):
-    def check_data(ready):
+    def check_data(found):
         raise KeyboardInterrupt
 
-    checks = [
-        (check_data if check is test_trainer.check_data else check, needs) for check, needs in test_trainer.CHECKS
-    ]
-    monkeypatch.setattr(test_trainer, "CHECKS", checks)
+    monkeypatch.setattr(test_trainer.PreFlight, "check_data", check_data)
     status, lines = run(capsys, *TINY)
     assert status == 130 and lines["data"] == "stop  data: interrupted"
 
