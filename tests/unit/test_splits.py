@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -15,7 +16,7 @@ from data.dataset import build_datasets, check_unreadable_fraction
 from data.groups import group_by_name
 from data.rows import ROW, SPLITS, Source
 from data.splits import hold_out_classes, split_source
-from test_trainer import PreFlight, check_data, read_sizes
+from test_trainer import PreFlight
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
 
@@ -421,7 +422,7 @@ def test_notes_and_warnings_are_logged_once(image_folder, capsys):
 
 def test_the_pre_flight_lists_notes_and_warnings_below_its_line(image_folder):
     root = image_folder({"oak": 9, "ash": 9, "elm": 1})
-    first, *rest = check_data(PreFlight(parse_config(["--dataset", str(root)]))).splitlines()
+    first, *rest = PreFlight(parse_config(["--dataset", str(root)])).check_data().splitlines()
     assert first.startswith(f"image folder {root}: ") and all(line.startswith("      ") for line in rest)
     assert "cut from train" in rest[-2] and rest[-1].startswith("      warning: 1 class has fewer than 3 images (elm)")
 
@@ -430,9 +431,11 @@ def test_the_pre_flight_finds_unreadable_images_of_each_split(image_folder):
     root = image_folder({"train/oak": 9, "train/ash": 9, "val/oak": 9, "val/ash": 9})
     (root / "val/oak/x.jpg").write_bytes(b"<html>")
     found = PreFlight(parse_config(["--dataset", str(root)]))
-    check_data(found)
-    _, (reason,) = read_sizes(found.data.validation, 1.0)
-    assert reason.startswith(f"{root}/val/oak/x.jpg: is not an image in any of the formats")
+    found.check_data()
+    found.collator = SimpleNamespace(describe=lambda row, size: SimpleNamespace(length=7))
+    text = found.check_lengths()
+    assert text.startswith("7 to 7 tokens")
+    assert f" | 1 unreadable: {root}/val/oak/x.jpg: is not an image in any of the formats" in text
 
 
 @pytest.mark.parametrize(
