@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     set_environment()
     setup_logging(stream=sys.stderr)
     with report_errors(ConfigError, when_interrupted="the images above are classified"):
+        from evaluation.predictor import to_json
+
         plants = group_images(words, options.together)
         images = sum(len(plant) for _, plant in plants)
         if options.explain and images != 1:
@@ -52,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         for found, (label, plant) in zip(classify(run, [plant for _, plant in plants], options), plants):
             failed += len(plant if isinstance(found, str) else found.unreadable)
             names = [image for image, _ in plant] if options.together else label
-            line = format_json(names, found, options.top) if options.json else format_line(label, found, options.top)
+            line = (
+                json.dumps(to_json(names, found, options.top))
+                if options.json
+                else format_line(label, found, options.top)
+            )
             print(line, flush=True)
         if failed:
             logger.warning(f"{failed:,} of {images:,} could not be classified; their lines say why")
@@ -90,42 +96,48 @@ def group_images(words: list[str], together: bool) -> list[tuple[str, list[tuple
     """(label, what find_images gives) of each plant: of each image, or `together` of the images of each folder, and of
     all others.
     """
+    paths = list(itertools.chain(*map(expand, words)))
     if not together:
-        return [(image, [(image, reason)]) for image, reason in find_images(words)]
+        return [(image, [(image, reason)]) for path in paths for image, reason in find_images(path)]
     plants: dict[str, dict[tuple[str, str | None], None]] = {}
-    expanded = [
-        (sorted(filter(os.path.isdir, match(word))) if glob.has_magic(word) and not os.path.exists(word) else [])
-        or [word]
-        for word in words
-    ]
-    for word in dict.fromkeys(itertools.chain(*expanded)):
-        is_folder, found = os.path.isdir(word), list(find_images([word]))
-        plants.setdefault(word if is_folder else "", {}).update(dict.fromkeys(found))
+    for path in dict.fromkeys(paths):
+        is_folder, found = os.path.isdir(path), find_images(path)
+        plants.setdefault(path if is_folder else "", {}).update(dict.fromkeys(found))
         if is_folder and len(below := {os.path.dirname(image) for image, _ in found}) > 1:
-            move = f"if each is a plant: {printable(os.path.join(word, '*'))}"
-            logger.warning(f"{printable(word)}: the images of {len(below)} folders count as one plant; {move}")
-    return [(word or ", ".join(image for image, _ in plant), list(plant)) for word, plant in plants.items()]
+            move = f"if each is a plant: {printable(os.path.join(path, '*'))}"
+            logger.warning(f"{printable(path)}: the images of {len(below)} folders count as one plant; {move}")
+    return [(path or ", ".join(image for image, _ in plant), list(plant)) for path, plant in plants.items()]
 
 
-def find_images(words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(file, or a word that stands for none, and why): files as named, images below folders, matches of patterns."""
+def expand(word: str) -> list[str]:
+    """A file or folder as named, or the matches of a pattern, as a shell gives them; the word itself if there are none.
+
+    `**` stands for files alone, and follows no links: two that lead back would take it through 2^40 folders.
+    """
+    path = Path(word)
+    if not glob.has_magic(word) or os.path.exists(word):
+        return [word]
+    if "**" not in path.parts:
+        return sorted(glob.glob(word)) or [word]
+    found = filter(Path.is_file, Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    named = [each for each in found if not any(part[0] == "." for part in each.parts if part not in path.parts)]
+    return sorted(map(str, named)) or [word]
+
+
+def find_images(path: str) -> list[tuple[str, str | None]]:
+    """(image, None) of a file, or of all in a folder and below; (path, why it stands for none)."""
     from data.survey import add_unused, survey
 
-    for word in words:
-        reason = None
-        if os.path.isdir(word):  # pathlib would raise for a name that is too long
-            folder, excluded = survey(Path(word))
-            add_unused(folder, excluded)
-            found = list(folder.list_images())
-            for line in excluded.lines() if found else ():
-                logger.warning(f"{printable(word)}: {line}")
-            reason = f"{printable(word)}: {'; '.join(['holds no images', *excluded.lines()])}"
-        elif glob.has_magic(word) and not os.path.exists(word):
-            found = sorted(path for path in match(word) if not os.path.isdir(path))
-            reason = f"{printable(word)}: no file matches this pattern; ** stands for folders below folders"
-        else:
-            found = [word]  # whether it is there shows when it is opened
-        yield from [(path, None) for path in found] or [(word, reason)]
+    if not os.path.isdir(path):  # pathlib would raise for a name that is too long
+        is_file = os.path.lexists(path) or not glob.has_magic(path)  # whether it can be opened shows later
+        problem = f"{printable(path)}: no file matches this pattern; ** stands for folders below folders"
+        return [(path, None if is_file else problem)]
+    folder, excluded = survey(Path(path))
+    add_unused(folder, excluded)
+    found: list[tuple[str, str | None]] = [(image, None) for image in folder.list_images()]
+    for line in excluded.lines() if found else ():
+        logger.warning(f"{printable(path)}: {line}")
+    return found or [(path, f"{printable(path)}: {'; '.join(['holds no images', *excluded.lines()])}")]
 
 
 def find_problem(path: Path) -> str | None:
@@ -136,17 +148,6 @@ def find_problem(path: Path) -> str | None:
         return "already exists"
     is_usable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
     return None if is_usable else f"{path.parent} is no folder that can be written to"
-
-
-def match(pattern: str) -> Iterable[str]:
-    """What a pattern stands for. `**` follows no links: two that lead back would take it through 2^40 folders."""
-    path = Path(pattern)
-    if "**" not in path.parts:
-        return glob.glob(pattern)
-    found = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
-    return (
-        str(each) for each in found if not any(part.startswith(".") for part in each.parts if part not in path.parts)
-    )
 
 
 def format_line(image: str, found, top: int) -> str:
@@ -166,12 +167,6 @@ def format_line(image: str, found, top: int) -> str:
         line, names = f"{label}: {doubt} ({', '.join([first, *others])})", found.prediction_set or []
         line += f"; one of: {list_names(names, top)}" if len(names) > 1 else ""
     return "; not used: ".join([line, *found.unreadable])
-
-
-def format_json(images: str | list[str], found, top: int) -> str:
-    from evaluation.predictor import to_json
-
-    return json.dumps(to_json(images, found, top))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -42,25 +43,31 @@ def test_files_folders_and_patterns_in_their_order(trained, images, capsys):
     assert names == ["images/08.png", *deep, *[f"images/0{number}.png" for number in range(4)], "images/deep/09.png"]
 
 
+def test_a_pattern_is_what_a_shell_makes_of_it(images):
+    (images / ".hidden.png").write_bytes(b"x")
+    assert predict.expand("images/*") == sorted(f"images/{name}" for name in os.listdir(images) if name[0] != ".")
+    assert predict.group_images(["images/0[89]*", "images/d*"], False) == [
+        (image, [(image, None)])
+        for image in ("images/08.png", *(f"images/deep/{name}.png" for name in ("09", "10", "11")))
+    ]
+
+
 def test_links_that_lead_back_do_not_lead_a_pattern_astray(here, images):
     for name in "ab":
         (images / name).symlink_to(".")
     (images / ".hidden").mkdir()
     (images / ".hidden" / "00.png").write_bytes(b"x")
     for pattern in ("**/0[01].png", f"{here}/**/0[01].png"):
-        assert [path.removeprefix(f"{here}/") for path, _ in predict.find_images([pattern])] == [
-            "images/00.png",
-            "images/01.png",
-        ]
+        assert [path.removeprefix(f"{here}/") for path in predict.expand(pattern)] == ["images/00.png", "images/01.png"]
 
 
 def test_files_of_a_folder_that_are_no_images_are_counted_also_raw_ones(here, images, caplog):
     (images / "deep/IMG_1.DNG").write_bytes(b"II*\0")
-    assert len(list(predict.find_images(["images"]))) == 12
+    assert len(predict.find_images("images")) == 12
     assert "images: not used: .dng files: 1 (deep/IMG_1.DNG)" in caplog.text
     for path in images.rglob("*.png"):
         path.unlink()
-    ((word, reason),) = predict.find_images(["images"])
+    ((word, reason),) = predict.find_images("images")
     assert word == "images" and reason == "images: holds no images; not used: .dng files: 1 (deep/IMG_1.DNG)"
 
 
