@@ -171,20 +171,18 @@ class KnownHosts:
     async def __call__(self, scope, receive, send) -> None:
         from starlette.responses import PlainTextResponse
 
-        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1").lower()
+        app, host = self.app, dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
         if scope["type"] in ("http", "websocket") and not self.is_known(host):
             text = "This page is not served under that name; use its address, or start it with --host NAME.\n"
-            await PlainTextResponse(text, status_code=400)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            app = PlainTextResponse(text, status_code=400)
+        await app(scope, receive, send)
 
     def is_known(self, host: str) -> bool:
         """Whether a Host header, such as "localhost:7860" or "[::1]:7860", is one of this page's."""
-        name = re.sub(r":\d*$", "", host).strip("[]")
+        name = re.sub(r":\d*$", "", host.lower()).strip("[]")
         with contextlib.suppress(ValueError):
-            ipaddress.ip_address(name)
-            return True
-        return name in self.names
+            return name in self.names or ipaddress.ip_address(name) is not None
+        return False
 
 
 def serve(blocks, endpoint, options: PageOptions) -> None:

@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Literal
 
 from benchmarks.points import Result, append_result, read_points
 from config.cli import DATA_FIELDS, CommandLine
@@ -51,7 +52,7 @@ class BenchmarkOptions:
     image: str = option("500x667", "width x height of the generated images, before image_size; several with commas")
     names: int = option(102, "class names; 102: the flowers', otherwise pairs of their words", low=2, high=20000)
     scoring: bool = option(True, "time scoring too, per_device_eval_batch_size images per forward pass")
-    against: str = option("none", "stock: time the plain Trainer with PEFT too", choices=("none", "stock"))
+    against: Literal["none", "stock"] = option("none", "stock: time the plain Trainer with PEFT too")
     memory_limits: str | None = option(None, "GiB of the GPU to train within, with commas; nothing else is timed")
     points: str | None = option(None, "file to which each row of the table is appended as a line of JSON")
     picture: str | None = option(None, "PNG to draw of the --points, images/s over memory; nothing is timed")

@@ -16,6 +16,7 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
 from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
@@ -31,17 +32,15 @@ OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming", "holdout_c
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    split: str = option("val", "held-out images", choices=("val", "test"))
-    protocol: str = option(
-        "scoring",
-        "scoring: log-likelihoods of all class names; generation: open-ended replies",
-        choices=("scoring", "generation", "both"),
+    split: Literal["val", "test"] = option("val", "held-out images")
+    protocol: Literal["scoring", "generation", "both"] = option(
+        "scoring", "scoring: log-likelihoods of all class names; generation: open-ended replies"
     )
     limit: int | None = option(None, "images of the split, sampled with a fixed seed; none: all", low=1)
     per_token: bool = option(False, "divide each name's log-likelihood by its number of tokens")
     prior_calibration: bool = option(False, "subtract each name's log-likelihood on a plain gray image")
     target_selective_accuracy: float = option(
-        0.95, "accuracy on the images that are not rejected, for which val's threshold is chosen", above=0, high=1
+        0.95, "of images not rejected; sets the threshold, on val", above=0, high=1
     )
     coverage: float = option(0.9, "share of images whose prediction set has the true name", above=0, high=0.999)
     csv: bool = option(False, "tables for spreadsheets too: of the images, and of the classes")

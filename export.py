@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from config.cli import COMPUTE_FIELDS, DATA_FIELDS, parse_run_command
 from config.training_config import ConfigError, option
@@ -22,11 +23,9 @@ from utils.logging_utils import logger, report_errors, set_environment, setup_lo
 
 @dataclass(frozen=True)
 class ExportOptions:
-    dtype: str = option(
-        "bf16", "of the merged weights; nf4: language model in 4 bit", choices=("bf16", "fp16", "fp32", "nf4")
-    )
-    format: str = option("safetensors", "gguf: for llama.cpp and ollama", choices=("safetensors", "gguf"))
-    quantize: str = option("f16", "of the language model in gguf", choices=("f16", "q8_0", "q4_k_m"))
+    dtype: Literal["bf16", "fp16", "fp32", "nf4"] = option("bf16", "of the merged weights; nf4: 4-bit language model")
+    format: Literal["safetensors", "gguf"] = option("safetensors", "gguf: for llama.cpp and ollama")
+    quantize: Literal["f16", "q8_0", "q4_k_m"] = option("f16", "of the language model in gguf")
     adapter_only: bool = option(False, "export the adapter, for the base model it was trained on")
     push_to_hub: str | None = option(None, "OWNER/NAME: upload the same files there; a new repository is private")
     limit: int | None = option(None, "val images that the merged model is scored on; none: all", low=1)

@@ -120,8 +120,8 @@ def expand(word: str) -> list[str]:
     if "**" not in path.parts:
         return sorted(glob.glob(word)) or [word]
     found = filter(Path.is_file, Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
-    named = [each for each in found if not any(part[0] == "." for part in each.parts if part not in path.parts)]
-    return sorted(map(str, named)) or [word]
+    shown = [each for each in found if not any(part[0] == "." for part in each.parts if part not in path.parts)]
+    return sorted(map(str, shown)) or [word]
 
 
 def find_images(path: str) -> list[tuple[str, str | None]]:

@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -55,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         return PreFlight(config).run()
 
 
+@dataclass
 class PreFlight:
     """The checks, each a method that returns what it found in words, or raises; what later ones need is kept."""
 
-    def __init__(self, config: TrainingConfig):
-        self.config = config
+    config: TrainingConfig
 
     def run(self) -> int:
         """Print a line for each check; returns the exit status."""

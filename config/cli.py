@@ -18,6 +18,7 @@ from config.training_config import (
     ConfigError,
     TrainingConfig,
     describe_type,
+    field_choices,
     field_types,
     find_problems,
     format_value,
@@ -114,7 +115,7 @@ def parse_run_command(
     line = CommandLine(argv, description, options, usage, fixed)
     run: typing.Any = None
     rest = line.words[1:]
-    extra = [] if words.endswith("...") else rest[1:] if words else rest
+    extra = [] if words.endswith("...") else rest[len(words.split()) :]
     if not line.words:
         line.problems.append(f"RUN is missing; usage: {usage}. Runs here: {list_runs()}")
     else:
@@ -158,7 +159,7 @@ def _build_parser(description: str, fields: list[dataclasses.Field], words: str,
         parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     for field in fields:
         const = "true" if isinstance(field.default, bool) else MISSING
-        choices = f" ({' | '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+        choices = f" ({' | '.join(field_choices(field))})" if field_choices(field) else ""
         text = f"{field.metadata['help']}{choices} [{format_value(field.default)}]".replace("%", "%%")
         shown = argparse.SUPPRESS if field.name in refused else text
         for flag, text in {f"--{field.name}": argparse.SUPPRESS, _flag(field.name): shown}.items():

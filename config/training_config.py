@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 CONFIG_FILE = "training_config.json"
 RANDOM_MODELS = ("tiny", "scratch", "full")  # values of `model`: built from a config with random weights, no download
@@ -25,9 +26,9 @@ class ConfigError(ValueError):
     """A run directory or saved config that cannot be used; the message is one sentence."""
 
 
-def option(default, help: str, *, low=None, above=None, high=None, choices=(), resumable: bool = True):
+def option(default, help: str, *, low=None, above=None, high=None, resumable: bool = True):
     """A field with its unit or reason (shown by --help) and its range: low <= value <= high, value > above."""
-    limits = {"low": low, "above": above, "high": high, "choices": choices}
+    limits = {"low": low, "above": above, "high": high}
     return dataclasses.field(default=default, metadata={"help": help, "resumable": resumable, **limits})
 
 
@@ -41,9 +42,7 @@ class TrainingConfig:
     # ---- run
     preset: str = option("default", "named variant of these defaults")
     output_dir: str | None = option(None, "run directory; none: runs/<preset>, or the next free runs/<preset>-2, ...")
-    resume: str = option(
-        "auto", "auto: an interrupted run; never: start a new one; or the run directory or checkpoint to resume from"
-    )
+    resume: str = option("auto", "auto: an interrupted run; never: a new one; or the run or checkpoint to resume")
     allow_changed: bool = option(False, "resume although data, precision or ranks changed")
     seed: int = fixed(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
 
@@ -57,40 +56,29 @@ class TrainingConfig:
         "branch, tag or commit of a hub model; as it is, of any but the default model the current commit",
     )
     load_in_4bit: bool = fixed(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
-    mixed_precision: str = fixed(
-        "auto", "auto: bf16 where the GPU computes it natively, else fp16", choices=("auto", "bf16", "fp16", "no")
-    )
-    trainable: str = fixed(
-        "adapter",
-        "which parameters are trained; adapter: LoRA on all projections of the language model",
-        choices=("adapter", "adapter+projector", "projector", "everything"),
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] = fixed("auto", "auto: bf16 where it is native, else fp16")
+    trainable: Literal["adapter", "adapter+projector", "projector", "everything"] = fixed(
+        "adapter", "which parameters are trained; adapter: LoRA on all projections of the language model"
     )
     lora_r: int = fixed(16, "rank of the adapter", low=1)
     lora_alpha: int = fixed(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
     lora_dropout: float = fixed(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
-    gradient_checkpointing: str = option(
+    gradient_checkpointing: Literal["auto", "true", "offload", "false"] = option(
         "auto",
         "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the GPU "
         "needs, in all without auto_batch; offload: in all, their inputs offloaded to CPU memory",
-        choices=("auto", "true", "offload", "false"),
     )
     auto_batch: bool = option(
-        True, "fit micro-batch and checkpointing to this GPU, at the configured global batch size; false: as configured"
+        True, "fit micro-batch and checkpointing to this GPU, at the configured global batch size"
     )
-    compile: str = option(
-        "auto",
-        "compile the elementwise kernels of fused layers; auto: on a CUDA GPU, if the run is long enough to save time",
-        choices=("auto", "true", "false"),
+    compile: Literal["auto", "true", "false"] = option(
+        "auto", "compile the elementwise kernels of fused layers; auto: on a CUDA GPU, if the run is long enough"
     )
-    matmul: str = fixed(
-        "bf16",
-        "of the backward pass with frozen weights; fp8: faster, less exact, on Ada and Hopper GPUs",
-        choices=("bf16", "fp8"),
+    matmul: Literal["bf16", "fp8"] = fixed(
+        "bf16", "of the backward pass with frozen weights; fp8: faster, less exact, on Ada and Hopper GPUs"
     )
-    sharding: str = option(
-        "none",
-        "fsdp: shard the frozen weights across ranks; micro-batch and checkpointing are then used as configured",
-        choices=("none", "fsdp"),
+    sharding: Literal["none", "fsdp"] = option(
+        "none", "fsdp: shard the frozen weights across ranks; micro-batch and checkpointing are then as configured"
     )
     gpu_memory_fraction: float = option(0.9, "of GPU memory, for this process; the rest is a buffer", above=0, high=1)
 
@@ -105,9 +93,7 @@ class TrainingConfig:
     )
     label_column: str | None = fixed(None, "column of a table or parquet file with the labels; none: by its name")
     class_names: str | None = fixed(None, "json or csv file that gives class folders or labels their names")
-    taxonomy: str | None = option(
-        None, "csv file with the columns name, genus and family of the classes; none: taxonomy.csv in the data set"
-    )
+    taxonomy: str | None = option(None, "csv file: name, genus and family of the classes; none: the data set's")
     streaming: bool = fixed(False, "read train images from parquet files, without an Arrow copy; needs max_steps")
     train_on_val: bool = fixed(False, "train on train + val; val can then neither select nor measure anything")
     sample_fraction: float = fixed(1.0, "of the train and val images used, classes kept balanced", above=0, high=1)
@@ -119,25 +105,14 @@ class TrainingConfig:
         "gets: its first group, or all that it matches; none: what the data says, or plain file names",
     )
     min_images: int = fixed(1, "classes with fewer images are not used", low=1)
-    holdout_classes: int = fixed(
-        0, "classes, drawn by seed, that are not learned; evaluate.py measures whether their images are noticed", low=0
-    )
+    holdout_classes: int = fixed(0, "drawn by seed and not learned; does evaluate.py notice their images?", low=0)
     class_balance: bool = fixed(False, "show images of rare classes more often, by the square root of their number")
-    augmentation: str = fixed(
-        "none", "light: train images are cropped, flipped, their light changed", choices=("none", "light")
-    )
+    augmentation: Literal["none", "light"] = fixed("none", "light: crop and flip train images, change their light")
     allow_missing: bool = fixed(False, "continue although images that the data set lists are not on disk")
-    max_bad_fraction: float = option(
-        0.01, "of images that may be unreadable before the run stops; they are logged", low=0, high=1
-    )
-    image_size: int | None = fixed(
-        336, "side of the resized images, in pixels; none: own size, up to 5 tiles", low=28, high=4096
-    )
-    views: str = fixed(
-        "anyres",
-        "what the model sees of an image; anyres: all of it and its tiles; base: all of it in one tile, which takes "
-        "half the time and memory or less",
-        choices=("anyres", "base"),
+    max_bad_fraction: float = option(0.01, "of images that may be unreadable before the run stops", low=0, high=1)
+    image_size: int | None = fixed(336, "side of resized images; none: own size, up to 5 tiles", low=28, high=4096)
+    views: Literal["anyres", "base"] = fixed(
+        "anyres", "anyres: all of an image and its tiles; base: all of it in one tile, half the time and memory or less"
     )
     question: str = fixed("What flower is shown in this image?", "what the model is asked about every image")
     num_workers: int = option(2, "processes that decode images; 0: the training process", low=0)
@@ -145,12 +120,10 @@ class TrainingConfig:
 
     # ---- optimizer
     per_device_train_batch_size: int = option(1, "micro-batch size without auto_batch", low=1)
-    gradient_accumulation_steps: int = option(
-        16, "times per_device_train_batch_size: the global batch size, for any number of GPUs", low=1
-    )
+    gradient_accumulation_steps: int = option(16, "times micro-batch size: the global batch size, of all GPUs", low=1)
     learning_rate: float = fixed(1e-5, "peak learning rate", above=0)
     projector_learning_rate: float | None = fixed(None, "of the projector; none: learning_rate", above=0)
-    lr_scheduler_type: str = fixed("cosine", "after warm-up", choices=("cosine", "linear", "constant_with_warmup"))
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = fixed("cosine", "after warm-up")
     warmup_steps: float = fixed(0.03, "optimizer steps of linear warm-up; below 1: fraction of all steps", low=0)
     weight_decay: float = fixed(0.0, "of AdamW", low=0)
     max_grad_norm: float = fixed(0.5, "gradient norm is clipped to this", above=0)
@@ -213,10 +186,9 @@ class TrainingConfig:
             yield f"question={self.question!r}: {reason}; use single spaces between words"
         if not all(name.replace("_", "").isalnum() for name in self.report_to.split(",")):
             yield f"report_to={self.report_to!r}: use none, all, or names with commas such as tensorboard,wandb"
-        if (fault := _why_no_pattern(self.group_by)) is not None:
-            yield (
-                f"--group-by {self.group_by!r}: not a regular expression ({fault}); for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
-            )
+        if self.group_by is not None and (fault := _why_no_pattern(self.group_by)):
+            example = "for 148_1.jpg, 148_2.jpg: ^(\\d+)_"
+            yield f"--group-by {self.group_by!r}: not a regular expression ({fault}); {example}"
         if self.streaming:
             yield from self._find_streaming_conflicts()
 
@@ -274,37 +246,40 @@ def find_problems(options) -> Iterator[str]:
     yield from getattr(options, "find_conflicts", tuple)()
 
 
-def _why_no_pattern(text: str | None) -> str | None:
-    if text is None:
-        return None
+def _why_no_pattern(text: str) -> str:
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         return f"{error}"
-    return None if text else "it is empty"
+    return "" if text else "it is empty"
 
 
 def find_range_problems(options) -> Iterator[str]:
     """A sentence per field of a dataclass of options whose value is of another type or out of its range."""
     for field in dataclasses.fields(options):
-        name, value, limits, kinds = field.name, getattr(options, field.name), field.metadata, field_types(field)
+        name, value, kinds, choices = field.name, getattr(options, field.name), field_types(field), field_choices(field)
         accepted = (*kinds, int) if float in kinds else kinds
         default = f"the default is {format_value(field.default)}"
-        if value is None:
-            if type(None) not in kinds:
-                yield f"{name}=none: a value is needed; {default}"
+        if value is None and type(None) not in kinds:
+            yield f"{name}=none: a value is needed; {default}"
         elif isinstance(value, bool) != (bool in kinds) or not isinstance(value, accepted):
             yield f"{name}={value!r}: {describe_type(field)} is needed; {default}"
-        elif (choices := limits["choices"]) and value not in choices:
+        elif choices and value not in choices:
             yield f"{name}={value}: not one of {', '.join(choices)}{nearest_name(str(value), choices)}"
         elif isinstance(value, (int, float)):
-            bounds = {bound: limit for bound in BOUNDS if (limit := limits[bound]) is not None}
+            bounds = {bound: limit for bound in BOUNDS if (limit := field.metadata[bound]) is not None}
             if not (math.isfinite(value) and all(BOUNDS[bound][1](value, limit) for bound, limit in bounds.items())):
                 words = " and ".join(f"{BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
                 yield f"{name}={format_value(value)}: must be {words or 'finite'}; {default}"
 
 
+def field_choices(field: dataclasses.Field) -> tuple[str, ...]:
+    return typing.get_args(field.type) if typing.get_origin(field.type) is Literal else ()
+
+
 def field_types(field: dataclasses.Field) -> tuple[type, ...]:
+    if field_choices(field):
+        return (str,)
     return typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
 
 
