@@ -198,8 +198,8 @@ class PreFlight:
         from utils.image_utils import ImageError, read_image_size
 
         lengths, sizes, unreadable = [], [], []
-        held_out = [sample_rows(rows) for rows in (self.data.validation, self.data.test) if rows]
-        for rows in (self.rows, *held_out):
+        others = [sample_rows(rows) for rows in (self.data.validation, self.data.test) if rows]
+        for rows in (self.rows, *others):
             faults = []
             for row in rows:
                 try:
