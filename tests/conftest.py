@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import io
 import os
 import shutil
@@ -19,6 +20,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+
+gc.disable()  # nothing of what is imported is garbage
 
 ROOT = Path(__file__).parent.parent
 # The official release, or part of it; its photographs are not part of the repository.
@@ -75,6 +78,13 @@ FAMILIES = {
         "GraniteConfig",
     ),
 }
+
+
+def pytest_collection_finish():
+    """What is imported by now is no garbage; each training and each report would scan all of it, 0.3 s a time."""
+    gc.freeze()
+    gc.enable()
+    gc.freeze = gc.unfreeze = lambda: None  # those of a training
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -162,14 +172,12 @@ def as_granite_vision(model, processor):
 def use_small_splits(patch: pytest.MonkeyPatch) -> None:
     from data import dataset, synthetic
     from evaluation import evaluator
-    from runtime import device
 
     for split, count in {"train": 48, "validation": 20, "test": 20}.items():
         patch.setitem(dataset.SPLIT_SIZES, split, count)
     patch.setattr(evaluator, "draw_ood_images", functools.partial(synthetic.draw_ood_images, 8))
     for name in ("report.MISTAKES", "report.SHOWN", "mistakes.MISTAKES"):
         patch.setattr(f"evaluation.{name}", 4)
-    patch.setattr(device, "gc", SimpleNamespace(collect=lambda: None))  # 0.2 s each, and a CPU has room
 
 
 @pytest.fixture
@@ -185,7 +193,6 @@ def simulated_gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr("models.memory.available_gpu_memory", lambda device: memory_in_use(device) + 4e9)
     monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
-    monkeypatch.setattr("models.memory.collect_memory", lambda device: None)  # seconds, and a CPU has none to free
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return monkeypatch
 
