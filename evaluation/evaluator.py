@@ -4,18 +4,14 @@ import collections
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp
-from torch.utils.data import ConcatDataset, Subset
 
 from data.dataset import PlantData, check_unreadable_fraction, take
 from data.groups import find_plants
@@ -37,13 +33,12 @@ from evaluation.trust import find_strange, measure_trust
 from models.builder import PlantModel
 from models.features import decode, encode, features_schema
 from runtime.atomic import write_file
-from runtime.distributed import Distributed, assert_same_across_ranks, is_sharded
+from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.run_dir import Run
 from runtime.run_files import COUNT, REPLIES, TEXT, read_entries, read_json
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
-SAMPLES_PER_GATHER = 16  # of each of several ranks; at most so many are lost when one is killed
 MAX_UNKNOWN = 500  # images of classes that were not learned, of which a sample is scored
 DIGITS = 4  # of a log-probability on disk, in nats: far below what 16-bit weights resolve
 
@@ -126,21 +121,10 @@ class Evaluator:
 
     def distribute(self, predict: Callable, rows) -> Iterator:
         """(sample, prediction) of each readable image of `rows`, computed across ranks; every rank gets all of them."""
-        ranks, dummy = self.dist.world_size, self.plant.dummy_row
-        mine = range(self.dist.rank, len(rows), ranks)
-        share: Any = Subset(rows, mine)
-        if is_sharded(self.plant.base) and len(mine) < math.ceil(len(rows) / ranks):
-            parts: list[Any] = [share, [dummy]]  # all ranks make the same forwards
-            share = ConcatDataset(parts)
-        pairs = (result for found, unreadable in predict(share) for result in (*unreadable, *found))
-        results = (result for result in pairs if isinstance(result, str) or result[0].id != dummy["id"])
-        count = SAMPLES_PER_GATHER if ranks > 1 else 1
-        while gathered := self.dist.gather_object(list(itertools.islice(results, count))):
-            for result in gathered:
-                if not isinstance(result, str):
-                    yield result
-                elif self.dist.is_main_process:
-                    logger.warning("unreadable image skipped: %s", result)
+        for found, unreadable in self.plant.distribute(predict, rows, self.dist):
+            for each in unreadable if self.dist.is_main_process else ():
+                logger.warning("unreadable image skipped: %s", each)
+            yield from found
 
     def score(self, rows, split: str) -> tuple[SplitScores | None, float | None]:
         """Scores of a split, and images/s where any were computed now; None instead of scores on other ranks."""

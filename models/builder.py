@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -49,7 +49,7 @@ from models.tiny import SIZES, build_config, build_random_model, build_tiny_mode
 from models.trainable import set_trainable
 from models.trie import tries_of
 from runtime.device import choose_precision, describe_gpu, fit_workers
-from runtime.distributed import is_sharded, scoring_weights
+from runtime.distributed import Distributed, is_sharded, scoring_weights
 from runtime.interrupt import StopRequest, worker_options
 from runtime.launcher import get_local_world_size
 from runtime.run_dir import Run
@@ -75,6 +75,7 @@ class PlantModel:
     eval_batch_size: int = 4  # images per forward pass of an evaluation
     num_workers: int = 0  # processes that decode images for an evaluation
     checks: list[str] = field(default_factory=list)  # what check_model found true
+    stop: StopRequest = field(default_factory=StopRequest)  # of a training, whose validation it ends
 
     @classmethod
     def from_config(cls, config: TrainingConfig, class_names: Sequence[str], device: torch.device) -> "PlantModel":
@@ -124,8 +125,13 @@ class PlantModel:
 
     @functools.cached_property
     def dummy_row(self) -> dict:
-        """An image that is scored for other ranks' sake alone, where the weights are sharded."""
+        """An image that is computed for other ranks' sake alone, where the weights are sharded."""
         return self.collator.largest_row(())
+
+    @functools.cached_property
+    def micro_batcher(self) -> MicroBatcher:
+        """For scoring."""
+        return MicroBatcher(self.eval_batch_size)
 
     @property
     def fused(self) -> list[FusedLayer]:
@@ -159,13 +165,13 @@ class PlantModel:
 
     def score(self, rows, with_features: bool = False) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
         """For each batch of rows: the log-probability of every class name, or Examined, and the unreadable images."""
-        tries, micro_batcher = tries_of(self.collator), MicroBatcher(self.eval_batch_size)
+        tries = tries_of(self.collator)
         if is_sharded(self.base):  # all ranks compute it or none
-            micro_batcher.smallest = micro_batcher.size
+            self.micro_batcher.smallest = self.micro_batcher.size
 
         def score(batch: Batch) -> list:
             states: list = []
-            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
+            scores = score_batch(self.model, batch, tries, self.micro_batcher, states).tolist()
             return examine(self.base, batch, scores, states) if with_features else scores
 
         return self._predict(rows, self.collator, score)
@@ -176,10 +182,10 @@ class PlantModel:
 
     def search(self, rows, goal: Goal) -> Iterator[tuple[list[tuple[Sample, Found]], list[str]]]:
         """For each batch of rows: the likeliest class names among many, and the unreadable images."""
-        (trie,), micro_batcher = tries_of(self.collator, math.inf), MicroBatcher(self.eval_batch_size)
+        (trie,) = tries_of(self.collator, math.inf)
 
         def search(batch: Batch) -> list[Found]:
-            return search_batch(self.model, batch, trie, micro_batcher, goal)
+            return search_batch(self.model, batch, trie, self.micro_batcher, goal)
 
         return self._predict(rows, self.collator, search)
 
@@ -203,7 +209,7 @@ class PlantModel:
         loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
         batches = tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
         with scoring_weights(self.base):
-            for batch in StopRequest().iterate(batches):  # for its limit of a wait; signals raise as they do elsewhere
+            for batch in self.stop.iterate(batches):  # after a training, for its limit of a wait alone
                 found = []
                 if batch.samples:
                     with self.autocast():
@@ -212,6 +218,18 @@ class PlantModel:
                     with self.autocast():
                         predict(collate([self.dummy_row]).to(self.device))
                 yield list(zip(batch.samples, found, strict=True)), batch.unreadable
+
+    def distribute(self, predict: Callable, rows, dist: Distributed) -> Iterator[tuple[list, list[str]]]:
+        """What `predict`, such as self.score, yields of the rows, computed across ranks; every rank gets all of it."""
+        mine = range(dist.rank, len(rows), dist.world_size)
+        share: Any = Subset(rows, mine)
+        if is_sharded(self.base) and len(mine) < math.ceil(len(rows) / dist.world_size):
+            parts: list[Any] = [share, [self.dummy_row]]  # all ranks make the same forwards
+            share = ConcatDataset(parts)
+        batches = predict(share)
+        while any(gathered := dist.gather_object([next(batches, None)])):
+            for found, unreadable in filter(None, gathered):
+                yield [each for each in found if each[0].id != self.dummy_row["id"]], unreadable
 
     def compile(self) -> None:
         """Compile the elementwise kernels of the fused layers, each when it is first needed."""

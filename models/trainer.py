@@ -23,19 +23,17 @@ from models.best_checkpoint import BestCheckpoint
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fp8 import use_fp8
-from models.fused_layers import get_fused_layers, set_activation_checkpointing
+from models.fused_layers import set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
-from models.scoring import check_length, rank_true_classes, score_batch
+from models.scoring import check_length, rank_true_classes
 from models.step_checks import StepChecks
 from models.training_arguments import build_arguments, load_state
-from models.trie import build_tries
 from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (
     Distributed,
     all_reduce_gradients,
     is_sharded,
-    scoring_weights,
     shard_batches,
     shard_by_length,
     shard_frozen_parameters,
@@ -62,32 +60,28 @@ class PlantTrainer(Trainer):
     def __init__(
         self,
         run: Run,
+        plant: PlantModel,
         memory_options: MemoryOptions,
-        micro_batch_size: int,
         projector_learning_rate: float | None = None,
         max_bad_fraction: float = 0.0,
         max_skipped_steps: int = 0,
         save_total_limit: int = 1,
         **kwargs,
     ):
-        self.run = run
+        self.run, self.plant = run, plant
         self.dist = run.dist or Distributed()
         self.memory_options = memory_options
-        self.micro_batcher = MicroBatcher(micro_batch_size)
-        self.planned_micro_batch = micro_batch_size  # rank 0's; what a rank halved concerns no other
+        self.micro_batcher = MicroBatcher(memory_options.micro_batch_size)
+        self.planned_micro_batch = memory_options.micro_batch_size  # rank 0's; what a rank halved concerns no other
         self.projector_learning_rate = projector_learning_rate
         self.save_total_limit = save_total_limit
-        self.stop = StopRequest(stops_alone=self.dist.world_size == 1)
+        self.stop = plant.stop = StopRequest(stops_alone=self.dist.world_size == 1)
         self.step_batch: Batch | None = None  # of the optimizer step in progress
         self.step_loss: torch.Tensor | None = None  # 0-d, on the device
         self.random_state: list[torch.Tensor] | None = None  # after the last complete step of this rank
         self.backfilled_evals: list[dict] = []  # recomputed on resume; RunLog appends them to the log history
-        super().__init__(**kwargs)
-        base = unwrap(self.model)
-        self.fused = get_fused_layers(base.model.language_model.layers)
-        self.tile = base.config.vision_config.image_size
-        self.tries = build_tries(self.data_collator.name_ids)
-        self.eval_micro_batcher = MicroBatcher(self.args.per_device_eval_batch_size)
+        super().__init__(model=plant.model, data_collator=plant.collator, processing_class=plant.processor, **kwargs)
+        self.fused = plant.fused
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
         self.sampling: Sampling | None = None  # other than each train image once an epoch, as it is
@@ -122,7 +116,7 @@ class PlantTrainer(Trainer):
         """Forward and backward over a data.collator.Batch; returns its loss, a 0-d tensor on the device."""
         device = self.args.device
         if inputs.samples:
-            inputs.check_tensors(self.tile, device)
+            inputs.check_tensors(self.plant.base.config.vision_config.image_size, device)
             self.check_length(inputs)
         self.step_batch = inputs
         random_state = _get_random_state(device)
@@ -161,8 +155,7 @@ class PlantTrainer(Trainer):
     @functools.cached_property
     def dummy_micro_batch(self) -> dict:
         """One image without a label, so that a rank with fewer micro-batches takes part in each FSDP all-gather."""
-        row = self.data_collator.largest_row(())
-        (dummy,) = self.data_collator([row]).to(self.args.device).split(1)
+        (dummy,) = self.data_collator([self.plant.dummy_row]).to(self.args.device).split(1)
         return dummy | {name: torch.full_like(dummy[name], IGNORED) for name in ("labels", "shift_labels")}
 
     def halve_micro_batch(self, error: RuntimeError) -> None:
@@ -208,8 +201,7 @@ class PlantTrainer(Trainer):
     def shard_weights(self) -> None:
         """Shard the frozen weights across ranks."""
         shard_frozen_parameters(unwrap(self.model), self.args.device)
-        for micro_batcher in (self.micro_batcher, self.eval_micro_batcher):
-            micro_batcher.smallest = micro_batcher.size  # all ranks compute it or none
+        self.micro_batcher.smallest = self.micro_batcher.size  # all ranks compute it or none
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
     def planned_steps(self) -> int:
@@ -356,11 +348,9 @@ class PlantTrainer(Trainer):
         )
 
     def _get_dataloader(self, *args, **kwargs):
-        if not kwargs.get("is_training"):
-            kwargs["batch_size"] *= self.dist.world_size  # configured per rank, and sharded below
         loader = super()._get_dataloader(*args, **kwargs)
         if self.dist.world_size > 1:
-            by_length = kwargs.get("is_training") and self.data_collator.image_size is None
+            by_length = self.data_collator.image_size is None
             shard_batches(loader, self._shard_by_length if by_length else self._shard)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
         inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
@@ -388,41 +378,29 @@ class PlantTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @torch.no_grad()
     def score_validation(self, eval_dataset=None) -> dict[str, float]:
         """Closed-set log-likelihood scores of all ranks' images: loss per token in nats, top-1, top-5."""
-        self.model.eval()
-        scored, unreadable = [], []
+        rows, scored, num_unreadable = self.eval_dataset if eval_dataset is None else eval_dataset, [], 0
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
-        base = unwrap(self.model)
-        with torch.random.fork_rng(), scoring_weights(base):
-            for batch in self.stop.iterate(self.get_eval_dataloader(eval_dataset)):
+        with torch.random.fork_rng():
+            for found, unreadable in self.plant.distribute(self.plant.score, rows, self.dist):
                 self.check_stop()
-                unreadable += batch.unreadable
-                if self.dist.world_size == 1:  # at once, not after the whole split
-                    self.unreadable_val.add(unreadable)
-                is_dummy = not batch.samples
-                if is_dummy and not is_sharded(base):
-                    continue
-                if is_dummy:  # other ranks wait for its part of the weights
-                    batch = self.data_collator([self.data_collator.largest_row(())]).to(self.args.device)
-                with self.accelerator.autocast():
-                    scores = score_batch(self.model, batch, self.tries, self.eval_micro_batcher).cpu().double().numpy()
-                labels = np.array([sample.label for sample in batch.samples])
-                correct, rank, log_likelihood = rank_true_classes(scores, labels)
-                tokens = [sample.length - sample.prompt_length for sample in batch.samples]
-                ids = [sample.id for sample in batch.samples]
-                scored += zip(ids, tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist())
-        unreadable = self.dist.gather_object(unreadable)
-        self.unreadable_val.add(unreadable, self.dist.is_main_process)
+                self.unreadable_val.add(unreadable, self.dist.is_main_process)
+                num_unreadable += len(unreadable)
+                if found:
+                    samples, scores = zip(*found)
+                    labels = np.array([sample.label for sample in samples])
+                    correct, rank, log_likelihood = rank_true_classes(np.array(scores), labels)
+                    tokens = [sample.length - sample.prompt_length for sample in samples]
+                    ids = [sample.id for sample in samples]
+                    scored += zip(ids, tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist())
         # In the same order for any number of ranks: sums of floating-point numbers depend on it.
-        scored = sorted(self.dist.gather_object(scored), key=lambda entry: entry[0])
-        tokens, correct, rank, log_likelihood = np.array([values for _, *values in scored]).T
+        tokens, correct, rank, log_likelihood = np.array([values for _, *values in sorted(scored)]).T
         return {
             "loss": float(-log_likelihood.sum() / tokens.sum()),
             "top1": float(correct.mean()),
             "top5": float((rank < 5).mean()),
-            "unreadable_images": len(unreadable),
+            "unreadable_images": num_unreadable,
         }
 
 
@@ -448,18 +426,21 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     largest_batch = max(config.effective_batch_size, config.per_device_eval_batch_size)
     trainer = PlantTrainer(
         run,
-        MemoryOptions(config.gradient_checkpointing, config.compile, config.auto_batch, config.sharding),
-        config.per_device_train_batch_size,
+        plant,
+        MemoryOptions(
+            config.per_device_train_batch_size,
+            config.gradient_checkpointing,
+            config.compile,
+            config.auto_batch,
+            config.sharding,
+        ),
         config.projector_learning_rate,
         config.max_bad_fraction,
         config.max_skipped_steps,
         config.save_total_limit,
-        model=plant.model,
         args=build_arguments(config, plant.precision, plant.device, plant.collator.batch_bytes(largest_batch)),
-        data_collator=plant.collator,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        processing_class=plant.processor,
     )
     if problem := config.find_warmup_problem(trainer.planned_steps()):  # of epochs, by the number of images
         raise UserError(problem)

@@ -337,11 +337,9 @@ def test_a_machine_with_other_weights_is_an_error(scored):
 
 def score_singly(rank: int, unreadable: str, faulty: str = "") -> None:
     """One image of these ids cannot be read, and one ends the rank that scores it."""
-    from evaluation import evaluator
     from models.builder import PlantModel
 
     score = PlantModel.score
-    evaluator.SAMPLES_PER_GATHER = 2
 
     def score_one_at_a_time(self, rows, **options):
         for scores, skipped in score(dataclasses.replace(self, eval_batch_size=1, num_workers=0), rows, **options):

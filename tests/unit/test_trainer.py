@@ -27,6 +27,7 @@ from models.memory import MicroBatcher
 from models.scoring import score_batch
 from models.trainer import build_trainer
 from models.training_arguments import build_arguments
+from models.trie import build_tries
 from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import Interrupted, StopRequest
 from runtime.run_dir import Run
@@ -52,7 +53,16 @@ def make_trainer(tiny, folder, train_rows=None, val_rows=None, model=None, **set
     config = TrainingConfig(**PRESETS["tiny"] | defaults | settings)
     set_seed(config.seed)
     collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, config.image_size)
-    plant = PlantModel(model or tiny.model(), tiny.processor, tiny.prompt, collator, "no", CPU)
+    plant = PlantModel(
+        model or tiny.model(),
+        tiny.processor,
+        tiny.prompt,
+        collator,
+        "no",
+        CPU,
+        config.per_device_eval_batch_size,
+        config.num_workers,
+    )
     val = Dataset.from_list(val_rows or tiny.rows(10), features=ROW)
     train = train_rows or tiny.rows(32)
     train = train if isinstance(train, Stream) else Dataset.from_list(train, features=ROW)
@@ -80,7 +90,7 @@ def split_into(size: int) -> dict:
 def test_more_tokens_than_the_language_model_has_positions_are_refused(tiny, tmp_path):
     """At the start, as far as the largest row is known, and in a step, in a score and in a reply."""
     trainer = make_trainer(tiny, tmp_path)
-    plant = PlantModel(trainer.model, tiny.processor, tiny.prompt, trainer.data_collator, "no", CPU)
+    plant = trainer.plant
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.config.text_config.max_position_embeddings = max(sample.length for sample in batch.samples) - 1
     rows = tiny.rows(10)
@@ -624,7 +634,7 @@ def test_an_evaluation_out_of_memory_is_retried_with_half_the_micro_batch(tiny, 
     trainer = make_trainer(tiny, tmp_path / "b", per_device_eval_batch_size=10)
     limit_memory(trainer.model.model, 3)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
-    assert trainer.eval_micro_batcher.size == 2
+    assert trainer.plant.micro_batcher.size == 2
     assert "out of memory while scoring; retrying with micro-batch 2" in capsys.readouterr().out
 
 
@@ -644,7 +654,7 @@ def test_evaluation_loss_is_the_exact_token_mean_for_any_batch_size(tiny, tmp_pa
 def test_evaluation_accuracy_is_that_of_the_scores(tiny, tmp_path):
     trainer = make_trainer(tiny, tmp_path)
     batch = tiny.collator(tiny.rows(10))
-    scores = score_batch(tiny.model().eval(), batch, trainer.tries, MicroBatcher(10))
+    scores = score_batch(tiny.model().eval(), batch, build_tries(tiny.collator.name_ids), MicroBatcher(10))
     labels = torch.tensor([sample.label for sample in batch.samples])
     assert trainer.evaluate()["eval_top1"] == pytest.approx((scores.argmax(dim=1) == labels).float().mean().item())
 
