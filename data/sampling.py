@@ -3,16 +3,10 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-
-
-class Sampling(NamedTuple):
-    is_balanced: bool  # images of rare classes are shown more often
-    is_augmented: bool
 
 
 class TrainRows(torch.utils.data.Dataset):
@@ -32,19 +26,19 @@ class TrainRows(torch.utils.data.Dataset):
 
 
 class TrainSampler(Sampler):
-    """Indices of an epoch: each once in random order, or with `is_balanced` images of rare classes more often.
+    """Indices of an epoch: each once in random order, or with their `labels` images of rare classes more often.
 
     Balanced, a class with n images is shown in proportion to the square root of n (Mahajan et al. 2018), each of its
     images so often as its share says, rounded up or down at random. To show all classes equally often scored worse
     (docs/LOG.md). A sampler of its own, because accelerate tells only the sampler which epoch begins.
     """
 
-    def __init__(self, rows: TrainRows | Dataset, labels: list[int], seed: int, is_balanced: bool):
+    def __init__(self, rows: TrainRows | Dataset, labels: list[int] | None, seed: int):
         self.rows = rows
         self.seed = seed
         self.epoch = 0
         counts = Counter(labels)
-        self.weights = torch.tensor([counts[label] ** -0.5 for label in labels]) if is_balanced else None
+        self.weights = None if labels is None else torch.tensor([counts[label] ** -0.5 for label in labels])
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -18,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from data.collator import IGNORED, Batch
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
-from data.sampling import Sampling, TrainRows, TrainSampler
+from data.sampling import TrainRows, TrainSampler
 from models.best_checkpoint import BestCheckpoint
 from models.builder import PlantModel, load_weights, unwrap
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
@@ -32,13 +33,13 @@ from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint,
 from runtime.device import is_out_of_memory, synchronize
 from runtime.distributed import (
     Distributed,
+    ShardedBatchSampler,
     all_reduce_gradients,
     is_sharded,
-    shard_batches,
     shard_by_length,
     shard_frozen_parameters,
 )
-from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, start_worker, worker_options
+from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, worker_options
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
 from utils.logging_utils import UserError, first_line, logger
@@ -84,7 +85,7 @@ class PlantTrainer(Trainer):
         self.fused = plant.fused
         self.best = BestCheckpoint(run.best_folder)
         self.add_callback(self.best)
-        self.sampling: Sampling | None = None  # other than each train image once an epoch, as it is
+        self.is_balanced = self.is_augmented = False  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
         unreadable_train = UnreadableImages("train", count_images(self.train_dataset), max_bad_fraction)
         self.step_checks = StepChecks(self, max_skipped_steps, unreadable_train)
@@ -325,44 +326,24 @@ class PlantTrainer(Trainer):
             write_manifest(folder)
             rotate(self.run.folder, self.run.run_id, self.save_total_limit)
 
-    def _get_train_sampler(self, train_dataset=None):
-        """`train_dataset` are the rows of the loader, which know the epoch from the sampler."""
-        if self.sampling is None:
-            return super()._get_train_sampler(train_dataset)
-        return TrainSampler(train_dataset, self.train_dataset["label"][:], self.args.seed, self.sampling.is_balanced)
-
     def get_train_dataloader(self):
-        if not self.streams:
-            rows = self.train_dataset
-            if self.sampling is not None and self.sampling.is_augmented:
-                rows = TrainRows(rows, self.args.seed)
-            return self._get_dataloader(
-                rows, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
-            )
-        return self.train_dataset.build_loader(
-            self.args.dataloader_num_workers,
-            self.args.device,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-            **worker_options(self.args.dataloader_num_workers, STREAM_S),
-        )
-
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
-        if self.dist.world_size > 1:
-            by_length = self.data_collator.image_size is None
-            shard_batches(loader, self._shard_by_length if by_length else self._shard)
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps the one that starts the workers
-        inner.worker_init_fn = functools.partial(start_worker, inner.worker_init_fn)
-        inner.timeout = LOADER_S if inner.num_workers else 0
-        return loader
+        """This rank's part of each batch; accelerate would fill the last batch up with samples of others."""
+        rows, workers = self.train_dataset, self.args.dataloader_num_workers
+        options = {"collate_fn": self.data_collator, "pin_memory": self.args.dataloader_pin_memory}
+        if self.streams:
+            return rows.build_loader(workers, self.args.device, **options, **worker_options(workers, STREAM_S))
+        labels = rows["label"][:] if self.is_balanced else None
+        rows = TrainRows(rows, self.args.seed) if self.is_augmented else rows
+        sampler = TrainSampler(rows, labels, self.args.seed)
+        options |= {"batch_sampler": ShardedBatchSampler(sampler, self.total_batch_size, self._shard)}
+        return DataLoaderShard(rows, self.args.device, num_workers=workers, **options, **worker_options(workers))
 
     def _shard(self, batch: list[int]) -> list[int]:
-        return batch[self.dist.rank :: self.dist.world_size]
-
-    def _shard_by_length(self, batch: list[int]) -> list[int]:
+        rank, ranks = self.dist.rank, self.dist.world_size
+        if ranks == 1 or self.data_collator.image_size is not None:  # all are of about the same length
+            return batch[rank::ranks]
         lengths = [self.data_collator.measure(self.train_dataset[index]) for index in batch]
-        return shard_by_length(batch, lengths, self.planned_micro_batch, self.dist.rank, self.dist.world_size)
+        return shard_by_length(batch, lengths, self.planned_micro_batch, rank, ranks)
 
     def get_batch_samples(self, *args, **kwargs):
         limit_s = (STREAM_S if self.streams else LOADER_S) + 2 if self.args.dataloader_num_workers else 0
@@ -444,11 +425,9 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     )
     if problem := config.find_warmup_problem(trainer.planned_steps()):  # of epochs, by the number of images
         raise UserError(problem)
-    is_augmented = config.augmentation != "none"
-    if trainer.streams:
-        data.train.is_augmented = is_augmented
-    elif is_augmented or config.class_balance:
-        trainer.sampling = Sampling(config.class_balance, is_augmented)
+    augmented = data.train if trainer.streams else trainer
+    augmented.is_augmented = config.augmentation != "none"
+    trainer.is_balanced = config.class_balance
     trainer.remove_callback(PrinterCallback)  # of raw dictionaries
     trainer.add_callback(RunLog(trainer))
     trainer.add_callback(MemoryCollector())

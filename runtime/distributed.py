@@ -191,14 +191,12 @@ def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
 class ShardedBatchSampler(BatchSampler):
     """A rank's shard of each batch, which `shard` takes; of a batch with fewer samples than ranks some get none."""
 
-    def __init__(self, batches: BatchSampler, shard: Callable[[list[int]], list[int]]):
-        self.batches, self.sampler, self.shard = batches, batches.sampler, shard
+    def __init__(self, sampler: Iterable[int], batch_size: int, shard: Callable[[list[int]], list[int]]):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.shard = shard
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.shard, self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return map(self.shard, super().__iter__())
 
 
 def shard_by_length(batch: Sequence[int], lengths: Sequence, micro_batch: int, rank: int, world_size: int) -> list[int]:
@@ -212,14 +210,6 @@ def shard_by_length(batch: Sequence[int], lengths: Sequence, micro_batch: int, r
         samples, turn = order[start : start + block], rank if number % 2 else world_size - 1 - rank
         shard += samples[len(samples) * turn // world_size : len(samples) * (turn + 1) // world_size]
     return [batch[position] for position in shard]
-
-
-def shard_batches(loader, shard: Callable[[list[int]], list[int]]) -> None:
-    """Replace the sharding of a loader that accelerate prepared, which fills the last batch up with other samples."""
-    sampler = loader.batch_sampler
-    sampler.batch_sampler = ShardedBatchSampler(sampler.batch_sampler, shard)
-    sampler.num_processes, sampler.process_index = 1, 0
-    sampler.even_batches, sampler.batch_size = False, None
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:

@@ -4,7 +4,6 @@ Before and after a training signals raise KeyboardInterrupt (utils/logging_utils
 """
 
 import contextlib
-import functools
 import multiprocessing.queues
 import os
 import signal
@@ -114,14 +113,13 @@ def _timer(seconds: float, then: Callable[[int, Any], None]) -> Iterator[None]:
 
 def worker_options(num_workers: int, limit_s: int = LOADER_S) -> dict:
     """Options of a torch DataLoader: its workers leave signals to the parent, and the wait for a batch has a limit."""
-    return {"timeout": limit_s if num_workers else 0, "worker_init_fn": functools.partial(start_worker, None)}
+    return {"timeout": limit_s if num_workers else 0, "worker_init_fn": start_worker}
 
 
-def start_worker(then: Callable[[int], None] | None, number: int) -> None:
+def start_worker(number: int) -> None:
     """worker_init_fn: leave signals to the parent; Ctrl-C and a scheduler's SIGTERM reach every process of a run.
 
-    `then` is the worker_init_fn that this one wraps. The worker still obeys its parent's own SIGTERM. A batch that
-    cannot be sent raises UserError in the parent.
+    The worker still obeys its parent's own SIGTERM. A batch that cannot be sent raises UserError in the parent.
     """
     for each in (signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
@@ -130,8 +128,6 @@ def start_worker(then: Callable[[int], None] | None, number: int) -> None:
         threading.Thread(target=_obey_parent, daemon=True).start()
     # A hook of its own would print a traceback, and the parent wait for the batch for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_fault  # type: ignore[attr-defined]
-    if then is not None:
-        then(number)
 
 
 def _obey_parent() -> None:

@@ -579,7 +579,8 @@ def test_shards_are_the_batches_of_a_single_rank(images, size, ranks, by_length)
     def shard(rank, batch):
         return shard_by_length(batch, [-index for index in batch], 3, rank, ranks) if by_length else batch[rank::ranks]
 
-    shards = [list(ShardedBatchSampler(batches, functools.partial(shard, rank))) for rank in range(ranks)]
+    parts = functools.partial(ShardedBatchSampler, range(images), size)
+    shards = [list(parts(functools.partial(shard, rank))) for rank in range(ranks)]
     assert {len(shard) for shard in shards} == {len(batches)}
     for number, batch in enumerate(batches):
         parts = [shard[number] for shard in shards]
