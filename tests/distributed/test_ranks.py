@@ -183,9 +183,9 @@ def test_killed_ranks_end_all_and_the_run_resumes(here, single):
 
 def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
     """SIGTERM to rank 0 alone."""
-    from models import trainer
+    from models import builder, trainer
 
-    write_manifest, score_batch = trainer.write_manifest, trainer.score_batch
+    write_manifest, score_batch = trainer.write_manifest, builder.score_batch
 
     def write_slowly(folder):
         time.sleep(2)
@@ -196,7 +196,7 @@ def stop_in_an_evaluation(rank: int, saves_slowly: bool = False) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return score_batch(*args)
 
-    trainer.score_batch = stopped
+    builder.score_batch = stopped
     if saves_slowly:
         trainer.write_manifest = write_slowly
 
