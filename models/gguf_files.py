@@ -19,7 +19,7 @@ from models.loading import SavedTensor, read_tensors
 from utils.logging_utils import UserError
 
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
-Convert = Callable[[torch.Tensor], torch.Tensor]
+Convert = Callable[[str, torch.Tensor], torch.Tensor]  # of a name and its weight
 
 
 def find_gguf_obstacle(config: LlavaConfig | LlavaNextConfig) -> str | None:
@@ -77,12 +77,14 @@ def write_language_model(folder: Path, path: Path, chat_template: str) -> None:
     add_tokenizer(writer, folder, config.vocab_size)
     writer.add_chat_template(chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    converts = {
-        "q_proj": lambda weight: interleave(weight, heads),
-        "k_proj": lambda weight: interleave(weight, key_heads),
-    }
     places = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in language_model}
-    write_tensors(writer, language_model, places, lambda name: converts.get(name.split(".")[-2], _same))
+    interleaved = {"q_proj": heads, "k_proj": key_heads}
+
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        count = interleaved.get(name.split(".")[-2])
+        return weight if count is None else interleave(weight, count)
+
+    write_tensors(writer, language_model, places, convert)
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -183,16 +185,11 @@ def write_vision(folder: Path, path: Path, rolled: bool) -> None:
         elif parts[1] != "post_layernorm" and not ("layers" in parts and int(parts[3]) >= layers):
             known = name.replace("vision_tower.", "vision_tower.vision_model.")
             places[name] = names.get_name(known, try_suffixes=(".weight", ".bias"))
-    is_table = "position_embedding.weight"
-    write_tensors(writer, vision, places, lambda name: _roll if rolled and name.endswith(is_table) else _same)
 
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight.roll(-1, dims=0) if rolled and name.endswith("position_embedding.weight") else weight
 
-def _roll(table: torch.Tensor) -> torch.Tensor:
-    return table.roll(-1, dims=0)
-
-
-def _same(weight: torch.Tensor) -> torch.Tensor:
-    return weight
+    write_tensors(writer, vision, places, convert)
 
 
 # ---- both
@@ -212,7 +209,7 @@ def split_tensors(folder: Path) -> tuple[dict[str, SavedTensor], dict[str, Saved
 
 
 def write_tensors(
-    writer: Any, tensors: dict[str, SavedTensor], places: dict[str, str | None], convert: Callable[[str], Convert]
+    writer: Any, tensors: dict[str, SavedTensor], places: dict[str, str | None], convert: Convert
 ) -> None:
     """`places` are the names in the file. Raises UserError for a tensor without one."""
     if lost := [name for name, place in places.items() if place is None]:
@@ -226,6 +223,6 @@ def write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in places:
-        weight = convert(name)(tensors[name][...]).to(torch.float32 if is_vector[name] else torch.float16)
+        weight = convert(name, tensors[name][...]).to(torch.float32 if is_vector[name] else torch.float16)
         writer.write_tensor_data(weight.contiguous().numpy())
     writer.close()

@@ -193,9 +193,9 @@ def is_worth_compiling(compile: str, images: float, seconds_per_image: float = S
 
 
 class MemoryOptions(NamedTuple):
-    """What the config says of memory."""
+    """Options of the config, by their names there."""
 
-    micro_batch_size: int = 1  # where none is planned
+    per_device_train_batch_size: int = 1  # micro-batch size where none is planned
     gradient_checkpointing: str = "auto"  # auto, true, false or offload
     compile: str = "auto"  # auto, true or false
     auto_batch: bool = True

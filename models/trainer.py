@@ -72,8 +72,8 @@ class PlantTrainer(Trainer):
         self.run, self.plant = run, plant
         self.dist = run.dist or Distributed()
         self.memory_options = memory_options
-        self.micro_batcher = MicroBatcher(memory_options.micro_batch_size)
-        self.planned_micro_batch = memory_options.micro_batch_size  # rank 0's; what a rank halved concerns no other
+        self.micro_batcher = MicroBatcher(memory_options.per_device_train_batch_size)
+        self.planned_micro_batch = self.micro_batcher.size  # rank 0's; what a rank halved concerns no other
         self.projector_learning_rate = projector_learning_rate
         self.save_total_limit = save_total_limit
         self.stop = plant.stop = StopRequest(stops_alone=self.dist.world_size == 1)
@@ -408,13 +408,7 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     trainer = PlantTrainer(
         run,
         plant,
-        MemoryOptions(
-            config.per_device_train_batch_size,
-            config.gradient_checkpointing,
-            config.compile,
-            config.auto_batch,
-            config.sharding,
-        ),
+        MemoryOptions(**{name: getattr(config, name) for name in MemoryOptions._fields}),
         config.projector_learning_rate,
         config.max_bad_fraction,
         config.max_skipped_steps,

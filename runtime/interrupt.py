@@ -8,8 +8,7 @@ import multiprocessing.queues
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from torch._utils import ExceptionWrapper
 
@@ -63,7 +62,7 @@ class StopRequest:
 
         One of several ranks has STOP_S more, then KeyboardInterrupt: others wait for it in a collective, so none can
         save. RuntimeError, in torch's words, after `limit_s` seconds: torch's own limit does not hold once a batch is
-        on its way from a worker that then stops. Call it in the main thread.
+        on its way from a worker that then stops. Outside the main thread nothing limits it.
         """
 
         def end(number: int, frame) -> None:
@@ -71,16 +70,22 @@ class StopRequest:
                 raise KeyboardInterrupt(self.signal)
             raise RuntimeError(f"DataLoader timed out after {limit_s} seconds")
 
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)  # 0: no limit
         try:
-            with _timer(limit_s, end):
-                self._is_waiting = True  # no longer than `end` is what the timer calls
-                try:
-                    self.check()
-                    if self.signal is not None:  # of several ranks
-                        signal.setitimer(signal.ITIMER_REAL, STOP_S)
-                    yield
-                finally:
-                    self._is_waiting = False
+            try:
+                self._is_waiting = True
+                self.check()
+                if self.signal is not None:  # of several ranks
+                    signal.setitimer(signal.ITIMER_REAL, STOP_S)
+                yield
+            finally:
+                self._is_waiting = False  # before the timer is that of others again
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
         except BaseException:
             end_children()
             raise
@@ -94,21 +99,6 @@ class StopRequest:
             if batch is end:
                 return
             yield batch
-
-
-@contextlib.contextmanager
-def _timer(seconds: float, then: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, `then` is called after so many seconds, 0: never; nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, then)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def worker_options(num_workers: int, limit_s: int = LOADER_S) -> dict:
