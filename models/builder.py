@@ -43,7 +43,7 @@ from models.fused_layers import (
 )
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
 from models.memory import MicroBatcher
-from models.scoring import check_length, score_batch
+from models.scoring import score_batch
 from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from models.trainable import set_trainable
@@ -195,8 +195,6 @@ class PlantModel:
         options = {"do_sample": False, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
 
         def generate(batch: Batch) -> list[str]:
-            longest = max(batch.samples, key=lambda sample: sample.length)
-            check_length(self.base, longest, longest.length)
             ids = self.model.generate(**batch, **options, max_new_tokens=max_new_tokens)
             return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -212,12 +210,25 @@ class PlantModel:
             for batch in self.stop.iterate(batches):  # after a training, for its limit of a wait alone
                 found = []
                 if batch.samples:
+                    self.check_length(batch.samples)
                     with self.autocast():
                         found = predict(batch.to(self.device))
                 elif is_sharded(self.base):  # other ranks wait for its part of the weights
                     with self.autocast():
                         predict(collate([self.dummy_row]).to(self.device))
                 yield list(zip(batch.samples, found, strict=True)), batch.unreadable
+
+    def check_length(self, samples: Sequence[Sample]) -> None:
+        """Raise UserError for more tokens than the language model has positions: it knows nothing of what is behind."""
+        positions = getattr(self.base.config.text_config, "max_position_embeddings", math.inf)
+        longest = max(samples, key=lambda sample: sample.prompt_length)
+        length = longest.prompt_length + max(map(len, self.collator.name_ids))
+        if length > positions:
+            raise UserError(
+                f"an image of {longest.size[1]} x {longest.size[0]} pixels, prompt and name are {length:,} tokens, and "
+                f"the language model has {positions:,} positions (max_position_embeddings); use --views base, a "
+                "shorter --question, or a checkpoint with more"
+            )
 
     def distribute(self, predict: Callable, rows, dist: Distributed) -> Iterator[tuple[list, list[str]]]:
         """What `predict`, such as self.score, yields of the rows, computed across ranks; every rank gets all of it."""

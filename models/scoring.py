@@ -59,9 +59,7 @@ def by_micro_batch(
     while len(found) < len(batch.samples):
         rows = slice(len(found), len(found) + micro_batcher.size)
         samples = batch.samples[rows]
-        longest = max(samples, key=lambda sample: sample.prompt_length)
-        check_length(base, longest, longest.prompt_length + tokens)
-        _check_window(base, longest.prompt_length + tokens)
+        _check_window(base, max(sample.prompt_length for sample in samples) + tokens)
         try:
             found += score(base, _prefill(base, batch.trim(rows), samples))
             continue
@@ -170,18 +168,6 @@ def _edge_log_probabilities(head, hidden: torch.Tensor, edges: torch.Tensor) -> 
         logits = head(hidden[:, start : start + step]).float()  # (B, step, V)
         found[inside] = logits[images, slots - start, tokens] - logits.logsumexp(dim=2)[images, slots - start]
     return found
-
-
-def check_length(base, sample: Sample, length: int) -> None:
-    """Raise UserError for a sample of more tokens than the language model has positions: behind them it knows none."""
-    positions = getattr(base.config.text_config, "max_position_embeddings", None)
-    if positions is not None and positions < length:
-        height, width = sample.size
-        raise UserError(
-            f"an image of {width} x {height} pixels, prompt and name are {length:,} tokens, and the language model has "
-            f"{positions:,} positions (max_position_embeddings); use --views base, a shorter --question, or a "
-            "checkpoint with more"
-        )
 
 
 def _check_window(base, length: int) -> None:

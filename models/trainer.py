@@ -26,7 +26,7 @@ from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fp8 import use_fp8
 from models.fused_layers import set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
-from models.scoring import check_length, rank_true_classes
+from models.scoring import rank_true_classes
 from models.step_checks import StepChecks
 from models.training_arguments import build_arguments, load_state
 from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint, write_manifest
@@ -118,7 +118,7 @@ class PlantTrainer(Trainer):
         device = self.args.device
         if inputs.samples:
             inputs.check_tensors(self.plant.base.config.vision_config.image_size, device)
-            self.check_length(inputs)
+            self.plant.check_length(inputs.samples)
         self.step_batch = inputs
         random_state = _get_random_state(device)
         while True:
@@ -134,10 +134,6 @@ class PlantTrainer(Trainer):
         if self.dist.world_size > 1:
             all_reduce_gradients(self.model.parameters(), self.dist.world_size)
         return self.step_loss.nan_to_num(0.0, 0.0, 0.0)  # otherwise the mean loss that trackers get would stay NaN
-
-    def check_length(self, batch: Batch) -> None:
-        longest = max(batch.samples, key=lambda sample: sample.length)
-        check_length(unwrap(self.model), longest, longest.length)
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
@@ -190,7 +186,7 @@ class PlantTrainer(Trainer):
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
         row = self.data_collator.largest_row(sample_rows(self.train_dataset))
-        self.check_length(self.data_collator([row]))
+        self.plant.check_length(self.data_collator([row]).samples)
         plan_memory(self, row, steps_left)
         self.run.end_phase("plan")
         self.planned_micro_batch = self.dist.broadcast_object(self.micro_batcher.size)
