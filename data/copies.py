@@ -7,9 +7,9 @@ import itertools
 import os
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import datasets
 import pyarrow
@@ -27,10 +27,7 @@ CREATE = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER
 INSERT = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)"
 
 
-class ImageFile(NamedTuple):
-    path: str
-    size: int  # bytes
-    modified_ns: int
+ImageFile = tuple[str, int, int]  # path, size in bytes, time of the last change in ns
 
 
 def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
@@ -39,48 +36,43 @@ def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
     sizes, files = _read_sizes(splits)
     counts = Counter(sizes)
     shared = [number for number, size in enumerate(sizes) if size and counts[size] > 1]
-    hashes = hash_files({number: files[number] for number in shared if number in files})
-    hashes |= _hash_rows(splits, {number for number in shared if number not in files})
+    of_files = _hash_files([files[number] for number in shared if number in files])
+    hashes = {number: of_files.get(files[number], NOT_AN_IMAGE) for number in shared if number in files}
+    if stored := {number for number in shared if number not in files}:
+        images = enumerate(_read_images(splits))
+        hashes |= {
+            number: _hash(io.BytesIO(content.as_buffer())) for number, (content, _) in images if number in stored
+        }
     same = defaultdict(list)
     for number in shared:
-        if hashes.get(number, NOT_AN_IMAGE) != NOT_AN_IMAGE:
+        if hashes[number] != NOT_AN_IMAGE:
             same[hashes[number]].append(number)
     return [numbers for numbers in same.values() if len(numbers) > 1]
 
 
-def _read_sizes(splits: Sequence[datasets.Dataset]) -> tuple[list[int], dict[int, ImageFile]]:
+def _read_sizes(splits: Iterable[datasets.Dataset]) -> tuple[list[int], dict[int, ImageFile]]:
     """Bytes of each image, 0 if it cannot be found; the images that are files."""
     sizes: list[int] = []
     files = {}
-    for contents, paths in _batches(splits):
-        for size, path in zip(pyarrow.compute.binary_length(contents).to_pylist(), paths.to_pylist()):
-            if size is None and path:
-                with contextlib.suppress(OSError, ValueError):
-                    path = path if os.path.isabs(path) else os.path.abspath(path)
-                    status = os.stat(path)
-                    size = status.st_size
-                    files[len(sizes)] = ImageFile(path, size, status.st_mtime_ns)
-            sizes.append(size or 0)
+    for content, path in _read_images(splits):
+        size = content.as_buffer().size if content.is_valid else 0
+        if path and not content.is_valid:
+            with contextlib.suppress(OSError, ValueError):
+                path = path if os.path.isabs(path) else os.path.abspath(path)
+                status = os.stat(path)
+                size = status.st_size
+                files[len(sizes)] = (path, size, status.st_mtime_ns)
+        sizes.append(size)
     return sizes, files
 
 
-def _batches(splits: Iterable[datasets.Dataset]) -> Iterator[tuple[pyarrow.Array, pyarrow.Array]]:
-    """(contents, paths) of a thousand rows at a time, as they lie in the memory-mapped files."""
+def _read_images(splits: Iterable[datasets.Dataset]) -> Iterator[tuple[pyarrow.BinaryScalar, str | None]]:
+    """(content, path) of each image, as they lie in the memory-mapped files."""
     for rows in splits:
         for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
             for images in table.column("image").chunks:
-                yield (pyarrow.compute.struct_field(images, "bytes"), pyarrow.compute.struct_field(images, "path"))
-
-
-def _hash_rows(splits: Sequence[datasets.Dataset], wanted: set[int]) -> dict[int, bytes]:
-    """Hashes of images whose bytes are in the rows; one at a time is read."""
-    numbers = itertools.count()
-    return {
-        number: _hash(io.BytesIO(content.as_buffer()))
-        for contents, _ in (_batches(splits) if wanted else ())
-        for content, number in zip(contents, numbers)
-        if number in wanted
-    }
+                contents, paths = (pyarrow.compute.struct_field(images, name) for name in ("bytes", "path"))
+                yield from zip(contents, paths.to_pylist())
 
 
 def _hash(file: BinaryIO) -> bytes:
@@ -93,23 +85,22 @@ def _hash(file: BinaryIO) -> bytes:
     return digest.digest()
 
 
-def hash_files(files: dict[int, ImageFile]) -> dict[int, bytes]:
-    """The hash of each file that can be read, from the cache where it is known. Keys are those of `files`."""
-    hashes: dict[int, bytes] = {}
+def _hash_files(files: list[ImageFile]) -> dict[ImageFile, bytes]:
+    """The hash of each file that can be read, from the cache where it is known."""
+    known: dict[ImageFile, bytes] = {}
     with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache:
         cache.execute("BEGIN")  # or each look-up would lock the file anew: 20 s for a million
-        for number, file in files.items():
+        for file in files:
             if (kept := cache.execute(SELECT, file).fetchone()) and isinstance(kept[0], bytes):
-                hashes[number] = kept[0]
-    missing = [number for number in files if number not in hashes]
-    paths = [files[number].path for number in missing]
-    tasks = [paths[start : start + TASK] for start in range(0, len(paths), TASK)]
+                known[file] = kept[0]
+    missing = [file for file in files if file not in known]
+    tasks = [missing[start : start + TASK] for start in range(0, len(missing), TASK)]
     with ThreadPoolExecutor(READERS) as pool:
-        contents = itertools.chain(*pool.map(lambda paths: list(map(_hash_file, paths)), tasks))
-        found = {number: content for number, content in zip(missing, contents) if content is not None}
+        contents = itertools.chain(*pool.map(lambda files: [_hash_file(path) for path, *_ in files], tasks))
+        found = {file: content for file, content in zip(missing, contents) if content is not None}
     with contextlib.suppress(sqlite3.Error, OSError), _open_cache() as cache, cache:
-        cache.executemany(INSERT, [(*files[number], content) for number, content in found.items()])
-    return hashes | found
+        cache.executemany(INSERT, [(*file, content) for file, content in found.items()])
+    return known | found
 
 
 def _hash_file(path: str) -> bytes | None:
