@@ -83,12 +83,13 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     if kind_of(first.features[image]) == "text":
         raise UserError(f"--streaming true: {path} holds paths of images and no images; use false")
     label = find_label_column(first, image, reading.label_column, where)
-    features = {str(file): _read_features(file).get(label) for file in train_files}
-    features |= {split: rows.features.get(label) for split, rows in splits.items()}
-    names = getattr(features[str(train_files[0])], "names", None)
-    if not names:
+    tables = {str(file): _read_features(file) for file in train_files}
+    tables |= {split: rows.features for split, rows in splits.items()}
+    names = {name: getattr(features.get(label), "names", ()) for name, features in tables.items()}
+    expected = names[str(train_files[0])]
+    if not expected:
         raise UserError(f"--streaming true: labels in {path} have no names; write them as a ClassLabel, or use false")
-    if other := next((name for name, feature in features.items() if getattr(feature, "names", None) != names), None):
+    if other := next((name for name in names if names[name] != expected), None):
         raise UserError(
             f"--streaming true: the label names of {other} in {path} differ from those of train, or are in another "
             "order; write all with the same ClassLabel"
@@ -97,9 +98,10 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         check_sizes(train_files)
     for file in train_files:
         labels = pyarrow.parquet.read_table(file, columns=[label]).column(label).unique().to_pylist()
-        if odd := {*labels} - {*range(len(names))}:
+        if odd := {*labels} - {*range(len(expected))}:
             raise UserError(
-                f"{file}: has the label {odd.pop()}, expected 0 to {len(names) - 1}; leave images without a label out"
+                f"{file}: has the label {odd.pop()}, expected 0 to {len(expected) - 1}; leave images without a label "
+                "out"
             )
     source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
     with _explaining(where, "write the files again, all alike"):
@@ -246,7 +248,11 @@ def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
         config = DownloadConfig(use_etag=False)
         downloads = CheckedDownloads(download_config=config, base_path=builder.base_path)
         builder.download_and_prepare(dl_manager=downloads, **options)
-        return _check_complete(builder.as_dataset())
+        loaded = builder.as_dataset()
+        for split, rows in loaded.items():  # a file that is cut short between two batches is read without an error
+            if len(rows) != (expected := builder.info.splits[split].num_examples):
+                raise ValueError(f"{len(rows)} of {expected} rows are there")
+        return loaded
 
     try:
         return load()
@@ -260,12 +266,3 @@ def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
         loaded = load(download_mode="reuse_cache_if_exists")
         logger.warning("a corrupted table in the cache %s is built again (%s)", cache, first_line(error))
         return loaded
-
-
-def _check_complete(loaded: DatasetDict) -> DatasetDict:
-    """A file that is cut short between two batches is read without an error."""
-    for rows in loaded.values():
-        written = (rows.info.splits or {}).get(str(rows.split))
-        if written and written.num_examples != len(rows):
-            raise ValueError(f"{len(rows)} of {written.num_examples} rows are there")
-    return loaded

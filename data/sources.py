@@ -94,29 +94,29 @@ def load_folder(path: Path, reading: Reading) -> Source:
         note = [] if release.path == path else [f"{path} holds {release.name}, which is used"]
         source = load_official_release(release.path, reading.allow_missing)
         return source._replace(notes=[*note, *source.notes])
-    parquet = [file for file in folder.find("parquet") if has_images(file)]
+    files = folder.find("parquet")
     not_in_classes = copy.deepcopy(excluded)
     try:
         layout = read_layout(folder, not_in_classes)
     except UserError:
-        if not parquet:
+        if not any(map(has_images, files)):
             raise
         layout = Layout(folder, folder)
     has_classes = len(layout.names) > 1
-    parquet = [file for file in parquet if not has_classes or has_images(file, by_path=False)]
+    parquet = next((file for file in files if has_images(file, by_path=not has_classes)), None)
     if parquet and has_classes:
         raise UserError(
-            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet[0].name}); move "
-            "one of the two elsewhere, or " + give_one([layout.root.path, parquet[0].parent])
+            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet.name}); move one "
+            "of the two elsewhere, or " + give_one([layout.root.path, parquet.parent])
         )
     if parquet:
-        return load_parquet_files(path, parquet, reading)
+        return load_parquet_files(path, files, reading)
     if not has_classes or reading.label_column is not None:
         for place in (layout.root, with_parent_tables(layout.root)):
             if tables := find_label_tables(place):
                 return load_tables(tables, place, excluded, reading)
-        if not layout.names and (others := folder.find("parquet")) and not folder.num_images:
-            return load_parquet_files(path, others, reading)  # raises with the columns that there are
+        if not layout.names and files and not folder.num_images:
+            return load_parquet_files(path, files, reading)  # raises with the columns that there are
         if reading.label_column is not None and layout.names:
             raise UserError(
                 f"--label-column {reading.label_column}: no table of file names and labels lies in {path}; give it "
