@@ -63,7 +63,7 @@ def find_images(features: Features, head: Callable[[str], pyarrow.ChunkedArray])
     if not found:
         texts = {name: _values(head(name)) for name, kind in kinds.items() if kind == "text"}
         found = [name for name, cells in texts.items() if sum(map(_is_path, cells)) * 2 > len(cells)]
-    known = find_known(found, (*IMAGE_NAMES, *FILE_NAMES))
+    known = find_known(found, IMAGE_NAMES + FILE_NAMES)
     return list(dict.fromkeys([*known, *found]))
 
 
@@ -71,7 +71,7 @@ def find_image_column(rows: Dataset, where: str) -> str:
     """The column of images or of paths of files. Raises UserError for none, or for several."""
     features, head = rows.features, rows.data.slice(0, FIRST_ROWS).column
     found = find_images(features, head)
-    if len(found) > 1 and not find_known(found[:1], (*IMAGE_NAMES, *FILE_NAMES)):
+    if len(found) > 1 and not find_known(found[:1], IMAGE_NAMES + FILE_NAMES):
         raise UserError(f"{where}: several columns hold images ({list_columns(found)}); rename the one to use to image")
     if found:
         return found[0]
@@ -111,7 +111,7 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
     # Evenly spaced, since rows may be in order of classes.
     places = np.linspace(0, len(rows) - 1, min(len(rows), columns.LABEL_ROWS)).astype(int)
     cells = read_cells(rows, usable, places)
-    candidates = {name: cells[name] for name in columns.find_label_candidates(cells) if name != columns.ONE_HOT}
+    candidates = {name: cells[name] for name in columns.find_label_candidates(cells)}
     lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
     if lists and not candidates:
         raise UserError(

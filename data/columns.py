@@ -91,7 +91,7 @@ def find_given_column(columns: Sequence[str], wanted: str, where: str) -> str:
 
 
 def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
-    """Columns that may be the label, by name, else by what a sample holds; ONE_HOT: columns of 0 and 1."""
+    """Columns that may be the label, by name, else by what a sample holds."""
     distinct = {name: {*column} - {""} for name, column in cells.items()}
     known = [name for name in cells if label_preference(name, cells) < NOT_KNOWN]
     if any(label_preference(name) < 2 for name in known) and not any(distinct[name] for name in known):
@@ -100,9 +100,9 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
     repeated = [name for name in known if _repeats(distinct[name], len(cells[name]))]
     if any(not _are_numbers(distinct[name]) for name in repeated):
         return known
-    if find_one_hot_columns(cells):
+    if ONE_HOT in cells:
         return [*known, ONE_HOT]
-    aside = find_known(cells, (*SPLIT_NAMES, *GROUP_NAMES))
+    aside = find_known(cells, SPLIT_NAMES + GROUP_NAMES)
     unknown = [
         name
         for name in cells
@@ -113,7 +113,7 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
-    """The label, text before numbers, then by name; behind it others that may be meant. Raises UserError."""
+    """The label of candidates, text before numbers, then by name; behind it others alike. Raises UserError."""
     distinct = {name: {*column} - {""} for name, column in cells.items() if any(column)}
     if not distinct:
         raise UserError(

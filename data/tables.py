@@ -5,7 +5,6 @@ columns of 0 and 1. Every image is one that the survey found: no path leads out 
 """
 
 import contextlib
-import functools
 import itertools
 import operator
 import os
@@ -94,9 +93,9 @@ def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
     if "label" in sample and not any(sample["label"]):
         return False  # as of COCO's boxes
     candidates = find_label_candidates(sample)
-    if file.way in WAYS[:2] or split_of_file(records.path, root):
-        return bool(candidates)
-    return any(name == ONE_HOT or len({*sample[name]}) < len(sample[name]) for name in candidates)
+    if find_one_hot_columns(sample) or file.way in WAYS[:2] or split_of_file(records.path, root):
+        return bool(candidates or find_one_hot_columns(sample))
+    return any(len({*sample[name]}) < len(sample[name]) for name in candidates)
 
 
 def read_label_tables(
@@ -149,10 +148,7 @@ class Content:
     rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
 
     def read_split(self, row: Mapping[str, str]) -> str:
-        of_row = read_split(self.split_column, row[self.split_column]) if self.split_column else ""
-        if self.split in ("validation", "test") and plain_name(self.split_column or "").startswith("is"):
-            return self.split  # whose is_valid may tell good images
-        return of_row or self.split  # train.csv may say is_valid
+        return (read_split(self.split_column, row[self.split_column]) if self.split_column else "") or self.split
 
 
 def _read_content(table: Path, index: ImageIndex, label_column: str | None, excluded: Excluded) -> Content:
@@ -167,7 +163,10 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
         raise _no_file_column(records, root)
     sample = records.sample(without=file.name)
     group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
-    content = Content(table, name, records.columns, file, split_of_file(table, root), find_split_column(sample), group)
+    split, split_column = split_of_file(table, root), find_split_column(sample)
+    if split in ("validation", "test") and plain_name(split_column or "").startswith("is"):
+        split_column = None  # is_valid of test.csv may tell good images; that of train.csv tells splits
+    content = Content(table, name, records.columns, file, split, split_column, group)
     matches = _match_rows(content, records, index, excluded)
     first = list(itertools.islice(matches, LABEL_ROWS))
     if not first:
@@ -183,9 +182,9 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
         for image in images:
             path = index.paths[image]
             if label not in MISSING:
-                folders_tell = content.split_column is None and not split
-                of_image = _split_of_folder(path.rpartition("/")[0]) if folders_tell else split
-                content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), of_image, group)))
+                if content.split_column is None and not content.split:
+                    split = next(filter(None, map(split_of, path.split("/")[:-1])), "")
+                content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), split, group)))
             else:
                 why = "without a 1, or with several" if content.labels[0] == ONE_HOT else "without label"
                 excluded.add(f"rows of {name} {why}", path)
@@ -218,16 +217,18 @@ def _choose_label(
     content: Content, columns: Sequence[str], rows: Sequence[Mapping[str, str]], wanted: str | None
 ) -> Callable[[Mapping[str, str]], str]:
     """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError."""
-    cells = {name: [row[name] for row in rows] for name in columns if name != content.file.name}
-    one_hot = find_one_hot_columns(cells)
+    cells = {name: [row[name] for row in rows] for name in columns}
+    others = {name: cells[name] for name in columns if name != content.file.name}
 
     def read_one_hot(row: Mapping[str, str]) -> str:
         ones = [name for name in one_hot if row[name] in ONES]
         return ones[0] if len(ones) == 1 else ""
 
-    found = find_label_candidates(cells) if wanted is None else [find_given_column(columns, wanted, str(content.table))]
-    cells |= {ONE_HOT: list(map(read_one_hot, rows)), content.file.name: [row[content.file.name] for row in rows]}
-    content.labels = choose_label({name: cells[name] for name in found}, columns, str(content.table))
+    if one_hot := find_one_hot_columns(others):
+        cells[ONE_HOT] = others[ONE_HOT] = list(map(read_one_hot, rows))
+    where = str(content.table)
+    found = find_label_candidates(others) if wanted is None else [find_given_column(columns, wanted, where)]
+    content.labels = choose_label({name: cells[name] for name in found}, columns, where)
     label, genus = content.labels[0], find_known(columns, ["genus"])
     if label == ONE_HOT:
         return read_one_hot
@@ -298,11 +299,6 @@ def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
         row._replace(split=(row.split or "train") if has_splits else "", group=row.group if has_groups else "")
         for row in kept
     ]
-
-
-@functools.lru_cache(maxsize=1000)
-def _split_of_folder(folder: str) -> str:
-    return next(filter(None, map(split_of, folder.split("/"))), "")
 
 
 def _describe(contents: Sequence[Content], rows: Sequence[LabelRow]) -> list[str]:
