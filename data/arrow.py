@@ -86,7 +86,7 @@ class _Tables:
         self.labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
         for split, count in Counter(self.splits[self.labels < 0].tolist()).items():
             unused.append(f"{count:,} images of {split} have no label and are not used")
-        self.label_notes = labeling.notes
+        self.notes += labeling.notes
         self.warnings += [*labeling.warnings, *unused]
 
     def _name_classes(self, texts: Mapping[str, list[str]], names_file: str | None, beside: Sequence[Path]) -> Labeling:
@@ -184,8 +184,7 @@ class _Tables:
         is_official = self.names == list(CLASS_NAMES)
         if is_official:
             check_official_counts(found, self.where)
-        notes = [*self.notes, *self.label_notes]
-        return Source(found, self.names, self.where, notes, self.warnings, is_published=is_official)
+        return Source(found, self.names, self.where, self.notes, self.warnings, is_published=is_official)
 
 
 def _take_images(rows: Dataset, column: str) -> Dataset:

@@ -292,7 +292,7 @@ def _read_groups(path: Path, index: ImageIndex) -> dict[str, str]:
     column = records.columns.index(known[0])
     groups: dict[str, str] = {}
     for row in records.rows():
-        images = dict(index.find(row[file.number], (file.way,))).get(file.way, [])
+        images = index.find(row[file.number], (file.way,)).get(file.way, [])
         if row[column] and (len(images) == 1 or file.way == "observation"):
             groups |= {index.paths[image]: row[column] for image in images}
     return groups

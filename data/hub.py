@@ -1,8 +1,9 @@
 """Data sets of images from the hub, at one commit."""
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 
 import datasets
@@ -42,24 +43,21 @@ def load_hub_dataset(repository: str, reading: Reading, load_folder: Callable[[P
     Image files are downloaded and read by `load_folder`, as those of a local folder; tables and archives by `datasets`.
     Raises UserError in one sentence.
     """
-    revision = reading.dataset_revision
+    revision, is_cached = reading.dataset_revision, False
     asked = None if revision == OFFICIAL_REVISION else revision
     try:
-        info = HfApi().dataset_info(repository, revision=asked)
+        with _explaining(repository, asked):
+            info = HfApi().dataset_info(repository, revision=asked)
         revision, names = info.sha or "", [file.rfilename for file in info.siblings or ()]
-        is_cached = False
-    except Exception as error:
+    except UserError:
         if not COMMIT.fullmatch(asked or ""):
-            raise _explain(error, repository, asked) from error
-        names = _list_cached(repository, revision)  # without a network
-        is_cached = True
+            raise
+        names, is_cached = _list_cached(repository, revision), True  # without a network
     suffixes = {PurePath(name).suffix.lower() for name in names}
     if not suffixes & {*SUFFIXES} or suffixes & {".parquet", ".arrow", *ARCHIVES}:
         return _load(repository, revision, reading)  # without a network, `datasets` may have it in its cache
-    try:
+    with _explaining(repository, revision):
         folder = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=is_cached)
-    except Exception as error:
-        raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"
     return load_folder(Path(folder), reading)._replace(description=where, revision=revision)
 
@@ -74,12 +72,8 @@ def _list_cached(repository: str, revision: str) -> list[str]:
 
 
 def _load(repository: str, revision: str, reading: Reading) -> Source:
-    try:
+    with _explaining(repository, revision):
         loaded = load_complete(functools.partial(load_dataset_builder, repository, revision=revision))
-    except UserError:
-        raise
-    except Exception as error:  # the library and the hub raise a dozen kinds
-        raise _explain(error, repository, revision) from error
     where = f"hub data set {repository} at {revision[:12]}"
     splits, warnings = choose_splits(loaded, where)
     # Where the library puts files of a data set; their tables name them by path.
@@ -87,12 +81,18 @@ def _load(repository: str, revision: str, reading: Reading) -> Source:
     return read_tables(splits, reading, where, dict.fromkeys(splits, caches), (), warnings)._replace(revision=revision)
 
 
-def _explain(error: Exception, repository: str, revision: str | None) -> UserError:
-    """What the user can do about an error of the hub or of `datasets`."""
-    move = "if its download broke off, run the same command again; else give --dataset FOLDER with the images"
-    problem = f"cannot be loaded ({first_line(error.__cause__ or error)}); {move}"
-    if "config name" in str(error).lower():
-        get = f"hf download {repository} --repo-type dataset --local-dir FOLDER"
-        problem = f"has several configurations; download one and give its folder: {get} ({first_line(error)})"
-    reason, _ = explain_hub_error(error, "--dataset", revision, problem)
-    return UserError(f"--dataset {repository}: {reason}")
+@contextlib.contextmanager
+def _explaining(repository: str, revision: str | None) -> Iterator[None]:
+    """An error of the hub or of `datasets` becomes a UserError with what to do about it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # they raise a dozen kinds
+        move = "if its download broke off, run the same command again; else give --dataset FOLDER with the images"
+        problem = f"cannot be loaded ({first_line(error.__cause__ or error)}); {move}"
+        if "config name" in str(error).lower():
+            get = f"hf download {repository} --repo-type dataset --local-dir FOLDER"
+            problem = f"has several configurations; download one and give its folder: {get} ({first_line(error)})"
+        reason, _ = explain_hub_error(error, "--dataset", revision, problem)
+        raise UserError(f"--dataset {repository}: {reason}") from error

@@ -5,7 +5,7 @@ import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from data.columns import FILE_NAMES, plain_name
@@ -36,25 +36,18 @@ class ImageIndex:
                 found[match[1]] += numbers
         return found
 
-    def find(self, cell: str, ways: Sequence[str] = WAYS) -> Iterator[tuple[str, list[int]]]:
-        """(way, numbers of the images) for each way in which a cell may mean images."""
-        if not cell or len(cell) > 1000:
-            return
-        name = cell.replace("\\", "/").rpartition("/")[2]
-        stem = _stem(name)
-        if "observation" in ways and (found := self._by_observation.get(stem)):
-            yield "observation", found
-        if not (found := self._by_stem.get(stem)) or ADDRESS.match(cell):
-            return
-        if "stem" in ways:
-            yield "stem", found
-        if not name.lower().endswith(SUFFIXES) or not ("name" in ways or "path" in ways):
-            return
-        wanted = [_plain(part) for part in cell.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        for way, parts in (("name", wanted[-1:]), ("path", wanted)):
-            same = [n for n in found if f"/{_plain(self.paths[n])}".endswith("/" + "/".join(parts))]
-            if same and way in ways:
-                yield way, same
+    def find(self, cell: str, ways: Sequence[str] = WAYS) -> dict[str, list[int]]:
+        """Numbers of the images that a cell may mean, by the way."""
+        parts = [_plain(part) for part in cell.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        if not parts or len(cell) > 1000:
+            return {}
+        stem = _stem(parts[-1])
+        found = {"observation": self._by_observation.get(stem, [])} if "observation" in ways else {}
+        same = found["stem"] = [] if ADDRESS.match(cell) else self._by_stem.get(stem, [])
+        if parts[-1].endswith(SUFFIXES):
+            for way, wanted in (("name", parts[-1:]), ("path", parts)):
+                found[way] = [n for n in same if f"/{_plain(self.paths[n])}".endswith("/" + "/".join(wanted))]
+        return {way: numbers for way, numbers in found.items() if numbers and way in ways}
 
     def narrow(self, numbers: list[int], cell: str, near: str, split: str) -> list[int]:
         """Of images with one name those that a table in the folder `near` ("train/") means, or those of its split."""
@@ -64,10 +57,7 @@ class ImageIndex:
             lambda path: split and any(split_of(part) == split for part in path.split("/")[:-1]),
             lambda path: path.startswith(near),
         ):
-            meant = [number for number in numbers if is_meant(self.paths[number])]
-            if len(meant) == 1:
-                return meant
-            numbers = meant or numbers
+            numbers = [number for number in numbers if is_meant(self.paths[number])] or numbers
         return numbers
 
 
@@ -115,7 +105,7 @@ def _match_columns(
     for row in itertools.islice(records.rows(), limit):
         num_rows += 1
         for column in columns:
-            for way, numbers in index.find(row[column], ways):
+            for way, numbers in index.find(row[column], ways).items():
                 images[column, way].update(numbers)
                 matched[column, way] += 1
     if not images:

@@ -115,10 +115,10 @@ def _choose_parser(lines: Sequence[str]) -> Callable[[Iterable[str]], Iterator[l
         return lambda text: _split(text, delimiter)
     words = [line.split() for line in lines]
     if sum(len(row) > 1 for row in words) * 2 < len(words) or all(len(row) != len(words[0]) for row in words[1:]):
-        return lambda text: ([line] for line in text)
-    if is_image_name(Path(words[0][0])):  # what follows is a name, which may have spaces
-        return lambda text: (line.split(None, 1) for line in text)
-    return lambda text: (line.split() for line in text)
+        most = 0
+    else:
+        most = 1 if is_image_name(Path(words[0][0])) else -1  # what follows an image is a name, which may have spaces
+    return lambda text: (line.split(None, most) for line in text)
 
 
 def _split(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:

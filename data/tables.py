@@ -156,7 +156,7 @@ def _read_content(table: Path, index: ImageIndex, label_column: str | None, excl
     root, name = excluded.root, printable(os.path.relpath(table, excluded.root))
     records = open_records(table)
     file = find_file_column(records, index)
-    if file and next(index.find(file.name), None):  # the first row has no suffix that tells it
+    if file and index.find(file.name):  # the first row has no suffix that tells it
         records = open_records(table, has_header=False)
         file = file._replace(name=records.columns[file.number])
     if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
@@ -199,7 +199,7 @@ def _match_rows(
     near = f"{near}/" if near and not near.startswith("..") else ""
     for cells in records.rows():
         cell = cells[content.file.number]
-        images = dict(index.find(cell, (way,))).get(way, [])
+        images = index.find(cell, (way,)).get(way, [])
         if not images:
             excluded.add(f"rows of {content.name} whose file is not there", cell or "an empty cell")
             continue
