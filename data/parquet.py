@@ -12,16 +12,7 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pyarrow.parquet
-from datasets import (
-    Dataset,
-    DatasetBuilder,
-    DatasetDict,
-    DatasetInfo,
-    DownloadConfig,
-    Features,
-    load_dataset_builder,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features
 
 from data.arrow import read_tables
 from data.arrow_columns import FIRST_ROWS, find_image_column, find_images, find_label_column, kind_of
@@ -119,7 +110,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
     path, where = found[0], f"saved data set {found[0]}"
     with _explaining(where, "save it again, or write parquet with to_parquet"):
         check_sizes(folder.find("arrow"))
-        saved = load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     splits, warnings = choose_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
     return read_tables(splits, reading, where, {split: [path] for split in splits}, _beside(path), warnings)
@@ -234,10 +225,10 @@ def _read_files(where: str, files: Sequence[Path]) -> Dataset:
 
     with _explaining(where, "write the files again, all alike"):
         names = [glob.escape(str(file)) for file in files]
-        return load_complete(functools.partial(load_dataset_builder, "parquet", data_files=names))["train"]
+        return load_complete(functools.partial(datasets.load_dataset_builder, "parquet", data_files=names))["train"]
 
 
-def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
+def load_complete(find_builder: Callable[[], datasets.DatasetBuilder]) -> DatasetDict:
     """The splits of a data set from the cache of `datasets`; if they are corrupted there, they are built again.
 
     Raises UserError for files that unpack to far more than they are.
@@ -245,8 +236,8 @@ def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
 
     def load(**options) -> DatasetDict:
         builder = find_builder()
-        config = DownloadConfig(use_etag=False)
-        downloads = CheckedDownloads(download_config=config, base_path=builder.base_path)
+        local = datasets.DownloadConfig(use_etag=False)
+        downloads = CheckedDownloads(download_config=local, base_path=builder.base_path)
         builder.download_and_prepare(dl_manager=downloads, **options)
         loaded = builder.as_dataset()
         for split, rows in loaded.items():  # a file that is cut short between two batches is read without an error
@@ -260,7 +251,7 @@ def load_complete(find_builder: Callable[[], DatasetBuilder]) -> DatasetDict:
         cache = Path(datasets.config.HF_DATASETS_CACHE)
         for info in cache.glob("*/*/*/*/dataset_info.json"):
             try:
-                DatasetInfo.from_directory(str(info.parent))
+                datasets.DatasetInfo.from_directory(str(info.parent))
             except (ValueError, TypeError, AttributeError):  # with it, the library could not begin
                 info.unlink()
         loaded = load(download_mode="reuse_cache_if_exists")

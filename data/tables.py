@@ -33,7 +33,7 @@ from data.columns import (
     read_split,
     split_of_file,
 )
-from data.image_index import WAYS, FileColumn, ImageIndex, find_file_column, index_folder
+from data.image_index import WAYS, ImageIndex, find_file_column, index_folder
 from data.labels import name_key, split_of
 from data.records import ADDRESS, Records, open_records
 from data.survey import Excluded, Folder
@@ -44,21 +44,21 @@ MAX_TABLES = 50  # of a folder; others would be notes beside images
 SEVERAL = "whose file name several images have"
 
 
-@dataclass
-class LabelTable:
-    rows: list["LabelRow"]
-    notes: list[str]
-    warnings: list[str] = field(default_factory=list)
-    label_column: str = ""
-    file_column: str = ""
-
-
 class LabelRow(NamedTuple):
     path: str
     class_name: str  # as written
     id: str  # path below the folder
     split: str  # train, validation or test; "" if the table does not say it
     group: str  # what images of one plant share, or ""
+
+
+@dataclass
+class LabelTable:
+    rows: list[LabelRow]
+    notes: list[str]
+    warnings: list[str] = field(default_factory=list)
+    label_column: str = ""
+    file_column: str = ""
 
 
 # ---- tables of a folder
@@ -70,32 +70,22 @@ def find_label_tables(folder: Folder) -> list[Path]:
     """
     index = index_folder(folder)
     places = [folder, *(child for child in folder.folders if split_of(child.name) or not child.num_images)]
-    with_labels: list[Path] = []
-    bare: list[Path] = []
+    with_labels, bare = list[Path](), list[Path]()
     for path in [path for place in places for path in _own_tables(place)][:MAX_TABLES] if index.paths else ():
         with contextlib.suppress(UserError):  # not given by the user: another file of his
-            records = open_records(path)
-            file = find_file_column(records, index)
-            if file and max(file.share_of_rows, file.share_of_images) >= 0.5:
-                (with_labels if _has_labels(records, file, folder.path) else bare).append(path)
-    return with_labels + [path for path in bare if split_of_file(path, folder.path)] if with_labels else []
+            table = _Table(path, index, Excluded(folder.path))
+            is_of_folder = max(table.file.share_of_rows, table.file.share_of_images) >= 0.5
+            if is_of_folder and table.has_labels():
+                with_labels.append(path)
+            elif is_of_folder and table.split:
+                bare.append(path)
+    return with_labels + bare if with_labels else []
 
 
 def _own_tables(folder: Folder) -> list[Path]:
     names = sorted(name for name in folder.files.get("table", ()) if "submission" not in name.lower())
     notes = {name for name in names if name.lower().endswith(".txt")}  # many: one beside each image
     return [folder.path / name for name in names if name not in notes or len(notes) <= 20]
-
-
-def _has_labels(records: Records, file: FileColumn, root: Path) -> bool:
-    """Whether a table may label images; one with another name for each number tells what classes are called."""
-    sample = records.sample(without=file.name)
-    if "label" in sample and not any(sample["label"]):
-        return False  # as of COCO's boxes
-    candidates = find_label_candidates(sample)
-    if find_one_hot_columns(sample) or file.way in WAYS[:2] or split_of_file(records.path, root):
-        return bool(candidates or find_one_hot_columns(sample))
-    return any(len({*sample[name]}) < len(sample[name]) for name in candidates)
 
 
 def read_label_tables(
@@ -111,165 +101,162 @@ def read_label_tables(
     index = index_folder(folder)
     if not index.paths:
         raise UserError(f"{tables[0]}: there are no images in {folder.path} and below; put the table beside its images")
-    contents, problems, excluded = [], [], Excluded(folder.path)
-    for table in tables:
+    read, problems, excluded = list[_Table](), list[UserError](), Excluded(folder.path)
+    for path in tables:
         try:
-            contents.append(_read_content(table, index, label_column, excluded))
+            table = _Table(path, index, excluded)
+            table.read_rows(label_column)
+            read.append(table)
         except UserError as error:
             problems.append(error)
-    if not contents:
+    if not read:
         raise problems[0]
     if part is not None:
-        for content in contents:
-            _keep_part(content, index, part, excluded)
-    rows = _merge(contents, excluded)
-    for number, path in enumerate(index.paths):
-        if number not in index.seen and path.startswith(part[0] if part else ""):
-            excluded.add("images without a row in a table", path)
+        for table in read:
+            table.keep_part(*part)
+    rows = _merge(read, excluded)
+    for number, image in enumerate(index.paths):
+        if number not in index.seen and image.startswith(part[0] if part else ""):
+            excluded.add("images without a row in a table", image)
     warnings = [*(f"not used: {error}" for error in problems), *excluded.lines()]
-    return LabelTable(rows, _describe(contents, rows), warnings, contents[0].labels[0], contents[0].file.name)
+    return LabelTable(rows, _describe(read, rows), warnings, read[0].labels[0], read[0].file.name)
 
 
-# ---- content
+class _Table:
+    """A table, and the rows of it that label images of a folder."""
 
+    def __init__(self, path: Path, index: ImageIndex, excluded: Excluded):
+        """Raises UserError for a table that gives no images of the folder."""
+        self.path, self.index, self.excluded = path, index, excluded
+        self.name = printable(os.path.relpath(path, excluded.root))
+        self.records = open_records(path)
+        file = find_file_column(self.records, index)
+        if file and index.find(file.name):  # the first row has no suffix that tells it
+            self.records = open_records(path, has_header=False)
+            file = file._replace(name=self.records.columns[file.number])
+        if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
+            raise UserError(f"{path}: no column gives images in {excluded.root} {_explain_columns(self.records)}")
+        self.file = file
+        self.sample = sample = self.records.sample(without=file.name)
+        self.split, self.split_column = split_of_file(path, excluded.root), find_split_column(sample)
+        if self.split in ("validation", "test") and plain_name(self.split_column or "").startswith("is"):
+            self.split_column = None  # is_valid of test.csv may tell good images; that of train.csv tells splits
+        of_plants = [*find_known(sample, GROUP_NAMES), file.name if file.way == "observation" else None]
+        self.group_column = of_plants[0]
+        self.labels: list[str] = []  # the label column, then others that may be meant
+        self.rows: list[tuple[int, LabelRow]] = []  # (number of the image, its row)
 
-@dataclass
-class Content:
-    """What a table says of the images of a folder."""
+    def has_labels(self) -> bool:
+        """Whether it may label images; one with another name for each number tells what classes are called."""
+        if "label" in self.sample and not any(self.sample["label"]):
+            return False  # as of COCO's boxes
+        candidates = find_label_candidates(self.sample)
+        if self.file.way in WAYS[:2] or self.split or find_one_hot_columns(self.sample):
+            return bool(candidates or find_one_hot_columns(self.sample))
+        return any(len({*self.sample[name]}) < len(self.sample[name]) for name in candidates)
 
-    table: Path
-    name: str  # below the folder
-    columns: Sequence[str]
-    file: FileColumn
-    split: str  # by the name of the table, or ""
-    split_column: str | None
-    group_column: str | None
-    labels: list[str] = field(default_factory=list)  # the label column, then others that may be meant
-    rows: list[tuple[int, LabelRow]] = field(default_factory=list)  # (number of the image, its row)
+    def read_rows(self, label_column: str | None) -> None:
+        """Set the label column and the rows. Raises UserError."""
+        matches = self._match_rows()
+        first = list(itertools.islice(matches, LABEL_ROWS))
+        if not first:
+            example = printable(self.excluded.places[f"rows of {self.name} {SEVERAL}"][0])
+            raise UserError(
+                f"{self.path}: several images have the file names in column {printable(self.file.name)}, such as "
+                f"{example}; write the folder into the column, or move one of them elsewhere"
+            )
+        read_label = self._choose_label([row for _, row in first], label_column)
+        for images, row in itertools.chain(first, matches):
+            label, split = sys.intern(read_label(row)), self._read_split(row)
+            group = row[self.group_column] if self.group_column is not None else ""
+            for image in images:
+                path = self.index.paths[image]
+                if label in MISSING:
+                    why = "without a 1, or with several" if self.labels[0] == ONE_HOT else "without label"
+                    self.excluded.add(f"rows of {self.name} {why}", path)
+                    continue
+                if self.split_column is None and not self.split:
+                    split = next(filter(None, map(split_of, path.split("/")[:-1])), "")
+                row_of_image = LabelRow(f"{self.excluded.root}/{path}", label, printable(path), split, group)
+                self.rows.append((image, row_of_image))
 
-    def read_split(self, row: Mapping[str, str]) -> str:
+    def _read_split(self, row: Mapping[str, str]) -> str:
         return (read_split(self.split_column, row[self.split_column]) if self.split_column else "") or self.split
 
-
-def _read_content(table: Path, index: ImageIndex, label_column: str | None, excluded: Excluded) -> Content:
-    """The rows of a table that label images. Raises UserError."""
-    root, name = excluded.root, printable(os.path.relpath(table, excluded.root))
-    records = open_records(table)
-    file = find_file_column(records, index)
-    if file and index.find(file.name):  # the first row has no suffix that tells it
-        records = open_records(table, has_header=False)
-        file = file._replace(name=records.columns[file.number])
-    if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
-        raise _no_file_column(records, root)
-    sample = records.sample(without=file.name)
-    group = next(iter(find_known(sample, GROUP_NAMES)), file.name if file.way == "observation" else None)
-    split, split_column = split_of_file(table, root), find_split_column(sample)
-    if split in ("validation", "test") and plain_name(split_column or "").startswith("is"):
-        split_column = None  # is_valid of test.csv may tell good images; that of train.csv tells splits
-    content = Content(table, name, records.columns, file, split, split_column, group)
-    matches = _match_rows(content, records, index, excluded)
-    first = list(itertools.islice(matches, LABEL_ROWS))
-    if not first:
-        example = printable(excluded.places[f"rows of {name} {SEVERAL}"][0])
-        raise UserError(
-            f"{table}: several images have the file names in column {printable(file.name)}, such as {example}; write "
-            "the folder into the column, or move one of them elsewhere"
-        )
-    read_label = _choose_label(content, records.columns, [row for _, row in first], label_column)
-    for images, row in itertools.chain(first, matches):
-        label, split = sys.intern(read_label(row)), content.read_split(row)
-        group = row[content.group_column] if content.group_column is not None else ""
-        for image in images:
-            path = index.paths[image]
-            if label not in MISSING:
-                if content.split_column is None and not content.split:
-                    split = next(filter(None, map(split_of, path.split("/")[:-1])), "")
-                content.rows.append((image, LabelRow(f"{root}/{path}", label, printable(path), split, group)))
-            else:
-                why = "without a 1, or with several" if content.labels[0] == ONE_HOT else "without label"
-                excluded.add(f"rows of {name} {why}", path)
-    return content
-
-
-def _match_rows(
-    content: Content, records: Records, index: ImageIndex, excluded: Excluded
-) -> Iterator[tuple[list[int], dict[str, str]]]:
-    """(its images, its cells by column) for each row that has an image."""
-    way, near = content.file.way, content.name.rpartition("/")[0]
-    near = f"{near}/" if near and not near.startswith("..") else ""
-    for cells in records.rows():
-        cell = cells[content.file.number]
-        images = index.find(cell, (way,)).get(way, [])
-        if not images:
-            excluded.add(f"rows of {content.name} whose file is not there", cell or "an empty cell")
-            continue
-        row = dict(zip(records.columns, cells))
-        if way != "observation" and len(images) > 1:
-            images = index.narrow(images, cell, near, content.read_split(row))
-            if len(images) > 1:
-                excluded.add(f"rows of {content.name} {SEVERAL}", cell)
+    def _match_rows(self) -> Iterator[tuple[list[int], dict[str, str]]]:
+        """(its images, its cells by column) for each row that has an image."""
+        way, near = self.file.way, self.name.rpartition("/")[0]
+        near = f"{near}/" if near and not near.startswith("..") else ""
+        for cells in self.records.rows():
+            cell = cells[self.file.number]
+            images = self.index.find(cell, (way,)).get(way, [])
+            if not images:
+                self.excluded.add(f"rows of {self.name} whose file is not there", cell or "an empty cell")
                 continue
-        index.seen.update(images)
-        yield images, row
+            row = dict(zip(self.records.columns, cells))
+            if way != "observation" and len(images) > 1:
+                images = self.index.narrow(images, cell, near, self._read_split(row))
+                if len(images) > 1:
+                    self.excluded.add(f"rows of {self.name} {SEVERAL}", cell)
+                    continue
+            self.index.seen.update(images)
+            yield images, row
+
+    def _choose_label(
+        self, rows: Sequence[Mapping[str, str]], wanted: str | None
+    ) -> Callable[[Mapping[str, str]], str]:
+        """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError."""
+        columns, where = self.records.columns, str(self.path)
+        cells = {name: [row[name] for row in rows] for name in columns}
+        others = {name: cells[name] for name in columns if name != self.file.name}
+
+        def read_one_hot(row: Mapping[str, str]) -> str:
+            ones = [name for name in one_hot if row[name] in ONES]
+            return ones[0] if len(ones) == 1 else ""
+
+        if one_hot := find_one_hot_columns(others):
+            cells[ONE_HOT] = others[ONE_HOT] = list(map(read_one_hot, rows))
+        found = find_label_candidates(others) if wanted is None else [find_given_column(columns, wanted, where)]
+        self.labels = choose_label({name: cells[name] for name in found}, columns, where)
+        label, genus = self.labels[0], find_known(columns, ["genus"])
+        if label == ONE_HOT:
+            return read_one_hot
+        is_species = genus and find_known([label], ["species"])
+        if is_species and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):  # of an epithet alone
+            return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""
+        return operator.itemgetter(label)
+
+    def keep_part(self, folder: str, split: str) -> None:
+        """Keep the rows of the images in a folder such as "test/" that are of its split, or say none."""
+        rows, self.rows = self.rows, []
+        for image, row in rows:
+            is_inside, is_of_split = self.index.paths[image].startswith(folder), row.split in ("", split)
+            if is_inside and is_of_split:
+                self.rows.append((image, row))
+            elif is_inside:
+                self.excluded.add(f"rows of {self.name} of another split than {split}", row.id)
+            elif row.split == split:
+                self.excluded.add(f"rows of {self.name} whose file is not in {printable(folder)}", row.id)
 
 
-def _choose_label(
-    content: Content, columns: Sequence[str], rows: Sequence[Mapping[str, str]], wanted: str | None
-) -> Callable[[Mapping[str, str]], str]:
-    """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError."""
-    cells = {name: [row[name] for row in rows] for name in columns}
-    others = {name: cells[name] for name in columns if name != content.file.name}
-
-    def read_one_hot(row: Mapping[str, str]) -> str:
-        ones = [name for name in one_hot if row[name] in ONES]
-        return ones[0] if len(ones) == 1 else ""
-
-    if one_hot := find_one_hot_columns(others):
-        cells[ONE_HOT] = others[ONE_HOT] = list(map(read_one_hot, rows))
-    where = str(content.table)
-    found = find_label_candidates(others) if wanted is None else [find_given_column(columns, wanted, where)]
-    content.labels = choose_label({name: cells[name] for name in found}, columns, where)
-    label, genus = content.labels[0], find_known(columns, ["genus"])
-    if label == ONE_HOT:
-        return read_one_hot
-    if genus and find_known([label], ["species"]) and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):
-        return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""  # of an epithet alone
-    return operator.itemgetter(label)
-
-
-def _keep_part(content: Content, index: ImageIndex, part: tuple[str, str], excluded: Excluded) -> None:
-    """Keep the rows of a folder's images that are of its split, or say none."""
-    (folder, split), rows, content.rows = part, content.rows, []
-    for image, row in rows:
-        is_inside, is_of_split = index.paths[image].startswith(folder), row.split in ("", split)
-        if is_inside and is_of_split:
-            content.rows.append((image, row))
-        elif is_inside:
-            excluded.add(f"rows of {content.name} of another split than {split}", row.id)
-        elif row.split == split:
-            excluded.add(f"rows of {content.name} whose file is not in {printable(folder)}", row.id)
-
-
-def _no_file_column(records: Records, root: Path) -> UserError:
-    sample = records.sample(20)
+def _explain_columns(records: Records) -> str:
     move = "put the table of these images beside them"
+    sample = records.sample(20)
     if address := next((name for name, cells in sample.items() if any(map(ADDRESS.match, cells))), None):
         move = f"column {printable(address)[:40]} holds addresses: download the images, with names that another has"
-    return UserError(
-        f"{records.path}: no column gives images in {root} (columns: {list_columns(records.columns)}); such a column "
-        f"holds paths, file names, or file names without their suffix; {move}"
-    )
+    holds = "such a column holds paths, file names, or file names without their suffix"
+    return f"(columns: {list_columns(records.columns)}); {holds}; {move}"
 
 
 # ---- rows
 
 
-def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
+def _merge(tables: Sequence[_Table], excluded: Excluded) -> list[LabelRow]:
     """A row for each image that has one label. Raises UserError if most have two."""
     rows: dict[int, LabelRow] = {}
     conflicts: dict[int, str] = {}
-    for content in contents:
-        for image, row in content.rows:
+    for table in tables:
+        for image, row in table.rows:
             known = rows.setdefault(image, row)
             if known.class_name != row.class_name and name_key(known.class_name) != name_key(row.class_name):
                 conflicts[image] = f"{row.id}: {known.class_name}, {row.class_name}"
@@ -278,9 +265,9 @@ def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
             elif known is not row:
                 rows[image] = known._replace(split=known.split or row.split, group=known.group or row.group)
     if len(conflicts) * 2 > len(rows):
-        listed = " and ".join(content.name for content in contents)
+        listed = " and ".join(table.name for table in tables)
         example = printable(next(iter(conflicts.values())))[:200]
-        if {"xmin", "bbox"} & {plain_name(column) for content in contents for column in content.columns}:
+        if {"xmin", "bbox"} & {plain_name(column) for table in tables for column in table.records.columns}:
             raise UserError(
                 f"{listed}: lists boxes, several of an image ({example}), which has no class of its own; cut the boxes "
                 "out into <class name>/photo.jpg"
@@ -301,12 +288,12 @@ def _merge(contents: Sequence[Content], excluded: Excluded) -> list[LabelRow]:
     ]
 
 
-def _describe(contents: Sequence[Content], rows: Sequence[LabelRow]) -> list[str]:
-    first, tables = contents[0], ", ".join(content.name for content in contents)
+def _describe(tables: Sequence[_Table], rows: Sequence[LabelRow]) -> list[str]:
+    first, listed = tables[0], ", ".join(table.name for table in tables)
     others = [printable(name) for name in first.labels[1:] if name != ONE_HOT]
-    notes = [f"labels from column {printable(first.labels[0])} of {tables}"]
+    notes = [f"labels from column {printable(first.labels[0])} of {listed}"]
     if first.labels[0] == ONE_HOT:
-        notes = [f"labels from the columns of 0 and 1 of {tables}"]
+        notes = [f"labels from the columns of 0 and 1 of {listed}"]
     elif others:
         notes = [f"{notes[0]}; others: {', '.join(others)} (--label-column)"]
     kinds = {"stem": "file names without suffix", "observation": "observations, with several images each"}
