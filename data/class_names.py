@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.columns import GROUP_NAMES, NOT_KNOWN, find_known, label_preference, plain_name
+from data.columns import GROUP_NAMES, NOT_KNOWN, label_preference, plain_name
 from data.groups import original_of
-from data.image_index import ImageIndex, find_file_column
+from data.image_index import ImageIndex
 from data.labels import are_codes, name_key, tidy_name, without_numbers
 from data.records import ADDRESS, cell_of, open_records, read_json, read_lines, records_of
-from data.survey import TABLES
+from data.survey import TABLES, Excluded
+from data.tables import ImageTable
 from utils.image_utils import is_image_name
 from utils.logging_utils import UserError, some
 
@@ -284,15 +285,8 @@ def _read_groups(path: Path, index: ImageIndex) -> dict[str, str]:
     start = plain_name("".join(itertools.islice(read_lines(path), 50))[:100_000])
     if not any(name in start for name in GROUP_NAMES):
         return {}
-    records = open_records(path)
-    known = find_known(records.columns, GROUP_NAMES)
-    file = find_file_column(records, index) if known else None
-    if file is None or file.name == known[0]:
+    table = ImageTable(path, index, Excluded(path.parent))
+    if table.group_column in (None, table.file.name):
         return {}
-    column = records.columns.index(known[0])
-    groups: dict[str, str] = {}
-    for row in records.rows():
-        images = index.find(row[file.number], (file.way,)).get(file.way, [])
-        if row[column] and (len(images) == 1 or file.way == "observation"):
-            groups |= {index.paths[image]: row[column] for image in images}
-    return groups
+    found = ((images, row[table.group_column]) for images, row in table.match_rows())
+    return {index.paths[image]: group for images, group in found if group for image in images}

@@ -231,18 +231,18 @@ def records_of(data: Any) -> list[dict]:
 
 def _join_coco(data: dict) -> list[dict]:
     """Images of COCO's form with the name of their category; of boxes, without one."""
-    images, annotations, categories = (
-        [record for record in data[key] if isinstance(record, dict)] for key in ("images", "annotations", "categories")
-    )
 
-    def key_of(record: dict, *keys: str) -> str:
-        return cell_of(next((record[key] for key in keys if key in record), None))
+    def read(key: str) -> list[dict]:
+        return [record for record in data[key] if isinstance(record, dict)]
 
-    names = {}
-    for record in categories:
-        names[key_of(record, "id", "category_id")] = record.get("name") or record.get("scientificName")
-    labels = {
-        key_of(record, "image_id"): None if "bbox" in record else names.get(key := key_of(record, "category_id")) or key
-        for record in annotations
+    names = {
+        cell_of(record.get("id", record.get("category_id"))): record.get("name") or record.get("scientificName")
+        for record in read("categories")
     }
-    return [{**record, "label": labels.get(key_of(record, "id", "image_id"))} for record in images]
+    labels = {}
+    for record in read("annotations"):
+        category = cell_of(record.get("category_id"))
+        labels[cell_of(record.get("image_id"))] = None if "bbox" in record else names.get(category) or category
+    return [
+        {**record, "label": labels.get(cell_of(record.get("id", record.get("image_id"))))} for record in read("images")
+    ]

@@ -73,7 +73,7 @@ def find_label_tables(folder: Folder) -> list[Path]:
     with_labels, bare = list[Path](), list[Path]()
     for path in [path for place in places for path in _own_tables(place)][:MAX_TABLES] if index.paths else ():
         with contextlib.suppress(UserError):  # not given by the user: another file of his
-            table = _Table(path, index, Excluded(folder.path))
+            table = ImageTable(path, index, Excluded(folder.path))
             is_of_folder = max(table.file.share_of_rows, table.file.share_of_images) >= 0.5
             if is_of_folder and table.has_labels():
                 with_labels.append(path)
@@ -101,10 +101,10 @@ def read_label_tables(
     index = index_folder(folder)
     if not index.paths:
         raise UserError(f"{tables[0]}: there are no images in {folder.path} and below; put the table beside its images")
-    read, problems, excluded = list[_Table](), list[UserError](), Excluded(folder.path)
+    read, problems, excluded = list[ImageTable](), list[UserError](), Excluded(folder.path)
     for path in tables:
         try:
-            table = _Table(path, index, excluded)
+            table = ImageTable(path, index, excluded)
             table.read_rows(label_column)
             read.append(table)
         except UserError as error:
@@ -122,7 +122,7 @@ def read_label_tables(
     return LabelTable(rows, _describe(read, rows), warnings, read[0].labels[0], read[0].file.name)
 
 
-class _Table:
+class ImageTable:
     """A table, and the rows of it that label images of a folder."""
 
     def __init__(self, path: Path, index: ImageIndex, excluded: Excluded):
@@ -157,7 +157,7 @@ class _Table:
 
     def read_rows(self, label_column: str | None) -> None:
         """Set the label column and the rows. Raises UserError."""
-        matches = self._match_rows()
+        matches = self.match_rows()
         first = list(itertools.islice(matches, LABEL_ROWS))
         if not first:
             example = printable(self.excluded.places[f"rows of {self.name} {SEVERAL}"][0])
@@ -183,7 +183,7 @@ class _Table:
     def _read_split(self, row: Mapping[str, str]) -> str:
         return (read_split(self.split_column, row[self.split_column]) if self.split_column else "") or self.split
 
-    def _match_rows(self) -> Iterator[tuple[list[int], dict[str, str]]]:
+    def match_rows(self) -> Iterator[tuple[list[int], dict[str, str]]]:
         """(its images, its cells by column) for each row that has an image."""
         way, near = self.file.way, self.name.rpartition("/")[0]
         near = f"{near}/" if near and not near.startswith("..") else ""
@@ -251,7 +251,7 @@ def _explain_columns(records: Records) -> str:
 # ---- rows
 
 
-def _merge(tables: Sequence[_Table], excluded: Excluded) -> list[LabelRow]:
+def _merge(tables: Sequence[ImageTable], excluded: Excluded) -> list[LabelRow]:
     """A row for each image that has one label. Raises UserError if most have two."""
     rows: dict[int, LabelRow] = {}
     conflicts: dict[int, str] = {}
@@ -288,7 +288,7 @@ def _merge(tables: Sequence[_Table], excluded: Excluded) -> list[LabelRow]:
     ]
 
 
-def _describe(tables: Sequence[_Table], rows: Sequence[LabelRow]) -> list[str]:
+def _describe(tables: Sequence[ImageTable], rows: Sequence[LabelRow]) -> list[str]:
     first, listed = tables[0], ", ".join(table.name for table in tables)
     others = [printable(name) for name in first.labels[1:] if name != ONE_HOT]
     notes = [f"labels from column {printable(first.labels[0])} of {listed}"]
