@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from config.cli import parse_config
-from data import classes
+from data import class_names
 from data.dataset import build_datasets
 from data.oxford_flowers import CLASS_NAMES
 from data.parquet import has_images, load_parquet_files, load_saved_dataset
@@ -411,7 +411,7 @@ def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
         asked.append((file.name, list(codes)))
         return {"0": "sessile_oak", "1": "ash", "2": "elm"}
 
-    monkeypatch.setattr(classes, "read_class_names", read)
+    monkeypatch.setattr(class_names, "read_class_names", read)
     file = write(tmp_path / "x.parquet", {"image": pictures(4), "label": labels})
     source = load(file, class_names=str(tmp_path / "names.json"))
     assert source.class_names == ["sessile oak", "ash", "elm"] and source.splits["train"]["label"] == [0, 1, 2]
@@ -419,14 +419,14 @@ def test_numbers_are_named_by_a_file(labels, tmp_path, monkeypatch):
 
 
 def test_codes_are_named_by_a_table_beside_or_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: None)
+    monkeypatch.setattr(class_names, "find_class_names", lambda codes, folders: None)
     features = IMAGE | {"label": ClassLabel(names=["1", "2", "17"])}
     file = write(tmp_path / "x.parquet", {"image": pictures(6), "label": [0, 1, 2] * 2}, features)
     source = load(file)
     assert source.class_names == ["1", "2", "17"]
     assert "classes are called 1, 2, 17, and the model would answer with that; a json or csv file" in source.warnings[0]
     found = ({"1": "ash", "2": "elm", "17": "oak"}, tmp_path / "cat_to_name.json")
-    monkeypatch.setattr(classes, "find_class_names", lambda codes, folders: found)
+    monkeypatch.setattr(class_names, "find_class_names", lambda codes, folders: found)
     source = load(file)
     assert source.class_names == NAMES and source.notes[-1].endswith("cat_to_name.json: 1 is ash")
 
