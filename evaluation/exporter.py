@@ -29,7 +29,7 @@ from models.builder import PlantModel, build_base, check_same_base, weights_fing
 from models.loading import find_checkpoint
 from models.tiny import SIZES, build_config
 from models.trainable import lora_settings
-from runtime.atomic import beside, replace_dir, require_disk_space
+from runtime.atomic import beside, require_disk_space
 from runtime.checkpoint import MODEL_CARD
 from runtime.device import choose_device, collect_memory
 from runtime.launcher import refuse_several_ranks
@@ -86,17 +86,20 @@ def check_can_write_gguf(run: Run) -> None:
 def staging_dir(out: Path) -> Iterator[Path]:
     """A directory that becomes `out`, or is removed if anything is raised. Raises UserError if one is in the way."""
     draft, lock = beside(out)[0], out.with_name(f"{out.name}.lock")
-    if draft.exists() and not lock.exists():
-        raise UserError(f"{draft}: exists and is not of an export; move it, or use another OUT")
+    is_foreign = lock.exists() and lock.stat().st_size > 0
+    if is_foreign or (draft.exists() and not lock.exists()):
+        raise UserError(f"{lock if is_foreign else draft}: exists and is not of an export; move it, or use another OUT")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(lock, timeout=0), contextlib.ExitStack() as stack:
             stack.callback(lock.unlink)
-            yield stack.enter_context(replace_dir(out))
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            stack.callback(shutil.rmtree, draft, ignore_errors=True)
+            yield draft
             for path in draft.iterdir():
                 path.chmod(PUBLIC_MODE)
-            if out.exists():
-                out.rmdir()  # fails unless it is empty
+            draft.rename(out)  # in place of an empty folder, of no other
     except filelock.Timeout as error:
         raise UserError(f"{draft}: another export writes to it; wait for its end, or use another OUT") from error
 

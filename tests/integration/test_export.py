@@ -82,7 +82,10 @@ def run_readme_code(out: Path, files: list[str], monkeypatch, checks: str = CHEC
 
 
 def test_a_whole_model_is_exported_for_plain_transformers(trained, here, capsys):
+    (here / "tiny.old").mkdir()  # an export that was moved out of the way
+    (here / "tiny.old" / "mine.txt").touch()
     assert run(capsys, "one", "tiny", *FAST)[0] == 0  # in the working directory, under the name of a random model
+    assert os.listdir(here / "tiny.old") == ["mine.txt"]
     status, output = run(capsys, "one", "out", "--dtype", "fp32", *FAST)
     assert (
         status == 0
@@ -416,8 +419,10 @@ def test_an_export_that_was_killed_starts_again(trained, here, capsys):
     (here / "out.draft" / "half.safetensors").write_bytes(b"half")
     (here / "out.lock").touch()
     (here / "out").mkdir()  # empty
+    (here / "out.old").mkdir()  # the user's, as by mv out out.old
     assert run(capsys, "one", "out", *FAST)[0] == 0
     assert "half.safetensors" not in os.listdir(here / "out") and not (here / "out.draft").exists()
+    assert (here / "out.old").is_dir() and not (here / "out.lock").exists()
 
 
 def nothing(folder):
@@ -452,6 +457,10 @@ def other_draft(folder):
     (folder.parent / "out.draft" / "thesis").mkdir(parents=True)
 
 
+def other_lock(folder):
+    (folder.parent / "out.lock").write_text("numpy==2.5")
+
+
 def link(folder):
     (folder.parent / "out").symlink_to("elsewhere")
 
@@ -478,6 +487,7 @@ BAD_INPUT = [
     (nothing, ["one", "out", "--dataset", "{images}"], "its 2 classes are not the 10 that one learned (ash, oak)"),
     (taken, ["one", "out"], "error: out: already exists; use a new folder"),
     (other_draft, ["one", "out"], "error: out.draft: exists and is not of an export; move it"),
+    (other_lock, ["one", "out"], "error: out.lock: exists and is not of an export; move it"),
     (link, ["one", "out"], "error: out: is a link, a disk or the working directory"),
     (nothing, ["one", "."], "error: .: is a link, a disk or the working directory"),
     (no_weights, ["one", "out"], "error: one/best: holds no complete weights"),
