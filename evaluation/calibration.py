@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from evaluation.conformal import Conformal, find_sets, fit_sets
-from evaluation.metrics import SplitScores, confidence, wilson_interval
+from evaluation.metrics import SplitScores, confidence, mean_interval, wilson_interval
 
 MIN_ABSTENTION = 0.05  # share of val, the least confident, that is rejected however often it is right
 
@@ -26,6 +26,7 @@ class Calibration(NamedTuple):
     levels: dict | None = None  # threshold of genus and of family, where a taxonomy is known (evaluation/hierarchy.py)
     taxonomy: dict | None = None  # by level the taxon of each class; not in reports
     pairs: dict | None = None  # the same, fitted on the mean scores of two images of one plant (evaluation/fusion.py)
+    pairs_share: str | None = None  # what the images of these have in common: "observation" or "class"
     open_set: dict | None = None  # for "none of these" (evaluation/open_set.py); None: of a run made before there was
 
     def of_images(self, count: int) -> "Calibration":
@@ -43,11 +44,12 @@ class Calibration(NamedTuple):
         """
         if self.conformal is None:
             return None
-        found: dict = dict.fromkeys(("coverage", "coverage_interval", "mean_size"))
+        found: dict = dict.fromkeys(("coverage", "coverage_interval", "mean_size", "mean_size_interval"))
         if split and (sets := find_sets(softmax(split.scores / self.temperature, axis=1), self.conformal)) is not None:
             covered = sets[np.arange(len(sets)), split.labels]
             found |= {"coverage": float(covered.mean()), "coverage_interval": wilson_interval(covered)}
-            found["mean_size"] = float(sets.sum(axis=1).mean())
+            sizes = sets.sum(axis=1)
+            found |= {"mean_size": float(sizes.mean()), "mean_size_interval": mean_interval(sizes)}
         has_sets = self.conformal["quantile"] is not None
         return {"method": self.conformal["method"] if has_sets else None, "target": self.conformal["target"]} | found
 

@@ -24,8 +24,8 @@ from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import SplitScores, adjust_scores, measure_replies, measure_split
 from evaluation.mistakes import write_mistakes
-from evaluation.open_set import fit_open_set
-from evaluation.reference import Reference, build_spaces, find_reference, find_train_images
+from evaluation.open_set import Reference, fit_open_set
+from evaluation.reference import find_reference, find_train_images
 from evaluation.report import result_lines, write_report
 from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
@@ -195,8 +195,8 @@ class Evaluator:
         calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if isinstance(reference, Reference):
-            open_set = fit_open_set(scores, build_spaces(reference), calibration.temperature)
-            calibration = calibration._replace(open_set=open_set | {"reference": reference.facts["identity"]})
+            open_set = dict(fit_open_set(scores, reference, calibration.temperature))
+            calibration = calibration._replace(open_set=open_set)
         if method.is_plain:
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")

@@ -135,7 +135,7 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
         verification = f"Merged in {dtype} and loaded afresh: {found}."
     logger.info(f"result | verified: {found}")
     saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
-    model_card = build_model_card(saved, plant.prompt, verification, is_merged=not adapter_only)
+    model_card = build_model_card(saved, plant.prompt, verification, is_merged=not adapter_only, is_4bit=dtype == "nf4")
     (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
 
 

@@ -5,8 +5,8 @@ the mean is right. In between, the mean of n images' scores (n, C) is divided by
 one image and a, from 0 (mean) to 1 (sum), is what makes the true classes of val's pairs likeliest: a logarithmic
 opinion pool (Genest & Zidek 1986). Threshold and prediction sets are fitted anew for pairs, and used for more images.
 
-Pairs are of one observation where the data says what images are of one plant, else of one class, which are images of
-different plants and so tell more. No image is in two pairs.
+Pairs are of one observation where the data says what images are of one plant, else of one class: these are images of
+different plants, as far as is known, and so tell more. No image is in two pairs.
 """
 
 import random
@@ -15,22 +15,26 @@ from collections import defaultdict
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import ttest_1samp
 
 from evaluation.calibration import Calibration, calibrate
 from evaluation.hierarchy import fit_levels
-from evaluation.metrics import SplitScores, confidence, measure_selective, wilson_interval
+from evaluation.metrics import SplitScores, confidence, mean_interval, measure_selective, wilson_interval
 
 MIN_PAIRS = 30  # of observations, below which pairs of a class are used
 
 
 def find_pairs(split: SplitScores, share: str) -> np.ndarray:
-    """(m, 2) images that share a class, or an observation, drawn with a fixed seed."""
-    plants = split.plants or [""] * len(split.ids) if share == "observation" else ["all"] * len(split.ids)
+    """(m, 2) images that share an observation, or a class and no known observation, drawn with a fixed seed."""
+    plants = split.plants or [""] * len(split.ids)
     members: dict[tuple[int, str], list[int]] = defaultdict(list)
+    seen = set()
     for index in sorted(range(len(split.ids)), key=split.ids.__getitem__):
-        if plants[index]:
-            members[int(split.labels[index]), plants[index]].append(index)
+        label, plant = int(split.labels[index]), plants[index]
+        if share == "observation" and plant:
+            members[label, plant].append(index)
+        elif share == "class" and (label, plant) not in seen:
+            members[label, ""].append(index)
+            seen |= {(label, plant)} if plant else set()
     draw, pairs = random.Random(0), list[tuple[int, int]]()
     for _, indices in sorted(members.items()):
         draw.shuffle(indices)
@@ -46,9 +50,9 @@ def fuse(split: SplitScores, pairs: np.ndarray) -> SplitScores:
 
 def fit_pairs(split: SplitScores, calibration: Calibration) -> Calibration:
     """The calibration of one image, with that of pairs; without it where val has no pair."""
-    pairs = find_pairs(split, "observation")
+    share, pairs = "observation", find_pairs(split, "observation")
     if len(pairs) < MIN_PAIRS:
-        pairs = find_pairs(split, "class")
+        share, pairs = "class", find_pairs(split, "class")
     if not len(pairs):
         return calibration
     fused = fuse(split, pairs)
@@ -61,9 +65,8 @@ def fit_pairs(split: SplitScores, calibration: Calibration) -> Calibration:
     coverage = calibration.conformal["target"] if calibration.conformal else 0.9
     fitted = calibrate(fused, calibration.target_selective_accuracy, coverage, calibration.temperature / 2**exponent)
     fitted = fit_levels(fused, fitted, calibration.taxonomy)
-    return calibration._replace(
-        pairs={key: value for key, value in fitted._asdict().items() if key not in ("pairs", "taxonomy")}
-    )
+    kept = {key: value for key, value in fitted._asdict().items() if key not in ("pairs", "pairs_share", "taxonomy")}
+    return calibration._replace(pairs=kept, pairs_share=share)
 
 
 def explain_doubt(calibration: Calibration | None) -> str | None:
@@ -75,6 +78,11 @@ def explain_doubt(calibration: Calibration | None) -> str | None:
         return f"the scores of several images are averaged, as nothing better was fitted: {reason}"
     if (pairs := calibration.pairs["images"]) < MIN_PAIRS:
         return f"several images of one plant were calibrated on only {pairs} pairs of val; do not rely on it"
+    if calibration.pairs_share == "class":
+        reason = (
+            "val does not say which images show one plant, so pairs of different plants were taken, which tell more"
+        )
+        return f"the confidence for several images of one plant may be too high: {reason}"
     return None
 
 
@@ -91,14 +99,13 @@ def measure_fusion(split: SplitScores, calibration: Calibration) -> dict[str, di
         ones = confidence(split.scores[pairs.ravel()], calibration.temperature)
         alone = measure_selective(ones, split.correct[pairs.ravel()], calibration.threshold)
         gain = fused.correct - single
-        interval = ttest_1samp(gain, 0).confidence_interval() if len(set(gain)) > 1 else None
         found[kind] = {
             "pairs": len(pairs),
             "single_top1": float(single.mean()),
             "pair_top1": float(fused.correct.mean()),
             "pair_interval": wilson_interval(fused.correct),
             "gain": float(gain.mean()),
-            "gain_interval": interval and [float(interval.low), float(interval.high)],
+            "gain_interval": mean_interval(gain),
             "single_coverage": alone["coverage"],
             **measure_selective(confidences, fused.correct, of_pairs.threshold),
         }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from models.scoring import rank_true_classes
 
@@ -63,6 +63,14 @@ def measure_accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[str, float 
 def wilson_interval(correct: np.ndarray) -> list[float]:
     """The 95% interval of a share."""
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def mean_interval(values: np.ndarray) -> list[float] | None:
+    """The 95% interval of a mean, by Student's t; None where all values are equal."""
+    if len(np.unique(values)) < 2:
+        return None
+    interval = ttest_1samp(values, 0).confidence_interval()
     return [float(interval.low), float(interval.high)]
 
 
@@ -133,6 +141,11 @@ def adjust_scores(scores: np.ndarray, lengths: Sequence[int] | int = 1, prior: S
 def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
     """(n,) probability of the likeliest class: softmax over the classes of scores / temperature."""
     return softmax(scores / temperature, axis=1).max(axis=1)
+
+
+def percent(share: float) -> str:
+    """Clamped to <1% and >99%: the model is never certain."""
+    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
 
 
 def calibration_bins(confidences: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:

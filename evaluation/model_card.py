@@ -27,11 +27,16 @@ def write_model_card(run: Run, prompt: Prompt) -> None:
 
 
 def build_model_card(
-    run: Run, prompt: Prompt, verification: str = "", is_merged: bool = False, use: str | None = None
+    run: Run,
+    prompt: Prompt,
+    verification: str = "",
+    is_merged: bool = False,
+    is_4bit: bool = False,
+    use: str | None = None,
 ) -> str:
     """README.md of best/, or of an export: then `verification` says how it was checked, and it may be `is_merged`.
 
-    `use` says how to use GGUF files, in place of plain transformers.
+    Its weights may be in 4 bit. `use` says how to use GGUF files, in place of plain transformers.
 
     `run` is as it was trained, whatever options it is used with.
     """
@@ -53,6 +58,7 @@ def build_model_card(
         layout=layout,
         use=use,
         is_adapter=is_adapter,
+        is_4bit=is_4bit,
         is_random_base=config.model in RANDOM_MODELS,
         is_local_base=Path(config.model).is_dir(),
         prompt=prompt.prompt,

@@ -6,10 +6,10 @@ each reduced to the principal directions of some train images: `knn`, the cosine
 et al. 2022); `mahalanobis`, the least distance to a class's mean, less that to the mean of all, each by its own
 covariance (Ren et al. 2021). A sum is of scores in standard deviations of val.
 
-The score that decides is chosen by leave-class-out: names and train images of a fifth of the classes are taken away,
-and val's images of these are to be set apart from the rest. The model did learn these classes: their names have the
-mass that is then missing, which flatters `log_mass` and `confidence`, alone and in sums. So these are not chosen from,
-but scores of features alone (docs/LOG.md); "not sure" goes by confidence already.
+The score that decides is chosen by leave-class-out: train images of a fifth of the classes are taken away, of the
+principal directions too, and val's images of these are to be set apart from the rest. The model did learn these
+classes: their names have the mass that would be missing, which flatters `log_mass` and `confidence`, alone and in sums.
+So these are not chosen from, but scores of features alone (docs/LOG.md); "not sure" goes by confidence already.
 
 Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
 """
@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
-from scipy.special import softmax
 from scipy.stats import rankdata
 
-from evaluation.metrics import SplitScores, by_blocks
+from evaluation.metrics import SplitScores, by_blocks, confidence
 from models.features import scale_to_unit
 
 PRINCIPAL, SHRINKAGE = 128, 0.1  # directions; share of a covariance that is made the same in all (docs/LOG.md)
@@ -44,6 +43,14 @@ class OpenSet(TypedDict):
     reference: str  # identity of the train images' features, without which the threshold means nothing
 
 
+class Reference(NamedTuple):
+    """Features of train images by space; half precision is what they are kept in."""
+
+    features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
+    labels: dict[str, np.ndarray]  # {space: (m,)}
+    facts: dict  # "identity": hash of what computed which images; how many there are in train; seconds of the tower
+
+
 class Space(NamedTuple):
     """Train images in the principal directions of their features."""
 
@@ -51,6 +58,15 @@ class Space(NamedTuple):
     axes: np.ndarray  # (D, P)
     points: np.ndarray  # (m, P)
     labels: np.ndarray  # (m,)
+
+
+def build_spaces(reference: Reference, classes: np.ndarray | None = None) -> dict[str, Space]:
+    """Those of all train images, or of these classes as if there were no others."""
+    spaces = {}
+    for name, labels in reference.labels.items():
+        chosen = slice(None) if classes is None else np.isin(labels, classes)
+        spaces[name] = build_space(reference.features[name][chosen], labels[chosen])
+    return spaces
 
 
 def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
@@ -67,19 +83,21 @@ def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
     return Space(center, axes, centered @ axes, labels)
 
 
-def measure_strangeness(
-    split: SplitScores, spaces: Mapping[str, Space], temperature: float, classes: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """{score: (n,)} of images, as if only these `classes` (sorted) were known; None: all are."""
-    known = np.arange(split.scores.shape[1]) if classes is None else classes
-    found = {"confidence": -softmax(split.scores[:, known] / temperature, axis=1).max(axis=1)}
-    if classes is None and "log_mass" in split.features:
+def measure_strangeness(split: SplitScores, spaces: Mapping[str, Space], temperature: float) -> dict[str, np.ndarray]:
+    """{score: (n,)} of images."""
+    found = {"confidence": -confidence(split.scores, temperature)}
+    if "log_mass" in split.features:
         found["log_mass"] = -split.features["log_mass"]
+    return found | measure_features(split, spaces)
+
+
+def measure_features(split: SplitScores, spaces: Mapping[str, Space]) -> dict[str, np.ndarray]:
+    """The scores that go by features alone."""
+    found = {}
     for name, space in spaces.items():
         points = (split.features[name] - space.center) @ space.axes
-        is_known = np.isin(space.labels, known)
-        found[f"{name}_knn"] = _nearest(points, space.points[is_known])
-        found[f"{name}_mahalanobis"] = _relative_mahalanobis(points, space.points[is_known], space.labels[is_known])
+        found[f"{name}_knn"] = _nearest(points, space.points)
+        found[f"{name}_mahalanobis"] = _relative_mahalanobis(points, space.points, space.labels)
     return found
 
 
@@ -110,17 +128,17 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 # ---- choice and threshold
 
 
-def fit_open_set(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> OpenSet:
+def fit_open_set(val: SplitScores, reference: Reference, temperature: float) -> OpenSet:
     """The score that is best at classes taken away, and the threshold that keeps 95 % of val; or why there is none."""
-    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None, reference="")
-    classes = np.unique(val.labels)
-    strangeness = measure_strangeness(val, spaces, temperature)
+    identity, classes = reference.facts["identity"], np.unique(val.labels)
+    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None, reference=identity)
+    strangeness = measure_strangeness(val, build_spaces(reference), temperature)
     fitted["scale"] = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}
     if len(classes) < MIN_CLASSES or len(val.labels) < MIN_IMAGES:
         found = f"{len(val.labels)} images of {len(classes)} classes in val"
         fitted["missing"] = f"{found} are too few; {MIN_IMAGES} of {MIN_CLASSES} are needed"
         return fitted
-    aurocs = leave_classes_out(val, spaces, temperature)
+    aurocs = leave_classes_out(val, reference)
     chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first by name
     values = combine(strangeness, fitted["scale"])[chosen]
     fitted["threshold"] = float(np.quantile(values, KEPT, method="higher"))
@@ -138,7 +156,7 @@ def combine(strangeness: Mapping[str, np.ndarray], scale: Mapping[str, Sequence[
     return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in there}
 
 
-def leave_classes_out(val: SplitScores, spaces: Mapping[str, Space], temperature: float) -> dict[str, float]:
+def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float]:
     """{score of features: mean AUROC} of val's images of a fifth of the classes, taken away, against the rest."""
     classes = np.random.default_rng(0).permutation(np.unique(val.labels))
     found: dict[str, list[float]] = {}
@@ -147,9 +165,8 @@ def leave_classes_out(val: SplitScores, spaces: Mapping[str, Space], temperature
         is_known = np.isin(val.labels, known)
         if is_known.all():  # of four classes the fifth part is empty
             continue
-        strangeness = measure_strangeness(val, spaces, temperature, known)
-        for name in strangeness.keys() - {"confidence"}:
-            found.setdefault(name, []).append(measure_auroc(strangeness[name][is_known], strangeness[name][~is_known]))
+        for name, values in measure_features(val, build_spaces(reference, known)).items():
+            found.setdefault(name, []).append(measure_auroc(values[is_known], values[~is_known]))
     return {name: float(np.mean(found[name])) for name in sorted(found)}
 
 

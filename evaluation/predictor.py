@@ -79,11 +79,6 @@ def to_json(images: str | Sequence[str], found: Prediction | str, top: int) -> d
     return line if found.at_most is None else line | {"confidence_at_most": round(found.at_most, 6)}
 
 
-def percent(share: float) -> str:
-    """Clamped to <1% and >99%: the model is never certain."""
-    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
-
-
 def list_names(names: Sequence[str], shown: int) -> str:
     """`oak, ash or 3 more`: the first of them."""
     return ", ".join(names[:shown]) + (f" or {len(names) - shown:,} more" if len(names) > shown else "")

@@ -61,14 +61,20 @@ def measure_probe(train: TrainFeatures, val: SplitScores | None, split: SplitSco
         found |= {f"{name}_{metric}": measured[metric] for metric in METRICS}
     found |= {"train_images": len(train.labels), "of_train_images": train.images}
     found["seconds"] = round(train.seconds + time.perf_counter() - began, 1)
-    return found | compare(split, linear)
+    is_sample = len(train.labels) < train.images
+    sample = f" fitted on {len(train.labels):,} of {train.images:,} train images" if is_sample else ""
+    return found | compare(split, linear, sample)
 
 
-def compare(model: SplitScores, probe: SplitScores) -> dict:
-    """McNemar's test of model and linear probe on the same images, and what follows from it in a sentence."""
+def compare(model: SplitScores, probe: SplitScores, sample: str = "") -> dict:
+    """McNemar's test of model and linear probe on the same images, and what follows from it in a sentence.
+
+    `sample`: what of the train images the probe was fitted on, if not on all.
+    """
     test = mcnemar(model.correct.tolist(), probe.correct.tolist())
     measured = (
-        f"{test['first']:.1%} of {test['n']:,} images right, a linear probe on its vision tower {test['second']:.1%}"
+        f"{test['first']:.1%} of {test['n']:,} images right, a linear probe on its vision tower{sample} "
+        f"{test['second']:.1%}"
     )
     measured += f" (p = {test['p']:.2g}, McNemar's exact test)"
     if test["p"] >= SIGNIFICANCE:

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from data.dataset import PlantData
 from data.streaming import Stream
-from evaluation.open_set import SPACES, Space, build_space
+from evaluation.open_set import SPACES, Reference
 from runtime.atomic import write_file
 from runtime.run_files import BOOL, COUNT, TEXT, number, validate
 
@@ -26,15 +26,8 @@ REFERENCE_FILE = "reference.safetensors"
 # Train images whose features are computed, in all and of each class: by the tower, which is fast, and by all the model.
 MANY, FEW = {"tower": 1000, "state": 500}, {"tower": 10, "state": 1}
 MOST = {"tower": 1000, "state": 20}
+LIMIT = 20_000  # in all, where that leaves one of each class
 FACTS = {"identity": TEXT, "images": COUNT, "seconds": number(0), "tower_is_trained": BOOL, "unreadable?": [TEXT]}
-
-
-class Reference(NamedTuple):
-    """Features of train images by space; half precision is what they are kept in."""
-
-    features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
-    labels: dict[str, np.ndarray]  # {space: (m,)}
-    facts: dict  # "identity": hash of what computed which images; how many there are in train; seconds of the tower
 
 
 class TrainImages(NamedTuple):
@@ -104,15 +97,11 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
 
 def sample_by_class(rows: Dataset, classes: int, space: str) -> Dataset:
     """So many images of each class, evenly spaced, that all are about MANY, in the order of the rows."""
-    count = min(max(MANY[space] // classes, FEW[space]), MOST[space])
+    count = min(max(MANY[space] // classes, FEW[space]), MOST[space], max(LIMIT // classes, 1))
     by_class = defaultdict(list)
     for index, label in enumerate(rows["label"][:]):
         by_class[label].append(index)
     return rows.select(sorted(index for found in by_class.values() for index in found[:: -(-len(found) // count)]))
-
-
-def build_spaces(reference: Reference) -> dict[str, Space]:
-    return {space: build_space(reference.features[space], reference.labels[space]) for space in SPACES}
 
 
 def write_reference(path: Path, reference: Reference) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from evaluation.conformal import explain_missing
-from evaluation.metrics import SplitScores, calibration_bins, confidence
+from evaluation.metrics import SplitScores, calibration_bins, confidence, percent
 from runtime.atomic import write_file
 from utils.image_utils import open_thumbnail
 from utils.logging_utils import logger, skip_failure
@@ -40,7 +40,7 @@ def render(template: str, **facts) -> str:
     """A Markdown template of this folder, filled in. What users wrote must pass `text`, `code` or `repr` there."""
     templates = open_templates(Path(__file__).parent)
     templates.filters |= {"text": escape_markdown, "code": code_span, "number": format_number, "repr": repr}
-    templates.filters["go"] = escape_go
+    templates.filters |= {"go": escape_go, "interval": format_interval}
     return templates.get_template(template).render(**facts)
 
 
@@ -64,6 +64,14 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
+def format_interval(interval: Sequence[float] | None, digits: int = 3) -> str:
+    """Behind a value; nothing for None."""
+    if interval is None:
+        return ""
+    low, high = (format_number(end, digits) for end in interval)
+    return f" (95% interval {low} to {high})"
+
+
 def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], folder: str | Path) -> None:
     """eval_<split>.json, .md, .png and _images.png; of val also a few images in examples/."""
     stem = Path(folder) / f"eval_{report['split']}"
@@ -79,7 +87,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
         return open_thumbnail(rows[place[split.ids[index]]]["image"], side)
 
     with skip_failure(stem.with_suffix(".png")):
-        _draw_metrics(report, split, image_of, names, stem.with_suffix(".png"))
+        draw_metrics(report, split, image_of, names, stem.with_suffix(".png"))
     shown = sorted(random.Random(0).sample(range(len(split.ids)), min(SHOWN, len(split.ids))))
     with skip_failure(f"{stem}_images.png"):
         answers = []
@@ -95,7 +103,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     logger.info("saved | %s.md and the pictures %s*.png", stem, stem)
 
 
-def _draw_metrics(
+def draw_metrics(
     report: dict, split: SplitScores, image_of: Callable[[int], Image.Image], names: Sequence[str], path: Path
 ) -> None:
     """Accuracies, reliability, confused classes and mistakes."""
@@ -113,7 +121,7 @@ def _draw_metrics(
     wrong = np.flatnonzero(~split.correct)
     for index in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:  # most confident first
         probabilities = softmax(split.scores[index] / temperature)
-        top = "\n".join(f"{shorten(names[at])} {probabilities[at]:.0%}" for at in np.argsort(-probabilities)[:3])
+        top = "\n".join(f"{shorten(names[at])} {percent(probabilities[at])}" for at in np.argsort(-probabilities)[:3])
         mistakes.append(Tile(image_of(index), f"is: {shorten(names[split.labels[index]])}\n{top}", "darkred"))
     accuracies = {name: found["top1"] for name, found in report["per_class"].items()}
     title = f"{report['split']}: top-1 {report['top1']:.3f} on {report['n']:,} images"
@@ -157,6 +165,7 @@ def result_lines(report: dict) -> Iterator[str]:
         yield (
             f"prediction sets ({sets['method'].upper()}, fitted on val) for {sets['target']:g}: coverage "
             f"{sets['coverage']:.3f} (95% interval {low:.3f} to {high:.3f}) | {sets['mean_size']:.2f} names on average"
+            f"{format_interval(sets['mean_size_interval'], 2)}"
         )
     if (tree := report["hierarchy"]) and tree["rejected"]:
         found = "none is sure either"

@@ -10,9 +10,9 @@ from scipy.special import logsumexp
 
 from evaluation.calibration import Calibration
 from evaluation.metrics import SplitScores
-from evaluation.open_set import SCORES, SUMS, Space, combine, measure_strangeness, tabulate
+from evaluation.open_set import SCORES, SUMS, Reference, Space, build_spaces, combine, measure_strangeness, tabulate
 from evaluation.probe import TrainFeatures, measure_probe
-from evaluation.reference import REFERENCE_FILE, Reference, build_spaces, read_reference
+from evaluation.reference import REFERENCE_FILE, read_reference
 from models.features import Examined, feature_widths
 from utils.logging_utils import UserError
 

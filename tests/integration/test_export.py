@@ -169,6 +169,10 @@ def test_nf4_on_disk_is_loaded_back_by_plain_transformers(kind, base_run, traine
         loaded.is_loaded_in_4bit
         and "Merged in nf4 and loaded afresh: its logits" in (here / "out/README.md").read_text()
     )
+    loop = re.search(r"^for module in .*(?:\n .*)+", (here / "out/README.md").read_text(), re.MULTILINE)[0]
+    exec(loop, {"model": loaded})
+    flags = [module.support_avx512bf16_for_cpu for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
+    assert flags == [False] * 3 * 7
 
 
 def test_4_bit_weights_that_load_otherwise_are_not_exported(trained_lora, here, monkeypatch, capsys):

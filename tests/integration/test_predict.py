@@ -226,7 +226,7 @@ def test_an_unreadable_file_is_a_line_and_the_rest_is_classified(trained, images
 def test_a_picture_of_where_it_looked(trained, images, capsys):
     """Beside the line that predict.py prints without it: of a wide image, where it is not sure."""
     Image.new("RGB", (3000, 90), (200, 30, 90)).save(images / "wide.jpg")
-    set_threshold(trained, 1.0)
+    set_threshold(trained, 1.0, open_set=None)
     plain = run(capsys, "one", "images/wide.jpg", "--top", "1", *FAST)[1]
     status, out, err = run(capsys, "one", "images/wide.jpg", "--top", "1", "--explain", "images/map.PNG", *FAST)
     assert status == 0 and out == plain and ": not sure (" in out and "saved | images/map.PNG" in err

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from scipy.special import softmax
-from scipy.stats import betabinom
+from scipy.stats import betabinom, t
 
-from evaluation.calibration import calibrate
+from evaluation.calibration import Calibration, calibrate
 from evaluation.conformal import METHODS, explain_missing, find_quantile, find_sets, fit_sets, nonconformity
 from evaluation.metrics import SplitScores
 
@@ -56,7 +56,23 @@ def test_the_whole_fit_covers_at_the_target(sharpness):
     low, high = betabinom(1800, 181, 20).interval(0.95)
     inside = [low <= 1800 * each["coverage"] <= high for each in found]
     assert np.mean(inside) >= 0.9 and {each["target"] for each in found} == {0.9}
-    assert 3 < np.mean([each["mean_size"] for each in found]) < 5  # of ten
+    sizes = np.array([each["mean_size"] for each in found])
+    assert 3 < sizes.mean() < 5  # of ten
+    low, high = np.array([each["mean_size_interval"] for each in found]).T
+    assert (low < sizes).all() and (sizes < high).all() and (high - low < 0.5).all()
+
+
+def test_the_interval_of_the_mean_size_is_students():
+    scores, labels = (
+        np.log([[0.5, 0.3, 0.2], [0.9, 0.06, 0.04], [0.4, 0.35, 0.25], [0.96, 0.03, 0.01]]),
+        np.zeros(4, int),
+    )
+    calibration = Calibration(1.0, None, 0.95, 20, {"method": "lac", "target": 0.9, "quantile": 0.75})
+    found = calibration.measure_sets(SplitScores([], labels, scores))
+    assert found["mean_size"] == 1.75  # of 2, 1, 3 and 1 names
+    width = t.ppf(0.975, 3) * np.std([2, 1, 3, 1], ddof=1) / 2
+    assert found["mean_size_interval"] == pytest.approx([1.75 - width, 1.75 + width])
+    assert calibration.measure_sets(SplitScores([], labels[:1], scores[:1]))["mean_size_interval"] is None
 
 
 def test_sets_of_a_model_that_knows_nothing_hold_nine_names_of_ten():

@@ -123,7 +123,7 @@ def plain_reports(monkeypatch):
 def test_prediction_sets_are_fitted_on_val_and_measured_on_test(tiny, tmp_path, plain_reports):
     evaluator = make(tiny, tmp_path, coverage=0.75)
     on_val = evaluator.report(rows(tiny, 9), "val")
-    blank = dict.fromkeys(("coverage", "coverage_interval", "mean_size"))
+    blank = dict.fromkeys(("coverage", "coverage_interval", "mean_size", "mean_size_interval"))
     assert on_val["conformal"] == {"method": on_val["calibration"]["conformal"]["method"], "target": 0.75, **blank}
     assert "fitted on these same images" in (tmp_path / "eval_val.md").read_text()
     report = evaluator.report(rows(tiny, 5), "test", validation=rows(tiny, 9))

@@ -6,8 +6,8 @@ from datasets import Dataset
 from PIL import Image
 
 from data.dataset import ROW
-from evaluation import mistakes
-from evaluation.metrics import SplitScores
+from evaluation import mistakes, report
+from evaluation.metrics import SplitScores, measure_split
 from evaluation.mistakes import count_confusions, find_nearest, write_mistakes
 from evaluation.reference import TrainImages
 
@@ -60,6 +60,16 @@ def test_nearest_is_by_direction():
 def color_at(picture: Image.Image, row: int, column: int, rows: int) -> tuple[int, ...]:
     """Of the middle of an image of the sheet."""
     return picture.getpixel((int((column + 0.5) * picture.width / 4), int((row + 0.58) * picture.height / rows)))[:3]
+
+
+def test_no_caption_says_that_the_model_is_certain(tmp_path, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(report, "plot_report", lambda *given: plotted.append(given))
+    split = SplitScores(["a", "b"], np.array([0, 1]), np.array([[0.0, 30.0], [0.0, 30.0]]))
+    facts = {"split": "test", "calibration": None} | measure_split(split, None, ["rose", "daisy"])
+    report.draw_metrics(facts, split, lambda index: None, ["rose", "daisy"], tmp_path / "eval.png")
+    ((_, _, _, mistakes, _, _),) = plotted
+    assert [tile.caption for tile in mistakes] == ["is: rose\ndaisy >99%\nrose <1%"]
 
 
 def test_the_contact_sheet_has_each_mistake_beside_its_nearest_train_images(tmp_path):

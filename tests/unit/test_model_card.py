@@ -101,8 +101,18 @@ def test_prediction_sets_are_on_the_card_where_they_were_measured(folder):
     )
     report(folder, "test", conformal=sets)
     assert f"{words} 87.0% to 94.0%), with 1.36 names on average" in card_of(folder)
+    report(folder, "test", conformal=sets | {"mean_size_interval": [1.2, 1.514]})
+    assert "1.36 names on average (95% interval 1.20 to 1.51). That holds" in card_of(folder)
     report(folder, "test", conformal=sets | dict.fromkeys(("method", "coverage", "coverage_interval", "mean_size")))
     assert "Prediction sets" not in card_of(folder)
+
+
+def test_the_code_of_4_bit_weights_turns_off_what_would_repack_them(folder):
+    run = Run(dataclasses.replace(TrainingConfig(trainable="everything"), output_dir=str(folder)), RECORDED)
+    line = "        module.support_avx512bf16_for_cpu = False"
+    text = build_model_card(run, PROMPT, is_merged=True, is_4bit=True)
+    assert text.index("model = LlavaNext") < text.index(line) < text.index("model.generate(")
+    assert line not in build_model_card(run, PROMPT, is_merged=True)
 
 
 NOTICED = {"score": "tower_knn", "threshold": 0.5, "kept": 0.95, "rates": {"known": 0.05}, "missing": None}

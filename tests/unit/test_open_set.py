@@ -12,10 +12,12 @@ from safetensors.numpy import save_file
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
 from evaluation.evaluator import Evaluator, Method
-from evaluation.metrics import SplitScores
+from evaluation.metrics import SplitScores, confidence
 from evaluation.open_set import (
     KEPT,
+    Reference,
     build_space,
+    build_spaces,
     combine,
     fit_open_set,
     leave_classes_out,
@@ -55,9 +57,14 @@ def make_split(images=240, seed=1, place=0, tower=0.35, state=3.0, margin=4.0):
 
 
 @pytest.fixture(scope="module")
-def spaces():
+def reference():
     train = make_split(360, seed=5)
-    return {name: build_space(train.features[name], train.labels) for name in ("tower", "state")}
+    return Reference(train.features, dict.fromkeys(("tower", "state"), train.labels), {"identity": "x"})
+
+
+@pytest.fixture(scope="module")
+def spaces(reference):
+    return build_spaces(reference)
 
 
 def test_auroc_and_fpr_are_those_of_their_definition():
@@ -97,9 +104,9 @@ def test_relative_mahalanobis_is_that_of_the_formula(spaces):
         assert value == pytest.approx(least - point @ by_all @ point, rel=1e-6)
 
 
-def test_other_plants_are_set_apart_by_the_features_that_differ(spaces):
+def test_other_plants_are_set_apart_by_the_features_that_differ(reference, spaces):
     val, test, others = make_split(), make_split(seed=3), make_split(seed=4, place=30)
-    fitted = fit_open_set(val, spaces, 1.0)
+    fitted = fit_open_set(val, reference, 1.0)
     assert "tower" in fitted["score"] and fitted["missing"] is None
     detector = Detector(dict(fitted), spaces, 1.0)
     rows = {row["score"]: row for row in tabulate(detector.measure(test), {"others": detector.measure(others)})}
@@ -112,30 +119,42 @@ def test_other_plants_are_set_apart_by_the_features_that_differ(spaces):
     assert kept == pytest.approx(KEPT, abs=0.04)
 
 
-def test_what_a_name_that_is_taken_away_flatters_is_not_chosen(spaces):
+def test_what_a_name_that_is_taken_away_flatters_is_not_chosen(reference):
     """Here the features say nothing, and confidence would come first."""
     val = make_split(margin=2.5)
     val = val._replace(features={name: make_features(np.zeros(240, int), 9.0, 8) for name in ("tower", "state")})
-    aurocs = leave_classes_out(val, spaces, 1.0)
+    aurocs = leave_classes_out(val, reference)
     assert aurocs.keys() == {"tower_knn", "tower_mahalanobis", "state_knn", "state_mahalanobis"}
-    assert fit_open_set(val, spaces, 1.0)["score"] in aurocs and max(aurocs.values()) < 0.6
+    assert fit_open_set(val, reference, 1.0)["score"] in aurocs and max(aurocs.values()) < 0.6
     known, unknown = val.labels < 9, val.labels >= 9
-    confidence = measure_strangeness(val, spaces, 1.0, np.arange(9))["confidence"]
-    assert measure_auroc(confidence[known], confidence[unknown]) > 0.7
+    highest = confidence(val.scores[:, :9], 1.0)
+    assert measure_auroc(-highest[known], -highest[unknown]) > 0.7
 
 
-def test_what_is_taken_away_is_neither_a_name_nor_a_neighbor(spaces):
-    split, known = make_split(60), np.arange(6)
-    found = measure_strangeness(split, spaces, 1.0, known)
-    few = {name: space._replace(points=space.points[space.labels < 6], labels=space.labels[space.labels < 6])
-           for name, space in spaces.items()}  # fmt: skip
-    expected = measure_strangeness(split._replace(scores=split.scores[:, :6]), few, 1.0)
-    for name in found:
-        np.testing.assert_allclose(found[name], expected[name], err_msg=name)
+def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
+    """Else the few directions that are kept would be those by which the classes taken away differ."""
+    known = np.arange(6)
+    changed, plain = {}, build_spaces(reference, known)
+    for name, features in reference.features.items():
+        is_known = np.isin(reference.labels[name], known)
+        changed[name] = np.where(is_known[:, None], features, 100 * features)
+        assert set(plain[name].labels) == set(known) and len(plain[name].points) == is_known.sum()
+    for name, space in build_spaces(reference._replace(features=changed), known).items():
+        for found, expected in zip(space, plain[name], strict=True):
+            np.testing.assert_array_equal(found, expected)
+    val = make_split()
+    taken = np.random.default_rng(0).permutation(CLASSES)
+    aurocs = []
+    for fold in range(5):
+        is_known = ~np.isin(val.labels, taken[fold::5])
+        spaces = build_spaces(reference, np.setdiff1d(np.arange(CLASSES), taken[fold::5]))
+        values = measure_strangeness(val, spaces, 1.0)["tower_mahalanobis"]
+        aurocs.append(measure_auroc(values[is_known], values[~is_known]))
+    assert leave_classes_out(val, reference)["tower_mahalanobis"] == pytest.approx(np.mean(aurocs))
 
 
 @pytest.mark.parametrize(("images", "classes"), [(19, 12), (240, 3)])
-def test_too_few_images_of_val_are_said(images, classes, spaces):
+def test_too_few_images_of_val_are_said(images, classes, reference, spaces):
     val = make_split(240)
     chosen = np.flatnonzero(val.labels < classes)[:images]
     few = val._replace(
@@ -143,21 +162,21 @@ def test_too_few_images_of_val_are_said(images, classes, spaces):
         scores=val.scores[chosen],
         features={name: each[chosen] for name, each in val.features.items()},
     )
-    fitted = fit_open_set(few, spaces, 1.0)
+    fitted = fit_open_set(few, reference, 1.0)
     assert fitted["score"] is None and "in val are too few; 20 of 4 are needed" in fitted["missing"]
     assert combine(measure_strangeness(few, spaces, 1.0), fitted["scale"])  # a table all the same
 
 
-def test_four_classes_of_many_are_enough(spaces):
+def test_four_classes_of_many_are_enough(reference):
     val = make_split()
     four = np.flatnonzero(val.labels < 4)
     some = val._replace(labels=val.labels[four], scores=val.scores[four])
     some = some._replace(features={name: each[four] for name, each in val.features.items()})
-    assert fit_open_set(some, spaces, 1.0)["score"] in leave_classes_out(some, spaces, 1.0)
+    assert fit_open_set(some, reference, 1.0)["score"] in leave_classes_out(some, reference)
 
 
-def test_several_images_of_a_plant_are_decided_by_their_mean(spaces):
-    detector = Detector(dict(fit_open_set(make_split(), spaces, 1.0)), spaces, 1.0)
+def test_several_images_of_a_plant_are_decided_by_their_mean(reference, spaces):
+    detector = Detector(dict(fit_open_set(make_split(), reference, 1.0)), spaces, 1.0)
 
     def measure(place, count):
         split = make_split(count, seed=9, place=place)
@@ -175,8 +194,9 @@ def test_several_images_of_a_plant_are_decided_by_their_mean(spaces):
 @pytest.mark.parametrize("features", [np.ones((24, WIDTH), "f4"), make_features(np.arange(24) % CLASSES)[:CLASSES]])
 def test_alike_images_and_single_ones_of_a_class_give_numbers(features):
     labels = np.arange(len(features)) % CLASSES
-    alike = {name: build_space(features, labels) for name in ("tower", "state")}
-    found = measure_strangeness(make_split(24), alike, 1.0)
+    names = ("tower", "state")
+    alike = Reference(dict.fromkeys(names, features), dict.fromkeys(names, labels), {"identity": "x"})
+    found = measure_strangeness(make_split(24), build_spaces(alike), 1.0)
     assert all(np.isfinite(values).all() for values in found.values())
     assert np.isfinite(fit_open_set(make_split(), alike, 1.0)["threshold"])
 
@@ -265,9 +285,9 @@ def test_many_images_are_compared_some_at_a_time(spaces, monkeypatch):
 
 
 @pytest.mark.parametrize(("split", "is_said"), [("val", True), ("test", False)])
-def test_what_was_fitted_on_the_same_images_is_said(split, is_said, spaces):
+def test_what_was_fitted_on_the_same_images_is_said(split, is_said, reference):
     val = make_split(240)
-    fitted = fit_open_set(val, spaces, 1.0)
+    fitted = fit_open_set(val, reference, 1.0)
     probe = measure_probe(TrainFeatures(val.features["tower"], val.labels, 240, 1.0), val, val, CPU)
     answer = {**fitted, "rates": {"known": 0.05}}
     report = {"split": split, "probe": probe, "none_of_these": answer} | dict.fromkeys(("top1", "top5"), 0.9)
@@ -339,6 +359,15 @@ def test_a_sample_of_train_images_is_even(images, classes, found):
     assert set(few) <= set(range(1, 21)) and sum(few) <= 500
 
 
+@pytest.mark.parametrize(("classes", "found"), [(40, 10), (100, 6), (2000, 1)])
+def test_of_many_classes_no_more_images_are_taken_than_the_limit(classes, found, monkeypatch):
+    monkeypatch.setattr("evaluation.reference.LIMIT", 600)
+    monkeypatch.setattr("evaluation.reference.MANY", {"tower": 100, "state": 50})
+    rows = Dataset.from_dict({"label": [at % classes for at in range(30 * classes)]})
+    assert set(np.bincount(sample_by_class(rows, classes, "tower")["label"])) == {found}
+    assert len(sample_by_class(rows, classes, "state")) == classes
+
+
 # ---- the probe
 
 
@@ -358,6 +387,8 @@ def test_the_probe_learns_what_is_there_and_the_better_is_named():
         found["advice"].startswith("use the probe, a plain image classifier, and not this model") and found["p"] < 1e-6
     )
     assert (found["train_images"], found["of_train_images"]) == (360, 720) and found["seconds"] >= 1.5
+    assert "a linear probe on its vision tower fitted on 360 of 720 train images " in found["advice"]
+    assert "fitted on" not in measure_probe(train._replace(images=360), None, split(12, 9), CPU)["advice"]
     assert found["linear_top5"] >= found["linear_top1"] and found["linear_mean_per_class"] > 0.9
     blind = measure_probe(train, None, split(12, 9), CPU)  # nothing chosen: the half that says nothing
     assert blind["features"] == "pooled" and blind["advice"].startswith("use the model") and blind["linear_top1"] < 0.5
