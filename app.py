@@ -83,9 +83,8 @@ def find_port(host: str, port: int) -> int:
 
 def load_texts():
     """The macros of web/page.html.j2: header, start, answer, refusal, footer."""
-    from evaluation.metrics import percent
     from evaluation.predictor import list_names
-    from evaluation.report import open_templates
+    from evaluation.report import open_templates, percent
 
     templates = open_templates(WEB, is_html=True)
     templates.filters |= {"percent": percent, "names": list_names}

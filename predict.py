@@ -152,8 +152,8 @@ def find_problem(path: Path) -> str | None:
 
 def format_line(image: str, found, top: int) -> str:
     """image: name 93% (other 4%, ...), or the reason why there is no name, which begins with the image."""
-    from evaluation.metrics import percent
     from evaluation.predictor import list_names
+    from evaluation.report import percent
 
     if isinstance(found, str):
         return found

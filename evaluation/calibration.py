@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from evaluation.conformal import Conformal, find_sets, fit_sets
-from evaluation.metrics import SplitScores, confidence, mean_interval, wilson_interval
+from evaluation.metrics import SplitScores, accept, confidence, mean_interval, wilson_interval
 
 MIN_ABSTENTION = 0.05  # share of val, the least confident, that is rejected however often it is right
 
@@ -55,8 +55,11 @@ class Calibration(NamedTuple):
 
     def measure_ood(self, scores: np.ndarray) -> dict[str, float]:
         """Of out-of-distribution images (n, C): their number, and the share whose confidence is below the threshold."""
-        accepted = confidence(scores, self.temperature) >= (np.inf if self.threshold is None else self.threshold)
+        accepted = accept(confidence(scores, self.temperature), self.threshold)
         return {"n": len(scores), "abstention_rate": 1 - float(accepted.mean())}
+
+
+UNCALIBRATED = Calibration(temperature=1.0, threshold=0.0, target_selective_accuracy=0.0, images=0)  # always confident
 
 
 def calibrate(

@@ -24,12 +24,12 @@ from evaluation.fusion import fit_pairs, measure_fusion
 from evaluation.hierarchy import fit_levels, measure_levels
 from evaluation.metrics import SplitScores, adjust_scores, measure_replies, measure_split
 from evaluation.mistakes import write_mistakes
-from evaluation.open_set import Reference, fit_open_set
-from evaluation.reference import find_reference, find_train_images
+from evaluation.open_set import Reference, fit_open_set, measure_open_set
+from evaluation.probe import measure_probe
+from evaluation.reference import build_detector, find_reference, find_train_images
 from evaluation.report import result_lines, write_report
 from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
-from evaluation.trust import find_strange, measure_trust
 from models.builder import PlantModel
 from models.features import decode, encode, features_schema
 from runtime.atomic import write_file
@@ -224,7 +224,7 @@ class Evaluator:
         if scores is None or val_scores is None:
             return {}
         calibration = self.calibrate(val_scores, reference) if is_calibrated else None
-        trusted = val_scores if is_calibrated else None
+        detector = build_detector(reference, calibration)
         report = {
             "split": split,
             **self.facts,
@@ -242,14 +242,15 @@ class Evaluator:
             "not_calibrated": None if is_calibrated else "the run was trained on val",
             "duplicates": known_duplicates(rows["id"]),
             "ood": {kind: calibration.measure_ood(found.scores) for kind, found in ood_scores.items() if calibration},
-            **measure_trust(reference, calibration, trusted, scores, ood_scores, self.plant.device),
+            "probe": measure_probe(reference, val_scores if is_calibrated else None, scores, self.plant.device),
+            **measure_open_set(detector, scores, ood_scores),
         }
         write_report(report, scores, rows, self.plant.class_names, self.folder)
         stem = self.folder / f"eval_{split}"
         train = find_train_images(reference, data)
         write_mistakes(scores, rows, calibration, self.plant.class_names, stem, train)
         if self.method.csv:
-            strange = find_strange(scores, calibration, reference)
+            strange = None if isinstance(detector, str) else detector.find_strange(scores)
             write_tables(report, scores, calibration, self.plant.class_names, self.folder, strange)
         for line in result_lines(report):
             logger.info("result | %s | %s", split, line)

@@ -16,8 +16,8 @@ from PIL import Image
 from scipy.special import logsumexp
 
 from data.collator import PlantCollator
-from evaluation.metrics import percent
 from evaluation.predictor import Prediction, Predictor
+from evaluation.report import percent
 from models.builder import PlantModel
 from runtime.atomic import beside, sync
 from utils.image_utils import fit_image, open_image, png_image

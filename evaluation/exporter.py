@@ -31,7 +31,7 @@ from models.tiny import SIZES, build_config
 from models.trainable import lora_settings
 from runtime.atomic import beside, require_disk_space
 from runtime.checkpoint import MODEL_CARD
-from runtime.device import choose_device, collect_memory
+from runtime.device import choose_device
 from runtime.launcher import refuse_several_ranks
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, first_line, logger
@@ -118,11 +118,11 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
     expected, base_difference = save(run, plant, draft, images)
     save_classes(run, plant.prompt, draft)
-    rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
+    rounding = verify.distance(plant, images, expected)
     if dtype == "nf4":
         verify.check_merge(rounding, base_difference, plant.dtype)
         save_quantized(plant, draft, images)
-        rounding = verify.relative_difference(verify.logits_of(plant, images), expected)
+        rounding = verify.distance(plant, images, expected)
     if adapter_only:
         found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
     else:
@@ -144,7 +144,7 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
 
     Returns (logits of the run's weights, how far those of the base model differ; None: all weights were trained).
     """
-    config, device = run.config, plant.device
+    config = run.config
     files = None if config.model in RANDOM_MODELS else weights_fingerprint(config.model)
     check_same_base({"tokenizer_probe": tokenizer_probe(plant.processor.tokenizer), "model_files": files}, run)
     adapter = None
@@ -162,17 +162,15 @@ def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch
         merging.save_settings(base, processor, prompt, plant.dtype, draft)
         merging.merge_into(base, adapter, draft, plant.dtype, processor)
         # The reference of a full fine-tune is fp32, as it was trained; an adapter's is the base it is merged into.
-        plant.model = verify.load_whole(base, plant.dtype if adapter else torch.float32, device)
+        plant.model = verify.load_whole(base, plant.dtype if adapter else torch.float32, plant.device)
         plant.model.config.image_grid_pinpoints = plant.collator.pinpoints
         expected, base_difference = verify.logits_of(plant, images), None
         if adapter:
             without = expected
-            with verify.attach_adapter(plant.model, adapter, device):
+            with verify.attach_adapter(plant.model, adapter, plant.device):
                 expected = verify.logits_of(plant, images)
             base_difference = verify.relative_difference(without, expected)
-    plant.model = None  # the GPU has room for one model
-    collect_memory(device)
-    plant.model = verify.load_whole(draft, plant.dtype, device)
+    verify.reload(plant, draft)
     plant.prompt, saved_processor = prompt, AutoProcessor.from_pretrained(draft)
     plant.collator = PlantCollator(saved_processor, prompt, plant.class_names, config.image_size)
     return expected, base_difference
@@ -183,18 +181,14 @@ def save_quantized(plant: PlantModel, draft: Path, images) -> None:
 
     Raises UserError unless what was loaded computes what was saved.
     """
-    plant.model = None
-    collect_memory(plant.device)
-    plant.model = verify.load_whole(draft, plant.dtype, plant.device, in_4bit=True)
+    verify.reload(plant, draft, in_4bit=True)
     for path in draft.glob("*.safetensors*"):
         path.unlink()
     # Saved before it computes: on some CPUs a forward repacks 4-bit weights in place.
     plant.model.save_pretrained(draft, max_shard_size=merging.SHARD_BYTES)
     expected = verify.logits_of(plant, images)
-    plant.model = None
-    collect_memory(plant.device)
-    plant.model = verify.load_whole(draft, plant.dtype, plant.device, in_4bit=True)
-    difference = verify.relative_difference(verify.logits_of(plant, images), expected)
+    verify.reload(plant, draft, in_4bit=True)
+    difference = verify.distance(plant, images, expected)
     if not difference <= verify.ROUNDING[plant.dtype]:
         reason = f"its logits differ by {difference:.2%} once it is loaded afresh"
         raise UserError(f"what was saved in 4 bit is not what was quantized: {reason}; use --dtype bf16")
@@ -210,11 +204,10 @@ def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torc
     settings.save_pretrained(draft)
     merging.save_processor(plant.processor, draft)
     expected = verify.logits_of(plant, images)
-    plant.model = None
-    collect_memory(plant.device)
+    verify.release(plant)
     plant.model = PeftModel.from_pretrained(build_base(config, plant.processor, plant.device, plant.dtype), draft)
     with plant.model.disable_adapter():
-        return expected, verify.relative_difference(verify.logits_of(plant, images), expected)
+        return expected, verify.distance(plant, images, expected)
 
 
 def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] | None]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import LlavaNextConfig
 
@@ -33,7 +32,7 @@ from models.merging import weights_bytes
 from models.tiny import SIZES, build_config
 from runtime.atomic import require_disk_space
 from runtime.checkpoint import MODEL_CARD
-from runtime.device import choose_device, collect_memory
+from runtime.device import choose_device
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger
 
@@ -64,13 +63,10 @@ def export_gguf(run: Run, draft: Path, quantize: str, limit: int | None) -> None
     merged = draft / MERGED
     merged.mkdir()
     expected, base_difference = save_merged(run, plant, merged, images)
-    found = verify.check_merge(
-        verify.relative_difference(verify.logits_of(plant, images), expected), base_difference, plant.dtype
-    )
+    found = verify.check_merge(verify.distance(plant, images, expected), base_difference, plant.dtype)
     batches = [plant.collator([image]) for image in images]
     reference = _measure_reference(plant, images, batches, rows)
-    plant.model = None
-    collect_memory(device)
+    verify.release(plant)
     needed = SHARES[quantize] * weights_bytes(merged, plant.dtype)
     require_disk_space(draft, needed, "the GGUF files need", "use an OUT on another disk")
     prompt = build_runtime_prompt(plant.processor.tokenizer, plant.prompt.prompt)
@@ -80,7 +76,7 @@ def export_gguf(run: Run, draft: Path, quantize: str, limit: int | None) -> None
     is_rolled = _write_right_table(merged, draft, runtime, batches[0], reference)
     comparison = _compare(runtime, batches, reference, is_rolled, LOGITS[quantize])
     logger.info(f"result | verified: merged in fp16, {found}")
-    agreement = _compare_classes(reference.predictions, predict_classes(runtime, rows))
+    agreement = _compare_classes(reference.predictions, verify.predict_classes(runtime, rows))
     runtime.close()
     versions = runtime_versions()
     verification = (
@@ -121,13 +117,7 @@ def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows
             )
             with hook:
                 logits[has_defect].append(verify.logits_of(plant, [image]))
-    return Expected(features, logits, predict_classes(plant, rows))
-
-
-def predict_classes(model: PlantModel | LlamaCpp, rows) -> dict[str, tuple[int, int]]:
-    """{id: (predicted, true class)} of the rows whose images are readable."""
-    scored = (found for scores, _ in model.score(rows) for found in scores)
-    return {sample.id: (int(np.argmax(values)), sample.label) for sample, values in scored}
+    return Expected(features, logits, verify.predict_classes(plant, rows))
 
 
 # ---- the files, and what llama.cpp computes with them
@@ -211,7 +201,7 @@ def _compare_classes(expected: dict[str, tuple[int, int]], found: dict[str, tupl
     )
     sentence = f"the same class as plain transformers for {same:,} of {metrics['n']:,} images, top-1 "
     sentence += f"{metrics['second']:.3f} and {metrics['first']:.3f} (p = {metrics['p']:.2g}, McNemar)"
-    if metrics["second"] < metrics["first"] and metrics["p"] < verify.SIGNIFICANCE:
+    if verify.is_worse(metrics):
         raise UserError(f"llama.cpp classifies worse: {sentence}; nothing was exported, try --quantize f16")
     return sentence
 

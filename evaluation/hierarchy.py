@@ -16,7 +16,7 @@ from scipy.special import softmax
 
 from data.taxonomy import LEVELS, Taxonomy
 from evaluation.calibration import Calibration, choose_threshold
-from evaluation.metrics import SplitScores, wilson_interval
+from evaluation.metrics import SplitScores, accept, wilson_interval
 
 
 class Taxa(NamedTuple):
@@ -27,7 +27,7 @@ class Taxa(NamedTuple):
 
     def accept(self, threshold: float | None) -> np.ndarray:
         """(n,) bool"""
-        return (self.names != "") & (self.confidences >= (np.inf if threshold is None else threshold))
+        return (self.names != "") & accept(self.confidences, threshold)
 
 
 def find_taxa(probabilities: np.ndarray, taxonomy: Taxonomy, level: str) -> Taxa:
@@ -44,7 +44,7 @@ def find_taxa(probabilities: np.ndarray, taxonomy: Taxonomy, level: str) -> Taxa
 
 def find_rejected(probabilities: np.ndarray, calibration: Calibration) -> np.ndarray:
     """(n,) whether no class is sure."""
-    return probabilities.max(axis=1) < (np.inf if calibration.threshold is None else calibration.threshold)
+    return ~accept(probabilities.max(axis=1), calibration.threshold)
 
 
 def fit_levels(split: SplitScores, calibration: Calibration, taxonomy: Taxonomy | None) -> Calibration:

@@ -4,7 +4,7 @@ Shapes: n images, C classes. `scores` (n, C) are log-probabilities in nats, `lab
 (n,) whether the likeliest class is the true one, `confidences` (n,) the probability of the likeliest class.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
 MAX_CONFUSIONS = 20  # pairs in a report
-BLOCK = 2**24  # numbers of a matrix that exist at a time
 
 
 class SplitScores(NamedTuple):
@@ -34,12 +33,6 @@ class SplitScores(NamedTuple):
     @property
     def correct(self) -> np.ndarray:
         return self.scores.argmax(axis=1) == self.labels
-
-
-def by_blocks(compute: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, columns: int) -> np.ndarray:
-    """compute(rows), some rows at a time, where it needs a matrix of rows by `columns` that memory may not hold."""
-    count = max(-(-len(rows) * columns // BLOCK), 1)
-    return np.concatenate([compute(block) for block in np.array_split(rows, count)])
 
 
 # ---- accuracy
@@ -143,11 +136,6 @@ def confidence(scores: np.ndarray, temperature: float) -> np.ndarray:
     return softmax(scores / temperature, axis=1).max(axis=1)
 
 
-def percent(share: float) -> str:
-    """Clamped to <1% and >99%: the model is never certain."""
-    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
-
-
 def calibration_bins(confidences: np.ndarray, correct: np.ndarray) -> list[tuple[float, float, int]]:
     """(mean confidence, accuracy, images) of each bin that has images."""
     bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
@@ -163,9 +151,14 @@ def expected_calibration_error(confidences: np.ndarray, correct: np.ndarray) -> 
     return sum(count * abs(mean - accuracy) for mean, accuracy, count in bins) / len(confidences)
 
 
+def accept(confidences: np.ndarray, threshold: float | None) -> np.ndarray:
+    """(n,) bool; without a threshold nothing is accepted."""
+    return confidences >= (np.inf if threshold is None else threshold)
+
+
 def measure_selective(confidences: np.ndarray, correct: np.ndarray, threshold: float | None) -> dict[str, float | None]:
     """Selective prediction at a threshold: share of images accepted (coverage), and the accuracy on them."""
-    accepted = confidences >= (np.inf if threshold is None else threshold)
+    accepted = accept(confidences, threshold)
     return {
         "coverage": float(accepted.mean()),
         "selective_accuracy": float(correct[accepted].mean()) if accepted.any() else None,

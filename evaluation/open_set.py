@@ -14,17 +14,19 @@ So these are not chosen from, but scores of features alone (docs/LOG.md); "not s
 Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+from scipy.special import logsumexp
 from scipy.stats import rankdata
 
-from evaluation.metrics import SplitScores, by_blocks, confidence
-from models.features import scale_to_unit
+from evaluation.metrics import SplitScores, confidence
+from models.features import Examined, scale_to_unit
 
 PRINCIPAL, SHRINKAGE = 128, 0.1  # directions; share of a covariance that is made the same in all (docs/LOG.md)
 KEPT = 0.95  # share of val that the threshold keeps
+BLOCK = 2**24  # numbers of a matrix that exist at a time
 FOLDS, MIN_CLASSES, MIN_IMAGES = 5, 4, 20  # of leave-class-out; of val, below which nothing is chosen
 SPACES = ("tower", "state")
 SCORES = {"confidence", "log_mass", *(f"{space}_{kind}" for space in SPACES for kind in ("knn", "mahalanobis"))}
@@ -101,6 +103,12 @@ def measure_features(split: SplitScores, spaces: Mapping[str, Space]) -> dict[st
     return found
 
 
+def by_blocks(compute: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, columns: int) -> np.ndarray:
+    """compute(rows), some rows at a time, where it needs a matrix of rows by `columns` that memory may not hold."""
+    count = max(-(-len(rows) * columns // BLOCK), 1)
+    return np.concatenate([compute(block) for block in np.array_split(rows, count)])
+
+
 def _nearest(points: np.ndarray, references: np.ndarray) -> np.ndarray:
     units = scale_to_unit(references)
     return by_blocks(lambda block: 1 - (scale_to_unit(block) @ units.T).max(axis=1), points, len(units))
@@ -170,6 +178,31 @@ def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float
     return {name: float(np.mean(found[name])) for name in sorted(found)}
 
 
+class Detector(NamedTuple):
+    """Tells images of none of the classes, with what was fitted on val and the features of train images."""
+
+    fitted: dict  # an OpenSet
+    spaces: dict[str, Space]
+    temperature: float
+
+    def measure(self, images: SplitScores) -> dict[str, np.ndarray]:
+        """{score: (n,)} of images, sums included."""
+        return combine(measure_strangeness(images, self.spaces, self.temperature), self.fitted["scale"])
+
+    def find_strange(self, images: SplitScores) -> np.ndarray | None:
+        """(n,) whether each gets "none of these"; None where no score was chosen."""
+        score = self.fitted["score"]
+        return None if score is None else self.measure(images)[score] > self.fitted["threshold"]
+
+    def find_excess(self, images: Sequence[Examined]) -> float:
+        """How far images of one plant are above the threshold, on average: above 0 they show none of the classes."""
+        scores = np.array([image.scores for image in images])
+        features = {"log_mass": logsumexp(scores, axis=1)}
+        features |= {name: np.stack([getattr(image, name) for image in images]) for name in self.spaces}
+        measured = self.measure(SplitScores([], np.zeros(len(images), dtype=int), scores, features=features))
+        return float(measured[self.fitted["score"]].mean() - self.fitted["threshold"])
+
+
 # ---- how well
 
 
@@ -182,6 +215,18 @@ def measure_auroc(known: np.ndarray, strange: np.ndarray) -> float:
 def measure_fpr(known: np.ndarray, strange: np.ndarray) -> float:
     """The share of strange images at or below the threshold that keeps 95 % of the known."""
     return float((strange <= np.quantile(known, KEPT, method="higher")).mean())
+
+
+def measure_open_set(detector: Detector | str, split: SplitScores, others: Mapping[str, SplitScores]) -> dict:
+    """{"open_set", "none_of_these"} of a report; without a detector, the reason why there is none."""
+    if isinstance(detector, str):
+        return {"open_set": [], "none_of_these": {"score": None, "missing": detector}}
+    fitted, measured = detector.fitted, {kind: detector.measure(each) for kind, each in others.items()}
+    measured = {"known": detector.measure(split)} | measured
+    answer: dict = {name: fitted[name] for name in ("score", "threshold", "kept", "missing")}
+    if score := fitted["score"]:
+        answer["rates"] = {kind: float((each[score] > fitted["threshold"]).mean()) for kind, each in measured.items()}
+    return {"open_set": tabulate(measured.pop("known"), measured), "none_of_these": answer}
 
 
 def tabulate(known: Mapping[str, np.ndarray], others: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:

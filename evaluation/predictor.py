@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-from evaluation.calibration import Calibration
+from evaluation.calibration import UNCALIBRATED, Calibration
 from evaluation.conformal import explain_missing, find_sets
 from evaluation.fusion import explain_doubt
 from evaluation.hierarchy import find_taxa
+from evaluation.metrics import accept
+from evaluation.open_set import Detector
+from evaluation.reference import load_detector
 from evaluation.results import read_calibration
-from evaluation.trust import Detector, load_detector
 from models.builder import PlantModel
 from models.features import Examined
 from models.search import MAX_SCORED, Found, Goal
@@ -123,7 +125,7 @@ class Predictor:
         self.plant = plant
         self.detector = detector
         self.calibration = calibration
-        self._calibration = calibration or Calibration(1.0, 0.0, 0.0, 0)
+        self._calibration = calibration or UNCALIBRATED
 
     def predict(self, images: Sequence[str | Path | dict], top: int = 5) -> Iterator[Prediction | str]:
         """For each file in order its Prediction, or the reason why it cannot be opened, batch by batch.
@@ -133,7 +135,14 @@ class Predictor:
         """
         goal = Goal(top, self._calibration.temperature, self._calibration.threshold)
         for result in self._compute(images, goal if len(self.plant.class_names) > MAX_SCORED else None):
-            yield result if isinstance(result, str) else self._answer([result], self._calibration)
+            if isinstance(result, Found):
+                likeliest = [
+                    (self.plant.class_names[label], float(share)) for label, share in zip(result.names, result.low)
+                ]
+                is_confident = bool(accept(result.low, self._calibration.threshold)[0])
+                yield Prediction(likeliest, is_confident, at_most=float(result.high[0]))
+            else:
+                yield result if isinstance(result, str) else self._answer([result])
 
     def warn_of_fusion(self) -> None:
         """Where answers for several images of a plant are not to be relied on."""
@@ -151,7 +160,7 @@ class Predictor:
         reasons = [result for result in found if isinstance(result, str)]
         if not results:
             return "; ".join(reasons)
-        return self._answer(results, self._calibration.of_images(len(results)))._replace(unreadable=reasons)
+        return self._answer(results)._replace(unreadable=reasons)
 
     def _compute(self, images: Sequence[str | Path | dict], goal: Goal | None) -> Iterator:
         """For each file in order its Examined, with a goal the names Found, or why it cannot be opened."""
@@ -168,29 +177,26 @@ class Predictor:
                 found[int(index)] = reason
             yield from (found[index] for index in sorted(found))
 
-    def _answer(self, results: Sequence, calibration: Calibration) -> Prediction:
-        """For images of one plant, each Examined, or a single one's names Found."""
-        if isinstance(results[0], Found):
-            return self._decide(results[0], calibration)
-        prediction = self._decide(np.mean([result.scores for result in results], axis=0), calibration)
-        return (
-            prediction if self.detector is None else prediction._replace(strangeness=self.detector.find_excess(results))
-        )
+    def _answer(self, images: Sequence[Examined]) -> Prediction:
+        """For images of one plant."""
+        scores = np.mean([image.scores for image in images], axis=0)
+        found = decide(scores, self._calibration.of_images(len(images)), self.plant.class_names)
+        return found if self.detector is None else found._replace(strangeness=self.detector.find_excess(images))
 
-    def _decide(self, result: Found | np.ndarray, calibration: Calibration) -> Prediction:
-        names, prediction_set, taxa = self.plant.class_names, None, {}
-        if isinstance(result, Found):
-            order, shares, at_most = result.names, result.low, float(result.high[0])
-        else:  # scores of all names
-            probabilities = softmax(result / calibration.temperature)
-            order = np.argsort(-probabilities, kind="stable")
-            shares, at_most = probabilities[order], None
-            sets = find_sets(probabilities[None], calibration.conformal)
-            taxa = _find_taxa(probabilities[None], calibration)
-            prediction_set = None if sets is None else [names[label] for label in order if sets[0, label]]
-        likeliest = [(names[label], float(share)) for label, share in zip(order, shares)]
-        is_confident = calibration.threshold is not None and likeliest[0][1] >= calibration.threshold
-        return Prediction(likeliest, is_confident, at_most, prediction_set, taxa=taxa)
+
+def decide(scores: np.ndarray, calibration: Calibration, names: Sequence[str]) -> Prediction:
+    """By the scores (C,) of all names alone, whether or not it is none of them."""
+    probabilities = softmax(scores / calibration.temperature)[None]
+    order = np.argsort(-probabilities[0], kind="stable")
+    likeliest = [(names[label], float(probabilities[0, label])) for label in order]
+    sets = find_sets(probabilities, calibration.conformal)
+    inside = None if sets is None else [names[label] for label in order if sets[0, label]]
+    taxonomy, taxa = calibration.taxonomy or {}, {}
+    for level, threshold in (calibration.levels or {}).items() if taxonomy else ():
+        found = find_taxa(probabilities, taxonomy, level)
+        taxa[level] = Taxon(str(found.names[0]), float(found.confidences[0]), bool(found.accept(threshold)[0]))
+    is_confident = bool(accept(probabilities.max(axis=1), calibration.threshold)[0])
+    return Prediction(likeliest, is_confident, prediction_set=inside, taxa=taxa)
 
 
 def _without_copies(images: Sequence[str | Path | dict]) -> list[str | Path | dict]:
@@ -210,14 +216,3 @@ def _without_copies(images: Sequence[str | Path | dict]) -> list[str | Path | di
         if first.setdefault(key, image) is not image:
             logger.warning(f"{name_of(image)}: a copy of {name_of(first[key])}, which counts once")
     return list(first.values())
-
-
-def _find_taxa(probabilities: np.ndarray, calibration: Calibration) -> dict[str, Taxon]:
-    """Of one image (1, C)."""
-    found = {}
-    taxonomy = calibration.taxonomy or {}
-    for level, threshold in (calibration.levels or {}).items() if taxonomy else ():
-        taxa = find_taxa(probabilities, taxonomy, level)
-        is_confident = bool(taxa.accept(threshold)[0])
-        found[level] = Taxon(str(taxa.names[0]), float(taxa.confidences[0]), is_confident)
-    return found

@@ -7,14 +7,14 @@ Shapes: n images, m train images, C classes, D width of half the features.
 """
 
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
 
-from evaluation.metrics import BLOCK, SplitScores, by_blocks, mcnemar, measure_accuracy
+from evaluation.metrics import SplitScores, mcnemar, measure_accuracy
+from evaluation.open_set import BLOCK, Reference, by_blocks
 
 STRENGTHS = (1e-2, 1e-3, 1e-4)  # L2, for features of unit variance; each fit begins where the last one ended
 MAX_STEPS, NEIGHBORS = 100, 5  # of L-BFGS; that vote
@@ -22,36 +22,35 @@ SIGNIFICANCE = 0.05
 METRICS = ("top1", "top5", "mean_per_class")
 
 
-class TrainFeatures(NamedTuple):
-    """Of the vision tower, for a sample of the train images."""
+def measure_probe(
+    reference: Reference | str, val: SplitScores | None, split: SplitScores, device: torch.device
+) -> dict:
+    """Accuracies on a split, seconds, and a sentence on which to use; without val the middle strength is taken.
 
-    features: np.ndarray  # (m, 2 D)
-    labels: np.ndarray  # (m,)
-    images: int  # of train, of which these are a sample
-    seconds: float  # that the tower took
-
-
-def measure_probe(train: TrainFeatures, val: SplitScores | None, split: SplitScores, device: torch.device) -> dict:
-    """Accuracies on a split, seconds, and a sentence on which to use; without val the middle strength is taken."""
-    began, classes = time.perf_counter(), split.scores.shape[1]
-    half = train.features.shape[1] // 2
+    Without the features of train images, the reason why there are none.
+    """
+    if isinstance(reference, str):
+        return dict.fromkeys(("linear_top1", "knn_top1", "seconds")) | {"advice": f"not measured: {reference}"}
+    began, classes, facts = time.perf_counter(), split.scores.shape[1], reference.facts
+    train, labels = reference.features["tower"].astype("f4"), reference.labels["tower"]
+    half = train.shape[1] // 2
     halves = [slice(0, half), slice(half, 2 * half)]
 
     def neighbors(images: SplitScores, part: slice) -> np.ndarray:
-        return vote(train.features[:, part], train.labels, images.features["tower"][:, part], classes)
+        return vote(train[:, part], labels, images.features["tower"][:, part], classes)
 
     def top1(scores: np.ndarray) -> float:
         return 0.0 if val is None else float((scores.argmax(axis=1) == val.labels).mean())
 
     part = halves[0] if val is None else max(halves, key=lambda half: top1(neighbors(val, half)))
-    center, spread = train.features[:, part].mean(axis=0), train.features[:, part].std() + 1e-12
+    center, spread = train[:, part].mean(axis=0), train[:, part].std() + 1e-12
 
     def prepare(features: np.ndarray) -> np.ndarray:
         return np.insert((features[:, part] - center) / spread, 0, 1, axis=1)  # the first weighs the bias
 
     weights, fits = np.zeros((half + 1, classes)), []
     for strength in STRENGTHS if val is not None else STRENGTHS[1:2]:
-        weights = fit_linear(prepare(train.features), train.labels, weights, strength, device)
+        weights = fit_linear(prepare(train), labels, weights, strength, device)
         fits.append((0.0 if val is None else top1(prepare(val.features["tower"]) @ weights), strength, weights))
     _, strength, weights = max(fits, key=lambda fit: fit[0])  # of equals the first, the strongest
     linear = SplitScores(split.ids, split.labels, prepare(split.features["tower"]) @ weights)
@@ -59,11 +58,11 @@ def measure_probe(train: TrainFeatures, val: SplitScores | None, split: SplitSco
     for name, scores in (("linear", linear.scores), ("knn", neighbors(split, part))):
         measured = measure_accuracy(scores, split.labels)
         found |= {f"{name}_{metric}": measured[metric] for metric in METRICS}
-    found |= {"train_images": len(train.labels), "of_train_images": train.images}
-    found["seconds"] = round(train.seconds + time.perf_counter() - began, 1)
-    is_sample = len(train.labels) < train.images
-    sample = f" fitted on {len(train.labels):,} of {train.images:,} train images" if is_sample else ""
-    return found | compare(split, linear, sample)
+    found |= {"train_images": len(labels), "of_train_images": facts["images"]}
+    found["seconds"] = round(facts["seconds"] + time.perf_counter() - began, 1)
+    is_sample = len(labels) < facts["images"]
+    sample = f" fitted on {len(labels):,} of {facts['images']:,} train images" if is_sample else ""
+    return found | compare(split, linear, sample) | {"tower_is_trained": facts["tower_is_trained"]}
 
 
 def compare(model: SplitScores, probe: SplitScores, sample: str = "") -> dict:

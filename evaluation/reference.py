@@ -6,7 +6,7 @@ import json
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -15,9 +15,12 @@ from safetensors.numpy import save
 
 from data.dataset import PlantData
 from data.streaming import Stream
-from evaluation.open_set import SPACES, Reference
+from evaluation.calibration import Calibration
+from evaluation.open_set import SCORES, SPACES, SUMS, Detector, Reference, build_spaces
+from models.features import feature_widths
 from runtime.atomic import write_file
 from runtime.run_files import BOOL, COUNT, TEXT, number, validate
+from utils.logging_utils import UserError
 
 if TYPE_CHECKING:
     from evaluation.evaluator import Evaluator
@@ -127,3 +130,36 @@ def read_reference(path: Path) -> Reference | None:
         for space in SPACES
     )
     return Reference(features, labels, facts) if is_whole else None
+
+
+def load_detector(folder: Path, calibration: Calibration | None, config: Any) -> Detector | str | None:
+    """That of a run, whose model has this config, or why it has none; None of a run made before there were any.
+
+    Raises UserError for a score that does not exist.
+    """
+    fitted = calibration and calibration.open_set
+    if not calibration or not fitted:
+        return None
+    if fitted["score"] is None or fitted["threshold"] is None:
+        return f'no "none of these": {fitted["missing"]}'
+    again = f"make it again: python evaluate.py {folder}"
+    parts = tuple(fitted["score"].split(" + "))
+    if not (parts in SUMS or len(parts) == 1) or not fitted["scale"].keys() >= set(parts) <= SCORES:
+        raise UserError(f"{folder}: calibration.json: {fitted['score']!r} is no open-set score; {again}")
+    reference, widths = read_reference(folder / REFERENCE_FILE), feature_widths(config)
+    if (
+        reference is None
+        or reference.facts["identity"] != fitted.get("reference")
+        or {name: features.shape[1] for name, features in reference.features.items()} != widths
+    ):
+        return f'no "none of these": {REFERENCE_FILE} is missing, corrupted or another one; {again}'
+    return build_detector(reference, calibration)
+
+
+def build_detector(reference: Reference | str, calibration: Calibration | None) -> Detector | str:
+    """What was fitted with these features; or why there is none."""
+    if isinstance(reference, str):
+        return reference
+    if calibration is None or calibration.open_set is None:
+        return "the run was trained on val"
+    return Detector(calibration.open_set, build_spaces(reference), calibration.temperature)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from evaluation.conformal import explain_missing
-from evaluation.metrics import SplitScores, calibration_bins, confidence, percent
+from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
 from utils.image_utils import open_thumbnail
 from utils.logging_utils import logger, skip_failure
@@ -62,6 +62,11 @@ def escape_go(text: str) -> str:
 def format_number(value: float | None, digits: int = 3) -> str:
     """A dash for None, 1,234 for an integer."""
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """Clamped to <1% and >99%: the model is never certain."""
+    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
 
 
 def format_interval(interval: Sequence[float] | None, digits: int = 3) -> str:

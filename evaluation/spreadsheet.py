@@ -9,20 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.special import softmax
 
 from data.taxonomy import LEVELS
-from evaluation.calibration import Calibration
-from evaluation.conformal import find_sets
-from evaluation.hierarchy import find_rejected, find_taxa
+from evaluation.calibration import UNCALIBRATED, Calibration
 from evaluation.metrics import SplitScores
+from evaluation.predictor import decide
 from runtime.atomic import write_file
 from utils.logging_utils import logger
 
 FORMULA_STARTS = (
     "=+-@\uff1d\uff0b\uff0d\uff20"  # of a cell that a spreadsheet would compute; full width in Japanese ones
 )
-UNCALIBRATED = Calibration(1.0, 0.0, 0.0, 0)
 
 
 def write_tables(
@@ -49,35 +46,23 @@ def list_images(
     split: SplitScores, calibration: Calibration, names: Sequence[str], strange: np.ndarray | None
 ) -> Iterator[list]:
     """A header, then for each image its cells."""
-    probabilities = softmax(split.scores / calibration.temperature, axis=1)
-    rejected, sets = find_rejected(probabilities, calibration), find_sets(probabilities, calibration.conformal)
-    taxonomy = calibration.taxonomy or {}
-    taxa = {level: find_taxa(probabilities, taxonomy, level) for level in LEVELS if taxonomy}
     header = ["image", "true class", "answer", "likeliest class", "confidence", "sure", "right", "set"]
-    yield header + [column for level in taxa for column in (level, f"{level} confidence", f"{level} sure")]
-    thresholds = calibration.levels or {}
-    accepted = {level: found.accept(thresholds.get(level)) for level, found in taxa.items()}
-    for index, shares in enumerate(probabilities):
-        likeliest = names[shares.argmax()]
-        level = next((level for level in taxa if accepted[level][index]), None)
-        doubt = f"not sure; {level} {taxa[level].names[index]}" if level else "not sure"
-        inside: Iterable[int] = () if sets is None else np.flatnonzero(sets[index])
-        members = [names[label] for label in sorted(inside, key=lambda label: -shares[label])]
-        yield [
-            split.ids[index],
-            names[split.labels[index]],
-            "none of these" if strange is not None and strange[index] else doubt if rejected[index] else likeliest,
-            likeliest,
-            float(shares.max()),
-            not rejected[index],
-            bool(split.correct[index]),
-            "; ".join(members),
-            *(
-                cell if found.names[index] else ""  # a class without a taxon stands for itself
-                for level, found in taxa.items()
-                for cell in (found.names[index], float(found.confidences[index]), bool(accepted[level][index]))
-            ),
-        ]
+    levels = LEVELS if calibration.taxonomy else ()
+    yield header + [column for level in levels for column in (level, f"{level} confidence", f"{level} sure")]
+    is_right = split.correct
+    for index, scores in enumerate(split.scores):
+        found = decide(scores, calibration, names)
+        name, share = found.likeliest[0]
+        answer = name if found.is_confident else "not sure"
+        if found.level and not found.is_confident:
+            answer += f"; {found.level} {found.taxa[found.level].name}"
+        if strange is not None and strange[index]:
+            answer = "none of these"
+        cells = [split.ids[index], names[split.labels[index]], answer, name, share, found.is_confident]
+        cells += [bool(is_right[index]), "; ".join(found.prediction_set or ())]
+        for level in levels:  # a class without a taxon stands for itself
+            cells += found.taxa[level] if found.taxa[level].name else ("", "", "")
+        yield cells
 
 
 def _write(path: Path, rows: Iterable[Sequence]) -> None:

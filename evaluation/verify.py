@@ -72,8 +72,7 @@ def verify_reload(run: Run, plant: PlantModel, data: PlantData) -> None:
         return
     rows = first_readable(plant.collator, data.train if data.validation is None else data.validation, RELOAD_IMAGES)
     expected = scores_of(plant, rows)
-    plant.model = None
-    collect_memory(plant.device)
+    release(plant)
     config = dataclasses.replace(run.config, compile="false")
     fresh = PlantModel.from_config(config, plant.class_names, plant.device)
     if sharded:
@@ -116,6 +115,23 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """Root mean square of the difference over that of the reference about each position's mean."""
     spread = reference - reference.mean(dim=1, keepdim=True)
     return float((logits - reference).square().mean().sqrt() / spread.square().mean().sqrt())
+
+
+def distance(plant: PlantModel, rows: Sequence[dict], expected: torch.Tensor) -> float:
+    """The relative difference of a model's logits from the expected ones."""
+    return relative_difference(logits_of(plant, rows), expected)
+
+
+def release(plant: PlantModel) -> None:
+    """The GPU has room for one model."""
+    plant.model = None
+    collect_memory(plant.device)
+
+
+def reload(plant: PlantModel, folder: Path, in_4bit: bool = False) -> None:
+    """A saved model as anyone loads it takes the place of the plant's."""
+    release(plant)
+    plant.model = load_whole(folder, plant.dtype, plant.device, in_4bit)
 
 
 def load_whole(folder: str | Path, dtype: torch.dtype, device: torch.device, in_4bit: bool = False) -> PreTrainedModel:
@@ -165,17 +181,23 @@ def attach_adapter(base: nn.Module, adapter: Adapter, device: torch.device) -> I
         yield
 
 
+def predict_classes(model, rows) -> dict[str, tuple[int, int]]:
+    """{id: (predicted, true class)} of the rows whose images are readable, by a PlantModel or LlamaCpp."""
+    scored = (found for scores, _ in model.score(rows) for found in scores)
+    return {sample.id: (int(np.argmax(values)), sample.label) for sample, values in scored}
+
+
 def compare_with_validated(validated: dict[str, bool], plant: PlantModel, rows: Sequence[dict]) -> dict[str, float]:
     """McNemar's test of the validated model, first, and of this one on the same images. Raises UserError for none."""
-    correct = {
-        sample.id: int(np.argmax(values)) == sample.label
-        for scores, _ in plant.score(rows)
-        for sample, values in scores
-        if sample.id in validated
-    }
-    if not correct:
+    found = {image: classes for image, classes in predict_classes(plant, rows).items() if image in validated}
+    if not found:
         raise UserError("none of these images of val was validated; score them first: python evaluate.py RUN")
-    return mcnemar([validated[sample] for sample in correct], list(correct.values()))
+    return mcnemar([validated[image] for image in found], [predicted == true for predicted, true in found.values()])
+
+
+def is_worse(metrics: dict[str, float]) -> bool:
+    """Of McNemar's test of two models: the second."""
+    return metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE
 
 
 def check_merge(
@@ -199,6 +221,6 @@ def check_merge(
     if metrics is not None:
         sentence += f"; top-1 {metrics['second']:.3f} on {metrics['n']:,} images of val, "
         sentence += f"{metrics['first']:.3f} was validated (p = {metrics['p']:.2g}, McNemar)"
-        if metrics["second"] < metrics["first"] and metrics["p"] < SIGNIFICANCE:
+        if is_worse(metrics):
             raise UserError(f"the merged model is worse than what was validated: {sentence}; nothing was exported")
     return sentence

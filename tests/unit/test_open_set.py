@@ -15,6 +15,7 @@ from evaluation.evaluator import Evaluator, Method
 from evaluation.metrics import SplitScores, confidence
 from evaluation.open_set import (
     KEPT,
+    Detector,
     Reference,
     build_space,
     build_spaces,
@@ -23,13 +24,13 @@ from evaluation.open_set import (
     leave_classes_out,
     measure_auroc,
     measure_fpr,
+    measure_open_set,
     measure_strangeness,
     tabulate,
 )
-from evaluation.probe import TrainFeatures, compare, fit_linear, measure_probe, vote
-from evaluation.reference import find_reference, find_train_images, read_reference, sample_by_class
+from evaluation.probe import compare, fit_linear, measure_probe, vote
+from evaluation.reference import build_detector, find_reference, find_train_images, read_reference, sample_by_class
 from evaluation.report import render
-from evaluation.trust import Detector, measure_trust
 from models.builder import PlantModel
 from models.features import Examined, scale_to_unit
 
@@ -65,6 +66,11 @@ def reference():
 @pytest.fixture(scope="module")
 def spaces(reference):
     return build_spaces(reference)
+
+
+def make_reference(tower, labels, images=240, seconds=1.0):
+    facts = {"images": images, "seconds": seconds, "tower_is_trained": False}
+    return Reference({"tower": tower}, {"tower": labels}, facts)
 
 
 def test_auroc_and_fpr_are_those_of_their_definition():
@@ -278,7 +284,7 @@ def test_many_images_are_compared_some_at_a_time(spaces, monkeypatch):
         return [votes, weights, *measure_strangeness(split, spaces, 1.0).values()]
 
     whole = compute()
-    for module in ("metrics", "probe"):
+    for module in ("open_set", "probe"):
         monkeypatch.setattr(f"evaluation.{module}.BLOCK", 200)
     for expected, other in zip(whole, compute(), strict=True):
         np.testing.assert_allclose(expected, other, atol=2e-3)
@@ -288,7 +294,7 @@ def test_many_images_are_compared_some_at_a_time(spaces, monkeypatch):
 def test_what_was_fitted_on_the_same_images_is_said(split, is_said, reference):
     val = make_split(240)
     fitted = fit_open_set(val, reference, 1.0)
-    probe = measure_probe(TrainFeatures(val.features["tower"], val.labels, 240, 1.0), val, val, CPU)
+    probe = measure_probe(make_reference(val.features["tower"], val.labels), val, val, CPU)
     answer = {**fitted, "rates": {"known": 0.05}}
     report = {"split": split, "probe": probe, "none_of_these": answer} | dict.fromkeys(("top1", "top5"), 0.9)
     text = render("trust_tables.md.j2", report=report | {"mean_per_class": 0.9})
@@ -331,7 +337,8 @@ def test_why_there_are_no_train_images_is_a_sentence_in_the_report(tiny, evaluat
         (None, "no train images were given"),
     ]:
         assert find_reference(evaluator, data) == reason
-        report = measure_trust(reason, None, None, make_split(), {}, CPU)
+        probe = measure_probe(reason, None, make_split(), CPU)
+        report = {"probe": probe} | measure_open_set(build_detector(reason, None), make_split(), {})
         assert report["probe"]["linear_top1"] is None and report["none_of_these"]["missing"] == reason
         text = render("trust_tables.md.j2", report=report | {"split": "val"})
         assert (
@@ -346,9 +353,9 @@ def test_without_val_there_is_a_probe_and_no_threshold(tiny, evaluator):
     split = split._replace(
         scores=split.scores[:, :10], labels=split.labels % 10, features={"tower": np.ones((20, 192))}
     )
-    report = measure_trust(reference, None, None, split, {}, CPU)
+    report = measure_open_set(build_detector(reference, None), split, {})
     assert report["none_of_these"] == {"score": None, "missing": "the run was trained on val"}
-    assert report["open_set"] == [] and 0 <= report["probe"]["linear_top1"] <= 1
+    assert report["open_set"] == [] and 0 <= measure_probe(reference, None, split, CPU)["linear_top1"] <= 1
 
 
 @pytest.mark.parametrize(("images", "classes", "found"), [(4000, 10, 100), (1020, 102, 10), (300, 3, 100)])
@@ -374,7 +381,7 @@ def test_of_many_classes_no_more_images_are_taken_than_the_limit(classes, found,
 def test_the_probe_learns_what_is_there_and_the_better_is_named():
     labels = np.arange(360) % CLASSES
     good, bad = make_features(labels, 0.6, 1), make_features(labels, 9.0, 2)
-    train = TrainFeatures(np.concatenate([bad, good], axis=1), labels, 720, 1.5)
+    train = make_reference(np.concatenate([bad, good], axis=1), labels, 720, 1.5)
 
     def split(seed, margin):
         made = make_split(240, seed, margin=margin)
@@ -388,7 +395,10 @@ def test_the_probe_learns_what_is_there_and_the_better_is_named():
     )
     assert (found["train_images"], found["of_train_images"]) == (360, 720) and found["seconds"] >= 1.5
     assert "a linear probe on its vision tower fitted on 360 of 720 train images " in found["advice"]
-    assert "fitted on" not in measure_probe(train._replace(images=360), None, split(12, 9), CPU)["advice"]
+    assert (
+        "fitted on"
+        not in measure_probe(train._replace(facts=train.facts | {"images": 360}), None, split(12, 9), CPU)["advice"]
+    )
     assert found["linear_top5"] >= found["linear_top1"] and found["linear_mean_per_class"] > 0.9
     blind = measure_probe(train, None, split(12, 9), CPU)  # nothing chosen: the half that says nothing
     assert blind["features"] == "pooled" and blind["advice"].startswith("use the model") and blind["linear_top1"] < 0.5
