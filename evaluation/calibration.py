@@ -37,6 +37,10 @@ class Calibration(NamedTuple):
         exponent = np.log2(self.temperature / pairs.temperature)
         return pairs._replace(temperature=float(self.temperature / count**exponent))
 
+    def accept(self, scores: np.ndarray) -> np.ndarray:
+        """(n,) whether the model is sure of the class of images (n, C)."""
+        return accept(confidence(scores, self.temperature), self.threshold)
+
     def measure_sets(self, split: SplitScores | None) -> dict | None:
         """How often prediction sets contain the true class, and their size; of None, the images of the fit, no metrics.
 
@@ -55,8 +59,7 @@ class Calibration(NamedTuple):
 
     def measure_ood(self, scores: np.ndarray) -> dict[str, float]:
         """Of out-of-distribution images (n, C): their number, and the share whose confidence is below the threshold."""
-        accepted = accept(confidence(scores, self.temperature), self.threshold)
-        return {"n": len(scores), "abstention_rate": 1 - float(accepted.mean())}
+        return {"n": len(scores), "abstention_rate": 1 - float(self.accept(scores).mean())}
 
 
 UNCALIBRATED = Calibration(temperature=1.0, threshold=0.0, target_selective_accuracy=0.0, images=0)  # always confident

@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 
 from evaluation.calibration import Calibration, calibrate
 from evaluation.hierarchy import fit_levels
-from evaluation.metrics import SplitScores, confidence, mean_interval, measure_selective, wilson_interval
+from evaluation.metrics import SplitScores, mean_interval, measure_selective, wilson_interval
 
 MIN_PAIRS = 30  # of observations, below which pairs of a class are used
 
@@ -94,10 +94,6 @@ def measure_fusion(split: SplitScores, calibration: Calibration) -> dict[str, di
         if not len(pairs):
             continue
         fused, single = fuse(split, pairs), split.correct[pairs].mean(axis=1)
-        of_pairs = calibration.of_images(2)
-        confidences = confidence(fused.scores, of_pairs.temperature)
-        ones = confidence(split.scores[pairs.ravel()], calibration.temperature)
-        alone = measure_selective(ones, split.correct[pairs.ravel()], calibration.threshold)
         gain = fused.correct - single
         found[kind] = {
             "pairs": len(pairs),
@@ -106,7 +102,7 @@ def measure_fusion(split: SplitScores, calibration: Calibration) -> dict[str, di
             "pair_interval": wilson_interval(fused.correct),
             "gain": float(gain.mean()),
             "gain_interval": mean_interval(gain),
-            "single_coverage": alone["coverage"],
-            **measure_selective(confidences, fused.correct, of_pairs.threshold),
+            "single_coverage": float(calibration.accept(split.scores[pairs.ravel()]).mean()),
+            **measure_selective(calibration.of_images(2).accept(fused.scores), fused.correct),
         }
     return found

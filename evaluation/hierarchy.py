@@ -42,17 +42,12 @@ def find_taxa(probabilities: np.ndarray, taxonomy: Taxonomy, level: str) -> Taxa
     return Taxa(names[first[likeliest]], sums[likeliest, np.arange(len(probabilities))])
 
 
-def find_rejected(probabilities: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """(n,) whether no class is sure."""
-    return ~accept(probabilities.max(axis=1), calibration.threshold)
-
-
 def fit_levels(split: SplitScores, calibration: Calibration, taxonomy: Taxonomy | None) -> Calibration:
     """The calibration with the thresholds of the levels, from the images that it was fitted on."""
     if taxonomy is None:
         return calibration
     probabilities = softmax(split.scores / calibration.temperature, axis=1)
-    rest, levels = find_rejected(probabilities, calibration), dict[str, float]()
+    rest, levels = ~calibration.accept(split.scores), dict[str, float]()
     for level in LEVELS:
         taxa = find_taxa(probabilities, taxonomy, level)
         confidences = taxa.confidences[rest & (taxa.names != "")]
@@ -67,7 +62,7 @@ def measure_levels(split: SplitScores, calibration: Calibration) -> dict | None:
     if calibration.taxonomy is None or calibration.levels is None:
         return None
     probabilities = softmax(split.scores / calibration.temperature, axis=1)
-    rejected = find_rejected(probabilities, calibration)
+    rejected = ~calibration.accept(split.scores)
     rest, right, levels = rejected.copy(), np.zeros(len(rejected), dtype=bool), {}
     for level in LEVELS:
         taxa, truth = find_taxa(probabilities, calibration.taxonomy, level), np.array(calibration.taxonomy[level])

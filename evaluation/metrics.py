@@ -156,9 +156,8 @@ def accept(confidences: np.ndarray, threshold: float | None) -> np.ndarray:
     return confidences >= (np.inf if threshold is None else threshold)
 
 
-def measure_selective(confidences: np.ndarray, correct: np.ndarray, threshold: float | None) -> dict[str, float | None]:
-    """Selective prediction at a threshold: share of images accepted (coverage), and the accuracy on them."""
-    accepted = accept(confidences, threshold)
+def measure_selective(accepted: np.ndarray, correct: np.ndarray) -> dict[str, float | None]:
+    """Selective prediction: share of images that are accepted (coverage), and the accuracy on them."""
     return {
         "coverage": float(accepted.mean()),
         "selective_accuracy": float(correct[accepted].mean()) if accepted.any() else None,
@@ -170,7 +169,7 @@ def measure_split(split: SplitScores, calibration: "Calibration | None", names: 
     confidences = confidence(split.scores, 1.0 if calibration is None else calibration.temperature)
     selective: dict = {"coverage": None, "selective_accuracy": None}
     if calibration is not None:
-        selective = measure_selective(confidences, split.correct, calibration.threshold)
+        selective = measure_selective(calibration.accept(split.scores), split.correct)
     classes = per_class(split.scores, split.labels, names)
     return {
         **measure_accuracy(split.scores, split.labels),

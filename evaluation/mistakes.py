@@ -44,7 +44,7 @@ def count_confusions(split: SplitScores, taxonomy: Taxonomy | None, names: Seque
     np.fill_diagonal(both, 0)
     shown = np.flatnonzero(table.sum(axis=0) + table.sum(axis=1))
     if len(shown) > MAX_CLASSES:
-        shown = _choose_confused(both)
+        shown = np.sort(np.argsort(-both.sum(axis=1), kind="stable")[:MAX_CLASSES])
     if taxonomy and any(taxonomy["genus"]):
         keys = [*(taxonomy[level] for level in reversed(LEVELS)), names]
         shown = np.array(sorted(shown, key=lambda label: [key[int(label)] or "~" for key in keys]))  # unknown ones last
@@ -56,17 +56,6 @@ def count_confusions(split: SplitScores, taxonomy: Taxonomy | None, names: Seque
     counts = table[np.ix_(shown, shown)]
     wrong = int(table.sum() - np.trace(table))
     return Confusions(shown, counts, groups, order, wrong - int(counts.sum() - np.trace(counts)))
-
-
-def _choose_confused(both: np.ndarray) -> np.ndarray:
-    """The classes of the most confused pairs (C, C), as many as fit."""
-    chosen: dict[int, None] = {}
-    first, second = np.nonzero(np.triu(both))
-    for pair in np.argsort(-both[first, second], kind="stable"):
-        chosen |= dict.fromkeys((int(first[pair]), int(second[pair])))
-        if len(chosen) >= MAX_CLASSES - 1:
-            break
-    return np.array(sorted(chosen or range(MAX_CLASSES)))
 
 
 def _order_by_confusion(both: np.ndarray) -> np.ndarray:
@@ -100,7 +89,7 @@ def write_mistakes(
     with skip_failure(f"{stem}_confusions.png"):
         found = count_confusions(split, calibration and calibration.taxonomy, names)
         title = f"{len(split.ids):,} images by true and predicted class, ordered by {found.order}"
-        if len(found.labels) < len(names) and len(found.labels) >= MAX_CLASSES - 1:
+        if MAX_CLASSES == len(found.labels) < len(names):
             title += f"; the {len(found.labels)} most confused of {len(names):,} classes"
             title += f", which {found.elsewhere:,} mistakes are not among"
         shown = [names[label] for label in found.labels]

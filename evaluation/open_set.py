@@ -21,7 +21,8 @@ import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 
-from evaluation.metrics import SplitScores, confidence
+from evaluation.calibration import Calibration
+from evaluation.metrics import SplitScores, confidence, measure_selective
 from models.features import Examined, scale_to_unit
 
 PRINCIPAL, SHRINKAGE = 128, 0.1  # directions; share of a covariance that is made the same in all (docs/LOG.md)
@@ -181,13 +182,18 @@ def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float
 class Detector(NamedTuple):
     """Tells images of none of the classes, with what was fitted on val and the features of train images."""
 
-    fitted: dict  # an OpenSet
+    calibration: Calibration
     spaces: dict[str, Space]
-    temperature: float
+
+    @property
+    def fitted(self) -> dict:
+        """An OpenSet."""
+        return self.calibration.open_set or {}
 
     def measure(self, images: SplitScores) -> dict[str, np.ndarray]:
         """{score: (n,)} of images, sums included."""
-        return combine(measure_strangeness(images, self.spaces, self.temperature), self.fitted["scale"])
+        found = measure_strangeness(images, self.spaces, self.calibration.temperature)
+        return combine(found, self.fitted["scale"])
 
     def find_strange(self, images: SplitScores) -> np.ndarray | None:
         """(n,) whether each gets "none of these"; None where no score was chosen."""
@@ -218,14 +224,19 @@ def measure_fpr(known: np.ndarray, strange: np.ndarray) -> float:
 
 
 def measure_open_set(detector: Detector | str, split: SplitScores, others: Mapping[str, SplitScores]) -> dict:
-    """{"open_set", "none_of_these"} of a report; without a detector, the reason why there is none."""
+    """{"open_set", "none_of_these"} of a report; without a detector, the reason why there is none.
+
+    "coverage" is the share of images that get a name: sure of one, and none that gets "none of these".
+    """
     if isinstance(detector, str):
         return {"open_set": [], "none_of_these": {"score": None, "missing": detector}}
     fitted, measured = detector.fitted, {kind: detector.measure(each) for kind, each in others.items()}
     measured = {"known": detector.measure(split)} | measured
     answer: dict = {name: fitted[name] for name in ("score", "threshold", "kept", "missing")}
     if score := fitted["score"]:
-        answer["rates"] = {kind: float((each[score] > fitted["threshold"]).mean()) for kind, each in measured.items()}
+        beyond = {kind: each[score] > fitted["threshold"] for kind, each in measured.items()}
+        answer["rates"] = {kind: float(each.mean()) for kind, each in beyond.items()}
+        answer |= measure_selective(detector.calibration.accept(split.scores) & ~beyond["known"], split.correct)
     return {"open_set": tabulate(measured.pop("known"), measured), "none_of_these": answer}
 
 

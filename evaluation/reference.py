@@ -162,4 +162,4 @@ def build_detector(reference: Reference | str, calibration: Calibration | None) 
         return reference
     if calibration is None or calibration.open_set is None:
         return "the run was trained on val"
-    return Detector(calibration.open_set, build_spaces(reference), calibration.temperature)
+    return Detector(calibration, build_spaces(reference))

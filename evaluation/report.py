@@ -148,10 +148,9 @@ def _keep_examples(images: Sequence[tuple[str, Image.Image]], folder: str | Path
 
 def result_lines(report: dict) -> Iterator[str]:
     """The report in a few lines, for the log."""
-    low, high = report["top1_interval"]
     yield (
-        f"top-1 {report['top1']:.3f} (95% interval {low:.3f} to {high:.3f}) | top-5 {report['top5']:.3f} | mean per "
-        f"class {report['mean_per_class']:.3f} | {report['n']:,} images"
+        f"top-1 {report['top1']:.3f}{format_interval(report['top1_interval'])} | top-5 {report['top5']:.3f} | "
+        f"mean per class {report['mean_per_class']:.3f} | {report['n']:,} images"
     )
     if report["calibration"] is None:
         yield f"not calibrated: {report['not_calibrated']}"
@@ -166,10 +165,10 @@ def result_lines(report: dict) -> Iterator[str]:
     if missing := explain_missing(report["calibration"]):
         yield missing
     elif sets and sets["coverage"] is not None:
-        low, high = sets["coverage_interval"]
         yield (
             f"prediction sets ({sets['method'].upper()}, fitted on val) for {sets['target']:g}: coverage "
-            f"{sets['coverage']:.3f} (95% interval {low:.3f} to {high:.3f}) | {sets['mean_size']:.2f} names on average"
+            f"{sets['coverage']:.3f}{format_interval(sets['coverage_interval'])} | "
+            f"{sets['mean_size']:.2f} names on average"
             f"{format_interval(sets['mean_size_interval'], 2)}"
         )
     if (tree := report["hierarchy"]) and tree["rejected"]:
@@ -202,4 +201,7 @@ def trust_lines(report: dict) -> Iterator[str]:
             f"{rate:.0%} of {report['split'] if source == 'known' else source}"
             for source, rate in answer["rates"].items()
         ]
-        yield f'"none of these" ({answer["score"]}, which keeps {answer["kept"]:.0%} of val): {", ".join(rates)}'
+        yield (
+            f'"none of these" ({answer["score"]}, which keeps {answer["kept"]:.0%} of val): {", ".join(rates)} | '
+            f"a name for {answer['coverage']:.0%}, selective accuracy {format_number(answer['selective_accuracy'])}"
+        )

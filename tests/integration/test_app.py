@@ -161,6 +161,12 @@ def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
     assert "It gave a name to 75% of them, and 96% of those were right." in html and "weights were chosen" not in html
     assert 'only these 2 plants: any other plant is named as one of them, or gets "not sure".' in html
     assert "oak, ash" in html and WARNING in html
+    report = MEASURED | {"none_of_these": {"coverage": 0.7, "selective_accuracy": 0.98}}
+    for detects, words in (
+        (True, "gave a name to 70% of them, and 98%"),
+        (False, "gave a name to 75% of them, and 96%"),
+    ):
+        assert words in TEXTS.footer("mine", ["oak"], report, True, WARNING, detects)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,7 @@ def test_a_taxonomy_and_tables_for_spreadsheets(trained, here, capsys):
     assert "Two images of one class, of different plants, fused: top-1" in readme
     answers = (trained / "eval_test_images.csv").read_text().count(",none of these,")
     assert answers == round(20 * report["none_of_these"]["rates"]["known"])
+    assert "| a name for " in log and report["none_of_these"]["coverage"] <= report["coverage"]
     for name in ("eval_test_images.csv", "eval_test_classes.csv", "eval_test_confusions.png", "eval_test_mistakes.png"):
         assert (trained / name).stat().st_size > 100
     table.write_text("name,genus\namber starwort,Amber\n")

@@ -6,7 +6,7 @@ from scipy.special import log_softmax, softmax
 
 from evaluation.calibration import Calibration, calibrate
 from evaluation.fusion import fit_pairs
-from evaluation.hierarchy import find_rejected, find_taxa, fit_levels, measure_levels
+from evaluation.hierarchy import find_taxa, fit_levels, measure_levels
 from evaluation.metrics import SplitScores
 from evaluation.predictor import Prediction, Taxon
 
@@ -57,8 +57,7 @@ def test_the_taxa_of_images_that_are_not_sure_are_right_as_often_as_promised():
     val, test = draw(3000, 0), draw(6000, 1)
     calibration = fit(val)
     found = measure_levels(test, calibration)
-    probabilities = softmax(test.scores / calibration.temperature, axis=1)
-    assert found["rejected"] == find_rejected(probabilities, calibration).sum() > 3000
+    assert found["rejected"] == (~calibration.accept(test.scores)).sum() > 3000
     assert found["share_correct"] > 0.8 and found["precision"] > 0.88
     assert found["precision_interval"][0] < found["precision"] < found["precision_interval"][1]
     assert found["share_interval"][0] < found["share_correct"] < found["share_interval"][1]

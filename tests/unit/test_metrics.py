@@ -7,6 +7,7 @@ from evaluation.calibration import choose_threshold, fit_temperature
 from evaluation.metrics import (
     MAX_CONFUSIONS,
     SplitScores,
+    accept,
     adjust_scores,
     calibration_bins,
     confidence,
@@ -115,8 +116,8 @@ def test_the_threshold_accepts_as_many_as_the_precision_allows():
     assert choose_threshold(confidences, right, 0.8) == 0.5
     assert choose_threshold(confidences, right, 0.9) == 0.8
     assert choose_threshold(confidences, ~right, 0.9) is None
-    assert measure_selective(confidences, right, 0.7) == {"coverage": 0.8, "selective_accuracy": 0.75}
-    assert measure_selective(confidences, right, None) == {"coverage": 0.0, "selective_accuracy": None}
+    assert measure_selective(accept(confidences, 0.7), right) == {"coverage": 0.8, "selective_accuracy": 0.75}
+    assert measure_selective(accept(confidences, None), right) == {"coverage": 0.0, "selective_accuracy": None}
 
 
 def test_mcnemar_on_images_that_differ():

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
+from evaluation.calibration import UNCALIBRATED, Calibration
 from evaluation.evaluator import Evaluator, Method
 from evaluation.metrics import SplitScores, confidence
 from evaluation.open_set import (
@@ -114,7 +115,7 @@ def test_other_plants_are_set_apart_by_the_features_that_differ(reference, space
     val, test, others = make_split(), make_split(seed=3), make_split(seed=4, place=30)
     fitted = fit_open_set(val, reference, 1.0)
     assert "tower" in fitted["score"] and fitted["missing"] is None
-    detector = Detector(dict(fitted), spaces, 1.0)
+    detector = Detector(UNCALIBRATED._replace(open_set=dict(fitted)), spaces)
     rows = {row["score"]: row for row in tabulate(detector.measure(test), {"others": detector.measure(others)})}
     assert rows["tower_mahalanobis"]["auroc"] > 0.95 and rows["tower_mahalanobis"]["fpr95"] < 0.2
     assert 0.4 < rows["confidence"]["auroc"] < 0.6 and rows["confidence"]["fpr95"] > 0.8
@@ -123,6 +124,19 @@ def test_other_plants_are_set_apart_by_the_features_that_differ(reference, space
     assert (known <= fitted["threshold"]).mean() == pytest.approx(KEPT, abs=2 / 240)
     kept = (detector.measure(test)[fitted["score"]] <= fitted["threshold"]).mean()
     assert kept == pytest.approx(KEPT, abs=0.04)
+
+
+def test_a_name_is_given_to_what_is_sure_and_one_of_these(reference, spaces):
+    test, fitted = make_split(seed=3, margin=1.5), dict(fit_open_set(make_split(), reference, 1.0))
+    detector = Detector(Calibration(1.0, 0.4, 0.95, 240, open_set=fitted), spaces)
+    answer = measure_open_set(detector, test, {"others": make_split(seed=4, place=30)})["none_of_these"]
+    sure, strange = confidence(test.scores, 1.0) >= 0.4, detector.find_strange(test)
+    assert answer["rates"]["known"] == strange.mean() and answer["rates"]["others"] > 0.8
+    assert answer["coverage"] == (sure & ~strange).mean() < sure.mean() < 0.9
+    assert answer["selective_accuracy"] == test.correct[sure & ~strange].mean()
+    unsure = Detector(Calibration(1.0, None, 0.95, 240, open_set=fitted), spaces)
+    answer = measure_open_set(unsure, test, {})["none_of_these"]
+    assert (answer["coverage"], answer["selective_accuracy"]) == (0, None)
 
 
 def test_what_a_name_that_is_taken_away_flatters_is_not_chosen(reference):
@@ -182,7 +196,8 @@ def test_four_classes_of_many_are_enough(reference):
 
 
 def test_several_images_of_a_plant_are_decided_by_their_mean(reference, spaces):
-    detector = Detector(dict(fit_open_set(make_split(), reference, 1.0)), spaces, 1.0)
+    fitted = dict(fit_open_set(make_split(), reference, 1.0))
+    detector = Detector(UNCALIBRATED._replace(open_set=fitted), spaces)
 
     def measure(place, count):
         split = make_split(count, seed=9, place=place)
@@ -295,11 +310,12 @@ def test_what_was_fitted_on_the_same_images_is_said(split, is_said, reference):
     val = make_split(240)
     fitted = fit_open_set(val, reference, 1.0)
     probe = measure_probe(make_reference(val.features["tower"], val.labels), val, val, CPU)
-    answer = {**fitted, "rates": {"known": 0.05}}
+    answer = {**fitted, "rates": {"known": 0.05}, "coverage": 0.9, "selective_accuracy": 0.97}
     report = {"split": split, "probe": probe, "none_of_these": answer} | dict.fromkeys(("top1", "top5"), 0.9)
     text = render("trust_tables.md.j2", report=report | {"mean_per_class": 0.9})
     assert ("What is free in them was chosen on these same images." in text) is is_said
     assert ("keeps 95% of val, these same images" in text) is is_said and "\n\n\n" not in text
+    assert f"of {split}. So 90% of {split} get a name, 97.0% of these the right one.\n" in text
 
 
 def test_what_is_no_set_of_features_is_not_used(tmp_path):
