@@ -61,7 +61,7 @@ def measure_probe(
     found |= {"train_images": len(labels), "of_train_images": facts["images"]}
     found["seconds"] = round(facts["seconds"] + time.perf_counter() - began, 1)
     is_sample = len(labels) < facts["images"]
-    sample = f" fitted on {len(labels):,} of {facts['images']:,} train images" if is_sample else ""
+    sample = f", fitted on {len(labels):,} of {facts['images']:,} train images," if is_sample else ""
     return found | compare(split, linear, sample) | {"tower_is_trained": facts["tower_is_trained"]}
 
 

@@ -410,7 +410,7 @@ def test_the_probe_learns_what_is_there_and_the_better_is_named():
         found["advice"].startswith("use the probe, a plain image classifier, and not this model") and found["p"] < 1e-6
     )
     assert (found["train_images"], found["of_train_images"]) == (360, 720) and found["seconds"] >= 1.5
-    assert "a linear probe on its vision tower fitted on 360 of 720 train images " in found["advice"]
+    assert "a linear probe on its vision tower, fitted on 360 of 720 train images, " in found["advice"]
     assert (
         "fitted on"
         not in measure_probe(train._replace(facts=train.facts | {"images": 360}), None, split(12, 9), CPU)["advice"]
