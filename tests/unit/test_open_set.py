@@ -130,10 +130,10 @@ def test_a_name_is_given_to_what_is_sure_and_one_of_these(reference, spaces):
     test, fitted = make_split(seed=3, margin=1.5), dict(fit_open_set(make_split(), reference, 1.0))
     detector = Detector(Calibration(1.0, 0.4, 0.95, 240, open_set=fitted), spaces)
     answer = measure_open_set(detector, test, {"others": make_split(seed=4, place=30)})["none_of_these"]
-    sure, strange = confidence(test.scores, 1.0) >= 0.4, detector.find_strange(test)
+    accepted, strange = confidence(test.scores, 1.0) >= 0.4, detector.find_strange(test)
     assert answer["rates"]["known"] == strange.mean() and answer["rates"]["others"] > 0.8
-    assert answer["coverage"] == (sure & ~strange).mean() < sure.mean() < 0.9
-    assert answer["selective_accuracy"] == test.correct[sure & ~strange].mean()
+    assert answer["coverage"] == (accepted & ~strange).mean() < accepted.mean() < 0.9
+    assert answer["selective_accuracy"] == test.correct[accepted & ~strange].mean()
     unsure = Detector(Calibration(1.0, None, 0.95, 240, open_set=fitted), spaces)
     answer = measure_open_set(unsure, test, {})["none_of_these"]
     assert (answer["coverage"], answer["selective_accuracy"]) == (0, None)
