@@ -29,8 +29,7 @@ _HYBRID = "(?:[\u00d7x] ?)?"
 LATIN = re.compile(rf"{_HYBRID}{_GENUS}(?: {_HYBRID}{_EPITHET}(?: .*)?| spp?\.?)?", re.IGNORECASE)
 BINOMIAL = re.compile(rf"{_HYBRID}([a-z-]{{2,}})(?: (?:{_HYBRID}[a-z-]{{2,}}(?: .*)?|spp?\.?))?", re.IGNORECASE)
 LATIN_SHARE = 0.7  # of the class names: then all have a genus that look like it, such as Silene, and before none has
-
-AUTHORED = re.compile(r"([A-Z][a-z-]+) [A-Z(].*")
+AUTHOR = re.compile(r"(?<=[a-z-]) [A-Z(].*")  # Rosa L., Asteraceae Bercht. & J. Presl
 Taxonomy = dict[str, list[str]]  # by level the taxon of each class, "" where it is not known
 
 
@@ -65,15 +64,14 @@ def _find_file(dataset: str, class_names: Sequence[str]) -> Path | None:
     """A file beside the folder may be of another data set: it counts if it has any of the classes."""
     folder = Path(os.path.expanduser(dataset))
     folder = folder.parent if folder.is_file() else folder
-    if not folder.is_dir():
-        return None
     inside, beside = folder / TAXONOMY_FILE, folder.absolute().parent / TAXONOMY_FILE
-    if os.path.lexists(inside) or not beside.is_file():
-        return inside if os.path.lexists(inside) else None
+    if os.path.lexists(inside):
+        return inside
     keys = {*map(name_key, class_names)}
     with contextlib.suppress(UserError):  # another file of the user's
-        cells = (cell for row in open_records(beside, has_header=True).rows() for cell in row)
-        return beside if any(name_key(cell) in keys for cell in cells) else None
+        if folder.is_dir() and beside.is_file():
+            cells = (cell for row in open_records(beside, has_header=True).rows() for cell in row)
+            return beside if any(name_key(cell) in keys for cell in cells) else None
     return None
 
 
@@ -92,36 +90,29 @@ def _read(path: Path, class_names: Sequence[str], found: Taxonomy) -> list[str]:
     """Fill in what a file says of the classes; returns warnings. Raises UserError."""
     if os.path.lexists(path) and not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{path}: is no file; give a table with the columns name, genus and family")
-    rows = _read_rows(open_records(path, has_header=True))
     places = {name_key(name): place for place, name in enumerate(class_names)}
-    known: dict[int, tuple[str, ...]] = {}
-    unknown = []
-    for name, *taxa in rows:
-        place = places.get(name_key(name))
-        if place is None:
-            unknown.append(name)
-        elif place in known:
-            raise UserError(f"{path}: lists {printable(name)!r} twice; keep one of the rows")
-        else:
-            known[place] = tuple(taxa)
-    if not known:
+    rows: dict[str, list[str]] = {}  # by key of the name
+    for row in _read_rows(open_records(path, has_header=True)):
+        if (key := name_key(row[0])) in rows and key in places:
+            raise UserError(f"{path}: lists {printable(row[0])!r} twice; keep one of the rows")
+        rows[key] = row
+    unknown = {key: row[0] for key, row in rows.items() if key not in places}
+    if len(unknown) == len(rows):
         examples = (
-            f"{some(map(repr, unknown), 3) or 'only a header'}; the classes are {some(map(repr, class_names), 3)}"
+            f"{some(map(repr, unknown.values())) or 'only a header'}; the classes are {some(map(repr, class_names))}"
         )
         raise UserError(f"{path}: has none of the classes ({examples}); write them as the class folders or labels are")
-    for place, given in known.items():
-        for level, taxon in zip(LEVELS, given):
+    for key, place in places.items():
+        for level, taxon in zip(LEVELS, rows.get(key, [])[1:]):
             found[level][place] = taxon or found[level][place]
     _unite(path, found)
-    missing = [name for place, name in enumerate(class_names) if place not in known]
-    keys = {name_key(name): name for name in missing}
-    near = [
-        f"{name!r}: {keys[close[0]]!r}?" for name in unknown if (close := get_close_matches(name_key(name), keys, 1))
-    ]
+    missing = {key: class_names[place] for key, place in places.items() if key not in rows}
+    close = {name: get_close_matches(key, missing, 1) for key, name in unknown.items()}
+    near = [f"{name!r}: {missing[keys[0]]!r}?" for name, keys in close.items() if keys]
     if not near:
         return []
     count = f"{len(unknown):,} of its names are no classes" if len(unknown) > 1 else "one of its names is no class"
-    return [f"{path}: {count} ({some(near, 3)}); write them as the classes are, or they have no genus and family"]
+    return [f"{path}: {count} ({some(near)}); write them as the classes are, or they have no genus and family"]
 
 
 def _read_rows(records: Records) -> list[list[str]]:
@@ -135,13 +126,10 @@ def _read_rows(records: Records) -> list[list[str]]:
         )
     places = [records.columns.index(column) for column in columns if column is not None]
     cells = ([" ".join(row[place].split()) for place in places] for row in records.rows())
-    return [[name, *("" if taxon in UNKNOWN else _tidy(taxon) for taxon in taxa)] for name, *taxa in cells if name]
-
-
-def _tidy(taxon: str) -> str:
-    """Without its author: "Rosa L." is Rosa, "Asteraceae Bercht. & J. Presl" Asteraceae."""
-    taxon = tidy_name(taxon)
-    return found[1] if (found := AUTHORED.fullmatch(taxon)) else taxon
+    tidy = dict.fromkeys(UNKNOWN, "")
+    return [
+        [name, *(tidy.get(taxon, AUTHOR.sub("", tidy_name(taxon))) for taxon in taxa)] for name, *taxa in cells if name
+    ]
 
 
 def _unite(path: Path, found: Taxonomy) -> None:

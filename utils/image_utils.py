@@ -3,6 +3,7 @@
 H, W: height and width in pixels of the upright image.
 """
 
+import contextlib
 import io
 import math
 import random
@@ -16,11 +17,9 @@ from PIL import Image, ImageCms, ImageEnhance, ImageOps, TiffImagePlugin, Uniden
 
 from utils.logging_utils import UserError, one_line, printable
 
-try:
+with contextlib.suppress(ImportError):  # reads_heif() tells those who have such images
     import pillow_heif
-except ImportError:  # reads_heif() tells those who have such images
-    pass
-else:
+
     pillow_heif.register_heif_opener()
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # of iPhones; read by pillow-heif
@@ -59,12 +58,9 @@ def is_image_name(path: Path) -> bool:
 
 
 def looks_like_image(path: Path) -> bool:
-    """Whether a regular file begins as one of the image formats does, whatever its name."""
-    try:
-        with path.open("rb") as file:
-            return is_image_start(file.read(16))
-    except OSError:
-        return False
+    """Whether a regular file begins as one of the image formats does, whatever its name. Raises OSError."""
+    with path.open("rb") as file:
+        return is_image_start(file.read(16))
 
 
 def is_image_start(start: bytes) -> bool:
@@ -192,9 +188,8 @@ def _open_header(source: dict | str | Path, side: int | None = None) -> tuple[st
     try:
         image = Image.open(io.BytesIO(contents), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{name}: is above the limit of {MAX_PIXELS:,} pixels; make it smaller ({one_line(error)})"
-        ) from None
+        problem = f"is above the limit of {MAX_PIXELS:,} pixels; make it smaller ({one_line(error)})"
+        raise ImageError(f"{name}: {problem}") from None
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
             raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
@@ -204,13 +199,13 @@ def _open_header(source: dict | str | Path, side: int | None = None) -> tuple[st
     except Exception as error:
         raise ImageError(f"{name}: its header cannot be read ({one_line(error)})") from error
     scans = len(JPEG_SCAN.findall(contents)) if image.format in ("JPEG", "MPO") else 0
-    if scans * image.width * image.height > MAX_SCANNED_PIXELS or len(image.tile) > MAX_TILES:
-        parts = f"{image.width} x {image.height} in {max(scans, len(image.tile)):,} parts"
-        raise ImageError(f"{name}: {parts} takes too long to decode; save it anew")
+    size, scanned = f"{image.width} x {image.height}", scans * image.width * image.height
     _decode_smaller(image, side)
     if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height}"
         raise ImageError(f"{name}: {size} is above the limit of {MAX_PIXELS:,} pixels; make it smaller")
+    if scanned > MAX_SCANNED_PIXELS or len(image.tile) > MAX_TILES:
+        parts = f"{size} in {max(scans, len(image.tile)):,} parts"
+        raise ImageError(f"{name}: {parts} takes too long to decode; save it anew")
     return name, image
 
 
@@ -283,7 +278,5 @@ def image_fingerprint(image: dict) -> list[int]:
     """
     if image["bytes"] is not None:
         return [len(image["bytes"]), zlib.crc32(image["bytes"])]
-    if not image["path"] or not Path(image["path"]).is_file():
-        return []
-    status = Path(image["path"]).stat()
-    return [status.st_size, status.st_mtime_ns]
+    path = Path(image["path"] or "")
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
