@@ -6,8 +6,7 @@ A group is a text, equal for all images of a plant within a class; "" for an ima
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 
 from datasets import Dataset
 
@@ -34,20 +33,19 @@ _CHANGE = (
 AUGMENTED = re.compile(rf"(?:{_CHANGE}[_\- ]+(?P<after>.+)|(?P<before>.+?)(?:[_\- ]+{_CHANGE}(?:[_\- ]\d+)?)+)", re.I)
 
 
-def find_plants(splits: Collection[Dataset], pattern: str | None) -> tuple[list[str], str]:
-    """(the group of each row of the splits, what tells it): the rule of the user, what the data says, or file names.
+def find_plants(rows: Dataset, pattern: str | None) -> tuple[list[str], str]:
+    """(the group of each row, what tells it): the rule of the user, what the data says, or file names.
 
     `pattern`: a group is what its first group, or all of it, finds in file names or else paths.
     """
-    ids = [image_id for rows in splits for image_id in rows["id"][:]]
+    ids = rows["id"][:]
     if pattern is not None:
         compiled = re.compile(pattern)
         found = [compiled.search(image_id.rpartition("/")[2]) or compiled.search(image_id) for image_id in ids]
         return [(match[1 if compiled.groups else 0] or "") if match else "" for match in found], "--group-by"
-    if any("group" in rows.column_names for rows in splits):
-        columns = [rows["group"][:] if "group" in rows.column_names else [""] * len(rows) for rows in splits]
-        return [group or "" for group in chain(*columns)], "plant, as the data has it"
-    return group_by_name(ids, chain(*(rows["label"][:] for rows in splits))), "file name"
+    if "group" in rows.column_names:
+        return [group or "" for group in rows["group"][:]], "plant, as the data has it"
+    return group_by_name(ids, rows["label"][:]), "file name"
 
 
 def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -56,9 +56,10 @@ class _Images:
     """The images of all splits of a source in one row, and what is found out about them."""
 
     def __init__(self, source: Source, splits: dict[str, Dataset], missing: list[str]):
-        self.source, self.splits, self.missing = source, splits, missing
-        self.ids: list[str] = [image_id for rows in splits.values() for image_id in rows["id"][:]]
-        self.labels = np.concatenate([np.array(rows["label"][:], dtype=np.int64) for rows in splits.values()])
+        self.source, self.missing = source, missing
+        self.rows = concatenate_datasets([*splits.values()])
+        self.ids: list[str] = self.rows["id"][:]
+        self.labels = np.array(self.rows["label"][:], dtype=np.int64)
         self.sides = np.repeat([SPLITS.index(split) for split in splits], [len(rows) for rows in splits.values()])
         self.plants = np.arange(len(self.ids))  # equal numbers: images of one plant, or copies
         self.copies: list[list[int]] = []
@@ -68,7 +69,7 @@ class _Images:
     def skip_copies(self) -> None:
         """Skip copies in two classes and copies of images of a later split; remember all that stay."""
         in_two_classes, leaked = [], []
-        for copies in find_copies(self.splits.values()):
+        for copies in find_copies([self.rows]):
             highest = self.sides[copies].max()
             lower = [number for number in copies if self.sides[number] < highest]
             if len(set(self.labels[copies])) > 1:
@@ -121,25 +122,26 @@ class _Images:
 
     def skip_rare_classes(self, min_images: int) -> None:
         counts = np.bincount(self.labels[self.sides != NOWHERE], minlength=len(self.source.class_names))
-        rare = np.flatnonzero((counts < min_images) & (counts > 0))
-        if not len(rare):
+        rare = np.flatnonzero((counts < min_images) & (counts > 0)).tolist()
+        if not rare:
             return
         if np.count_nonzero(counts) - len(rare) < 2:
             raise UserError(
                 f"--min-images {min_images}: {len(rare)} of {np.count_nonzero(counts)} classes have fewer images, and "
                 f"two classes or more are needed; use --min-images {np.sort(counts)[-2]} or less, or add images"
             )
-        self.rare = set(rare.tolist())
-        self.sides[np.isin(self.labels, rare)] = NOWHERE
-        names = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
-        self.warnings.append(
-            f"{_count(len(rare), 'class has', 'classes have')} fewer than {min_images} images and "
-            f"{'is' if len(rare) == 1 else 'are'} not used (--min-images {min_images}): {some(names, LISTED)}"
-        )
+        self.rare = set(rare)
+        named = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
+        self._skip_classes(rare, f"fewer than {min_images} images", f"not used (--min-images {min_images})", named)
+
+    def _skip_classes(self, labels: Sequence[int], have: str, are: str, named: list[str]) -> None:
+        self.sides[np.isin(self.labels, labels)] = NOWHERE
+        classes = f"1 class has {have} and is" if len(labels) == 1 else f"{len(labels):,} classes have {have} and are"
+        self.warnings.append(f"{classes} {are}: {some(named, LISTED)}")
 
     def find_groups(self, pattern: str | None) -> None:
         """Give images of one plant one number; copies are of one plant."""
-        groups, rule = find_plants(self.splits.values(), pattern)
+        groups, rule = find_plants(self.rows, pattern)
         if pattern is not None and not any(groups):
             raise UserError(
                 f"--group-by {pattern}: matches none of {len(groups):,} images, such as {self.ids[0]}; the first group "
@@ -223,37 +225,25 @@ class _Images:
         if not untrained or not trained:
             return
         before = set(self.sides.tolist())
-        self.sides[np.isin(self.labels, untrained)] = NOWHERE
         known = {names[label].lower(): names[label] for label in trained}
         hints = []
         for label in untrained:
             close = difflib.get_close_matches(names[label].lower(), known, n=1, cutoff=0.8)
             hints.append(names[label] + (f" (train has {known[close[0]]})" if close else ""))
+        self._skip_classes(untrained, "no images in train", "not used", hints)
         for side in sorted(before - set(self.sides.tolist()) - {NOWHERE}):
             raise UserError(
                 f"{self.source.description}: no class of {SPLITS[side]} is one of train ({some(hints)}; train has "
                 f"{some(sorted(known.values()))}); call the classes of both the same"
             )
-        self.warnings.append(
-            f"{_count(len(untrained), 'class has', 'classes have')} no images in train and "
-            f"{'is' if len(untrained) == 1 else 'are'} not used: {some(hints, LISTED)}"
-        )
 
     def build(self) -> Source:
         """The source of the images that are used, each in its split, without a column of groups."""
         kept = sorted(set(self.labels[self.sides != NOWHERE].tolist()))
-        parts, first = {}, 0
-        for split, rows in self.splits.items():
-            sides = self.sides[first : first + len(rows)]
-            if len(kept) < len(self.source.class_names):
-                rows = _renumber(rows, kept)
-            rows = rows.select_columns(["image", "label", "id"])
-            for name in (split, *self.missing) if split == "train" else (split,):
-                chosen = np.flatnonzero(sides == SPLITS.index(name))
-                parts[name] = rows if len(chosen) == len(rows) else rows.select(chosen)
-            first += len(sides)
+        rows = self.rows if len(kept) == len(self.source.class_names) else _renumber(self.rows, kept)
+        rows = rows.select_columns(["image", "label", "id"])
+        splits = {split: rows.select(np.flatnonzero(self.sides == side)) for side, split in enumerate(SPLITS)}
         class_names = [self.source.class_names[label] for label in kept]
-        splits = {split: parts[split] for split in SPLITS}
         return self.source._replace(splits=splits, class_names=class_names, notes=self.notes, warnings=self.warnings)
 
 

@@ -133,7 +133,7 @@ class Evaluator:
         entries, speed = self.score_with_cache(rows, self.compute_scores, name, self.facts, schema)
         if not self.dist.is_main_process:
             return None, speed
-        plants = dict(zip(rows["id"], find_plants([rows], self.group_by)[0]))
+        plants = dict(zip(rows["id"], find_plants(rows, self.group_by)[0]))
         scores = self._adjust(entries)
         return scores._replace(plants=[plants[sample] for sample in scores.ids]), speed
 
