@@ -7,7 +7,7 @@ import itertools
 import os
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -30,16 +30,15 @@ INSERT = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)"
 ImageFile = tuple[str, int, int]  # path, size in bytes, time of the last change in ns
 
 
-def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
-    """The numbers of the images of each content that occurs twice; images are counted over all splits."""
-    splits = list(splits)
-    sizes, files = _read_sizes(splits)
+def find_copies(rows: datasets.Dataset) -> list[list[int]]:
+    """The numbers of the images of each content that occurs twice."""
+    sizes, files = _read_sizes(rows)
     counts = Counter(sizes)
     shared = [number for number, size in enumerate(sizes) if size and counts[size] > 1]
     of_files = _hash_files([files[number] for number in shared if number in files])
     hashes = {number: of_files.get(files[number], NOT_AN_IMAGE) for number in shared if number in files}
     if stored := {number for number in shared if number not in files}:
-        images = enumerate(_read_images(splits))
+        images = enumerate(_read_images(rows))
         hashes |= {
             number: _hash(io.BytesIO(content.as_buffer())) for number, (content, _) in images if number in stored
         }
@@ -50,11 +49,11 @@ def find_copies(splits: Iterable[datasets.Dataset]) -> list[list[int]]:
     return [numbers for numbers in same.values() if len(numbers) > 1]
 
 
-def _read_sizes(splits: Iterable[datasets.Dataset]) -> tuple[list[int], dict[int, ImageFile]]:
+def _read_sizes(rows: datasets.Dataset) -> tuple[list[int], dict[int, ImageFile]]:
     """Bytes of each image, 0 if it cannot be found; the images that are files."""
     sizes: list[int] = []
     files = {}
-    for content, path in _read_images(splits):
+    for content, path in _read_images(rows):
         size = content.as_buffer().size if content.is_valid else 0
         if path and not content.is_valid:
             with contextlib.suppress(OSError, ValueError):
@@ -66,13 +65,12 @@ def _read_sizes(splits: Iterable[datasets.Dataset]) -> tuple[list[int], dict[int
     return sizes, files
 
 
-def _read_images(splits: Iterable[datasets.Dataset]) -> Iterator[tuple[pyarrow.BinaryScalar, str | None]]:
+def _read_images(rows: datasets.Dataset) -> Iterator[tuple[pyarrow.BinaryScalar, str | None]]:
     """(content, path) of each image, as they lie in the memory-mapped files."""
-    for rows in splits:
-        for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
-            for images in table.column("image").chunks:
-                contents, paths = (pyarrow.compute.struct_field(images, name) for name in ("bytes", "path"))
-                yield from zip(contents, paths.to_pylist())
+    for table in rows.select_columns("image").with_format("arrow").iter(batch_size=1000):
+        for images in table.column("image").chunks:
+            contents, paths = (pyarrow.compute.struct_field(images, name) for name in ("bytes", "path"))
+            yield from zip(contents, paths.to_pylist())
 
 
 def _hash(file: BinaryIO) -> bytes:

@@ -12,7 +12,7 @@ from data.columns import split_of_file
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
 from data.rows import SPLITS, Reading, Source, build_rows
-from data.survey import TABLES, Excluded, Folder, add_unused, is_utf8
+from data.survey import TABLES, Excluded, Folder, add_unused
 from data.tables import LabelRow, LabelTable, find_label_tables, read_label_tables
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
@@ -21,13 +21,10 @@ from utils.logging_utils import UserError, some
 def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> Source:
     """The images of a layout's class folders. Raises UserError with all folders that cannot be used."""
     root = layout.root.path
-    if odd := [name for name in layout.names if not is_utf8(name)]:
-        raise UserError(f"{root}: names of class folders are not UTF-8: {', '.join(map(repr, odd[:5]))}; rename them")
     _check_unread_classes(layout)
     rows = [
-        LabelRow(path, entry.name, image_id, split, group)
-        for split, entries in layout.splits.items()
-        for entry in entries
+        LabelRow(path, entry.name, image_id, entry.split, group)
+        for entry in layout.classes
         for path, image_id, group in _list_images(entry, root)
     ]
     notes, used, warnings = list(layout.notes), list[Path](), list[str]()
@@ -124,7 +121,7 @@ def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str
 
 def _check_unread_classes(layout: Layout) -> None:
     """Raise UserError for class folders that hold images, but none that can be read: a class would be missing."""
-    parents = {entry.folder.path.parent for entries in layout.splits.values() for entry in entries}
+    parents = {entry.folder.path.parent for entry in layout.classes}
     empty = [folder for folder in layout.root.walk() if folder.path.parent in parents and not folder.num_images]
     moves = {
         "heif": "HEIC/HEIF images: pip install pillow-heif",

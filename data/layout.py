@@ -47,6 +47,7 @@ EPITHET = re.compile(r"[a-z-]+(?:us|a|um|is|i|ae|ens|ans|oides|[aei]le|[ae]re|st
 class ClassFolder(NamedTuple):
     name: str  # as written
     folder: Folder
+    split: str = "train"
     deep: bool = False  # the images of its subfolders are its own
     specimens: bool = False  # each subfolder is one plant
 
@@ -57,14 +58,14 @@ class Layout:
 
     root: Folder  # that holds the classes or splits: the folder that was given, or one below
     given: Folder
-    splits: dict[str, list[ClassFolder]] = field(default_factory=dict)
+    classes: list[ClassFolder] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     flat: dict[str, Folder] = field(default_factory=dict)  # splits without class folders
 
     @property
     def names(self) -> list[str]:
         """Names of class folders as written, sorted."""
-        return sorted({entry.name for entries in self.splits.values() for entry in entries})
+        return sorted({entry.name for entry in self.classes})
 
 
 def read_layout(top: Folder, excluded: Excluded) -> Layout:
@@ -77,8 +78,7 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
     if _has_splits_inside(root.filled):
         layout.notes.append(f"class folders: {len(root.filled)}, with the splits inside each")
         for entry in root.filled:
-            for split, folder in find_splits(entry).items():
-                layout.splits.setdefault(split, []).append(ClassFolder(entry.name, folder))
+            layout.classes += [ClassFolder(entry.name, folder, split) for split, folder in find_splits(entry).items()]
         return layout
     splits = find_splits(root)
     others = [folder for folder in root.filled if folder not in splits.values()]
@@ -103,13 +103,13 @@ def read_layout(top: Folder, excluded: Excluded) -> Layout:
 
 def _read_split(layout: Layout, split: str, splits: dict[str, Folder], excluded: Excluded) -> str:
     """Add a split's class folders to the layout, those of train first; returns their number and place for the log."""
-    folder, train = splits[split], layout.splits.get("train", [])
+    folder, train = splits[split], [entry for entry in layout.classes if entry.split == "train"]
     while not folder.images and len(folder.filled) == 1 and folder.filled[0].filled:  # train/train/<class>
         folder = folder.filled[0]
     # What names of several levels are made of depends on all classes of a split, which may lack some of train's.
     names = {entry.folder.path.relative_to(splits["train"].path): entry.name for entry in train}
     entries = [
-        entry._replace(name=names.get(entry.folder.path.relative_to(splits[split].path), entry.name))
+        entry._replace(name=names.get(entry.folder.path.relative_to(splits[split].path), entry.name), split=split)
         for entry in find_classes(folder, excluded)
     ]
     known = {name_key(entry.name) for entry in train}
@@ -119,7 +119,7 @@ def _read_split(layout: Layout, split: str, splits: dict[str, Folder], excluded:
         return ""
     if entries and folder.images:
         excluded.add("images in no class folder", folder.path / folder.images[0], len(folder.images))
-    layout.splits[split] = entries
+    layout.classes += entries
     place = folder.path.relative_to(layout.root.path).as_posix()
     inner = [entry.folder.path for entry in entries if entry.folder.path.parent != folder.path]
     nested = f", nested such as {printable(inner[0].relative_to(folder.path).as_posix())}/" if inner else ""
@@ -218,7 +218,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
     for child in plain:
         deep = bool(child.filled) and (_is_one_class(child) or (not child.images and _has_one_inside(child)))
         specimens = deep and all(PLANT.fullmatch(below.name) for below in child.filled)
-        entries.append(ClassFolder(child.name, child, deep, specimens))
+        entries.append(ClassFolder(child.name, child, deep=deep, specimens=specimens))
         for below in child.filled if not deep else ():
             excluded.add_folder("images in a folder inside a class folder", below)
     keys = {name_key(child.name) for child in plain}

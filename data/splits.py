@@ -69,7 +69,7 @@ class _Images:
     def skip_copies(self) -> None:
         """Skip copies in two classes and copies of images of a later split; remember all that stay."""
         in_two_classes, leaked = [], []
-        for copies in find_copies([self.rows]):
+        for copies in find_copies(self.rows):
             highest = self.sides[copies].max()
             lower = [number for number in copies if self.sides[number] < highest]
             if len(set(self.labels[copies])) > 1:

@@ -212,7 +212,7 @@ def test_equal_files_that_are_no_images_are_no_copies():
     broken = [
         {"image": {"bytes": b"<html>", "path": None}, "label": number % 2, "id": f"{number}"} for number in range(9)
     ]
-    assert find_copies([Dataset.from_list(broken, features=ROW)]) == []
+    assert find_copies(Dataset.from_list(broken, features=ROW)) == []
 
 
 @pytest.fixture
@@ -237,31 +237,31 @@ def test_only_files_of_equal_size_are_read_and_only_once(files, monkeypatch):
     real = copies._hash_file
     monkeypatch.setattr(copies, "_hash_file", lambda path: read.append(os.path.basename(path)) or real(path))
     rows = files({"a.jpg": JPEG + b"1", "b.jpg": JPEG + b"2", "c.jpg": JPEG + b"1", "longer.jpg": JPEG + b"123"})
-    assert find_copies([rows]) == [[0, 2]] and sorted(read) == ["a.jpg", "b.jpg", "c.jpg"]
-    assert find_copies([rows]) == [[0, 2]] and len(read) == 3
+    assert find_copies(rows) == [[0, 2]] and sorted(read) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert find_copies(rows) == [[0, 2]] and len(read) == 3
     rows = files({"b.jpg": JPEG + b"1"})
     os.utime(rows[1]["image"]["path"], ns=(5, 5))  # a clock too coarse for this test would hide the change
-    assert find_copies([rows]) == [[0, 1, 2]] and read[3:] == ["b.jpg"]
+    assert find_copies(rows) == [[0, 1, 2]] and read[3:] == ["b.jpg"]
 
 
 def test_a_cache_that_cannot_be_used_is_none(files, tmp_path, monkeypatch):
     rows = files({"a.jpg": JPEG, "b.jpg": JPEG})
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / CACHE_FILE).write_bytes(b"not a database" * 100)
-    assert find_copies([rows]) == [[0, 1]]
+    assert find_copies(rows) == [[0, 1]]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", rows[0]["image"]["path"])
-    assert find_copies([rows]) == [[0, 1]]
+    assert find_copies(rows) == [[0, 1]]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "other"))
     (tmp_path / "other").mkdir()
     with sqlite3.connect(tmp_path / "other" / CACHE_FILE) as other:
         other.execute("CREATE TABLE hashes (another INTEGER)")
-    assert find_copies([rows]) == [[0, 1]]
+    assert find_copies(rows) == [[0, 1]]
 
 
 def test_files_that_are_gone_or_empty_are_no_copies(files, tmp_path):
     rows = files({"a.jpg": JPEG, "b.jpg": JPEG, "c.jpg": b"", "d.jpg": b""})
     (tmp_path / "b.jpg").unlink()
-    assert find_copies([rows]) == []
+    assert find_copies(rows) == []
 
 
 # ---- images of one plant
