@@ -50,8 +50,7 @@ class Batch(dict):
     - `shift_labels`, and the same as `labels` (B, K) int64, the tokens to predict there, or IGNORED
     - `image_tokens` (B,) int64
 
-    The constructor requires samples, so that a library that rebuilds mappings by their type fails instead of losing
-    them: pin_memory copies and updates, accelerate calls `to`, and both keep them.
+    The constructor requires samples: a library that rebuilds mappings by their type fails instead of losing them.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], samples: Sequence[Sample], unreadable: Sequence[str]):
@@ -70,7 +69,7 @@ class Batch(dict):
         return Batch(tensors, self.samples, self.unreadable)
 
     def split(self, size: int) -> list[dict]:
-        """Micro-batches of at most `size` neighbors, as the model takes them; see `trim`."""
+        """Micro-batches of at most `size` neighbors; see `trim`."""
         return [self.trim(slice(start, start + size)) for start in range(0, len(self.samples), size)]
 
     def trim(self, rows: slice) -> dict:

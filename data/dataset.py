@@ -97,13 +97,8 @@ def build_datasets(config: TrainingConfig) -> PlantData:
     """The splits that a config asks for. Raises UserError in one sentence for a source that cannot be used."""
     reading = Reading(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Reading)})
     source, unknown = hold_out_classes(load_source(config.dataset, reading), config.holdout_classes, config.seed)
-    source = split_source(
-        source,
-        {"validation": config.val_fraction, "test": config.test_fraction},
-        config.seed,
-        config.group_by,
-        config.min_images,
-    )
+    fractions = {"validation": config.val_fraction, "test": config.test_fraction}
+    source = split_source(source, fractions, config.seed, config.group_by, config.min_images)
     names = source.class_names
     taxonomy, found, lacking = find_taxonomy(names, config.dataset, config.taxonomy)
     data = PlantData(

@@ -28,12 +28,10 @@ SUFFIXES = (
     *HEIF_SUFFIXES,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-# From the fifth byte of a file on.
-HEIF_STARTS = [b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")]
-# How files of these formats begin, as (offset, bytes).
-SIGNATURES = (
-    *((0, b"\xff\xd8\xff"), (0, b"\x89PNG\r\n"), (0, b"GIF8"), (8, b"WEBP"), (0, b"BM"), (0, b"II*\0"), (0, b"MM\0*")),
-    *((4, start) for start in (*HEIF_STARTS, b"ftypavif", b"ftypavis")),
+# How files of these formats begin.
+HEIF_START = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cx]|mif1|msf1)", re.DOTALL)
+IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|.{8}WEBP|BM|II\*\0|MM\0\*|....ftypavi[fs]|" + HEIF_START.pattern, re.DOTALL
 )
 LFS_POINTER = b"version https://git-lfs"
 MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker
@@ -65,7 +63,7 @@ def looks_like_image(path: Path) -> bool:
 
 def is_image_start(start: bytes) -> bool:
     """Whether the first 16 bytes of a file are those of one of the image formats."""
-    return any(start[offset:].startswith(signature) for offset, signature in SIGNATURES)
+    return IMAGE_START.match(start) is not None
 
 
 def reads_heif() -> bool:
@@ -114,7 +112,7 @@ def fit_image(image: Image.Image, image_size: int | None, seed: int | None = Non
 def augment_image(image: Image.Image, seed: int) -> Image.Image:
     """Another view of the same plant: a crop of 60 to 100 % of its area, a flip, a little other light and color.
 
-    Mild on purpose: hue is kept, since the color of a flower tells species apart. The same `seed` gives the same view.
+    Hue is kept, since the color of a flower tells species apart. The same `seed` gives the same view.
     """
     draw = random.Random(seed)
     area, ratio = draw.uniform(0.6, 1), math.exp(draw.uniform(-0.2, 0.2))  # of the crop, relative to the whole image's
@@ -130,15 +128,13 @@ def augment_image(image: Image.Image, seed: int) -> Image.Image:
 
 
 def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:
-    """(image tokens, tiles) that LLaVA-NeXT makes of an image of this (H, W), as its anyres code does.
+    """(image tokens, tiles) that LLaVA-NeXT (Liu et al., 2024) makes of an image of this (H, W).
 
     `pinpoints` are the (H, W) that an image may be resized to, `tile` is the side in pixels of what the vision tower
     takes, `patch` that of one of its tokens. The first tile shows the whole image, (tile / patch)^2 tokens. The rest
     show it at the pinpoint that keeps most of its pixels and, among equals, wastes least; rows and columns of padding
-    are dropped, and each remaining row ends in a newline token. Independent of the code of processor and model, so
-    that the three can be compared. Source: Liu et al., LLaVA-NeXT (2024).
-
-    Of the base view alone the first tile is left and a newline token; LLaVA-1.5, without pinpoints, has no newline.
+    are dropped, and each remaining row ends in a newline token. Of the base view alone the first tile is left and a
+    newline token; LLaVA-1.5, without pinpoints, has no newline. Independent of the code of processor and model.
     """
     if pinpoints in (BASE_VIEW, []):
         return (tile // patch) ** 2 + len(pinpoints), 1
@@ -193,7 +189,7 @@ def _open_header(source: dict | str | Path, side: int | None = None) -> tuple[st
     except UnidentifiedImageError:
         if contents.startswith(LFS_POINTER):
             raise ImageError(f"{name}: is a pointer of Git LFS, not the image; fetch it with git lfs pull") from None
-        if contents[4:12] in HEIF_STARTS and not reads_heif():
+        if HEIF_START.match(contents) and not reads_heif():
             raise ImageError(f"{name}: is HEIC/HEIF, which pillow-heif reads (pip install pillow-heif)") from None
         raise ImageError(f"{name}: is not an image in any of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
