@@ -131,13 +131,13 @@ class _Images:
                 f"two classes or more are needed; use --min-images {np.sort(counts)[-2]} or less, or add images"
             )
         self.rare = set(rare)
-        named = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
-        self._skip_classes(rare, f"fewer than {min_images} images", f"not used (--min-images {min_images})", named)
+        listed = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
+        self._skip_classes(rare, f"fewer than {min_images} images", f"not used (--min-images {min_images})", listed)
 
-    def _skip_classes(self, labels: Sequence[int], have: str, are: str, named: list[str]) -> None:
+    def _skip_classes(self, labels: Sequence[int], have: str, are: str, listed: list[str]) -> None:
         self.sides[np.isin(self.labels, labels)] = NOWHERE
         classes = f"1 class has {have} and is" if len(labels) == 1 else f"{len(labels):,} classes have {have} and are"
-        self.warnings.append(f"{classes} {are}: {some(named, LISTED)}")
+        self.warnings.append(f"{classes} {are}: {some(listed, LISTED)}")
 
     def find_groups(self, pattern: str | None) -> None:
         """Give images of one plant one number; copies are of one plant."""
