@@ -340,9 +340,7 @@ def build_base(
 
     Its language model is in nf4, doubly quantized, if the config asks for 4 bit. Raises UserError.
     """
-    model, quantization = config.model, None
-    if config.load_in_4bit:
-        quantization = nf4(dtype)
+    model, quantization = config.model, nf4(dtype) if config.load_in_4bit else None
     if model in RANDOM_MODELS:
         with explain_errors(f"--model {model}", "weights", Path()):
             if model == "full":

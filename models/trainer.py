@@ -21,7 +21,7 @@ from data.collator import IGNORED, Batch
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from data.sampling import TrainRows, TrainSampler
 from models.best_checkpoint import BestCheckpoint
-from models.builder import PlantModel, load_weights, unwrap
+from models.builder import PlantModel, load_weights
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
 from models.fp8 import use_fp8
 from models.fused_layers import set_activation_checkpointing
@@ -139,7 +139,7 @@ class PlantTrainer(Trainer):
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
         total = torch.zeros((), device=self.args.device)
         micro_batches = inputs.split(self.micro_batcher.size)
-        if is_sharded(unwrap(self.model)):  # the weights of each forward come from all ranks
+        if is_sharded(self.plant.base):  # the weights of each forward come from all ranks
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
@@ -158,9 +158,7 @@ class PlantTrainer(Trainer):
     def halve_micro_batch(self, error: RuntimeError) -> None:
         """Retry with half the micro-batch, or offloaded. Raises another `error`, and UserError if nothing is left."""
         step, measure = self.state.global_step + 1, ""
-        can_offload = any(layer.keep or not layer.offload for layer in self.fused) and not is_sharded(
-            unwrap(self.model)
-        )
+        can_offload = not is_sharded(self.plant.base) and any(layer.keep or not layer.offload for layer in self.fused)
         if is_out_of_memory(error) and self.micro_batcher.size == 1 and can_offload:
             set_activation_checkpointing(self.fused, 0, offloaded=len(self.fused))
             measure = ", activation checkpointing in all layers, offloaded to the CPU"
@@ -197,7 +195,7 @@ class PlantTrainer(Trainer):
 
     def shard_weights(self) -> None:
         """Shard the frozen weights across ranks."""
-        shard_frozen_parameters(unwrap(self.model), self.args.device)
+        shard_frozen_parameters(self.plant.base, self.args.device)
         self.micro_batcher.smallest = self.micro_batcher.size  # all ranks compute it or none
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # DDP takes no sharded weights
 
@@ -348,19 +346,18 @@ class PlantTrainer(Trainer):
 
     # ---- evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        scores = self.score_validation(eval_dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = {f"eval_{name}": value for name, value in self.score_validation().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def score_validation(self, eval_dataset=None) -> dict[str, float]:
+    def score_validation(self) -> dict[str, float]:
         """Closed-set log-likelihood scores of all ranks' images: loss per token in nats, top-1, top-5."""
-        rows, scored, num_unreadable = self.eval_dataset if eval_dataset is None else eval_dataset, [], 0
+        scored, num_unreadable = [], 0
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
-            for found, unreadable in self.plant.distribute(self.plant.score, rows, self.dist):
+            for found, unreadable in self.plant.distribute(self.plant.score, self.eval_dataset, self.dist):
                 self.check_stop()
                 self.unreadable_val.add(unreadable, self.dist.is_main_process)
                 num_unreadable += len(unreadable)
