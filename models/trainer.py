@@ -368,6 +368,10 @@ class PlantTrainer(Trainer):
                     tokens = [sample.length - sample.prompt_length for sample in samples]
                     ids = [sample.id for sample in samples]
                     scored += zip(ids, tokens, correct.tolist(), rank.tolist(), log_likelihood.tolist())
+        if not scored:
+            raise UserError(
+                f"val: none of its {num_unreadable} images can be read; fix or remove them, as logged above"
+            )
         # In the same order for any number of ranks: sums of floating-point numbers depend on it.
         tokens, correct, rank, log_likelihood = np.array([values for _, *values in sorted(scored)]).T
         return {

@@ -359,6 +359,8 @@ def test_unreadable_validation_images_are_logged_up_to_a_fraction(tiny, tmp_path
     assert "image skipped (3 of val so far): test-00009: test-00009.jpg: is not an image" in capsys.readouterr().out
     with pytest.raises(ImageError, match="3 of 10 images cannot be opened, above max_bad_fraction=0.05 .test-"):
         make_trainer(tiny, tmp_path, max_bad_fraction=0.05, **settings).evaluate()
+    with pytest.raises(UserError, match="val: none of its 3 images can be read; fix or remove them"):
+        make_trainer(tiny, tmp_path, val_rows=samples[7:], max_bad_fraction=1.0).evaluate()
 
 
 # ---- signals
