@@ -21,7 +21,8 @@ GPU_SIZES = (4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 80, 141)  # GiB, marked whe
 COLUMNS = 4  # of a grid of images
 MAP_COLORS = "inferno"  # of a map over an image, dark to bright; color-blind people read it too
 LEAST_DROP = 0.1  # nats: the odds of an answer are a tenth less
-plain_text = matplotlib.rc_context({"text.usetex": False})  # a user's matplotlibrc may hand all text to TeX
+no_tex = matplotlib.rc_context({"text.usetex": False})  # a user's matplotlibrc may hand all text to TeX
+plain_text = matplotlib.rc_context({"text.usetex": False, "text.parse_math": False})  # a dollar of a name is a dollar
 
 
 class Tile(NamedTuple):
@@ -32,7 +33,7 @@ class Tile(NamedTuple):
     color: str
 
 
-@plain_text
+@no_tex
 def plot_training(metrics: Sequence[dict], path: str | Path) -> None:
     """Loss, validation accuracy, learning rate and gradient norm by optimizer step, from the lines of metrics.jsonl."""
     has_evaluations = any("eval_loss" in line for line in metrics)
@@ -79,7 +80,7 @@ def plot_report(
     bars.bar(range(len(ordered)), [accuracy for _, accuracy in ordered], color="seagreen")
     size = 9 if len(ordered) <= 40 else 6
     names = [shorten(name, 24) for name, _ in ordered]
-    bars.set_xticks(range(len(ordered)), names, rotation=90, fontsize=size, parse_math=False)
+    bars.set_xticks(range(len(ordered)), names, rotation=90, fontsize=size)
     bars.set(ylabel="accuracy", ylim=(0, 1.02), xlim=(-0.6, len(ordered) - 0.4))
     reliability = figure.add_subplot(grid[0, COLUMNS - 1])
     confidences, correct, counts = zip(*bins)
@@ -98,7 +99,7 @@ def plot_map(image: Image.Image, drops: np.ndarray, caption: str, path: str | Pa
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.set_title(caption, fontsize=13, parse_math=False)
+    axes.set_title(caption, fontsize=13)
     axes.imshow(blend_map(image, drops))
     scale = ScalarMappable(Normalize(0, _map_top(drops)), MAP_COLORS)
     figure.colorbar(scale, ax=axes, shrink=0.7, label="log-odds lost where hidden, nats")
@@ -141,8 +142,8 @@ def plot_confusions(
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=size, color=color)
     places, labels = np.arange(len(names)), [shorten(name, 28) for name in names]
-    axes.set_xticks(places, labels, rotation=90, fontsize=8, parse_math=False)
-    axes.set_yticks(places, labels, fontsize=8, parse_math=False)
+    axes.set_xticks(places, labels, rotation=90, fontsize=8)
+    axes.set_yticks(places, labels, fontsize=8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(places - 0.5, minor=True)
     axes.grid(which="minor", color="0.9", linewidth=0.5)
@@ -152,7 +153,7 @@ def plot_confusions(
         if group and rest:
             axes.add_patch(Rectangle((first - 0.5, first - 0.5), len(rest) + 1, len(rest) + 1, fill=False, color="0.5"))
     axes.set(xlabel="predicted", ylabel="true")
-    figure.text(0.5, 1 - 0.15 / height, title, ha="center", va="top", fontsize=11, wrap=True, parse_math=False)
+    figure.text(0.5, 1 - 0.15 / height, title, ha="center", va="top", fontsize=11, wrap=True)
     _save(figure, path, 100)
 
 
@@ -173,8 +174,7 @@ def plot_speed(points: Sequence[tuple[str, float, float]], path: str | Path) -> 
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    for text in axes.legend(loc="lower right").get_texts():
-        text.set_parse_math(False)
+    axes.legend(loc="lower right")
     _save(figure, path, 100)
 
 
@@ -184,16 +184,13 @@ def _save(figure: Figure, path: str | Path, dpi: int) -> None:
         warnings.simplefilter("always")
         figure.savefig(path, dpi=dpi, format="png")
     if any("missing from font" in str(warning.message) for warning in caught):
-        logger.warning(
-            f"{path}: shows boxes for characters that no installed font has; what is written is not affected"
-        )
+        logger.warning(f"{path}: shows boxes for characters that no installed font has; what is written is unaffected")
 
 
 def _draw(axes, tile: Tile) -> None:
     axes.axis("off")
     axes.set(xticks=(), yticks=())  # which are laid out, seen or not: half the time of a sheet
-    # A dollar of a name is a dollar; a place of its own needs no look at all that stands above the image.
-    axes.set_title(tile.caption, fontsize=11, color=tile.color, parse_math=False, y=1.0)
+    axes.set_title(tile.caption, fontsize=11, color=tile.color, y=1.0)  # else all above the image is looked at
     if tile.image is not None:
         axes.imshow(tile.image)
 
