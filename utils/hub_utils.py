@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 from huggingface_hub import constants, errors
 
-from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, causes_of, first_line
+from utils.logging_utils import CHOOSE_PLACE, FREE_SPACE, FULL, UserError, causes_of, first_line
 
 UNREACHABLE = (httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotFoundError, ConnectionError)
 
@@ -13,8 +13,10 @@ UNREACHABLE = (httpx.ConnectError, httpx.TimeoutException, errors.LocalEntryNotF
 def explain_hub_error(error: BaseException, option: str, revision: str | None, otherwise: str) -> tuple[str, bool]:
     """(what is wrong with the value of `option`, --model or --dataset, and what to do; whether another try may help)
 
-    `otherwise`: for an error that is none of the hub's.
+    `otherwise`: for an error that is none of the hub's. A UserError, such as of a lock, is raised as it is.
     """
+    if isinstance(error, UserError):
+        raise error
     chain, reason = list(causes_of(error)), first_line(error)
 
     def find(*kinds: type[BaseException]) -> Any:

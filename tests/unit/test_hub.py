@@ -136,6 +136,10 @@ def forbidden(request):
     raise PermissionError(errno.EACCES, "Permission denied", "/cache/x")
 
 
+def locked(request):
+    raise UserError("the lock x.lock was not free within 3,600 s; end the program that holds it")
+
+
 def refusing(status: int, code: str = "", part: str = "/api"):
     return lambda request: FakeHub.refuse(None, status, code) if part in request.url.path else None
 
@@ -152,6 +156,7 @@ def refusing(status: int, code: str = "", part: str = "/api"):
         (refusing(429, part="/resolve/"), "the hub answers 429 for .*; try again later"),
         (lost, r"the hub cannot be reached \(.*\); check the network, or give a folder"),
         (full, "owner/plants: cannot be put in the cache, HF_HOME .*; free space"),
+        (locked, "^the lock x.lock was not free within 3,600 s; end the program that holds it$"),
         (forbidden, "owner/plants: cannot be put in the cache, HF_HOME ./cache/x: Permission denied.; choose a place"),
     ],
 )  # fmt: skip
