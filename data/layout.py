@@ -164,14 +164,9 @@ def _find_root(folder: Folder, excluded: Excluded) -> Folder:
     children = [child for child in folder.filled if not ASIDE.fullmatch(child.name)]
     splits = [*chain(*_folders_by_split(folder).values())]
     leaves = [child for child in children if not child.filled and child not in splits]
-    if folder.images or _has_train(folder):
-        inner = []
-    elif len(children) == 1:
-        inner = [child for child in children if child.filled]
-    elif _has_splits_inside(children) or len(leaves) > 1:
-        inner = []
-    else:
-        inner = _topmost_with_train(folder)
+    if folder.images or _has_train(folder) or _has_splits_inside(children) or len(leaves) > 1:
+        return folder
+    inner = [child for child in children if child.filled] if len(children) == 1 else _topmost_with_train(folder)
     if not inner:
         return folder
     if len(inner) > 1:
@@ -274,10 +269,11 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
 
 def find_boxes(folder: Folder) -> list[Path]:
     """Files that describe boxes in images: of YOLO, COCO and Pascal VOC."""
-    found = [path for path in folder.find("table") if "labels" in path.parts]
     starts, ends = ("_annotations", "instances_"), (".xml", "data.yaml")
-    others = [*folder.find("table"), *folder.find("other")]
-    return found + [path for path in others if path.name.startswith(starts) or path.name.endswith(ends)]
+    files = [*folder.find("table"), *folder.find("other")]
+    return [
+        file for file in files if "labels" in file.parts or file.name.startswith(starts) or file.name.endswith(ends)
+    ]
 
 
 def describe_flat(folder: Folder) -> str:
