@@ -89,9 +89,9 @@ def _call(
     elif are_codes(written):
         called, labeling.table = find_class_names(written, beside) or (called, None)
         if labeling.table is None:
+            move = "a json or csv file of code and name gives them names: --class-names FILE"
             labeling.warnings.append(
-                f"classes are called {some(written)}, and the model would answer with that; a json or csv file of code "
-                "and name gives them names: --class-names FILE"
+                f"classes are called {some(written)}, and the model would answer with that; {move}"
             )
     if labeling.table is not None:
         labeling.notes.append(f"names from {labeling.table}: {written[0]} is {tidy_name(called[written[0]])}")
@@ -129,11 +129,10 @@ def read_class_names(file: Path, codes: Sequence[str]) -> Names:
     best = max(found, key=lambda names: (len(names), _are_names(names)), default={})
     lacking = [code for code in codes if code not in best]
     if lacking:
-        raise UserError(
-            f"--class-names {file}: has no name for {len(lacking):,} of {len(codes):,} class folders "
-            f"({some(map(repr, lacking), 5)}); give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv file with a "
-            "column of folder names and a column of names"
-        )
+        count = f"{len(lacking):,} of {len(codes):,} class folders ({some(map(repr, lacking), 5)})"
+        move = f"give JSON such as {{{lacking[0]!r}: 'dog rose'}}, or a csv file"
+        columns = "a column of folder names and a column of names"
+        raise UserError(f"--class-names {file}: has no name for {count}; {move} with {columns}")
     return {code: best[code] for code in codes}
 
 

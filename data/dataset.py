@@ -68,29 +68,24 @@ class PlantData:
                 raise UserError(f"{self.source}: split {split} has no images; add some, or use another --dataset")
         # The labels of a stream are not known before it is read.
         if len(self.class_names) < 2 or ("train" in held and len(set(self.train["label"][:])) < 2):
-            raise UserError(
-                f"{self.source}: only one class ({self.class_names[0]!r}); there is nothing to classify, add a second"
-                + "".join(f"; {warning}" for warning in self.warnings)
-            )
+            problem = f"only one class ({self.class_names[0]!r}); there is nothing to classify, add a second"
+            raise UserError("; ".join([f"{self.source}: {problem}", *self.warnings]))
         for image_id, count in Counter(itertools.chain(*(rows["id"][:] for rows in held.values()))).items():
             if count > 1:
-                raise UserError(
-                    f"{self.source}: image {image_id} is in two splits, or twice in one; remove all but one"
-                )
+                problem = "is in two splits, or twice in one; remove all but one"
+                raise UserError(f"{self.source}: image {image_id} {problem}")
 
     def assert_matches(self, class_names: Sequence[str], fingerprint: str | None, run: str | Path) -> None:
         """Raise UserError unless the classes, and by its `fingerprint` the split, are those that `run` learned."""
         if self.class_names != list(class_names):
             unknown = [name for name in self.class_names if name not in class_names]
-            raise UserError(
-                f"{self.source}: its {len(self.class_names)} classes are not the {len(class_names)} that {run} learned "
-                f"({', '.join(unknown[:3]) or 'some are missing'}); give images of the same classes with --dataset"
-            )
+            problem = f"its {len(self.class_names)} classes are not the {len(class_names)} that {run} learned"
+            examples = ", ".join(unknown[:3]) or "some are missing"
+            raise UserError(f"{self.source}: {problem} ({examples}); give images of the same classes with --dataset")
         if fingerprint is not None and fingerprint != self.fingerprint():
-            raise UserError(
-                f"{self.source}: its images changed since {run} was trained, so the split differs and images that it "
-                "learned would be scored; put them back, or give new images with --dataset"
-            )
+            problem = f"its images changed since {run} was trained, so the split differs"
+            move = "put them back, or give new images with --dataset"
+            raise UserError(f"{self.source}: {problem} and images that it learned would be scored; {move}")
 
 
 def build_datasets(config: TrainingConfig) -> PlantData:
@@ -158,11 +153,9 @@ def check_unreadable_fraction(unreadable: Collection[str], images: int, max_bad_
     if 0 < max_bad_fraction < 1:
         limit = min(max(limit, FEW_UNREADABLE), images - 1)
     if len(unreadable) > limit:
-        raise ImageError(
-            f"{len(unreadable)} of {images} images cannot be opened, above "
-            f"max_bad_fraction={max_bad_fraction} ({'; '.join(sorted(unreadable)[:5])}); repair or "
-            "remove them, or raise --max-bad-fraction"
-        )
+        problem = f"{len(unreadable)} of {images} images cannot be opened, above max_bad_fraction={max_bad_fraction}"
+        examples = "; ".join(sorted(unreadable)[:5])
+        raise ImageError(f"{problem} ({examples}); repair or remove them, or raise --max-bad-fraction")
 
 
 class UnreadableImages:

@@ -132,10 +132,8 @@ def find_splits(folder: Folder) -> dict[str, Folder]:
     found = _folders_by_split(folder)
     for split, (first, *others) in found.items():
         if others and "train" in found:
-            raise UserError(
-                f"{folder.path}: {first.name!r} and {others[0].name!r} are both taken for {split}; rename one, or "
-                "move it elsewhere"
-            )
+            both = f"{first.name!r} and {others[0].name!r} are both taken for {split}"
+            raise UserError(f"{folder.path}: {both}; rename one, or move it elsewhere")
     return {split: folders[0] for split, folders in found.items()}
 
 
@@ -260,11 +258,11 @@ def _refuse_candidates(top: Folder, groups: Sequence[Folder]) -> None:
     # Two genera may have an epithet in common: the species' names tell them apart.
     are_species = len(shared) == 1 and all(_is_genus_of(group.name, *shared) for group in groups)
     if len(shared) * 2 > len(seen) and not are_species and not all(map(STATE.fullmatch, seen)):
-        raise UserError(
-            f"{top.path}: its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])}); "
-            f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into "
-            "it; if splits, call them train, validation and test"
+        same = f"its {len(groups)} folders hold folders of the same names ({', '.join(sorted(seen)[:3])})"
+        move = (
+            f"{give_one(group.path for group in groups)}; if they are the classes, put the images of each right into it"
         )
+        raise UserError(f"{top.path}: {same}; {move}; if splits, call them train, validation and test")
 
 
 def find_boxes(folder: Folder) -> list[Path]:
@@ -280,26 +278,23 @@ def describe_flat(folder: Folder) -> str:
     """Why a folder without class folders cannot be used, and the next move."""
     archives, tables = folder.find("archive"), folder.find("table")
     if folder.num_images and (boxes := find_boxes(folder)):
-        return (
-            f"{folder.path}: looks like a detection data set (boxes in {printable(str(boxes[0]))}), whose images "
-            "have no class of their own; cut the boxes out into <class name>/photo.jpg"
-        )
+        found = f"looks like a detection data set (boxes in {printable(str(boxes[0]))})"
+        move = "cut the boxes out into <class name>/photo.jpg"
+        return f"{folder.path}: {found}, whose images have no class of their own; {move}"
     if folder.num_images:
         flat = max(folder.walk(), key=lambda below: len(below.images))
-        above = f"; if they are one class of several, --dataset {printable(str(folder.path.parent))!r}"
-        return (
-            f"{flat.path}: {len(flat.images):,} images lie here, none in a class folder; move them to "
-            "<class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
-            + (f" ({some(path.name for path in tables)}: no such table)" if tables else "" if folder.filled else above)
-        )
+        more = "" if folder.filled else f"; if they are one class of several, --dataset {str(folder.path.parent)!r}"
+        if tables:
+            more = f" ({some(path.name for path in tables)}: no such table)"
+        found = f"{len(flat.images):,} images lie here, none in a class folder"
+        move = "move them to <class name>/photo.jpg, or give a table of file names and labels: --dataset labels.csv"
+        return f"{flat.path}: {found}; {move}{more}"
     if archives:
         found = f"no images but {len(archives)} archives such as {printable(archives[0].name)}"
         return f"{folder.path}: holds {found}; unpack them first: {unpack_command(archives[0])}"
     others = some(path.name for kind in ("raw", "other") for path in folder.find(kind))
-    return (
-        f"{folder.path}: no images found{others and f', but {others}'}; expected <class name>/photo.jpg, "
-        "<split>/<class name>/photo.jpg, a table, parquet files, or jpg/ with the two .mat files"
-    )
+    expected = "expected <class name>/photo.jpg, <split>/<class name>/photo.jpg, a table, parquet files"
+    return f"{folder.path}: no images found{others and f', but {others}'}; {expected}, or jpg/ with the two .mat files"
 
 
 def unpack_command(archive: Path) -> str:

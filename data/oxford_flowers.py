@@ -52,9 +52,9 @@ def check_official_counts(splits: Mapping[str, Dataset], description: str) -> No
         counts = Counter(rows["label"])
         for label, expected in enumerate(official_counts(split) if len(rows) == OFFICIAL_SIZES[split] else ()):
             if counts[label] != expected:
+                given = f"{counts[label]} images of {CLASS_NAMES[label]!r}, the official one has {expected}"
                 raise UserError(
-                    f"{description}: split {split} has {counts[label]} images of {CLASS_NAMES[label]!r}, the official "
-                    f"one has {expected}; are its labels 0-based and in official order?"
+                    f"{description}: split {split} has {given}; are its labels 0-based and in official order?"
                 )
 
 

@@ -38,10 +38,8 @@ def split_source(
     if is_ready or len(splits) < len(source.splits):  # a stream has all splits
         return source
     if "train" in missing:
-        raise UserError(
-            f"{source.description}: has {' and '.join(source.splits)}, and no train split to learn from; add one, or "
-            "give images without splits"
-        )
+        given = f"has {' and '.join(source.splits)}, and no train split to learn from"
+        raise UserError(f"{source.description}: {given}; add one, or give images without splits")
     images = _Images(source, splits, missing)
     images.skip_copies()
     images.skip_rare_classes(min_images)
@@ -57,6 +55,7 @@ class _Images:
 
     def __init__(self, source: Source, splits: dict[str, Dataset], missing: list[str]):
         self.source, self.missing = source, missing
+        self.where, self.names = source.description, source.class_names
         self.rows = concatenate_datasets([*splits.values()])
         self.ids: list[str] = self.rows["id"][:]
         self.labels = np.array(self.rows["label"][:], dtype=np.int64)
@@ -83,10 +82,9 @@ class _Images:
         if leaked:
             self._skip_leaked(leaked)
         if self.copies and self.missing:
-            ordered = (
-                sorted((self.ids[n] for n in copies), key=lambda name: (len(name), name)) for copies in self.copies
-            )
-            pairs = some(f"{copied} of {original}" for original, copied, *_ in ordered)
+            ids = ([self.ids[number] for number in copies] for copies in self.copies)
+            by_length = (sorted(names, key=lambda name: (len(name), name)) for names in ids)
+            pairs = some(f"{copied} of {original}" for original, copied, *_ in by_length)
             number = _count(sum(map(len, self.copies)) - len(self.copies), "copy", "copies")
             self.notes.append(f"{number} of images ({pairs}): all copies of an image stay in one split")
 
@@ -96,12 +94,9 @@ class _Images:
         kept = self.labels[self.sides != NOWHERE]
         lost = [label for label, count in Counter(self.labels[numbers]).items() if count > 2 and label not in kept]
         if lost:
-            names = some(self.source.class_names[label] for label in lost)
-            raise UserError(
-                f"{self.source.description}: all images of {names} are in two classes, such as "
-                f"{' and '.join(self.ids[number] for number in found[0][:2])}; merge folders of one class, or move "
-                "the copies elsewhere"
-            )
+            pair = " and ".join(self.ids[number] for number in found[0][:2])
+            problem = f"all images of {some(self.names[label] for label in lost)} are in two classes, such as {pair}"
+            raise UserError(f"{self.where}: {problem}; merge folders of one class, or move the copies elsewhere")
         examples = some(" and ".join(self.ids[number] for number in copies[:3]) for copies in found)
         self.warnings.append(f"{examples} are the same file in two classes; all {len(numbers):,} images are not used")
 
@@ -110,10 +105,9 @@ class _Images:
         was_trained = (self.sides == 0).any()
         self.sides[numbers] = NOWHERE
         if was_trained and not (self.sides == 0).any():
-            raise UserError(
-                f"{self.source.description}: all {len(numbers):,} images of train are copies of images of validation "
-                "or test, so nothing is left to learn from; move these elsewhere, and they are cut from train"
-            )
+            problem = f"all {len(numbers):,} images of train are copies of images of validation or test"
+            move = "move these elsewhere, and they are cut from train"
+            raise UserError(f"{self.where}: {problem}, so nothing is left to learn from; {move}")
         examples = [f"{self.ids[lower[0]]} of {self.ids[scored]}" for lower, scored in found]
         copies = _count(len(numbers), "copy", "copies")
         self.warnings.append(
@@ -121,17 +115,16 @@ class _Images:
         )
 
     def skip_rare_classes(self, min_images: int) -> None:
-        counts = np.bincount(self.labels[self.sides != NOWHERE], minlength=len(self.source.class_names))
+        counts = np.bincount(self.labels[self.sides != NOWHERE], minlength=len(self.names))
         rare = np.flatnonzero((counts < min_images) & (counts > 0)).tolist()
         if not rare:
             return
         if np.count_nonzero(counts) - len(rare) < 2:
-            raise UserError(
-                f"--min-images {min_images}: {len(rare)} of {np.count_nonzero(counts)} classes have fewer images, and "
-                f"two classes or more are needed; use --min-images {np.sort(counts)[-2]} or less, or add images"
-            )
+            problem = f"{len(rare)} of {np.count_nonzero(counts)} classes have fewer images"
+            move = f"use --min-images {np.sort(counts)[-2]} or less, or add images"
+            raise UserError(f"--min-images {min_images}: {problem}, and two classes or more are needed; {move}")
         self.rare = set(rare)
-        listed = [f"{self.source.class_names[label]} ({counts[label]})" for label in rare]
+        listed = [f"{self.names[label]} ({counts[label]})" for label in rare]
         self._skip_classes(rare, f"fewer than {min_images} images", f"not used (--min-images {min_images})", listed)
 
     def _skip_classes(self, labels: Sequence[int], have: str, are: str, listed: list[str]) -> None:
@@ -143,10 +136,11 @@ class _Images:
         """Give images of one plant one number; copies are of one plant."""
         groups, rule = find_plants(self.rows, pattern)
         if pattern is not None and not any(groups):
-            raise UserError(
-                f"--group-by {pattern}: matches none of {len(groups):,} images, such as {self.ids[0]}; the first group "
-                "of the expression, or all that it matches, must be what images of one plant have in common"
+            problem = (
+                f"matches none of {len(groups):,} images, such as {self.ids[0]}; the first group of the expression"
             )
+            move = "or all that it matches, must be what images of one plant have in common"
+            raise UserError(f"--group-by {pattern}: {problem}, {move}")
         members = defaultdict(list)
         for number in np.flatnonzero(self.sides != NOWHERE).tolist():
             if groups[number]:
@@ -165,21 +159,18 @@ class _Images:
 
     def _report_groups(self, groups: list[list[int]], rule: str) -> None:
         if groups and self.missing:
-            images = sum(map(len, groups))
+            images, example = sum(map(len, groups)), some([self.ids[number] for number in groups[0]], 2)
             another = "" if rule == "--group-by" else "; --group-by sets another rule"
-            self.notes.append(
-                f"{images:,} images in {_count(len(groups), 'group', 'groups')} by {rule} "
-                f"({some([self.ids[number] for number in groups[0]], 2)}): a group stays in one split{another}"
-            )
+            found = f"{images:,} images in {_count(len(groups), 'group', 'groups')} by {rule} ({example})"
+            self.notes.append(f"{found}: a group stays in one split{another}")
         divided = [numbers for numbers in groups if len(set(self.sides[numbers])) > 1]
         if divided:
-            first = divided[0]
-            other = next(number for number in first if self.sides[number] != self.sides[first[0]])
-            self.warnings.append(
-                f"{_count(len(divided), 'group', 'groups')} of images of one plant by {rule} "
-                f"({self.ids[first[0]]}, {self.ids[other]}): in two splits as they are given, so scores come out too "
-                "high; put a plant's images into one split"
-            )
+            first, *others = divided[0]
+            other = next(number for number in others if self.sides[number] != self.sides[first])
+            found = f"{_count(len(divided), 'group', 'groups')} of images of one plant by {rule}"
+            problem = "in two splits as they are given, so scores come out too high"
+            pair = f"{self.ids[first]}, {self.ids[other]}"
+            self.warnings.append(f"{found} ({pair}): {problem}; put a plant's images into one split")
 
     def split_off(self, fractions: dict[str, float], seed: int) -> None:
         """Move images from train into the splits of `fractions`, each its share of each class and at least a group."""
@@ -198,52 +189,46 @@ class _Images:
             if len(places) >= needed:
                 side_of |= zip(sorted(places, key=places.__getitem__), _sides(sorted(places.values()), fractions))
             else:
-                few["images" if len(numbers) < needed else "groups of images"].append(self.source.class_names[label])
+                few["images" if len(numbers) < needed else "groups of images"].append(self.names[label])
         self.sides[train] = [side_of.get(plant, 0) for plant in self.plants[train]]
         if sum(map(len, few.values())) == len(numbers_of):
             what = "groups of images" if few["groups of images"] else "images"
             regroup = "group them otherwise with --group-by, " if few["groups of images"] else ""
-            raise UserError(
-                f"{self.source.description}: no class has {needed} {what}, one each for train and "
-                f"{' and '.join(self.missing)}; add images, {regroup}or give folders train, validation and test"
-            )
+            problem = f"no class has {needed} {what}, one each for train and {' and '.join(self.missing)}"
+            raise UserError(f"{self.where}: {problem}; add images, {regroup}or give folders train, validation and test")
         shares = [f"{split} ({fraction:.0%} of each class)" for split, fraction in fractions.items()]
         self.notes.append(f"{' and '.join(shares)} not given: cut from train, with --seed {seed}")
         for what, names in few.items():
             if names:
                 leave = f"; --min-images {needed} leaves them out" if what == "images" else ""
-                self.warnings.append(
-                    f"{_count(len(names), 'class has', 'classes have')} fewer than {needed} {what} "
-                    f"({some(names, LISTED)}): they are learned, not scored{leave}"
-                )
+                found = f"{_count(len(names), 'class has', 'classes have')} fewer than {needed} {what}"
+                self.warnings.append(f"{found} ({some(names, LISTED)}): they are learned, not scored{leave}")
 
     def skip_untrained_classes(self) -> None:
         """Skip the classes that train has no image of: no answer could be right."""
-        names = self.source.class_names
         trained = set(self.labels[self.sides == 0].tolist())
-        untrained = sorted(set(range(len(names))) - trained - self.rare)
+        untrained = sorted(set(range(len(self.names))) - trained - self.rare)
         if not untrained or not trained:
             return
         before = set(self.sides.tolist())
-        known = {names[label].lower(): names[label] for label in trained}
+        known = {self.names[label].lower(): self.names[label] for label in trained}
         hints = []
         for label in untrained:
-            close = difflib.get_close_matches(names[label].lower(), known, n=1, cutoff=0.8)
-            hints.append(names[label] + (f" (train has {known[close[0]]})" if close else ""))
+            close = difflib.get_close_matches(self.names[label].lower(), known, n=1, cutoff=0.8)
+            hints.append(self.names[label] + (f" (train has {known[close[0]]})" if close else ""))
         self._skip_classes(untrained, "no images in train", "not used", hints)
         for side in sorted(before - set(self.sides.tolist()) - {NOWHERE}):
-            raise UserError(
-                f"{self.source.description}: no class of {SPLITS[side]} is one of train ({some(hints)}; train has "
-                f"{some(sorted(known.values()))}); call the classes of both the same"
-            )
+            examples = f"{some(hints)}; train has {some(sorted(known.values()))}"
+            problem = f"no class of {SPLITS[side]} is one of train ({examples})"
+            raise UserError(f"{self.where}: {problem}; call the classes of both the same")
 
     def build(self) -> Source:
         """The source of the images that are used, each in its split, without a column of groups."""
         kept = sorted(set(self.labels[self.sides != NOWHERE].tolist()))
-        rows = self.rows if len(kept) == len(self.source.class_names) else _renumber(self.rows, kept)
+        rows = self.rows if len(kept) == len(self.names) else _renumber(self.rows, kept)
         rows = rows.select_columns(["image", "label", "id"])
         splits = {split: rows.select(np.flatnonzero(self.sides == side)) for side, split in enumerate(SPLITS)}
-        class_names = [self.source.class_names[label] for label in kept]
+        class_names = [self.names[label] for label in kept]
         return self.source._replace(splits=splits, class_names=class_names, notes=self.notes, warnings=self.warnings)
 
 

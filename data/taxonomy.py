@@ -120,10 +120,8 @@ def _read_rows(records: Records) -> list[list[str]]:
     columns = [next(iter(find_known(records.columns, names)), None) for names in (NAMES, LEVELS[:1], LEVELS[1:])]
     if None in columns:
         lacking = ("name", *LEVELS)[columns.index(None)]
-        raise UserError(
-            f"{records.path}: has no column {lacking} (columns: {list_columns(records.columns)}); it needs name, genus "
-            "and family, whose cells may be empty"
-        )
+        given = f"has no column {lacking} (columns: {list_columns(records.columns)})"
+        raise UserError(f"{records.path}: {given}; it needs name, genus and family, whose cells may be empty")
     places = [records.columns.index(column) for column in columns if column is not None]
     cells = ([" ".join(row[place].split()) for place in places] for row in records.rows())
     tidy = dict.fromkeys(UNKNOWN, "")
@@ -142,8 +140,6 @@ def _unite(path: Path, found: Taxonomy) -> None:
     families: dict[str, str] = {}
     for genus, family in zip(found["genus"], found["family"]):
         if genus and family and families.setdefault(genus, family) != family:
-            raise UserError(
-                f"{path}: genus {printable(genus)} is in two families, {printable(families[genus])} and "
-                f"{printable(family)}; correct one"
-            )
+            both = f"{printable(families[genus])} and {printable(family)}"
+            raise UserError(f"{path}: genus {printable(genus)} is in two families, {both}; correct one")
     found["family"] = [family or families.get(genus, "") for genus, family in zip(found["genus"], found["family"])]
