@@ -162,7 +162,7 @@ def plot_speed(points: Sequence[tuple[str, float, float]], path: str | Path) -> 
     """A curve for each system of the `points` (system, GiB, images/s): images/s over memory."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xscale="log", xlabel="peak GPU memory, GiB", ylabel="training, images/s")
+    axes.set(xscale="log", xlabel="peak GPU memory, GiB", ylabel="images/s")
     for system in dict.fromkeys(system for system, _, _ in points):
         memory, rates = zip(*sorted((gib, rate) for name, gib, rate in points if name == system))
         axes.plot(memory, rates, marker="o", label=system)
