@@ -43,7 +43,7 @@ RANKS = ("kingdom", "phylum", "order", "family")  # beside these, "class" is a r
 NOT_KNOWN = 2 * len(LABEL_NAMES)
 ONES, ZEROS = ("1", "1.0", "true", "True", "TRUE", "yes"), ("0", "0.0", "false", "False", "FALSE", "no")
 MISSING = ("", "-1", "-1.0", "nan", "NaN", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "<NA>")  # no label, as written
-ONE_HOT = "(one for each class)"  # stands for the column that columns of 0 and 1 are together
+ONE_HOT = "(columns of 0 and 1)"  # the name of the column that these are together
 # Addresses, dates, decimals, file names and texts are no labels where a column's name does not say so.
 NO_LABEL = re.compile(
     rf"{ADDRESS.pattern}|\d{{2,4}}[-/.]\d\d?[-/.]|[-+]?\d*\.\d+$|.*\.(jpe?g|png)$|.{{100}}", re.IGNORECASE

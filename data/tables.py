@@ -6,11 +6,10 @@ columns of 0 and 1. Every image is one that the survey found: no path leads out 
 
 import contextlib
 import itertools
-import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -143,6 +142,10 @@ class ImageTable:
             self.split_column = None  # is_valid of test.csv may tell good images; that of train.csv tells splits
         of_plants = [*find_known(sample, GROUP_NAMES), file.name if file.way == "observation" else None]
         self.group_column = of_plants[0]
+        self.one_hot = find_one_hot_columns(sample)
+        genus, species = (find_known(sample, [name]) for name in ("genus", "species"))
+        are_epithets = bool(genus and species) and all(re.fullmatch(r"[a-z-]*", cell) for cell in sample[species[0]])
+        self.binomial = [*genus, *species] if are_epithets else []  # the columns that are one name together
         self.labels: list[str] = []  # the label column, then others that may be meant
         self.rows: list[tuple[int, LabelRow]] = []  # (number of the image, its row)
 
@@ -150,10 +153,10 @@ class ImageTable:
         """Whether it may label images; one with another name for each number tells what classes are called."""
         if "label" in self.sample and not any(self.sample["label"]):
             return False  # as of COCO's boxes
-        candidates = find_label_candidates(self.sample)
-        if self.file.way in WAYS[:2] or self.split or find_one_hot_columns(self.sample):
-            return bool(candidates or find_one_hot_columns(self.sample))
-        return any(len({*self.sample[name]}) < len(self.sample[name]) for name in candidates)
+        candidates = [self.sample[name] for name in find_label_candidates(self.sample)]
+        if self.one_hot or self.file.way in WAYS[:2] or self.split:
+            return bool(self.one_hot or candidates)
+        return any(len({*cells}) < len(cells) for cells in candidates)
 
     def read_rows(self, label_column: str | None) -> None:
         """Set the label column and the rows. Raises UserError."""
@@ -165,9 +168,15 @@ class ImageTable:
                 f"{self.path}: several images have the file names in column {printable(self.file.name)}, such as "
                 f"{example}; write the folder into the column, or move one of them elsewhere"
             )
-        read_label = self._choose_label([row for _, row in first], label_column)
+        columns, where = self.records.columns, str(self.path)
+        cells = {name: [row[name] for _, row in first] for name in first[0][1]}
+        others = {name: cells[name] for name in cells if name != self.file.name}
+        found = find_label_candidates(others)
+        if label_column is not None:
+            found = [find_given_column(columns, label_column, where)]
+        self.labels = choose_label({name: cells[name] for name in found}, columns, where)
         for images, row in itertools.chain(first, matches):
-            label, split = sys.intern(read_label(row)), self._read_split(row)
+            label, split = sys.intern(row[self.labels[0]]), self._read_split(row)
             group = row[self.group_column] if self.group_column is not None else ""
             for image in images:
                 path = self.index.paths[image]
@@ -193,7 +202,7 @@ class ImageTable:
             if not images:
                 self.excluded.add(f"rows of {self.name} whose file is not there", cell or "an empty cell")
                 continue
-            row = dict(zip(self.records.columns, cells))
+            row = self._read_row(cells)
             if way != "observation" and len(images) > 1:
                 images = self.index.narrow(images, cell, near, self._read_split(row))
                 if len(images) > 1:
@@ -202,29 +211,15 @@ class ImageTable:
             self.index.seen.update(images)
             yield images, row
 
-    def _choose_label(
-        self, rows: Sequence[Mapping[str, str]], wanted: str | None
-    ) -> Callable[[Mapping[str, str]], str]:
-        """Set the label column, `wanted` or by the first `rows`, and return what reads a label. Raises UserError."""
-        columns, where = self.records.columns, str(self.path)
-        cells = {name: [row[name] for row in rows] for name in columns}
-        others = {name: cells[name] for name in columns if name != self.file.name}
-
-        def read_one_hot(row: Mapping[str, str]) -> str:
-            ones = [name for name in one_hot if row[name] in ONES]
-            return ones[0] if len(ones) == 1 else ""
-
-        if one_hot := find_one_hot_columns(others):
-            cells[ONE_HOT] = others[ONE_HOT] = list(map(read_one_hot, rows))
-        found = find_label_candidates(others) if wanted is None else [find_given_column(columns, wanted, where)]
-        self.labels = choose_label({name: cells[name] for name in found}, columns, where)
-        label, genus = self.labels[0], find_known(columns, ["genus"])
-        if label == ONE_HOT:
-            return read_one_hot
-        is_species = genus and find_known([label], ["species"])
-        if is_species and all(re.fullmatch(r"[a-z-]*", cell) for cell in {*cells[label]}):  # of an epithet alone
-            return lambda row: f"{row[genus[0]]} {row[label]}" if row[label] not in MISSING else ""
-        return operator.itemgetter(label)
+    def _read_row(self, cells: Sequence[str]) -> dict[str, str]:
+        """Cells by column; columns of 0 and 1 are one more, and an epithet is with its genus."""
+        row = dict(zip(self.records.columns, cells))
+        if self.one_hot:
+            ones = [name for name in self.one_hot if row[name] in ONES]
+            row[ONE_HOT] = ones[0] if len(ones) == 1 else ""
+        if self.binomial and row[self.binomial[1]] not in MISSING:
+            row[self.binomial[1]] = " ".join(row[name] for name in self.binomial)
+        return row
 
     def keep_part(self, folder: str, split: str) -> None:
         """Keep the rows of the images in a folder such as "test/" that are of its split, or say none."""
