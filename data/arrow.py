@@ -20,12 +20,11 @@ from data.arrow_columns import (
     find_label_column,
     kind_of,
     names_of,
-    read_known,
+    read_cells,
     read_labels,
-    read_splits,
 )
 from data.class_names import Labeling, name_classes
-from data.columns import GROUP_NAMES, are_groups, list_columns
+from data.columns import GROUP_NAMES, SPLIT_NAMES, are_groups, find_known, find_split_column, list_columns, read_split
 from data.labels import tidy_name
 from data.oxford_flowers import CLASS_NAMES, check_official_counts
 from data.rows import SPLITS, Reading, Source, allow_incomplete, build_rows
@@ -68,6 +67,7 @@ class _Tables:
                 "splits with the same columns"
             )
         self.parts, self.where, self.image, self.label = dict(parts), where, image, label
+        self.features = first.features
         is_plain = (image, label) == ("image", "label")
         self.notes = [] if is_plain else [f"images from column {image}, labels from {label}"]
         self.warnings = list(warnings)
@@ -120,13 +120,15 @@ class _Tables:
     def read_groups(self) -> None:
         """Set what tells images of one plant, "" for none, by the first column of such a name that does."""
         self.groups = [""] * len(self.labels)
-        cells = [(len(rows), read_known(rows, GROUP_NAMES)) for rows in self.parts.values()]
-        for name in cells[0][1]:
-            groups = list(chain(*(known.get(name, [""] * count) for count, known in cells)))
+        for name in find_known(self.features, GROUP_NAMES):
+            groups = self._read(name)
             if are_groups(groups, self.labels.tolist()):
                 self.groups = groups
                 self.notes.append(f"images of one plant have the same value in the column {name}")
                 return
+
+    def _read(self, column: str) -> list[str]:
+        return [*chain(*(read_cells(rows, column) for rows in self.parts.values()))]
 
     def read_images(self, roots: Mapping[str, Sequence[Path]], allow_missing: bool) -> None:
         """Set ids and rows; images named by path become files. Raises UserError if some are missing."""
@@ -175,7 +177,11 @@ class _Tables:
 
     def build(self) -> Source:
         """The source of the images that have a label."""
-        splits = read_splits(*self.parts.values()) if len(self.parts) == 1 else self.splits
+        splits = self.splits
+        cells = {name: self._read(name) for name in find_known(self.features, SPLIT_NAMES)}
+        if len(self.parts) == 1 and (column := find_split_column(cells)):
+            words = [read_split(column, cell) or "train" for cell in cells[column]]
+            splits = np.array(words) if "train" in words else splits
         found = {
             split: self.rows.select(np.flatnonzero((splits == split) & (self.labels >= 0)))
             for split in SPLITS

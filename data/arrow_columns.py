@@ -1,7 +1,7 @@
 """Columns of Arrow tables: which hold images and labels, and what is in them, as texts."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow
@@ -110,7 +110,7 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
         return found
     # Evenly spaced, since rows may be in order of classes.
     places = np.linspace(0, len(rows) - 1, min(len(rows), columns.LABEL_ROWS)).astype(int)
-    cells = read_cells(rows, usable, places)
+    cells = {name: read_cells(rows, name, places) for name in usable}
     candidates = {name: cells[name] for name in columns.find_label_candidates(cells)}
     lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
     if lists and not candidates:
@@ -123,9 +123,7 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
 
 def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
     """Labels as texts, "" for none (-1 on the hub). Raises UserError for numbers that are no labels."""
-    if label not in rows.features:
-        return [""] * len(rows)
-    kind, texts = kind_of(rows.features[label]), read_cells(rows, [label])[label]
+    kind, texts = kind_of(rows.features.get(label)), read_cells(rows, label)
     if kind == "class":
         count = len(rows.features[label].names)
         if odd := {*rows.data.column(label).unique().to_pylist()} - {None, *range(-1, count)}:
@@ -145,30 +143,15 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
 # ---- cells
 
 
-def read_cells(rows: Dataset, names: Iterable[str], places: np.ndarray | None = None) -> dict[str, list[str]]:
-    """Columns as texts, of all rows or of those at `places`: of a ClassLabel its names; "" for a missing value."""
-    cells = {}
-    for name in names:
-        column = rows.data.column(name)
-        values = values_of(column if places is None else column.take(places))
-        if isinstance(rows.features[name], ClassLabel):
-            values = list(map(dict(enumerate(names_of(rows.features[name]))).get, values))
-        cells[name] = ["" if value is None or value != value else str(value).strip() for value in values]
-    return cells
-
-
-def read_known(rows: Dataset, names: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of texts or numbers with these names, the best first."""
-    known = find_known(rows.features, names)
-    return read_cells(rows, [name for name in known if kind_of(rows.features[name]) in ("text", "number")])
-
-
-def read_splits(rows: Dataset) -> np.ndarray:
-    """The split of each row of a table that holds all splits, by a column of split words; else train."""
-    cells = read_known(rows, columns.SPLIT_NAMES)
-    column = columns.find_split_column(cells)
-    found = [columns.read_split(column, cell) or "train" for cell in cells[column]] if column else []
-    return np.array(found if "train" in found else ["train"] * len(rows))
+def read_cells(rows: Dataset, name: str, places: np.ndarray | None = None) -> list[str]:
+    """A column as texts, of all rows or of those at `places`: of a ClassLabel its names; "" for what is missing."""
+    if name not in rows.features:
+        return [""] * len(rows)
+    column = rows.data.column(name)
+    values = values_of(column if places is None else column.take(places))
+    if isinstance(rows.features[name], ClassLabel):
+        values = list(map(dict(enumerate(names_of(rows.features[name]))).get, values))
+    return ["" if value is None or value != value else str(value).strip() for value in values]
 
 
 def names_of(feature) -> list[str]:
