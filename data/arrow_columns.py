@@ -107,18 +107,16 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
         found = columns.find_given_column(list(features), label_column, where)
         if found not in usable:
             raise UserError(f"--label-column {label_column}: holds {describe(features[found])}; {expected}")
-        return found
     # Evenly spaced, since rows may be in order of classes.
     places = np.linspace(0, len(rows) - 1, min(len(rows), columns.LABEL_ROWS)).astype(int)
     cells = {name: read_cells(rows, name, places) for name in usable}
-    candidates = {name: cells[name] for name in columns.find_label_candidates(cells)}
     lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
-    if lists and not candidates:
+    if lists and label_column is None and not columns.find_label_candidates(cells):
         raise UserError(
             f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; {expected}: name a "
             "column that has it with --label-column"
         )
-    return columns.choose_label(candidates, features, where)[0]
+    return columns.find_label(cells, list(features), label_column, where)[0]
 
 
 def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:

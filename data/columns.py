@@ -112,9 +112,10 @@ def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
     return known if repeated else unknown or known
 
 
-def choose_label(cells: Mapping[str, Sequence[str]], columns: Iterable[str], where: str) -> list[str]:
-    """The label of candidates, text before numbers, then by name; behind it others alike. Raises UserError."""
-    distinct = {name: {*column} - {""} for name, column in cells.items() if any(column)}
+def find_label(cells: Mapping[str, Sequence[str]], columns: Sequence[str], wanted: str | None, where: str) -> list[str]:
+    """The label column, `wanted` or text before numbers, then by name; behind it others alike. Raises UserError."""
+    found = find_label_candidates(cells) if wanted is None else [find_given_column(columns, wanted, where)]
+    distinct = {name: {*cells[name]} - {""} for name in found if any(cells[name])}
     if not distinct:
         raise UserError(
             f"{where}: has no labels for the images (columns: {list_columns(columns)}); say which column has: "

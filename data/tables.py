@@ -21,9 +21,8 @@ from data.columns import (
     ONE_HOT,
     ONES,
     are_groups,
-    choose_label,
-    find_given_column,
     find_known,
+    find_label,
     find_label_candidates,
     find_one_hot_columns,
     find_split_column,
@@ -168,13 +167,9 @@ class ImageTable:
                 f"{self.path}: several images have the file names in column {printable(self.file.name)}, such as "
                 f"{example}; write the folder into the column, or move one of them elsewhere"
             )
-        columns, where = self.records.columns, str(self.path)
-        cells = {name: [row[name] for _, row in first] for name in first[0][1]}
-        others = {name: cells[name] for name in cells if name != self.file.name}
-        found = find_label_candidates(others)
-        if label_column is not None:
-            found = [find_given_column(columns, label_column, where)]
-        self.labels = choose_label({name: cells[name] for name in found}, columns, where)
+        names = [name for name in first[0][1] if name != self.file.name or label_column is not None]
+        cells = {name: [row[name] for _, row in first] for name in names}
+        self.labels = find_label(cells, self.records.columns, label_column, str(self.path))
         for images, row in itertools.chain(first, matches):
             label, split = sys.intern(row[self.labels[0]]), self._read_split(row)
             group = row[self.group_column] if self.group_column is not None else ""
