@@ -7,7 +7,7 @@ LOCK ?= requirements.lock
 PIP := $(BIN)/python -m pip install --quiet $(if $(LOCK),-c $(LOCK))
 # Processes that run tests; each takes up to 2 GB of memory.
 TESTS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TESTS)
+PYTEST := $(BIN)/python -m pytest -n $(TESTS) --dist worksteal
 
 .PHONY: demo app setup test test-all test-slow test-browser test-gguf faults fuzz lint lock outdated
 
@@ -27,10 +27,12 @@ test: $(VENV)/installed-dev
 test-all: export FAULTS_SECONDS ?= 240
 test-all: test test-slow
 
-# What `make test` leaves out: slow tests, several ranks, faults. One process: they fork, kill and count time.
+# What `make test` leaves out: slow tests; several ranks, in one process, since each test takes both cores; faults, the
+# random ones, for FAULTS_SECONDS, beside the others.
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
-	$(BIN)/python -m pytest -m '' tests/distributed tests/faults
+	$(BIN)/python -m pytest -m '' tests/distributed
+	$(PYTEST) -m '' tests/faults
 
 test-browser: $(VENV)/installed-browser
 	$(BIN)/python -m pytest tests/browser tests/integration/test_app.py

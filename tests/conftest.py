@@ -19,9 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import filelock
 import pytest
-
-gc.disable()  # nothing of what is imported is garbage
 
 ROOT = Path(__file__).parent.parent
 # The official release, or part of it; its photographs are not part of the repository.
@@ -80,10 +79,18 @@ FAMILIES = {
 }
 
 
+def pytest_configure():
+    gc.disable()  # nothing of what is imported is garbage
+
+
 def pytest_collection_finish():
+    freeze_modules()
+    gc.enable()
+
+
+def freeze_modules() -> None:
     """What is imported by now is no garbage; each training and each report would scan all of it, 0.3 s a time."""
     gc.freeze()
-    gc.enable()
     gc.freeze = gc.unfreeze = lambda: None  # those of a training
 
 
@@ -121,7 +128,25 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """made_once(name, make): a folder that `make` fills, once for all processes that run tests."""
+    own = tmp_path_factory.getbasetemp()
+    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, mark = place / name, place / f"{name}.made"
+        with filelock.FileLock(place / f"{name}.lock"):
+            if not mark.exists():
+                folder.mkdir()
+                make(folder)
+                mark.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def checkpoint(made_once):
     """checkpoint(family) is a folder as from the hub: a tiny LLaVA-NeXT and its processor, of that family."""
     import transformers
 
@@ -129,22 +154,16 @@ def checkpoint(tmp_path_factory):
     from data.synthetic import SPECIES
     from models.tiny import SIZES, build_tiny_model, build_tiny_processor
 
-    made = {}
+    def make(family: str, folder: Path) -> None:
+        template, special, text_config = FAMILIES[family]
+        processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], SIZES["tiny"], template, special)
+        model = build_tiny_model(processor, 0, SIZES["tiny"], getattr(transformers, text_config))
+        if family == "granite":
+            model = as_granite_vision(model, processor)
+        processor.save_pretrained(folder)
+        model.save_pretrained(folder)
 
-    def make(family: str = "mistral") -> str:
-        if family not in made:
-            template, special, text_config = FAMILIES[family]
-            folder = tmp_path_factory.mktemp(family)
-            processor = build_tiny_processor([*CLASS_NAMES, *SPECIES, QUESTION], SIZES["tiny"], template, special)
-            model = build_tiny_model(processor, 0, SIZES["tiny"], getattr(transformers, text_config))
-            if family == "granite":
-                model = as_granite_vision(model, processor)
-            processor.save_pretrained(folder)
-            model.save_pretrained(folder)
-            made[family] = str(folder)
-        return made[family]
-
-    return make
+    return lambda family="mistral": str(made_once(family, functools.partial(make, family)))
 
 
 def as_granite_vision(model, processor):
@@ -178,6 +197,17 @@ def use_small_splits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluator, "draw_ood_images", functools.partial(synthetic.draw_ood_images, 8))
     for name in ("report.MISTAKES", "report.SHOWN", "mistakes.MISTAKES"):
         patch.setattr(f"evaluation.{name}", 4)
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    for name in ("models.callbacks.plot_training", "evaluation.report.plot_report", "evaluation.report.plot_tiles",
+                 "evaluation.mistakes.plot_confusions", "evaluation.mistakes.plot_tiles"):  # fmt: skip
+        patch.setattr(name, lambda *_: None)
+
+
+@pytest.fixture
+def pictures():
+    """For tests of tests/integration that look at the pictures of a run or a report; they take half of its time."""
 
 
 @pytest.fixture
@@ -232,26 +262,29 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def train_once(tmp_path_factory) -> Callable[..., Finished]:
+def train_once(made_once) -> Callable[..., Finished]:
     """train_once(*flags): the tiny preset for six steps, in runs/tiny of an empty folder; each run is made once."""
     import train
 
-    runs: dict[tuple[str, ...], Finished] = {}
+    def make(flags: tuple[str, ...], has_pictures: bool, folder: Path) -> None:
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, working_folder(folder):
+            use_small_splits(patch)
+            if not has_pictures:
+                draw_nothing(patch)
+            patch.setenv("HUGGINGFACE_TOKEN", TOKEN)
+            patch.setenv("HF_TOKEN", "")  # the program sets it anew; this has it removed afterwards
+            patch.delenv("HF_TOKEN")
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                assert train.main([*TINY, *flags]) == 0
+        (folder / "output.txt").write_text(output.getvalue())
 
-    def make(*flags: str) -> Finished:
-        if flags not in runs:
-            output = io.StringIO()
-            with pytest.MonkeyPatch.context() as patch, working_folder(tmp_path_factory.mktemp("run")) as folder:
-                use_small_splits(patch)
-                patch.setenv("HUGGINGFACE_TOKEN", TOKEN)
-                patch.setenv("HF_TOKEN", "")  # the program sets it anew; this has it removed afterwards
-                patch.delenv("HF_TOKEN")
-                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                    assert train.main([*TINY, *flags]) == 0
-            runs[flags] = Finished(folder / "runs" / "tiny", output.getvalue())
-        return runs[flags]
+    def once(*flags: str, has_pictures: bool = False) -> Finished:
+        name = f"run-{zlib.crc32(' '.join(flags).encode())}"
+        folder = made_once(name, functools.partial(make, flags, has_pictures))
+        return Finished(folder / "runs" / "tiny", (folder / "output.txt").read_text())
 
-    return make
+    return once
 
 
 @contextlib.contextmanager
@@ -267,7 +300,7 @@ def working_folder(folder: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def full_run(train_once) -> Finished:
     """All weights trained, with checkpoints of steps 4 and 6 and evaluations after steps 3 and 6."""
-    return train_once("--save-steps", "2", "--eval-steps", "3")
+    return train_once("--save-steps", "2", "--eval-steps", "3", has_pictures=True)
 
 
 @pytest.fixture(scope="session")
@@ -278,13 +311,14 @@ def lora_run(train_once, checkpoint) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory) -> Path:
+def demo_run(made_once) -> Path:
     """The tiny preset as `make demo` trains it: a minute on two idle cores, for slow tests."""
     import train
 
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    assert train.main(["--preset", "tiny", "--output-dir", str(folder)]) == 0
-    return folder
+    def make(folder: Path) -> None:
+        assert train.main(["--preset", "tiny", "--output-dir", str(folder / "run")]) == 0
+
+    return made_once("demo", make) / "run"
 
 
 @pytest.fixture(scope="session")

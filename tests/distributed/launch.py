@@ -16,7 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
 from runtime.run_files import read_metrics
+from tests.conftest import draw_nothing, freeze_modules
 
 # 50 images in steps of 7: of the last batch of every epoch one image is left, and a rank has none.
 SPLIT_SIZES = {"train": 50, "validation": 20, "test": 20}
@@ -102,6 +105,8 @@ def _run(folder: Path, argv: list[str], program: str, fault, rank: int, variable
     from data import dataset
 
     dataset.SPLIT_SIZES.update(SPLIT_SIZES)
+    draw_nothing(pytest.MonkeyPatch())  # for the life of this process
+    freeze_modules()
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
     if fault is not None:
         fault(rank)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import psutil
 
 from runtime.run_files import checkpoints_in, read_metrics, step_of
+from tests.conftest import freeze_modules
 from utils.signal_utils import SAME_S
 
 STEPS, SAVE_STEPS = 12, 3
@@ -93,6 +94,7 @@ def _run(folder: str, script: str, argv: list[str], fault: Fault | None) -> None
     from models.trainer import PlantTrainer
 
     dataset.SPLIT_SIZES.update(train=48, validation=20, test=20)
+    freeze_modules()
     training_step = PlantTrainer.training_step
 
     def record(self, model, inputs, num_items_in_batch=None):

@@ -1,10 +1,11 @@
 """predict.py, from the command line to what it prints."""
 
+import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ import predict
 import train
 from data.synthetic import draw_split
 from runtime.checkpoint import write_manifest
-from tests.conftest import ROOT, TINY, run_main
+from tests.conftest import TINY, run_main
 from tests.faults.corpus import OPENS, write_corpus
 
 FAST = ["--num-workers", "0"]
@@ -275,10 +276,27 @@ def test_wide_images_and_hostile_ones(trained, capsys, here):
 
 
 def test_lines_come_while_it_works_and_head_is_content(trained, images, here):
-    """In a process of its own, with workers, into a pipe that is closed after two lines."""
-    command = f"{sys.executable} {ROOT / 'predict.py'} one images --per-device-eval-batch-size 2 --num-workers 1"
-    piped = subprocess.run(f"{command} | head -2", shell=True, capture_output=True, text=True, check=True)
-    assert len(piped.stdout.splitlines()) == 2 and "Traceback" not in piped.stderr and "Exception" not in piped.stderr
+    """In a process of its own, with a worker, into a pipe that is closed after two lines."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # holds fewer than all lines
+    process = multiprocessing.get_context("fork").Process(target=predict_into, args=(reader, writer))
+    process.start()
+    os.close(writer)
+    with os.fdopen(reader, "rb", buffering=0) as lines:
+        assert [json.loads(lines.readline())["image"] for _ in range(2)] == ["images/00.png", "images/01.png"]
+    process.join(120)
+    process.kill()
+    errors = (here / "errors.txt").read_text()
+    assert process.exitcode == 141 and "Traceback" not in errors and "Exception" not in errors, errors
+
+
+def predict_into(reader: int, writer: int) -> None:
+    torch.set_num_threads(1)
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), open("errors.txt", "w", buffering=1)
+    long_lines = ["--json", "--top", "10"]
+    sys.exit(predict.main(["one", "images", *long_lines, "--per-device-eval-batch-size", "2", "--num-workers", "1"]))
 
 
 def test_a_base_model_predicts_too(here, small_splits, images, checkpoint, capsys):
@@ -377,6 +395,7 @@ def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
     for module in ("runtime.distributed", "evaluation.predictor"):  # the model's size is not known
         monkeypatch.setattr(f"{module}.choose_device", lambda *_, **__: torch.device("cpu"))
     argv = [*TINY, "--model", "me/plants", "--trainable", "adapter", "--output-dir", "run"]
+    argv += ["--train-on-val", "true", "--max-steps", "1"]
     assert train.main(argv) == 0
     first = run(capsys, "run", "images", *FAST)[1]
     (cache / "refs" / "main").write_text(new)

@@ -27,6 +27,7 @@ from runtime.checkpoint import write_manifest
 from runtime.legacy import RENAMED, renamed
 from runtime.run_dir import Run
 from runtime.run_files import ANY, read_entries
+from tests.conftest import draw_nothing
 from utils.logging_utils import UserError, setup_logging
 
 OLD_KEYS = {new: old for old, new in RENAMED.items()}
@@ -49,6 +50,13 @@ def score_with_cache(rows, compute, path, header, max_bad_fraction=1.0):
 def under_old_keys(text):
     old = json.loads(text, object_hook=lambda entry: {OLD_KEYS.get(key, key): value for key, value in entry.items()})
     return json.dumps(old)
+
+
+@pytest.fixture
+def plain_reports(monkeypatch):
+    """Without pictures and images of the program's own, which take seconds."""
+    draw_nothing(monkeypatch)
+    monkeypatch.setattr("evaluation.evaluator.draw_ood_images", dict)
 
 
 def test_a_report_holds_what_is_promised(tiny, tmp_path, monkeypatch, capsys):
@@ -95,7 +103,7 @@ def test_the_picture_is_green_where_the_model_is_right(tiny, tmp_path, right, co
     assert (redder.max() > 50, redder.min() < -50) == (color == "red", color == "green")
 
 
-def test_without_calibration_it_says_why(tiny, tmp_path):
+def test_without_calibration_it_says_why(tiny, tmp_path, plain_reports):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "test")
     assert (report["coverage"], report["ood"]) == (None, {}) and report[
         "not_calibrated"
@@ -107,17 +115,9 @@ def test_without_rows_there_is_nothing_to_report(tiny, tmp_path):
     assert make(tiny, tmp_path).report(None, "val") == {} and not list(tmp_path.iterdir())
 
 
-def test_test_images_are_calibrated_on_val(tiny, tmp_path):
+def test_test_images_are_calibrated_on_val(tiny, tmp_path, plain_reports):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "test", validation=rows(tiny, 7))
     assert (report["n"], report["calibration"]["images"]) == (4, 7)
-
-
-@pytest.fixture
-def plain_reports(monkeypatch):
-    """Without pictures and images of the program's own, which take seconds."""
-    for name in ("report.plot_report", "report.plot_tiles"):
-        monkeypatch.setattr(f"evaluation.{name}", lambda *_: None)
-    monkeypatch.setattr("evaluation.evaluator.draw_ood_images", dict)
 
 
 def test_prediction_sets_are_fitted_on_val_and_measured_on_test(tiny, tmp_path, plain_reports):
@@ -253,7 +253,7 @@ def test_cached_scores_survive_a_kill_while_they_are_written_anew(tiny, tmp_path
     assert path.read_text() == kept
 
 
-def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
+def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path, plain_reports):
     evaluator = make(tiny, tmp_path, per_token=True, limit=4)
     report = evaluator.report(rows(tiny, 4), "val")
     assert (report["per_token"], report["prior_calibration"], report["limit"]) == (True, False, 4)
@@ -262,7 +262,7 @@ def test_what_scores_were_changed_by_is_recorded(tiny, tmp_path):
     assert not (tmp_path / "calibration.json").exists()
 
 
-def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, capsys):
+def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, plain_reports, capsys):
     setup_logging()
     metrics = make(tiny, tmp_path).generate_report(rows(tiny, 4), "test", 5)
     assert "result | test | generation: exact match" in capsys.readouterr().out
@@ -272,13 +272,13 @@ def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, capsys):
     assert make(tiny, tmp_path).report(rows(tiny, 4), "test")["exact_match"] is None
 
 
-def test_unreadable_ood_images(tiny, tmp_path):
+def test_unreadable_ood_images(tiny, tmp_path, plain_reports):
     broken = [{"image": {"bytes": b"", "path": "gone.jpg"}, "label": 0, "id": "gone"}]
     with pytest.raises(UserError, match="--ood: none of its images can be opened"):
         make(tiny, tmp_path).report(rows(tiny, 4), "val", ood_rows=broken)
 
 
-def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, monkeypatch):
+def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, plain_reports, monkeypatch):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "val")
     make(tiny, tmp_path).generate_report(rows(tiny, 4), "val", 5)
     for name in ("calibration.json", "eval_val.replies.json"):
@@ -288,9 +288,8 @@ def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, monke
         (tmp_path / name).write_text("".join(f"{under_old_keys(line)}\n" for line in lines))
         assert f'"{OLD_KEYS["image"]}"' in (tmp_path / name).read_text()
     evaluator = make(tiny, tmp_path)
-    ood = evaluator.compute_scores
-    monkeypatch.setattr(evaluator, "compute_scores", lambda images: ood(images) if len(images) == 40 else 1 / 0)
-    monkeypatch.setattr(evaluator, "compute_replies", lambda *_, **__: 1 / 0)
+    for name in ("compute_scores", "compute_replies"):
+        monkeypatch.setattr(evaluator, name, lambda *_, **__: 1 / 0)
     assert read_calibration(tmp_path, None) == Calibration(**report["calibration"])
     assert evaluator.report(rows(tiny, 4), "val")["top1"] == report["top1"]
     assert evaluator.generate_report(rows(tiny, 4), "val", 5)["replies"] == 4
@@ -321,7 +320,7 @@ def test_score_kinds(tiny, tmp_path):
     assert len(set(prior.prior)) > 1
 
 
-def test_a_threshold_that_nothing_reaches_rejects_every_image(tiny, tmp_path, monkeypatch):
+def test_a_threshold_that_nothing_reaches_rejects_every_image(tiny, tmp_path, plain_reports, monkeypatch):
     monkeypatch.setattr(evaluation.evaluator, "calibrate", lambda *_: Calibration(1.0, None, 0.95, 4))
     report = make(tiny, tmp_path).report(rows(tiny, 4), "val", ood_rows=tiny.rows(2))
     assert (report["coverage"], report["selective_accuracy"]) == (0.0, None)
@@ -356,8 +355,8 @@ def test_correct_images_of_a_run(tiny, tmp_path):
             read_correct(run, "val")
 
 
-@pytest.mark.parametrize(("rate", "is_doubted"), [(0.9, False), (0.2, True)])
-def test_ood_images_that_are_named_as_confidently_as_plants_are_reported(tiny, tmp_path, rate, is_doubted):
-    report = make(tiny, tmp_path).report(rows(tiny, 6), "val")
-    report |= {"coverage": 0.5, "ood": {"noise": {"n": 5, "abstention_rate": rate}}}
-    assert ("do not rely on it" in list(result_lines(report))[-1]) == is_doubted
+def test_ood_images_that_are_named_as_confidently_as_plants_are_reported(tiny, tmp_path, plain_reports):
+    report = make(tiny, tmp_path).report(rows(tiny, 6), "val") | {"coverage": 0.5}
+    for rate, is_doubted in ((0.9, False), (0.2, True)):
+        report["ood"] = {"noise": {"n": 5, "abstention_rate": rate}}
+        assert ("do not rely on it" in list(result_lines(report))[-1]) == is_doubted

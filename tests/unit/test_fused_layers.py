@@ -1,5 +1,6 @@
 """The fused layer against the stock one: output, gradients, what it keeps, and when it steps aside."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -105,11 +106,15 @@ def assert_same(expected, found):
     "kind, load_in_4bit", [("mistral", True), ("llama", False), ("qwen2", True), ("granite", True)]
 )
 def test_output_and_gradients_are_those_of_the_stock_layers(kind, load_in_4bit, how, needs_rows):
-    stock = run(language_model(kind, load_in_4bit).train(), needs_rows)
     model = language_model(kind, load_in_4bit).train()
     layers = fuse_layers(layers_of(model))
     set_activation_checkpointing(layers, 3 if how == "keep" else 0, offloaded=3 if how == "offload" else 0)
-    assert_same(stock, run(model, needs_rows))
+    assert_same(run_stock(kind, load_in_4bit, needs_rows), run(model, needs_rows))
+
+
+@functools.cache
+def run_stock(kind: str, load_in_4bit: bool, needs_rows: bool):
+    return run(language_model(kind, load_in_4bit).train(), needs_rows)
 
 
 @pytest.mark.slow

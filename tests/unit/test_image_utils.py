@@ -180,25 +180,24 @@ def test_an_image_of_the_largest_numbers_is_still_stretched():
 
 
 LARGEST = """
-import io, sys
-import numpy as np
+import io
 from PIL import Image
 from utils.image_utils import MAX_PIXELS, open_image
-kind, mode, side = sys.argv[1], sys.argv[2], int(MAX_PIXELS**0.5)
-file = io.BytesIO()
-options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
-Image.new(mode, (side, side)).save(file, kind, **options)
-open_image({"bytes": file.getvalue(), "path": None})
+side = int(MAX_PIXELS**0.5)
+for kind, mode in (("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "RGBA"), ("TIFF", "F")):
+    file = io.BytesIO()
+    options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+    Image.new(mode, (side, side)).save(file, kind, **options)
+    open_image({"bytes": file.getvalue(), "path": None})
 # Not ru_maxrss: a process takes that over from the one that started it.
 print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report a process's peak")
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "RGBA"), ("TIFF", "F")])
-def test_the_largest_images_take_bounded_memory(kind, mode):
-    found = subprocess.run([sys.executable, "-c", LARGEST, kind, mode], cwd=ROOT, capture_output=True, text=True)
-    assert float(found.stdout) < 1200, found  # MB of the whole process
+def test_the_largest_images_take_bounded_memory():
+    found = subprocess.run([sys.executable, "-c", LARGEST], cwd=ROOT, capture_output=True, text=True)
+    assert float(found.stdout) < 1200, found  # MB of the whole process, with each of them
 
 
 # ---- anyres geometry

@@ -72,16 +72,16 @@ def test_a_pass_gives_every_image_once_to_one_reader(world_size, workers, tmp_pa
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
-@pytest.mark.parametrize("step", [1, 4, 11])
-def test_it_resumes_after_any_step(step, workers, tmp_path):
+def test_it_resumes_after_any_step(workers, tmp_path):
     """In the second pass too: a rank has 30 images, and takes 4 of the 7 of a step."""
     files = write_parquet(tmp_path / "images", 6, 10)
     stream = Stream(files, seed=1)
     stream.set_rank(0, 2, 7)
     whole = ids_of(stream, workers, 14)
     assert {len(batch) for batch in whole} == {4}
-    stream.skip_steps(step)
-    assert ids_of(stream, workers, 14 - step) == whole[step:]
+    for step in (1, 4, 11):
+        stream.skip_steps(step)
+        assert ids_of(stream, workers, 14 - step) == whole[step:]
 
 
 def test_images_of_a_step_are_distributed_across_ranks(tmp_path):

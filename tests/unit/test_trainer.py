@@ -22,6 +22,7 @@ from data.collator import PlantCollator
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
 from models.builder import PlantModel, set_trainable
+from models.callbacks import EarlyStopping
 from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
 from models.memory import MicroBatcher
 from models.scoring import score_batch
@@ -32,6 +33,7 @@ from runtime.checkpoint import last_checkpoint, read_best
 from runtime.interrupt import Interrupted, StopRequest
 from runtime.run_dir import Run
 from runtime.run_files import append_metrics, read_metrics
+from tests.conftest import draw_nothing
 from tests.unit.test_collator import SIZES, rows_of
 from utils.image_utils import ImageError
 from utils.logging_utils import UserError, setup_logging
@@ -44,7 +46,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20 GiB."
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """test_callbacks.py draws them; here they would take half of the time."""
-    monkeypatch.setattr("models.callbacks.plot_training", lambda metrics, path: None)
+    draw_nothing(monkeypatch)
 
 
 def make_trainer(tiny, folder, train_rows=None, val_rows=None, model=None, **settings):
@@ -80,6 +82,9 @@ def with_dropout(tiny):
     model = tiny.model()
     model.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.2
     return model
+
+
+FEW = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}  # images in a step
 
 
 def split_into(size: int) -> dict:
@@ -192,7 +197,7 @@ def test_more_ranks_than_images_in_a_step(monkeypatch):
 
 
 def test_as_many_checkpoints_are_kept_as_configured(tiny, tmp_path):
-    make_trainer(tiny, tmp_path, save_steps=1, save_total_limit=3, per_device_train_batch_size=4).train()
+    make_trainer(tiny, tmp_path, save_steps=1, save_total_limit=3, **FEW).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4)]
 
 
@@ -441,7 +446,7 @@ def test_a_signal_before_the_first_step_is_complete_saves_nothing(tiny, tmp_path
 @pytest.mark.parametrize("eval_steps", [None, 2])
 def test_an_evaluation_that_was_interrupted_twice_is_logged_once(eval_steps, tiny, tmp_path):
     """Stopped between a step and its evaluation, then after the evaluation that makes up for it."""
-    settings = {"max_steps": 4, "eval_steps": eval_steps, "save_steps": 2, "per_device_train_batch_size": 4}
+    settings = FEW | {"max_steps": 4, "eval_steps": eval_steps, "save_steps": 2}
     trainer = make_trainer(tiny, tmp_path, **settings)
     trainer.add_callback(At("on_step_end", send(), step=eval_steps or 4))
     with pytest.raises(Interrupted):
@@ -469,7 +474,7 @@ def test_a_signal_after_the_last_step_ends_the_run_too(tiny, tmp_path):
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
-    settings = {"save_steps": 2, "per_device_train_batch_size": 4}
+    settings = FEW | {"save_steps": 2}
     make_trainer(tiny, tmp_path, **settings).train()
     lines = read_metrics(tmp_path)
     for entry in ({"step": 5, "loss": 0.5}, {"step": 4, "completed": True}):
@@ -477,7 +482,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
     make_trainer(tiny, tmp_path, **settings).train(tmp_path / "checkpoint-4")
     assert read_metrics(tmp_path) == lines
     # a run that was killed before its first checkpoint
-    make_trainer(tiny, tmp_path, max_steps=2, per_device_train_batch_size=4).train()
+    make_trainer(tiny, tmp_path, max_steps=2, **FEW).train()
     assert [step["step"] for step in steps_of(tmp_path)] == [1, 2]
 
 
@@ -712,7 +717,7 @@ def test_the_logged_learning_rate_is_that_of_the_trainable_parameters(tiny, tmp_
     [({"max_steps": 7}, 7), ({"max_steps": -1, "num_train_epochs": 1.5}, 3), ({"max_steps": -1}, 6)],
 )
 def test_planned_steps_are_the_steps_done(settings, steps, tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path, **settings)
+    trainer = make_trainer(tiny, tmp_path, tiny.rows(8), **settings, **FEW)
     assert trainer.planned_steps() == steps
     trainer.train()
     assert trainer.state.global_step == steps
@@ -738,7 +743,7 @@ def fake_scores(monkeypatch, top1: list[float], losses: list[float] | None = Non
 )
 def test_best_has_the_highest_accuracy_and_then_the_lowest_loss(tiny, tmp_path, monkeypatch, top1, losses, best):
     fake_scores(monkeypatch, top1, losses)
-    trainer = make_trainer(tiny, tmp_path, max_steps=3, eval_steps=1)
+    trainer = make_trainer(tiny, tmp_path, max_steps=3, eval_steps=1, **FEW)
     kept = {}
     trainer.add_callback(At("on_evaluate", lambda state: kept.update({state.global_step: weights(trainer)})))
     trainer.train()
@@ -757,16 +762,13 @@ def test_best_has_the_highest_accuracy_and_then_the_lowest_loss(tiny, tmp_path, 
         (2, 0.0, [0.5] * 6, 3),  # no gain is no gain
     ],
 )
-def test_early_stopping(tiny, tmp_path, monkeypatch, patience, gain, top1, stops):
-    fake_scores(monkeypatch, top1)
-    settings = {"early_stopping_patience": patience, "early_stopping_min_gain": gain}
-    trainer = make_trainer(tiny, tmp_path, max_steps=6, eval_steps=1, **settings)
-    trainer.train()
-    assert trainer.state.global_step == stops
+def test_early_stopping(patience, gain, top1, stops):
+    stopping, history = EarlyStopping(patience, gain, num_images=10), [{"eval_top1": accuracy} for accuracy in top1]
+    assert [stopping.is_over(history[:count]) for count in range(1, 1 + len(top1))].index(True) + 1 == stops
 
 
 def test_early_stopping_counts_the_evaluations_before_a_resume(tiny, tmp_path, monkeypatch):
-    settings = {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 4}
+    settings = FEW | {"max_steps": 8, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 4}
     fake_scores(monkeypatch, [0.9, 0.1, 0.1])
     trainer = make_trainer(tiny, tmp_path, **settings)
     trainer.add_callback(At("on_save", lambda state: (_ for _ in ()).throw(KeyboardInterrupt), step=3))
@@ -780,12 +782,13 @@ def test_early_stopping_counts_the_evaluations_before_a_resume(tiny, tmp_path, m
 
 
 def test_a_run_that_stopped_early_does_no_step_on_resume(tiny, tmp_path, monkeypatch):
-    settings = {"max_steps": 6, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
-    fake_scores(monkeypatch, [0.9, 0.1, 0.1])  # a fourth evaluation would fail
+    settings = FEW | {"max_steps": 6, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2}
+    settings["early_stopping_min_gain"] = 0.05
+    fake_scores(monkeypatch, [0.5, 0.6, 0.1, 0.1])  # a fifth evaluation would fail
     make_trainer(tiny, tmp_path, **settings).train()
     resumed = make_trainer(tiny, tmp_path, **settings)
     resumed.train(last_checkpoint(tmp_path))
-    assert resumed.state.global_step == 3 and evaluated_steps(tmp_path) == [1, 2, 3]
+    assert resumed.state.global_step == 4 and evaluated_steps(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_wait_that_torch_does_not_limit_ends_too():
