@@ -130,8 +130,9 @@ def tiny():
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """made_once(name, make): a folder that `make` fills, once for all processes that run tests."""
-    own = tmp_path_factory.getbasetemp()
-    place = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
 
     def once(name: str, make: Callable[[Path], None]) -> Path:
         folder, mark = place / name, place / f"{name}.made"

@@ -294,7 +294,8 @@ def predict_into(reader: int, writer: int) -> None:
     torch.set_num_threads(1)
     os.close(reader)
     os.dup2(writer, 1)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), open("errors.txt", "w", buffering=1)
+    os.dup2(os.open("errors.txt", os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     long_lines = ["--json", "--top", "10"]
     sys.exit(predict.main(["one", "images", *long_lines, "--per-device-eval-batch-size", "2", "--num-workers", "1"]))
 
