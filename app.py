@@ -235,13 +235,25 @@ def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), 
         found = endpoint.predict([photo, *others])
         if isinstance(found, str):
             return texts.refusal(found)
-        looked = endpoint.explain(photo, found) if with_map else None
+        opened = find_readable([photo, *others]) if found.unreadable else photo
+        looked = endpoint.explain(opened, found) if with_map else None
         picture = (encode(looked[0]), looked[1]) if looked else None
         photos = len({each["bytes"] for each in (photo, *others)})  # copies count once
-        return texts.answer(found, SHOWN, draw_small(photo), photos, picture)
+        return texts.answer(found, SHOWN, draw_small(photo) if opened is photo else "", photos, picture)
     except Exception:  # the page stays up, and an older photo's name must not stand beside this one
         logger.critical("a photo could not be classified", exc_info=True)
         return texts.refusal("There is no name for this photo, since the program failed; its own output says why")
+
+
+def find_readable(photos: Sequence[dict]) -> dict:
+    """The first that can be opened, of photos that have an answer: so there is one."""
+    from utils.image_utils import ImageError, open_image
+
+    for photo in photos:
+        with contextlib.suppress(ImageError):  # the answer says why
+            open_image(photo)
+            return photo
+    raise ValueError("none of these photos can be opened")
 
 
 def answer_client(endpoint, images: Sequence[dict]) -> dict:

@@ -25,6 +25,7 @@ MAX_BODY = MAX_IMAGES * MAX_UPLOAD + 100_000  # bytes of a request: the images a
 UPLOAD_S = 120  # seconds for a request's images to arrive; who sends none must not keep others waiting
 MAX_QUEUE = 20  # requests; whoever sends the next one is asked to come back
 SHOWN = 5  # names of an answer
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # of which all but POST are refused, with a sentence
 HOW = "send 1 to 5 images of one plant: curl -F image=@photo.jpg ADDRESS/predict"
 
 
@@ -80,7 +81,7 @@ class Endpoint:
             return JSONResponse({"predict": f"POST /predict: {HOW}", "health": "GET /health"} | self.identity)
 
         index = [Route("/", describe)] if is_alone else []
-        return [Route("/predict", self._post, methods=["GET", "POST"]), Route("/health", self._get_health)] + index
+        return [Route("/predict", self._post, methods=METHODS), Route("/health", self._get_health)] + index
 
     async def _get_health(self, request):
         from starlette.responses import JSONResponse
@@ -135,7 +136,7 @@ def check_request(method: str, headers, waiting: int) -> None:
     """Raises Refusal by what is known before a request's body is read."""
     if method != "POST":
         raise Refusal(405, f"{method} is of no use here; {HOW}")
-    if not headers.get("content-type", "").startswith("multipart/form-data"):
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise Refusal(415, f"only multipart/form-data is read here; {HOW}")
     length = headers.get("content-length", "")
     if not length.isdecimal() or len(length) > 15:

@@ -37,6 +37,8 @@ def test_an_image_gets_json_and_health_says_who_answers(shown, image):
 def test_a_bad_request_gets_a_sentence_and_no_500(shown, image):
     refused = [
         (httpx.get(f"{shown}predict"), 405, "GET is of no use here"),
+        (httpx.options(f"{shown}predict"), 405, "OPTIONS is of no use here"),
+        (httpx.put(f"{shown}predict", files={"image": image}), 405, "PUT is of no use here"),
         (post(shown), 415, "only multipart/form-data is read here"),
         (httpx.post(f"{shown}predict", json={"image": "x"}), 415, "only multipart/form-data is read here"),
         (httpx.post(f"{shown}predict", files={"picture": b"x"}), 400, "0 images: send 1 to 5 images of one plant"),

@@ -124,6 +124,21 @@ def test_several_photos_are_said_with_those_that_were_not_used():
     html = TEXTS.answer(Prediction(LIKELIEST, True, unreadable=["<b>.jpg: is empty"]), 5, "", 4)
     assert "From 3 photos of the plant together." in html and "Not used: &lt;b&gt;.jpg: is empty." in html
     assert "together" not in TEXTS.answer(Prediction(LIKELIEST, True), 5)
+    assert "together" not in TEXTS.answer(Prediction(LIKELIEST, True, unreadable=["b.jpg: is empty"]), 5, "", 2)
+
+
+def test_a_first_photo_that_cannot_be_opened_keeps_no_answer_from_the_others(tmp_path):
+    """The map is of the first one that can be opened."""
+    looked_at = []
+    endpoint = FakeEndpoint(Prediction(LIKELIEST, True, unreadable=["a.jpg: is empty"]))
+    endpoint.explain = lambda photo, found: (looked_at.append(photo["path"]), (Image.new("RGB", (30, 20)), False))[1]
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.tif")
+    photos = {"bytes": b"", "path": "a.jpg"}, [photo_of(tmp_path / "b.tif")]
+    for with_map in (False, True):
+        html = app.answer_to(endpoint, TEXTS, *photos, with_map=with_map)
+        assert "<h2>oak</h2>" in html and "Not used: a.jpg: is empty." in html and "<img hidden" not in html
+        assert ("Bright parts speak for oak" in html) == with_map
+    assert looked_at == ["b.tif"]
 
 
 def test_the_map_is_shown_when_asked_for(tmp_path):

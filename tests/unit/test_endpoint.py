@@ -68,6 +68,7 @@ def test_one_to_five_images_are_taken(count, endpoint, folder):
         (405, "GET", FORM, 1, "GET is of no use here; send 1 to 5 images"),
         (415, "POST", FORM | {"content-type": "application/json"}, 1, "only multipart/form-data is read here"),
         (415, "POST", {}, 1, "only multipart/form-data is read here"),
+        (415, "POST", FORM | {"content-type": "multipart/form-datax; boundary=x"}, 1, "only multipart/form-data is"),
         (411, "POST", {"content-type": FORM["content-type"]}, 1, "does not say its length"),
         (411, "POST", FORM | {"content-length": "9" * 5000}, 1, "does not say its length"),
         (411, "POST", FORM | {"content-length": "-1"}, 1, "does not say its length"),
@@ -83,6 +84,7 @@ def test_a_request_is_refused_before_its_body_is_read(status, method, headers, w
 
 def test_a_request_within_the_limits_is_read():
     check_request("POST", FORM | {"content-length": str(MAX_BODY)}, MAX_QUEUE)
+    check_request("POST", FORM | {"content-type": "Multipart/Form-Data; boundary=x", "content-length": "9"}, 1)
 
 
 def test_the_model_is_asked_by_one_thread_at_a_time(endpoint, folder, monkeypatch):
