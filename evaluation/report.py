@@ -1,5 +1,6 @@
 """What a model did on a split, to read: eval_<split>.json, .md, .png and a picture of some images."""
 
+import functools
 import json
 import random
 import re
@@ -24,6 +25,7 @@ EXAMPLES_FOLDER = "examples"  # of a run
 EXAMPLES, EXAMPLE_SIDE = 6, 640  # images kept there, and the longer side of each in pixels
 
 
+@functools.cache
 def open_templates(folder: Path, is_html: bool = False) -> jinja2.Environment:
     """The templates of a folder; a misspelled variable is an error, and in HTML all text is escaped."""
     return jinja2.Environment(

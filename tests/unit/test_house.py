@@ -3,7 +3,7 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -39,9 +39,17 @@ def python_files(*folders: str) -> list[str]:
 
 PRODUCT = [*python_files("."), *python_files(*ROOMS)]
 TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))
-product_file = pytest.mark.parametrize("path", PRODUCT)
-any_file = pytest.mark.parametrize("path", PRODUCT + TESTS)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Habit = Callable[[str, ast.Module], Iterator[str]]  # (path, its tree) -> what breaks it
+HABITS: dict[Habit, list[str]] = {}  # with the files that keep them
+
+
+def kept_by(paths: list[str]) -> Callable[[Habit], Habit]:
+    def keep(habit: Habit) -> Habit:
+        HABITS[habit] = paths
+        return habit
+
+    return keep
 
 
 def parse(path: str) -> ast.Module:
@@ -74,76 +82,68 @@ def test_train_is_a_table_of_contents():
     assert main.end_lineno - main.lineno + 1 <= MAX_MAIN
 
 
-@product_file
-def test_only_builders_see_the_whole_config(path):
+@kept_by(PRODUCT)
+def only_builders_see_the_whole_config(path, tree):
     if path.startswith(KEEPS_CONFIG):
         return
-    found = []
-    for function, _ in functions(parse(path)):
-        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        takes = any(
-            "TrainingConfig" in ast.unparse(argument.annotation) for argument in arguments if argument.annotation
-        )
+    for function, _ in functions(tree):
+        annotations = [argument.annotation for argument in arguments_of(function) if argument.annotation]
+        takes = any("TrainingConfig" in ast.unparse(annotation) for annotation in annotations)
         if takes and not function.name.lstrip("_").startswith(SEES_CONFIG):
-            found.append(f"{path}:{function.lineno}: {function.name}")
-    assert not found
+            yield f"{path}:{function.lineno}: {function.name}"
 
 
-@pytest.mark.parametrize("path", python_files("."))
-def test_scripts_never_import_scripts(path):
-    assert not imports(parse(path)) & SCRIPT_NAMES
+def arguments_of(function: Function) -> list[ast.arg]:
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
 
 
-@any_file
-def test_functions_take_few_parameters(path):
-    found = []
-    for function, owner in functions(parse(path)):
+@kept_by(python_files("."))
+def scripts_never_import_scripts(path, tree):
+    yield from (f"{path}: {name}" for name in imports(tree) & SCRIPT_NAMES)
+
+
+@kept_by(PRODUCT + TESTS)
+def functions_take_few_parameters(path, tree):
+    for function, owner in functions(tree):
         decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
         is_autograd = owner is not None and any("Function" in ast.unparse(base) for base in owner.bases)
         if any("triton.jit" in name for name in decorators) or (is_autograd and function.name in FRAMEWORK):
             continue
-        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         has_self = owner is not None and "staticmethod" not in decorators
-        if len(arguments) - has_self > MAX_PARAMETERS:
-            found.append(f"{path}:{function.lineno}: {function.name} takes {len(arguments) - has_self}")
-    assert not found
+        count = len(arguments_of(function)) - has_self
+        if count > MAX_PARAMETERS:
+            yield f"{path}:{function.lineno}: {function.name} takes {count}"
 
 
-@product_file
-def test_long_tuples_have_names(path):
+@kept_by(PRODUCT)
+def long_tuples_have_names(path, tree):
     """A function that returns more than three values returns a NamedTuple or a dataclass."""
-    found = []
-    for function, _ in functions(parse(path)):
+    for function, _ in functions(tree):
         for node in ast.walk(function.returns or ast.Constant(None)):
             if not isinstance(node, ast.Subscript) or ast.unparse(node.value) != "tuple":
                 continue
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
             if len(parts) > MAX_TUPLE:
-                found.append(f"{path}:{function.lineno}: {function.name} -> {ast.unparse(function.returns)}")
-    assert not found
+                yield f"{path}:{function.lineno}: {function.name} -> {ast.unparse(function.returns)}"
 
 
-@any_file
-def test_calls_take_their_arguments_one_by_one(path):
+@kept_by(PRODUCT + TESTS)
+def calls_take_their_arguments_one_by_one(path, tree):
     """`call(*(a, b))` is a way around the formatter, not an argument list."""
-    found = []
-    for node in ast.walk(parse(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             splats = [part.value for part in node.args if isinstance(part, ast.Starred)]
-            found += [f"{path}:{splat.lineno}" for splat in splats if isinstance(splat, ast.Tuple | ast.List)]
-    assert not found
+            yield from (f"{path}:{splat.lineno}" for splat in splats if isinstance(splat, ast.Tuple | ast.List))
 
 
-@any_file
-def test_strings_are_chosen_by_conditions_not_multiplied(path):
+@kept_by(PRODUCT + TESTS)
+def strings_are_chosen_by_conditions_not_multiplied(path, tree):
     """`"text" if flag else ""`, never `"text" * flag`; a repetition is by a number: `"-" * 80`, `"ab" * len(rows)`."""
-    found = []
-    for node in ast.walk(parse(path)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for text, times in ((node.left, node.right), (node.right, node.left)):
                 if is_text(text) and is_condition(times):
-                    found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
-    assert not found
+                    yield f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
 def is_text(node: ast.expr) -> bool:
@@ -162,24 +162,37 @@ def is_condition(node: ast.expr) -> bool:
     return is_not or is_flag or isinstance(node, ast.Compare | ast.BoolOp)
 
 
-@any_file
-def test_module_has_a_docstring(path):
-    if path.endswith("__init__.py"):
-        return
-    assert ast.get_docstring(parse(path)), "the first line says what the file is for"
+@kept_by(PRODUCT + TESTS)
+def module_has_a_docstring(path, tree):
+    """The first line says what the file is for."""
+    if not path.endswith("__init__.py") and not ast.get_docstring(tree):
+        yield path
 
 
-@product_file
-def test_public_names_have_no_aliases(path):
+@kept_by(PRODUCT)
+def public_names_have_no_aliases(path, tree):
     """No `old_name = new_name` at the top of a module: there is no release whose names must live on."""
-    tree = parse(path)
     defined = {node.name for node in tree.body if isinstance(node, Function | ast.ClassDef)}
-    aliases = [
-        f"{path}:{node.lineno}: {ast.unparse(node)}"
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in defined
-    ]
-    assert not aliases
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in defined:
+            yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.fixture(scope="module")
+def broken() -> dict[Habit, list[str]]:
+    """What breaks each habit; each file is parsed once."""
+    found: dict[Habit, list[str]] = {habit: [] for habit in HABITS}
+    for path in PRODUCT + TESTS:
+        tree = parse(path)
+        for habit, paths in HABITS.items():
+            if path in paths:
+                found[habit] += habit(path, tree)
+    return found
+
+
+@pytest.mark.parametrize("habit", HABITS, ids=lambda habit: habit.__name__)
+def test_habit_is_kept(habit, broken):
+    assert not broken[habit], "\n".join([habit.__doc__ or "", *broken[habit]])
 
 
 def test_everything_in_the_tree_has_its_room():

@@ -211,9 +211,8 @@ def any_of(rules: list[Rule], other_scope: str) -> re.Pattern:
     return re.compile(rf"(?<![a-z\d])(?:{words})(?![a-z\d])")
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in EXEMPT])
-def test_file_uses_standard_terms(path):
-    problems = list(find_problems(path))
+def test_files_use_standard_terms():
+    problems = [problem for path in FILES if path not in EXEMPT for problem in find_problems(path)]
     assert not problems, "\n" + "\n".join(problems)
 
 
