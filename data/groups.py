@@ -18,14 +18,11 @@ LONG_NUMBER = re.compile(r"(?<!\d)(?!(?:19|20)\d\d[01]\d[0-3]\d(?!\d))\d{5,}")  
 MAX_NAME = 1000  # characters; longer ones, of a table, would keep the expressions below busy and tell nothing
 MAX_IN_SERIES = 10  # images of one plant in names that hold no long number
 ROBOFLOW = re.compile(r"(.+)[_.](?:jpe?g|png|bmp|webp|tiff?|heic)\.rf\.\w+", re.IGNORECASE)
-COPIES = [  # as file managers name them, beside the original
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"(?:copy of|kopie von|copie de|copia de) (.+)",
-        r"(.+?)(?: -)?[ _](?:copy|kopie|copie|copia)(?: ?\(?\d+\)?)?",
-        r"(.+?) ?\([1-3]\)",
-    )
-]
+COPY = re.compile(  # as file managers call it, beside the original
+    r"(?:copy of|kopie von|copie de|copia de) (?P<after>.+)"
+    r"|(?P<before>.+?)(?:(?: -)?[ _](?:copy|kopie|copie|copia)(?: ?\(?\d+\)?)?| ?\([1-3]\))",
+    re.IGNORECASE,
+)
 _CHANGE = (
     r"(?:aug(?:mented)?\d*|[hv]?flip(?:ped)?(?:lr|tb|_?[hv])?\d*|mirror(?:ed)?\d*|rot(?:ated?|ation)?_?\d*"
     r"|(?:new)?\d{1,3}deg(?:flip(?:lr|tb))?|blur(?:red)?\d*|noise\d*|bright\d*|zoom\d*|crop(?:ped)?\d*)"
@@ -80,10 +77,8 @@ def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:
 
 def _origins(ids: list[str]) -> list[str]:
     """For each image of a class the name of the image that it was made from, as a rule its own."""
-    paths = [
-        image_id.removesuffix(suffix) if (suffix := os.path.splitext(image_id)[1]).lower() in SUFFIXES else image_id
-        for image_id in ids
-    ]
+    parts = map(os.path.splitext, ids)
+    paths = [path if suffix.lower() in SUFFIXES else path + suffix for path, suffix in parts]
     paths = [path if len(path) <= MAX_NAME else f"{number}" for number, path in enumerate(paths)]
     stems = [path.rpartition("/")[2] for path in paths]
     # Names that begin anew in each folder tell nothing across folders.
@@ -99,15 +94,15 @@ def _origin(name: str, known: set[str]) -> str:
     if (original := original_of(stem)) and folder + slash + original in known:
         return folder + slash + original
     if found := AUGMENTED.fullmatch(stem):
-        origin = folder + slash + (found["after"] or found["before"])
-        if origin in known or re.search(r"\d{3}", found["after"] or found["before"]):
-            return origin
+        original = found["after"] or found["before"]
+        if folder + slash + original in known or re.search(r"\d{3}", original):
+            return folder + slash + original
     return name
 
 
 def original_of(name: str) -> str | None:
     """ "rose" of "rose - Copy"; None for what is not named as a copy."""
-    return next((found[1] for pattern in COPIES if (found := pattern.fullmatch(name))), None)
+    return (found["after"] or found["before"]) if (found := COPY.fullmatch(name)) else None
 
 
 def _series(names: Iterable[str]) -> dict[str, dict[int, str]]:
