@@ -233,7 +233,7 @@ class PreFlight:
 
     def check_image_tokens(self) -> str:
         processor = self.collator.processor
-        before = self.collator.answers[self.batch.samples[0].label].text.count(processor.image_token)
+        before = self.collator.texts[self.batch.samples[0].label].count(processor.image_token)
         after = int((self.batch["input_ids"][0] == processor.image_token_id).sum())
         return f"Number of image tokens: {before} (expanded to {after:,}, as many as feature rows)"
 

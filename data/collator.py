@@ -20,14 +20,6 @@ from utils.tokenizer_utils import Prompt
 IGNORED = -100  # label of a token that is not supervised
 
 
-class Answer(NamedTuple):
-    """A class name as training text; `ids` with the image token once, before it is expanded."""
-
-    text: str
-    ids: list[int]
-    prompt_length: int  # tokens before the first supervised one
-
-
 class Sample(NamedTuple):
     """What independent arithmetic expects of one row; lengths in tokens, image tokens included."""
 
@@ -126,9 +118,10 @@ class PlantCollator:
         self.class_names = class_names
         self.image_size = image_size
         self.pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", [])  # LLaVA-1.5 has none
-        self.answers = [self._build_answer(name) for name in class_names]
+        self.texts = [prompt.text(name) for name in class_names]  # prompt, name and end of turn
+        self.prompt_ids = processor.tokenizer(prompt.prompt).input_ids  # with the image token once
         # What follows the prompt for each class: the name's tokens, the end-of-turn token last.
-        self.name_ids = [answer.ids[answer.prompt_length :] for answer in self.answers]
+        self.name_ids = [self._read_name(name, text) for name, text in zip(class_names, self.texts)]
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         images, samples, unreadable = self._open(rows)
@@ -137,7 +130,7 @@ class PlantCollator:
         # Neighbors of similar length, so that a micro-batch split from this batch has little padding.
         order = sorted(range(len(samples)), key=lambda index: (samples[index].tiles, samples[index].length))
         samples, images = [samples[index] for index in order], [images[index] for index in order]
-        texts = [self.answers[sample.label].text for sample in samples]
+        texts = [self.texts[sample.label] for sample in samples]
         batch = Batch(self._encode(images, texts, "right"), samples, unreadable)
         batch.pop("attention_mask", None)
         self._validate(batch)
@@ -156,8 +149,8 @@ class PlantCollator:
         if missing := {"input_ids", "pixel_values", "image_sizes"} - set(batch):
             return f"{min(missing)} is missing, and the model would train on text alone"
         sample, ids, size = batch.samples[index], batch["input_ids"][index], tuple(batch["image_sizes"][index].tolist())
-        answer, image_token = self.answers[sample.label], self.processor.image_token_id
-        placeholders = answer.text.count(self.processor.image_token)
+        name_ids, image_token = self.name_ids[sample.label], self.processor.image_token_id
+        placeholders = self.texts[sample.label].count(self.processor.image_token)
         filled = batch["pixel_values"][index].flatten(1).any(dim=1)  # padding tiles are all zero, black ones are not
         image_tokens = int((ids == image_token).sum())
         supervised = ids[sample.prompt_length : sample.length].tolist()
@@ -173,12 +166,12 @@ class PlantCollator:
             return f"truncated to {len(ids)} of {sample.length} tokens"
         if self.prompt.eos_id not in supervised[-1:]:
             return f"its last token is not the end-of-turn token {self.prompt.eos!r}"
-        if supervised[:-1] != self.name_ids[sample.label][:-1]:
+        if supervised[:-1] != name_ids[:-1]:
             text = self.processor.tokenizer.decode(supervised[:-1])
             return f"its answer is {text!r}, expected {self.class_names[sample.label]!r}"
-        place = answer.ids.index(image_token)
-        expanded = answer.ids[:place] + [image_token] * sample.image_tokens + answer.ids[place + 1 :]
-        if ids[: sample.length].tolist() != expanded:
+        place = self.prompt_ids.index(image_token)
+        before, after = self.prompt_ids[:place], self.prompt_ids[place + 1 :]
+        if ids[: sample.length].tolist() != [*before, *[image_token] * sample.image_tokens, *after, *name_ids]:
             return "its prompt's tokens are not those of the prompt"
         return None if torch.isfinite(batch["pixel_values"][index]).all() else "a pixel is not a finite number"
 
@@ -192,11 +185,10 @@ class PlantCollator:
     def describe(self, row: dict, size: tuple[int, int]) -> Sample:
         """The sample that a row must become if its image has this (H, W), before it is fitted or after."""
         size = (self.image_size, self.image_size) if self.image_size else size
-        answer = self.answers[row["label"]]
         image_tokens, tiles = self.count_tokens(size)
-        extra = image_tokens - 1  # the placeholder becomes this many more
-        lengths = answer.prompt_length + extra, len(answer.ids) + extra
-        return Sample(row["id"], row["label"], size, tiles, image_tokens, *lengths)
+        prompt_length = len(self.prompt_ids) - 1 + image_tokens  # in the placeholder's stead
+        length = prompt_length + len(self.name_ids[row["label"]])
+        return Sample(row["id"], row["label"], size, tiles, image_tokens, prompt_length, length)
 
     def measure(self, row: dict) -> tuple[int, int]:
         """(tiles, tokens) of a row, by the header of its image; none if it cannot be read."""
@@ -221,7 +213,7 @@ class PlantCollator:
             with contextlib.suppress(ImageError):
                 sizes.add(read_image_size(row["image"]))
         largest = max(sizes or {(side, side)}, key=lambda size: self.count_tokens(size)[0])
-        longest = max(range(len(self.answers)), key=lambda label: len(self.answers[label].ids))
+        longest = max(range(len(self.name_ids)), key=lambda label: len(self.name_ids[label]))
         return {"image": gray_image(largest), "label": longest, "id": "largest"}
 
     def batch_bytes(self, images: int) -> int:
@@ -255,14 +247,12 @@ class PlantCollator:
             tensors["image_sizes"] = torch.tensor([image.size[::-1] for image in images])
         return tensors
 
-    def _build_answer(self, name: str) -> Answer:
-        """Check once per class what labels rely on: prompt and answer have the same tokens alone and together."""
+    def _read_name(self, name: str, text: str) -> list[int]:
+        """Check once per class what labels rely on: prompt and name have the same tokens alone and together."""
         tokenizer = self.processor.tokenizer
-        text = self.prompt.text(name)
-        ids, prompt_ids = tokenizer(text).input_ids, tokenizer(self.prompt.prompt).input_ids
-        supervised = ids[len(prompt_ids) :]
-        placeholders, reason = ids.count(self.processor.image_token_id), None
-        if ids[: len(prompt_ids)] != prompt_ids or not supervised:
+        ids, start, reason = tokenizer(text).input_ids, len(self.prompt_ids), None
+        placeholders, supervised = ids.count(self.processor.image_token_id), ids[start:]
+        if ids[:start] != self.prompt_ids or not supervised:
             reason = "the prompt has other tokens before it than alone"
         elif placeholders != 1:
             reason = f"its training text has {placeholders} image tokens, expected 1"
@@ -270,4 +260,4 @@ class PlantCollator:
             reason = f"the tokenizer decodes its tokens to {tokenizer.decode(supervised)!r}"
         if reason:
             raise UserError(f"class name {name!r}: {reason}; rename the class")
-        return Answer(text, ids, len(prompt_ids))
+        return supervised

@@ -207,7 +207,7 @@ def test_a_fault_is_an_error_that_gives_the_sample(fault, words, tiny):
 )
 def test_an_image_without_its_placeholder_or_with_two_is_an_error(change, count, tiny):
     collator = PlantCollator(tiny.processor, tiny.prompt, tiny.names, 70)
-    collator.answers = [answer._replace(text=change(answer.text)) for answer in collator.answers]
+    collator.texts = [change(text) for text in collator.texts]
     # The processor gets a valid text, so that the error does not come from the library.
     collator.processor = Tampered(tiny.processor, text=lambda text: tiny.prompt.text(tiny.names[0]))
     with pytest.raises(UserError, match=f"sample test-00000.*{count} image placeholders in its text, expected 1"):
