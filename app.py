@@ -272,10 +272,10 @@ def draw_small(photo: dict) -> str:
     """The photo as the model sees it, in text for the page, if browsers do not show it: none but Safari shows HEIC."""
     from PIL import Image
 
-    from utils.image_utils import open_thumbnail
+    from utils.image_utils import open_image
 
     with Image.open(io.BytesIO(photo["bytes"])) as header:
-        return "" if header.format in BROWSERS_SHOW else encode(open_thumbnail(photo, SMALL_SIDE))
+        return "" if header.format in BROWSERS_SHOW else encode(open_image(photo, SMALL_SIDE))
 
 
 def encode(image) -> str:

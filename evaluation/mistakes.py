@@ -18,7 +18,7 @@ from evaluation.calibration import Calibration
 from evaluation.metrics import SplitScores
 from evaluation.reference import TrainImages
 from models.features import scale_to_unit
-from utils.image_utils import open_thumbnail
+from utils.image_utils import open_image
 from utils.logging_utils import skip_failure
 from utils.plot_utils import COLUMNS, Tile, plot_confusions, plot_tiles, shorten
 
@@ -113,10 +113,10 @@ def _list_tiles(
     nearest = find_nearest(split.features["tower"][worst], train.features, COLUMNS - 1)
     for index, neighbors in zip(worst, nearest):
         truth, predicted = split.labels[index], split.scores[index].argmax()
-        image = open_thumbnail(rows[place[split.ids[index]]]["image"], TILE_SIDE)
+        image = open_image(rows[place[split.ids[index]]]["image"], TILE_SIDE)
         yield Tile(image, f"is: {shorten(names[truth])}\npredicted: {shorten(names[predicted])}", "black")
         for neighbor in neighbors:
             row = train.rows[int(neighbor)]
             color = {truth: "darkgreen", predicted: "darkred"}.get(row["label"], "gray")
-            yield Tile(open_thumbnail(row["image"], TILE_SIDE), f"train:\n{shorten(names[row['label']])}", color)
+            yield Tile(open_image(row["image"], TILE_SIDE), f"train:\n{shorten(names[row['label']])}", color)
         yield from [Tile(None, "", "black")] * (COLUMNS - 1 - len(neighbors))

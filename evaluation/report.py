@@ -15,7 +15,7 @@ from scipy.special import softmax
 from evaluation.conformal import explain_missing
 from evaluation.metrics import SplitScores, calibration_bins, confidence
 from runtime.atomic import write_file
-from utils.image_utils import open_thumbnail
+from utils.image_utils import open_image
 from utils.logging_utils import logger, skip_failure
 from utils.plot_utils import Tile, plot_report, plot_tiles, shorten
 
@@ -91,7 +91,7 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     place = {sample: index for index, sample in enumerate(rows["id"])}
 
     def image_of(index: int, side: int = TILE_SIDE) -> Image.Image:
-        return open_thumbnail(rows[place[split.ids[index]]]["image"], side)
+        return open_image(rows[place[split.ids[index]]]["image"], side)
 
     with skip_failure(stem.with_suffix(".png")):
         draw_metrics(report, split, image_of, names, stem.with_suffix(".png"))

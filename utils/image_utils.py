@@ -70,19 +70,20 @@ def reads_heif() -> bool:
     return "HEIF" in Image.registered_extensions().values()
 
 
-def open_image(source: dict | str | Path) -> Image.Image:
+def open_image(source: dict | str | Path, side: int | None = None) -> Image.Image:
     """The upright RGB image: EXIF rotation applied, alpha on white, 16 bit rescaled, first frame.
 
-    `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}.
+    `source` is a path or a row's image, {"bytes": file contents or None, "path": str or None}. With `side` the image is
+    at most so many pixels wide and high; a large JPEG is decoded small.
     Raises ImageError for a file that is missing, empty, corrupted, above MAX_PIXELS or not an image.
     """
-    return _decode(*_open_header(source))
-
-
-def open_thumbnail(source: dict | str | Path, side: int) -> Image.Image:
-    """Like open_image, at most `side` pixels wide and high; a large JPEG is decoded small. Raises ImageError."""
-    image = _decode(*_open_header(source, side))
-    image.thumbnail((side, side))
+    name, image = _open_header(source, side)
+    try:
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
+        raise ImageError(f"{name}: cannot be decoded ({one_line(error)})") from error
+    if side is not None:
+        image.thumbnail((side, side))
     return image
 
 
@@ -218,13 +219,6 @@ def _decode_smaller(image: Image.Image, side: int | None) -> None:
             scale = max(scale, min(max(image.size) // side, 8))
         if scale > 1:
             image.draft(None, (max(image.width // scale, 1), max(image.height // scale, 1)))
-
-
-def _decode(name: str, image: Image.Image) -> Image.Image:
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise all kinds of errors for a corrupted file
-        raise ImageError(f"{name}: cannot be decoded ({one_line(error)})") from error
 
 
 def _read_file(path: Path, name: str) -> bytes:

@@ -21,7 +21,6 @@ from utils.image_utils import (
     fit_image,
     is_image_start,
     open_image,
-    open_thumbnail,
     read_image_size,
 )
 
@@ -235,7 +234,7 @@ def test_a_thumbnail_shows_what_the_whole_image_shows(kind):
     row = {"bytes": file.getvalue(), "path": None}
     whole = open_image(row)
     whole.thumbnail((30, 30))
-    small = open_thumbnail(row, 30)
+    small = open_image(row, 30)
     assert small.size == (30, 20) and small.mode == "RGB" and np.array_equal(small, whole)
 
 
@@ -250,7 +249,7 @@ def test_the_thumbnail_of_a_jpeg_is_decoded_small_and_upright(size, decoded, mon
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", size, "red").save(file, "JPEG", exif=exif)
-    small = open_thumbnail({"bytes": file.getvalue(), "path": None}, 150)
+    small = open_image({"bytes": file.getvalue(), "path": None}, 150)
     assert sizes == [decoded] and small.height == 150 and small.height > small.width
 
 
