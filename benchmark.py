@@ -31,9 +31,10 @@ from benchmarks.points import Result, append_result, read_points
 from config.cli import DATA_FIELDS, CommandLine
 from config.training_config import ConfigError, TrainingConfig, option
 from runtime.run_dir import Run
-from utils.logging_utils import UserError, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
 
 WARM_UP = 2  # steps that are not timed: libraries start, the optimizer allocates its state
+MOST_HELD = 0.1  # GiB that libraries keep of a GPU's memory
 LOAD_S = 10  # seconds for which the loader alone is timed, at most
 # Options of train.py that this script does not offer, and why.
 DATA_OPTIONS = (*DATA_FIELDS, "streaming", "train_on_val", "sample_fraction", "val_fraction", "test_fraction")
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -> None:
     """Print the table. With several ranks its rates are those of all, and its memory is rank 0's."""
     import torch
+    from bitsandbytes.optim import GlobalOptimManager
 
     from benchmarks.generated import make_data, make_names
     from models.builder import PlantModel
@@ -141,6 +143,7 @@ def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -
             if options.against == "stock":
                 add(train_stock(run, plant, data))
         plant = None  # the GPU has room for one
+        GlobalOptimManager.get_instance().initialize()  # where transformers keeps embeddings beside 8-bit optimizers
         collect_memory(device)
     if not any(result.rates for result in results):
         raise UserError(results[-1].note)
@@ -155,6 +158,10 @@ def limit_memory(limit: float | None, dist) -> None:
         return
     if dist.world_size > 1 or dist.device.type != "cuda":
         raise UserError("--memory-limits: needs a CUDA GPU and one rank; leave it out, or start without torchrun")
+    if (held := torch.cuda.memory_allocated(dist.device) / 2**30) > MOST_HELD:
+        logger.warning(
+            f"{held:.1f} GiB of what was measured before are still in use; give this limit a call of its own"
+        )
     total = torch.cuda.get_device_properties(dist.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * 2**30 / total, 1.0), dist.device)
 
