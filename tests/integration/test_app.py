@@ -127,7 +127,7 @@ def test_several_photos_are_said_with_those_that_were_not_used():
     assert "together" not in TEXTS.answer(Prediction(LIKELIEST, True, unreadable=["b.jpg: is empty"]), 5, "", 2)
 
 
-def test_a_first_photo_that_cannot_be_opened_keeps_no_answer_from_the_others(tmp_path):
+def test_a_first_photo_that_cannot_be_opened_does_not_fail_the_rest(tmp_path):
     """The map is of the first one that can be opened."""
     looked_at = []
     endpoint = FakeEndpoint(Prediction(LIKELIEST, True, unreadable=["a.jpg: is empty"]))
