@@ -79,7 +79,7 @@ def test_a_run_that_was_trained_on_val_is_not_calibrated(here, small_splits, run
 
 def test_images_that_changed_since_the_training_are_not_scored(here, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
-    assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine"]) == 0
+    assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-steps", "1"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
     image_folder({"oak": 12, "ash": 10})
     status, log = run(capsys, "mine", "--split", "test", *FAST)

@@ -116,7 +116,7 @@ def test_images_of_different_lengths_are_padded_on_the_left(here, image_folder, 
         text = (wide / name).read_text()
         (wide / name).write_text(re.sub(r"(\"image_grid_pinpoints\": \[)", r"\1[70, 140], [140, 70], ", text))
     argv = [*TINY, "--dataset", str(root), "--model", str(wide), "--image-size", "none", "--trainable", "adapter"]
-    assert train.main([*argv, "--output-dir", "own"]) == 0
+    assert train.main([*argv, "--output-dir", "own", "--max-steps", "1"]) == 0
     assert run(capsys, "own", "out", "--dtype", "fp32", *FAST)[0] == 0
     assert "own size" in (here / "out" / "README.md").read_text()
     files = synthetic_images(here, [(84, 84), (60, 130), (130, 60)])

@@ -163,7 +163,10 @@ def kill_at(patch: pytest.MonkeyPatch, step: int) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--trainable", "adapter", "--lora-dropout", "0.2", "--augmentation", "light", "--class-balance", "true"],
+        [
+            *("--trainable", "adapter", "--lora-dropout", "0.2", "--augmentation", "light", "--class-balance", "true"),
+            *("--train-on-val", "true"),  # without evaluations and reports, which the other has
+        ],
         SHAPE,  # the command of `full_run`
     ],
     ids=["lora and sampling", "full"],
