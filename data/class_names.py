@@ -101,6 +101,11 @@ def _call(
 # ---- files of names
 
 
+def folders_above(root: Path) -> list[Path]:
+    """Folders with tables about the images: the data set's own, and three above, as in ILSVRC/Data/CLS-LOC."""
+    return [root, *root.absolute().parents[:3]]
+
+
 def find_class_names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[Names, Path] | None:
     """Names of all `codes`, as a file writes them, and that file, of the first of `folders` that has one; else None.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data.class_names import find_groups, name_classes
+from data.class_names import find_groups, folders_above, name_classes
 from data.columns import split_of_file
 from data.labels import name_key
 from data.layout import ClassFolder, Layout
@@ -35,7 +35,7 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
         if not given.rows:
             reason = f"images of {printable(folder.name)} without class folders, so they cannot be scored"
             excluded.add_folder(reason, folder)
-    if not any(row.group for row in rows) and (found := find_groups([row.id for row in rows], _beside(root))):
+    if not any(row.group for row in rows) and (found := find_groups([row.id for row in rows], folders_above(root))):
         groups, table = found
         rows = [row._replace(group=groups.get(row.id, "")) for row in rows]
         notes.append(f"images of one plant by {table}")
@@ -95,7 +95,7 @@ def _build_source(
 ) -> Source:
     root = layout.root.path
     counts = Counter(row.class_name for row in found.rows)
-    labeling = name_classes(sorted(counts), reading.class_names, _beside(root), counts)
+    labeling = name_classes(sorted(counts), reading.class_names, folders_above(root), counts)
     add_unused(layout.given, excluded, {labeling.table, *used})
     by_split: dict[str, list[tuple[str, int, str, str]]] = defaultdict(list)
     for row in found.rows:
@@ -103,11 +103,6 @@ def _build_source(
     splits = {split: build_rows(by_split[split]) for split in SPLITS if split in by_split}
     warnings = [*labeling.warnings, *excluded.lines(), *found.warnings]
     return Source(splits, labeling.names, f"image folder {root}", [*found.notes, *labeling.notes], warnings)
-
-
-def _beside(root: Path) -> list[Path]:
-    """Folders with tables about the images: the data set's own, and three above, as in ILSVRC/Data/CLS-LOC."""
-    return [root, *list(root.absolute().parents)[:3]]
 
 
 def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str]]:

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features
 
 from data.arrow import read_tables
 from data.arrow_columns import FIRST_ROWS, find_image_column, find_images, find_label_column, kind_of
+from data.class_names import folders_above
 from data.columns import split_of_file
 from data.labels import split_of
 from data.layout import give_one
@@ -52,7 +53,7 @@ def load_parquet_files(path: Path, files: Sequence[Path], reading: Reading) -> S
     warnings += _warn_unused("have no images and are not used", path, others)
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
     roots = {split: list(dict.fromkeys([*(file.parent for file in parts), path])) for split, parts in by_split.items()}
-    return read_tables(splits, reading, where, roots, _beside(path), warnings)
+    return read_tables(splits, reading, where, roots, folders_above(path), warnings)
 
 
 def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
@@ -113,12 +114,7 @@ def load_saved_dataset(folder: Folder, reading: Reading) -> Source:
         saved = datasets.load_from_disk(str(path))
     splits, warnings = choose_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, where)
     splits = {split: rows.with_format(None) for split, rows in splits.items()}
-    return read_tables(splits, reading, where, {split: [path] for split in splits}, _beside(path), warnings)
-
-
-def _beside(path: Path) -> list[Path]:
-    """Folders in which a file may give names to numbers."""
-    return [path, *path.parents][:3]
+    return read_tables(splits, reading, where, {split: [path] for split in splits}, folders_above(path), warnings)
 
 
 # ---- splits
