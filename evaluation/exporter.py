@@ -117,7 +117,6 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
         save = save_merged
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
     expected, base_difference = save(run, plant, draft, images)
-    save_classes(run, plant.prompt, draft)
     rounding = verify.distance(plant, images, expected)
     if dtype == "nf4":
         verify.check_merge(rounding, base_difference, plant.dtype)
@@ -134,9 +133,8 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
             found += "; its accuracy is unknown, since the run was trained on val"
         verification = f"Merged in {dtype} and loaded afresh: {found}."
     logger.info(f"result | verified: {found}")
-    saved = Run.load(run.folder)  # the flags of an export are not what the run was trained with
-    model_card = build_model_card(saved, plant.prompt, verification, is_merged=not adapter_only, is_4bit=dtype == "nf4")
-    (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
+    is_merged, is_4bit = not adapter_only, dtype == "nf4"
+    write_texts(run, plant.prompt, draft, verification=verification, is_merged=is_merged, is_4bit=is_4bit)
 
 
 def save_merged(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torch.Tensor, float | None]:
@@ -237,15 +235,17 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
     return find_checkpoint(config.model, config.model_revision, with_weights=True)
 
 
-def save_classes(run: Run, prompt: Prompt, draft: Path) -> None:
-    """class_names.json: all that is needed to predict as this project does."""
+def write_texts(run: Run, prompt: Prompt, draft: Path, added: dict | None = None, **card) -> None:
+    """README.md, and class_names.json: all that is needed to predict as this project does, and what is `added`."""
     facts = {"class_names": run.class_names, "question": run.config.question, **prompt._asdict()}
     facts["image_size"] = run.config.image_size
     calibration = read_calibration(run.folder, run.describe_weights())
     if calibration is not None:
         facts |= {"temperature": calibration.temperature, "threshold": calibration.threshold}
         facts |= {"conformal": calibration.conformal} if calibration.conformal else {}
-    (draft / "class_names.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (draft / "class_names.json").write_text(json.dumps(facts | (added or {}), indent=2) + "\n", encoding="utf-8")
+    trained = Run.load(run.folder)  # the flags of an export are not what the run was trained with
+    (draft / MODEL_CARD).write_text(build_model_card(trained, prompt, **card), encoding="utf-8")
 
 
 @contextlib.contextmanager

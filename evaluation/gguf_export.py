@@ -20,10 +20,9 @@ from transformers import LlavaNextConfig
 from config.training_config import RANDOM_MODELS
 from data.collator import Batch
 from evaluation import verify
-from evaluation.exporter import load_validation, save_classes, save_merged
+from evaluation.exporter import load_validation, save_merged, write_texts
 from evaluation.llama_cpp import LlamaCpp, explain_runtime, import_llama, runtime_versions
 from evaluation.metrics import mcnemar
-from evaluation.model_card import build_model_card
 from evaluation.report import render
 from models.builder import PlantModel
 from models.gguf_files import build_runtime_prompt, find_gguf_obstacle, write_language_model, write_vision
@@ -31,7 +30,6 @@ from models.loading import find_checkpoint
 from models.merging import weights_bytes
 from models.tiny import SIZES, build_config
 from runtime.atomic import require_disk_space
-from runtime.checkpoint import MODEL_CARD
 from runtime.device import choose_device
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger
@@ -84,7 +82,6 @@ def export_gguf(run: Run, draft: Path, quantize: str, limit: int | None) -> None
     )
     logger.info(f"result | verified: {verification}")
     shutil.rmtree(merged)
-    save_classes(run, plant.prompt, draft)
     facts = {"quantize": quantize, "runtime": versions, "is_rolled": is_rolled, "before": before, "after": after}
     _save_texts(run, plant, draft, f"Merged in fp16: {found}. Classified by {verification}.", facts)
 
@@ -210,14 +207,9 @@ def _compare_classes(expected: dict[str, tuple[int, int]], found: dict[str, tupl
 
 
 def _save_texts(run: Run, plant: PlantModel, draft: Path, verification: str, facts: dict) -> None:
-    """README.md, Modelfile, and the runtime in class_names.json."""
-    path = draft / "class_names.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts, indent=2) + "\n", encoding="utf-8")
-    facts |= {"eos": plant.prompt.eos, "eos_id": plant.prompt.eos_id}
+    """README.md, Modelfile, and class_names.json, which has the facts too."""
     tile = plant.collator.processor.image_processor.crop_size["height"]
     sides = dict.fromkeys(side for side in (run.config.image_size, tile) if side)
-    use = render("gguf_use.md.j2", **facts, sides=sides, context=CONTEXT)
-    saved = Run.load(run.folder)
-    model_card = build_model_card(saved, plant.prompt, verification, is_merged=True, use=use)
-    (draft / MODEL_CARD).write_text(model_card, encoding="utf-8")
-    (draft / "Modelfile").write_text(render("Modelfile.j2", **facts), encoding="utf-8")
+    use = render("gguf_use.md.j2", **facts, eos_id=plant.prompt.eos_id, sides=sides, context=CONTEXT)
+    write_texts(run, plant.prompt, draft, facts, verification=verification, is_merged=True, use=use)
+    (draft / "Modelfile").write_text(render("Modelfile.j2", **facts, eos=plant.prompt.eos), encoding="utf-8")
