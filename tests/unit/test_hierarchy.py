@@ -52,6 +52,17 @@ def test_a_family_of_all_classes_is_always_sure(images):
         assert calibration.levels["family"] <= 1 and measure_levels(split, calibration)["family"]["accepted"] == 100
 
 
+def test_the_mean_confidence_of_what_a_level_answers_is_the_target():
+    """So its threshold is below the target; of classes without a genus no confidence counts."""
+    val, target = draw(3000, 0), 0.99
+    calibration = fit(val, target)
+    taxa = find_taxa(softmax(val.scores / calibration.temperature, axis=1), TAXONOMY, "genus")
+    confidences = np.sort(taxa.confidences[~calibration.accept(val.scores) & (taxa.names != "")])[::-1]
+    means = np.cumsum(confidences) / np.arange(1, len(confidences) + 1)
+    last = np.flatnonzero(means >= target)[-1]
+    assert calibration.levels["genus"] == confidences[last] < target - 0.05 and 50 < last < len(means) - 50
+
+
 def test_the_taxa_of_images_that_are_not_sure_are_right_as_often_as_promised():
     """Classes of a genus are hardly separated, genera nearly always, so that most images get a genus and no class."""
     val, test = draw(3000, 0), draw(6000, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.calibration import choose_threshold, fit_temperature
+from evaluation.calibration import calibrate, choose_threshold, fit_temperature
 from evaluation.metrics import (
     MAX_CONFUSIONS,
     SplitScores,
@@ -118,6 +118,15 @@ def test_the_threshold_accepts_as_many_as_the_precision_allows():
     assert choose_threshold(confidences, ~right, 0.9) is None
     assert measure_selective(accept(confidences, 0.7), right) == {"coverage": 0.8, "selective_accuracy": 0.75}
     assert measure_selective(accept(confidences, None), right) == {"coverage": 0.0, "selective_accuracy": None}
+
+
+def test_a_model_that_is_right_on_all_of_val_rejects_its_least_confident_images():
+    scores = np.log(np.stack([np.linspace(0.6, 0.99, 100), 1 - np.linspace(0.6, 0.99, 100)], axis=1))
+    val = SplitScores([""] * 100, np.zeros(100, int), scores)
+    calibration = calibrate(val, 0.9)
+    assert val.correct.all() and calibration.accept(scores).tolist() == [False] * 5 + [True] * 95
+    wrong = calibrate(val._replace(labels=np.ones(100, int)), 0.9)
+    assert wrong.threshold is None and not wrong.accept(scores).any()
 
 
 def test_mcnemar_on_images_that_differ():
