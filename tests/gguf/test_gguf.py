@@ -165,7 +165,7 @@ def other_answers(monkeypatch):
     def predict(model, rows):
         return {f"{n}": (0 if isinstance(model, PlantModel) else 1, 0) for n in range(20)}
 
-    monkeypatch.setattr(gguf_export, "predict_classes", predict)
+    monkeypatch.setattr("evaluation.verify.predict_classes", predict)
 
 
 def lost_file(monkeypatch):

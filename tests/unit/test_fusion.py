@@ -107,5 +107,6 @@ def test_pairs_of_observations_are_preferred_where_there_are_enough():
     by_plant, by_class = fit(split), fit(split._replace(plants=[""] * 400))
     assert by_plant.of_images(2).temperature > 1.5 * by_class.of_images(2).temperature
     few = fit(split._replace(plants=[plant if index < 40 else "" for index, plant in enumerate(split.plants)]))
+    assert fit_pairs(split, calibrate(split, 0.9, coverage=0.8)).pairs["conformal"]["target"] == 0.8
     assert few.of_images(2).temperature == pytest.approx(by_class.of_images(2).temperature, rel=0.1)
     assert (by_plant.pairs_share, by_class.pairs_share, few.pairs_share) == ("observation", "class", "class")
