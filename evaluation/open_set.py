@@ -80,8 +80,9 @@ def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
     # The smaller of the two products has the same eigenvalues.
     is_wide = centered.shape[0] < centered.shape[1]
     values, vectors = np.linalg.eigh(centered @ centered.T if is_wide else centered.T @ centered)
-    kept = values > 1e-9 * max(values[-1], 1e-9)  # none where all images are alike
-    values, vectors = values[kept][: -PRINCIPAL - 1 : -1], vectors[:, kept][:, : -PRINCIPAL - 1 : -1]
+    kept = np.flatnonzero(values > 1e-9 * max(values[-1], 1e-9))  # none where all images are alike
+    kept = kept[::-1][:PRINCIPAL]
+    values, vectors = values[kept], vectors[:, kept]
     axes = centered.T @ vectors / np.sqrt(values) if is_wide else vectors
     return Space(center, axes, centered @ axes, labels)
 
