@@ -20,6 +20,7 @@ from evaluation.open_set import (
     Reference,
     build_space,
     build_spaces,
+    by_blocks,
     combine,
     fit_open_set,
     leave_classes_out,
@@ -173,6 +174,14 @@ def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
     assert leave_classes_out(val, reference)["tower_mahalanobis"] == pytest.approx(np.mean(aurocs))
 
 
+def test_the_mass_of_all_names_is_a_score_where_it_is_known(spaces):
+    split = make_split(5)
+    known = split._replace(features={**split.features, "log_mass": np.arange(5.0)})
+    found = measure_strangeness(known, spaces, 1.0)
+    assert found.pop("log_mass").tolist() == [0, -1, -2, -3, -4]
+    assert found.keys() == measure_strangeness(split, spaces, 1.0).keys()
+
+
 @pytest.mark.parametrize(("images", "classes"), [(19, 12), (240, 3)])
 def test_too_few_images_of_val_are_said(images, classes, reference, spaces):
     val = make_split(240)
@@ -298,6 +307,9 @@ def test_many_images_are_compared_some_at_a_time(spaces, monkeypatch):
         weights = fit_linear(inputs, train.labels, start, 0.1, CPU)
         return [votes, weights, *measure_strangeness(split, spaces, 1.0).values()]
 
+    sizes = []
+    assert by_blocks(lambda rows: sizes.append(len(rows)) or rows, np.arange(50), 2**20).tolist() == list(range(50))
+    assert len(sizes) == 4 and max(sizes) <= 13  # of 16 million numbers each
     whole = compute()
     for module in ("open_set", "probe"):
         monkeypatch.setattr(f"evaluation.{module}.BLOCK", 200)
