@@ -115,6 +115,17 @@ def test_the_code_of_4_bit_weights_turns_off_what_would_repack_them(folder):
     assert line not in build_model_card(run, PROMPT, is_merged=True)
 
 
+def test_genus_and_family_are_on_the_card(folder):
+    level = dict.fromkeys(("taxa", "classes", "accepted", "correct"), 1)
+    tree = {"rejected": 8, "accepted": 4, "correct": 3, "share_correct": 0.375, "precision": 0.75}
+    tree |= {"share_interval": [0.1, 0.7], "precision_interval": [0.3, 0.95], "genus": level, "family": level}
+    report(folder, "test", hierarchy=tree)
+    assert "Of 8 such images of test, 3 get a right one; of those that get one, 75.0% is right" in card_of(folder)
+    none = {"accepted": 0, "correct": 0, "share_correct": 0.0, "precision": None, "precision_interval": None}
+    report(folder, "test", hierarchy=tree | none)
+    assert "which it is for none of 8 such images of test.\n\n" in card_of(folder)
+
+
 NOTICED = {"score": "tower_knn", "threshold": 0.5, "kept": 0.95, "rates": {"known": 0.05}, "missing": None}
 PROBED = {f"{name}_{key}": 0.5 for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")}
 PROBED |= {"advice": "use it", "seconds": 1.5, "train_images": 4, "of_train_images": 9}
