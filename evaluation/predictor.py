@@ -201,18 +201,16 @@ def decide(scores: np.ndarray, calibration: Calibration, names: Sequence[str]) -
 
 def _without_copies(images: Sequence[str | Path | dict]) -> list[str | Path | dict]:
     """Of files with the same content the first: copies add nothing, and fused they would raise the confidence."""
-    first: dict[object, str | Path | dict] = {}
-
-    def name_of(image: str | Path | dict) -> str:
-        return printable(image["path"] if isinstance(image, dict) else str(image))
-
+    first: dict[object, tuple[str, str | Path | dict]] = {}
     for image in images:
-        key: object = name_of(image)
+        name = printable(image["path"] if isinstance(image, dict) else str(image))
+        key: object = name
         with contextlib.suppress(OSError, ValueError):  # opening it as an image says why
             if isinstance(image, dict):
                 key = zlib.crc32(image["bytes"])
             elif Path(image).is_file():
                 key = zlib.crc32(Path(image).read_bytes())
-        if first.setdefault(key, image) is not image:
-            logger.warning(f"{name_of(image)}: a copy of {name_of(first[key])}, which counts once")
-    return list(first.values())
+        original, _ = first.setdefault(key, (name, image))
+        if first[key][1] is not image:
+            logger.warning(f"{name}: a copy of {original}, which counts once")
+    return [image for _, image in first.values()]
