@@ -174,6 +174,13 @@ def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
     assert leave_classes_out(val, reference)["tower_mahalanobis"] == pytest.approx(np.mean(aurocs))
 
 
+def test_a_sum_is_of_scores_in_standard_deviations_of_val():
+    strangeness = {"confidence": np.array([-0.5, -0.9]), "tower_knn": np.array([3.0, 5.0])}
+    found = combine(strangeness, {"confidence": [-0.7, 0.2], "tower_knn": [4.0, 4.0]})
+    assert found.pop("confidence + tower_knn").tolist() == pytest.approx([(1 - 0.25) / 2, (-1 + 0.25) / 2])
+    assert found == strangeness
+
+
 def test_the_mass_of_all_names_is_a_score_where_it_is_known(spaces):
     split = make_split(5)
     known = split._replace(features={**split.features, "log_mass": np.arange(5.0)})
