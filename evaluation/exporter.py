@@ -235,7 +235,7 @@ def find_base(run: Run, processor, scratch: Path) -> Path:
     return find_checkpoint(config.model, config.model_revision, with_weights=True)
 
 
-def write_texts(run: Run, prompt: Prompt, draft: Path, added: dict | None = None, **card) -> None:
+def write_texts(run: Run, prompt: Prompt, draft: Path, added: dict | None = None, **model_card) -> None:
     """README.md, and class_names.json: all that is needed to predict as this project does, and what is `added`."""
     facts = {"class_names": run.class_names, "question": run.config.question, **prompt._asdict()}
     facts["image_size"] = run.config.image_size
@@ -245,7 +245,7 @@ def write_texts(run: Run, prompt: Prompt, draft: Path, added: dict | None = None
         facts |= {"conformal": calibration.conformal} if calibration.conformal else {}
     (draft / "class_names.json").write_text(json.dumps(facts | (added or {}), indent=2) + "\n", encoding="utf-8")
     trained = Run.load(run.folder)  # the flags of an export are not what the run was trained with
-    (draft / MODEL_CARD).write_text(build_model_card(trained, prompt, **card), encoding="utf-8")
+    (draft / MODEL_CARD).write_text(build_model_card(trained, prompt, **model_card), encoding="utf-8")
 
 
 @contextlib.contextmanager
