@@ -220,7 +220,7 @@ class PlantModel:
 
     def check_length(self, samples: Sequence[Sample]) -> None:
         """Raise UserError for more tokens than the language model has positions: it knows nothing of what is behind."""
-        positions = getattr(self.base.config.text_config, "max_position_embeddings", math.inf)
+        positions = getattr(self.base.config.text_config, "max_position_embeddings", None) or math.inf
         longest = max(samples, key=lambda sample: sample.prompt_length)
         length = longest.prompt_length + max(map(len, self.collator.name_ids))
         if length > positions:
