@@ -43,9 +43,8 @@ def find_gguf_obstacle(config: LlavaConfig | LlavaNextConfig) -> str | None:
 
 def _feature_layers(config: LlavaConfig | LlavaNextConfig) -> list[int]:
     """After how many layers of the vision tower each feature is taken."""
-    layers = (
-        config.vision_feature_layer if isinstance(config.vision_feature_layer, list) else [config.vision_feature_layer]
-    )
+    layers = config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
     return [layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer for layer in layers]
 
 
