@@ -215,7 +215,7 @@ class PreFlight:
             raise UserError(f"none of {len(unreadable)} images can be opened: {unreadable[0]}")
         low, _, high = statistics.quantiles(lengths, n=4) if len(lengths) > 1 else lengths * 3
         text = f"{min(lengths):,} to {max(lengths):,} tokens, half between {low:,.0f} and {high:,.0f}"
-        text += f" | {len(lengths):,} images read, width x height {', '.join(sizes[:4])}"
+        text += f" | {len(lengths):,} images read, width x height {', '.join(list(dict.fromkeys(sizes))[:4])}"
         return text + describe_unreadable(unreadable)
 
     # ---- one batch
