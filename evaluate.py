@@ -33,9 +33,7 @@ OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming", "holdout_c
 @dataclass(frozen=True)
 class EvaluationOptions:
     split: Literal["val", "test"] = option("val", "held-out images")
-    protocol: Literal["scoring", "generation", "both"] = option(
-        "scoring", "scoring: log-likelihoods of all class names; generation: open-ended replies"
-    )
+    protocol: Literal["scoring", "generation", "both"] = option("scoring", "generation: open-ended replies")
     limit: int | None = option(None, "images of the split, sampled with a fixed seed; none: all", low=1)
     per_token: bool = option(False, "divide each name's log-likelihood by its number of tokens")
     prior_calibration: bool = option(False, "subtract each name's log-likelihood on a plain gray image")

@@ -53,24 +53,20 @@ def main(argv: list[str] | None = None) -> int:
         # classify comes first, so that zip lets it draw its picture after the last answer.
         for found, (label, plant) in zip(classify(run, [plant for _, plant in plants], options), plants):
             failed += len(plant if isinstance(found, str) else found.unreadable)
-            names = [image for image, _ in plant] if options.together else label
-            line = (
-                json.dumps(to_json(names, found, options.top))
-                if options.json
-                else format_line(label, found, options.top)
-            )
-            print(line, flush=True)
+            names = list(plant) if options.together else label
+            line = to_json(names, found, options.top) if options.json else format_line(label, found, options.top)
+            print(json.dumps(line) if options.json else line, flush=True)
         if failed:
             logger.warning(f"{failed:,} of {images:,} could not be classified; their lines say why")
     return 1 if failed else 0
 
 
-def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: PredictionOptions) -> Iterator:
-    """Prediction, or why there is none, of each plant, given as (file, why it stands for none) of its images."""
+def classify(run: Run, plants: list[dict[str, str | None]], options: PredictionOptions) -> Iterator:
+    """Prediction, or why there is none, of each plant, given as its images and why some are none (find_images)."""
     from evaluation.explain import NAMES, explain
     from evaluation.predictor import load_predictor
 
-    readable = [[image for image, reason in plant if reason is None] for plant in plants]
+    readable = [[image for image, reason in plant.items() if reason is None] for plant in plants]
     predictions: Iterator = iter(())
     if any(readable):
         predictor = load_predictor(run)
@@ -82,7 +78,7 @@ def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: Pred
             predictions = predictor.predict([image for images in readable for image in images], top)
     logger.info(f"run | {run.folder} | {sum(map(len, readable)):,} images to classify")
     for plant, images in zip(plants, readable):
-        found, reasons = next(predictions) if images else "", [reason for _, reason in plant if reason is not None]
+        found, reasons = next(predictions) if images else "", list(filter(None, plant.values()))
         if isinstance(found, str):
             found = "; ".join(filter(None, [found, *reasons]))
         elif reasons:
@@ -92,21 +88,19 @@ def classify(run: Run, plants: list[list[tuple[str, str | None]]], options: Pred
             explain(predictor, images[0], found, Path(options.explain))
 
 
-def group_images(words: list[str], together: bool) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """(label, what find_images gives) of each plant: of each image, or `together` of the images of each folder, and of
-    all others.
-    """
+def group_images(words: list[str], together: bool) -> list[tuple[str, dict[str, str | None]]]:
+    """(label, images) of each plant: of each image, or `together` of the images of each folder, and of all others."""
     paths = list(itertools.chain(*map(expand, words)))
     if not together:
-        return [(image, [(image, reason)]) for path in paths for image, reason in find_images(path)]
-    plants: dict[str, dict[tuple[str, str | None], None]] = {}
+        return [(image, {image: reason}) for path in paths for image, reason in find_images(path).items()]
+    plants: dict[str, dict[str, str | None]] = {}
     for path in dict.fromkeys(paths):
         is_folder, found = os.path.isdir(path), find_images(path)
-        plants.setdefault(path if is_folder else "", {}).update(dict.fromkeys(found))
-        if is_folder and len(below := {os.path.dirname(image) for image, _ in found}) > 1:
+        plants.setdefault(path if is_folder else "", {}).update(found)
+        if is_folder and len(below := set(map(os.path.dirname, found))) > 1:
             move = f"if each is a plant: {printable(os.path.join(path, '*'))}"
             logger.warning(f"{printable(path)}: the images of {len(below)} folders count as one plant; {move}")
-    return [(path or ", ".join(image for image, _ in plant), list(plant)) for path, plant in plants.items()]
+    return [(path or ", ".join(plant), plant) for path, plant in plants.items()]
 
 
 def expand(word: str) -> list[str]:
@@ -124,20 +118,21 @@ def expand(word: str) -> list[str]:
     return sorted(map(str, shown)) or [word]
 
 
-def find_images(path: str) -> list[tuple[str, str | None]]:
-    """(image, None) of a file, or of all in a folder and below; (path, why it stands for none)."""
+def find_images(path: str) -> dict[str, str | None]:
+    """A file, or the images in a folder and below, each with None; or the path with why it stands for no image."""
     from data.survey import add_unused, survey
 
     if not os.path.isdir(path):  # pathlib would raise for a name that is too long
         is_file = os.path.lexists(path) or not glob.has_magic(path)  # whether it can be opened shows later
         problem = f"{printable(path)}: no file matches this pattern; ** stands for folders below folders"
-        return [(path, None if is_file else problem)]
+        return {path: None if is_file else problem}
     folder, excluded = survey(Path(path))
     add_unused(folder, excluded)
-    found: list[tuple[str, str | None]] = [(image, None) for image in folder.list_images()]
-    for line in excluded.lines() if found else ():
+    if not folder.num_images:
+        return {path: f"{printable(path)}: {'; '.join(['holds no images', *excluded.lines()])}"}
+    for line in excluded.lines():
         logger.warning(f"{printable(path)}: {line}")
-    return found or [(path, f"{printable(path)}: {'; '.join(['holds no images', *excluded.lines()])}")]
+    return dict.fromkeys(folder.list_images())
 
 
 def find_problem(path: Path) -> str | None:

@@ -47,46 +47,31 @@ class TrainingConfig:
     seed: int = fixed(42, "of data order, randomly initialized weights, dropout and splits", low=0, high=2**32 - 1)
 
     # ---- model
-    model: str = fixed(
-        "llava-hf/llava-v1.6-mistral-7b-hf",
-        f"any llava_next checkpoint: hub id or folder; {' or '.join(RANDOM_MODELS)}: randomly initialized, no download",
-    )
+    model: str = fixed("llava-hf/llava-v1.6-mistral-7b-hf", "hub id or folder; tiny, scratch or full: random weights")
     model_revision: str | None = fixed(
         "52320fb52229c8d942b1dcb8b63b3dc8087bc83b",
         "branch, tag or commit of a hub model; as it is, of any but the default model the current commit",
     )
     load_in_4bit: bool = fixed(True, "language model in nf4 with double quantization; the rest stays in 16 bit")
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = fixed("auto", "auto: bf16 where it is native, else fp16")
-    trainable: Literal["adapter", "adapter+projector", "projector", "everything"] = fixed(
-        "adapter", "which parameters are trained; adapter: LoRA on all projections of the language model"
-    )
+    trainable: Literal["adapter", "adapter+projector", "projector", "everything"] = fixed("adapter", "adapter: LoRA")
     lora_r: int = fixed(16, "rank of the adapter", low=1)
     lora_alpha: int = fixed(32, "the adapter's output is scaled by lora_alpha / lora_r", low=1)
     lora_dropout: float = fixed(0.0, "above 0 layers are not fused: several times slower", low=0, high=0.9)
     gradient_checkpointing: Literal["auto", "true", "offload", "false"] = option(
         "auto",
-        "recompute activations in the backward pass: slower, far less memory; auto: in as many layers as the GPU "
-        "needs, in all without auto_batch; offload: in all, their inputs offloaded to CPU memory",
+        "recompute activations: slower, less memory; auto: in as many layers as needed; offload: inputs to the CPU",
     )
     auto_batch: bool = option(
         True, "fit micro-batch and checkpointing to this GPU, at the configured global batch size"
     )
-    compile: Literal["auto", "true", "false"] = option(
-        "auto", "compile the elementwise kernels of fused layers; auto: on a CUDA GPU, if the run is long enough"
-    )
-    matmul: Literal["bf16", "fp8"] = fixed(
-        "bf16", "of the backward pass with frozen weights; fp8: faster, less exact, on Ada and Hopper GPUs"
-    )
-    sharding: Literal["none", "fsdp"] = option(
-        "none", "fsdp: shard the frozen weights across ranks; micro-batch and checkpointing are then as configured"
-    )
+    compile: Literal["auto", "true", "false"] = option("auto", "elementwise kernels; auto: on CUDA, in a long run")
+    matmul: Literal["bf16", "fp8"] = fixed("bf16", "by frozen weights in the backward pass; fp8: faster, less exact")
+    sharding: Literal["none", "fsdp"] = option("none", "fsdp: shard frozen weights across ranks, without a memory plan")
     gpu_memory_fraction: float = option(0.9, "of GPU memory, for this process; the rest is a buffer", above=0, high=1)
 
     # ---- data
-    dataset: str = fixed(
-        "oxford_flowers102",
-        "oxford_flowers102, synthetic, a folder, a table of labels, a parquet file, or owner/name of the hub",
-    )
+    dataset: str = fixed("oxford_flowers102", "or synthetic, a folder, table, parquet file, or owner/name of the hub")
     dataset_revision: str = fixed(
         "7e43fe37eeb9278138ab0bd2d0abb10d0f703d09",
         "branch, tag or commit of a hub data set; as it is, of any but Oxford Flowers 102 the current commit",
@@ -101,8 +86,7 @@ class TrainingConfig:
     test_fraction: float = fixed(0.1, "of each class, for a data set without a test split", above=0, high=0.5)
     group_by: str | None = fixed(
         None,
-        "regular expression of what the file names (or paths) of images of one plant have in common, which one split "
-        "gets: its first group, or all that it matches; none: what the data says, or plain file names",
+        "regular expression of what file names (or paths) of images of one plant have in common; one split gets all",
     )
     min_images: int = fixed(1, "classes with fewer images are not used", low=1)
     holdout_classes: int = fixed(0, "drawn by seed and not learned; does evaluate.py notice their images?", low=0)
@@ -111,9 +95,7 @@ class TrainingConfig:
     allow_missing: bool = fixed(False, "continue although images that the data set lists are not on disk")
     max_bad_fraction: float = option(0.01, "of images that may be unreadable before the run stops", low=0, high=1)
     image_size: int | None = fixed(336, "side of resized images; none: own size, up to 5 tiles", low=28, high=4096)
-    views: Literal["anyres", "base"] = fixed(
-        "anyres", "anyres: all of an image and its tiles; base: all of it in one tile, half the time and memory or less"
-    )
+    views: Literal["anyres", "base"] = fixed("anyres", "base: an image in one tile, half the time and memory or less")
     question: str = fixed("What flower is shown in this image?", "what the model is asked about every image")
     num_workers: int = option(2, "processes that decode images; 0: the training process", low=0)
     pin_memory: bool = option(True, "page-locked batches: faster copies to a CUDA GPU")

@@ -48,7 +48,7 @@ def test_a_pattern_is_what_a_shell_makes_of_it(images):
     (images / ".hidden.png").write_bytes(b"x")
     assert predict.expand("images/*") == sorted(f"images/{name}" for name in os.listdir(images) if name[0] != ".")
     assert predict.group_images(["images/0[89]*", "images/d*"], False) == [
-        (image, [(image, None)])
+        (image, {image: None})
         for image in ("images/08.png", *(f"images/deep/{name}.png" for name in ("09", "10", "11")))
     ]
 
@@ -68,7 +68,7 @@ def test_files_of_a_folder_that_are_no_images_are_counted_also_raw_ones(here, im
     assert "images: not used: .dng files: 1 (deep/IMG_1.DNG)" in caplog.text
     for path in images.rglob("*.png"):
         path.unlink()
-    ((word, reason),) = predict.find_images("images")
+    ((word, reason),) = predict.find_images("images").items()
     assert word == "images" and reason == "images: holds no images; not used: .dng files: 1 (deep/IMG_1.DNG)"
 
 
