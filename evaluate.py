@@ -83,6 +83,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from data.sources import load_ood_images
     from evaluation.evaluator import Method, build_evaluator
     from evaluation.model_card import write_model_card
+    from evaluation.results import same_weights
     from evaluation.verify import check_same_data
     from models.builder import PlantModel
     from models.memory import is_worth_compiling
@@ -95,7 +96,6 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
             data = build_datasets(run.data_config)
             if not run.is_base_model:
                 check_same_data(data, run)
-                run.describe_weights()  # raises for corrupted ones, before a model is loaded
         assert_same_across_ranks({"images": data.fingerprint()}, dist)
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)
@@ -105,7 +105,8 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         if run.is_base_model:
             run.recorded = {"base": True, "class_names": data.class_names}
         run.recorded["taxonomy"] = data.taxonomy
-        plant = PlantModel.from_run(run, dist.device)
+        with same_weights(run):
+            plant = PlantModel.from_run(run, dist.device)
         if run.is_base_model and dist.is_main_process:
             save_config(run.config, run.folder, plant.facts() | run.recorded)
         if dist.device.type == "cuda" and is_worth_compiling(run.config.compile, len(rows) / dist.world_size):

@@ -51,10 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     with report_errors(ConfigError, when_interrupted="nothing was exported"):
         from evaluation.exporter import check_can_export, export_run, open_hub, staging_dir
+        from evaluation.results import same_weights
 
         is_gguf = options.format == "gguf"
         check_can_export(run, out, adapter_only, repository, is_gguf)
-        with staging_dir(out) as draft:
+        with staging_dir(out) as draft, same_weights(run):
             if is_gguf:
                 from evaluation.gguf_export import export_gguf
 

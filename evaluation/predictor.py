@@ -17,7 +17,7 @@ from evaluation.hierarchy import find_taxa
 from evaluation.metrics import accept
 from evaluation.open_set import Detector
 from evaluation.reference import load_detector
-from evaluation.results import read_calibration
+from evaluation.results import read_calibration, same_weights
 from models.builder import PlantModel
 from models.features import Examined
 from models.search import MAX_SCORED, Found, Goal
@@ -88,8 +88,9 @@ def list_names(names: Sequence[str], shown: int) -> str:
 
 def load_predictor(run: Run) -> "Predictor":
     """A run's model with the calibration of its weights; warns where there is none. Raises UserError."""
-    calibration = read_calibration(run.folder, run.describe_weights())
-    plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
+    with same_weights(run):
+        calibration = read_calibration(run.folder, run.describe_weights())
+        plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
     doubt = None
     if calibration is None:
         reason = "was trained on val, so nothing could be calibrated"

@@ -1,5 +1,7 @@
 """What an evaluation left in a run directory, read again: the calibration, and scores by image."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,16 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
     except (OSError, ValueError) as error:
         move = f"delete it, and make it again: python evaluate.py {folder}"
         raise UserError(f"{path}: cannot be used ({error}); {move}") from error
+
+
+@contextlib.contextmanager
+def same_weights(run: Run) -> Iterator[None]:
+    """Raises UserError for corrupted weights, before what is inside, and after it if a training replaced them."""
+    before = run.describe_weights()
+    yield
+    if run.describe_weights() != before:
+        reason = "a training that is running replaced these weights in the meantime"
+        raise UserError(f"{run.best_folder}: {reason}; re-run the same command, or wait for its end")
 
 
 def scores_schema(classes: int) -> dict:

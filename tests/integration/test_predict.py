@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluate
+import export
 import predict
 import train
 from data.synthetic import draw_split
+from models import builder
 from runtime.checkpoint import write_manifest
 from tests.conftest import TINY, run_main
 from tests.faults.corpus import OPENS, write_corpus
@@ -380,6 +383,31 @@ def test_a_base_whose_files_changed_is_refused(trained_lora, images, checkpoint,
     save_file({name: 1.01 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     status, out, err = run(capsys, "two", "images/00.png", *FAST)
     assert status == 1 and out == "" and "is not what two was trained on (model_files differ); put that check" in err
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (predict.main, ["one", "images/00.png"]),
+        (evaluate.main, ["one"]),
+        (export.main, ["one", "out", "--dtype", "fp32"]),
+    ],
+)
+def test_weights_that_a_running_training_replaces_meanwhile_are_not_taken_for_others(
+    main, argv, trained, images, monkeypatch, capsys
+):
+    """Else scores and calibration of one step would count for another."""
+    original = builder.build_processor
+
+    def build(*given):
+        (trained / "best" / "note.txt").write_text("a later step")
+        write_manifest(trained / "best")
+        return original(*given)
+
+    monkeypatch.setattr(builder, "build_processor", build)
+    status, out, err = run_main(main, capsys, *argv, *FAST)
+    assert status == 1 and "one/best: a training that is running replaced these weights in the meantime" in out + err
+    assert "saved |" not in out and "00.png:" not in out and not (images.parent / "out").exists()
 
 
 def test_a_base_that_moved_on_the_hub_is_taken_at_its_commit(
