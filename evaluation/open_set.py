@@ -162,8 +162,7 @@ def combine(strangeness: Mapping[str, np.ndarray], scale: Mapping[str, Sequence[
         mean, deviation = scale[name]
         return (strangeness[name] - mean) / max(deviation, 1e-9)
 
-    there = [names for names in SUMS if strangeness.keys() >= set(names)]
-    return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in there}
+    return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in SUMS}
 
 
 def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float]:

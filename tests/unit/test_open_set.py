@@ -16,6 +16,7 @@ from evaluation.evaluator import Evaluator, Method
 from evaluation.metrics import SplitScores, confidence
 from evaluation.open_set import (
     KEPT,
+    SCORES,
     Detector,
     Reference,
     build_space,
@@ -175,10 +176,13 @@ def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
 
 
 def test_a_sum_is_of_scores_in_standard_deviations_of_val():
-    strangeness = {"confidence": np.array([-0.5, -0.9]), "tower_knn": np.array([3.0, 5.0])}
-    found = combine(strangeness, {"confidence": [-0.7, 0.2], "tower_knn": [4.0, 4.0]})
-    assert found.pop("confidence + tower_knn").tolist() == pytest.approx([(1 - 0.25) / 2, (-1 + 0.25) / 2])
-    assert found == strangeness
+    strangeness = {name: np.zeros(2) for name in SCORES} | {"confidence": np.array([-0.5, -0.9])}
+    strangeness["tower_knn"] = np.array([3.0, 5.0])
+    scale = {name: [0.0, 0.0] for name in SCORES} | {"confidence": [-0.7, 0.2], "tower_knn": [4.0, 4.0]}
+    found = combine(strangeness, scale)
+    assert found["confidence + tower_knn"].tolist() == pytest.approx([(1 - 0.25) / 2, (-1 + 0.25) / 2])
+    assert found["confidence + state_knn"].tolist() == pytest.approx([1 / 2, -1 / 2])
+    assert {name: found[name] for name in strangeness} == strangeness and len(found) == len(SCORES) + 5
 
 
 def test_the_mass_of_all_names_is_a_score_where_it_is_known(spaces):
@@ -200,7 +204,12 @@ def test_too_few_images_of_val_are_said(images, classes, reference, spaces):
     )
     fitted = fit_open_set(few, reference, 1.0)
     assert fitted["score"] is None and "in val are too few; 20 of 4 are needed" in fitted["missing"]
-    assert combine(measure_strangeness(few, spaces, 1.0), fitted["scale"])  # a table all the same
+    detector = Detector(UNCALIBRATED._replace(open_set=dict(fitted)), spaces)
+    found = measure_open_set(detector, few, {"others": few})
+    assert (
+        len(found["open_set"]) == 10 and found["none_of_these"]["missing"] == fitted["missing"]
+    )  # a table all the same
+    assert "rates" not in found["none_of_these"] and detector.find_strange(few) is None
 
 
 def test_four_classes_of_many_are_enough(reference):
@@ -208,7 +217,8 @@ def test_four_classes_of_many_are_enough(reference):
     four = np.flatnonzero(val.labels < 4)
     some = val._replace(labels=val.labels[four], scores=val.scores[four])
     some = some._replace(features={name: each[four] for name, each in val.features.items()})
-    assert fit_open_set(some, reference, 1.0)["score"] in leave_classes_out(some, reference)
+    aurocs = leave_classes_out(some, reference)
+    assert fit_open_set(some, reference, 1.0)["score"] in aurocs and np.isfinite([*aurocs.values()]).all()
 
 
 def test_several_images_of_a_plant_are_decided_by_their_mean(reference, spaces):
