@@ -45,7 +45,7 @@ def count_confusions(split: SplitScores, taxonomy: Taxonomy | None, names: Seque
     shown = np.flatnonzero(table.sum(axis=0) + table.sum(axis=1))
     if len(shown) > MAX_CLASSES:
         shown = np.sort(np.argsort(-both.sum(axis=1), kind="stable")[:MAX_CLASSES])
-    if taxonomy and any(taxonomy["genus"]):
+    if taxonomy and any(map(any, taxonomy.values())):
         keys = [*(taxonomy[level] for level in reversed(LEVELS)), names]
         shown = np.array(sorted(shown, key=lambda label: [key[int(label)] or "~" for key in keys]))  # unknown ones last
         level = "family" if any(taxonomy["family"]) else "genus"

@@ -37,6 +37,10 @@ def test_a_taxonomy_orders_by_family_then_genus():
     assert found.order == "family (framed) and name"
     found = count_confusions(split, {**taxonomy, "family": [""] * 5}, ["z", "y", "x", "w", "v"])
     assert found.groups == ["A", "B", "B", "C", ""] and found.order.startswith("genus")
+    found = count_confusions(split, {**taxonomy, "genus": [""] * 5}, ["z", "y", "x", "w", "v"])
+    assert found.groups == ["X", "X", "Y", "Y", ""] and found.labels.tolist() == [4, 1, 2, 0, 3]
+    unknown = count_confusions(split, dict.fromkeys(taxonomy, ("",) * 5), ["z", "y", "x", "w", "v"])
+    assert unknown.order == "confusion" and not any(unknown.groups)
 
 
 def test_of_many_classes_the_most_confused_are_shown_and_the_rest_counted(monkeypatch, tmp_path):

@@ -47,6 +47,8 @@ def test_they_say_what_the_report_says(tables):
     assert len(images) == report["n"] == 400 and sum(int(row["images"]) for row in classes) == 400
     assert sum(row["right"] == "yes" for row in images) == round(report["top1"] * 400)
     unsure = [row for row in images if row["sure"] == "no"]
+    of_none = [row for row in images if not row["genus"]]  # the likeliest class stands for itself
+    assert of_none and {(row["genus confidence"], row["genus sure"]) for row in of_none} == {("", "")}
     assert len(unsure) == report["tree"]["rejected"] == round((1 - report["coverage"]) * 400)
     for row in images:
         assert (row["answer"] == row["likeliest class"]) == (row["sure"] == "yes")
