@@ -199,6 +199,7 @@ def test_reports(tmp_path):
     shares = {f"{name}_{key}": 0.5 for name in ("linear", "knn") for key in ("top1", "top5", "mean_per_class")}
     counts = {"advice": "use it", "tower_is_trained": True, "seconds": 1.5, "train_images": 4, "of_train_images": 9}
     noticed = {"score": "tower_knn", "threshold": 0.5, "kept": 0.95, "missing": None, "rates": {"known": 0.05}}
+    noticed |= {"coverage": 0.9, "selective_accuracy": 0.97}
     extra |= {"probe": shares | counts, "none_of_these": noticed, "open_set": []}
     report = SCORED | extra | measure_split(scores, CALIBRATION, ["oak", "ash"])
 

@@ -182,6 +182,8 @@ def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
         (False, "gave a name to 75% of them, and 96%"),
     ):
         assert words in TEXTS.footer("mine", ["oak"], report, True, WARNING, detects)
+    older = MEASURED | {"none_of_these": {"coverage": 0.7}}
+    assert "gave a name to 75% of them" in TEXTS.footer("mine", ["oak"], older, True, WARNING, True)
 
 
 @pytest.mark.parametrize(

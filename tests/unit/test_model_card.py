@@ -144,6 +144,17 @@ def test_a_report_with_half_a_table_is_excluded(folder, name, whole, key):
     assert "On test:" not in card_of(folder)
 
 
+@pytest.mark.parametrize("gone", ["coverage", "selective_accuracy"])
+def test_a_report_without_the_share_that_gets_a_name_is_used(folder, gone):
+    """It is of an earlier program."""
+    shares = {"coverage": 0.9, "selective_accuracy": 0.97}
+    report(folder, "test", none_of_these=NOTICED | shares)
+    assert "So 90% of test get a name, 97.0% of these the right one." in card_of(folder)
+    del shares[gone]
+    report(folder, "test", none_of_these=NOTICED | shares)
+    assert "On test:" in card_of(folder) and "get a name" not in card_of(folder)
+
+
 def test_a_truncated_report_is_excluded(folder):
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
