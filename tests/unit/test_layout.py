@@ -80,6 +80,7 @@ def in_each(*parents):
         ([f"{name}/{part}" for name in CLASSES for part in ("flower", "leaf")], CLASSES, {"train": 12}),
         ([f"{name}/{part}" for name in CLASSES for part in ("2021", "2022-05-01")], CLASSES, {"train": 12}),
         ([f"{name}/images" for name in CLASSES], CLASSES, {"train": 6}),
+        (["daisy/leaf", "daisy/2021", "daisy/plant_1", "rose"], CLASSES, {"train": 12}),
         (["001.Black_rose", "002.Daisy"], ("Black rose", "Daisy"), {"train": 6}),
         (["12_rose", "7_daisy"], ("rose", "daisy"), {"train": 6}),
         (["(1) rose", "(2) daisy"], ("rose", "daisy"), {"train": 6}),
@@ -126,6 +127,7 @@ def test_what_can_be_read_in_two_ways_or_none_is_refused_with_what_to_give(folde
     [
         ([*in_each("train"), "orchid"], "images beside the split folders: 3 (orchid)"),
         ([*in_each("train"), "test"], "images of test without class folders, so they cannot be scored: 3 (test)"),
+        ([*CLASSES, "test"], "images of test without class folders, so they cannot be scored: 3 (test)"),
         (
             [*in_each("train"), "test/unknown"],
             "images of test without class folders, so they cannot be scored: 3 (test)",
@@ -384,6 +386,11 @@ def test_images_of_an_iphone_are_read_or_it_is_said_what_reads_them(tree, monkey
     shutil.rmtree(tree.root / "oak")
     (line,) = [line for line in read().warnings if "HEIC" in line]
     assert line.endswith("which pillow-heif reads (pip install pillow-heif): 1 (rose/IMG_9.heic)")
+    for name in CLASSES:
+        for path in (tree.root / name).glob("*.png"):
+            path.unlink()
+    with pytest.raises(UserError, match=r"no images found; .*HEIC/HEIF images, which pillow-heif reads \(pip install"):
+        read()
 
 
 def test_a_class_folder_whose_name_is_no_name(tree):
