@@ -11,12 +11,11 @@ import torch
 import evaluate
 import export
 import train
-from data import dataset
-from models import callbacks
 from models.merging import read_adapter
 from models.trainable import lora_settings
 from runtime.checkpoint import write_manifest
-from tests.conftest import run_printed
+from tests.conftest import run_printed, use_small_splits
+from tests.integration.test_train import kill_at
 from utils.logging_utils import UserError
 
 RUN = ["--preset", "tiny", "--max-steps", "4", "--save-steps", "2", "--num-workers", "0", "--output-dir", "run"]
@@ -38,17 +37,9 @@ def test_the_payload_works(here):
 def interrupted(tmp_path_factory):
     """A run that stopped after step 3 with a checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
-    on_step_end = callbacks.RunLog.on_step_end
-
-    def stop(self, args, state, control, **kwargs):
-        on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks.RunLog, "on_step_end", stop)
-        for split, size in {"train": 48, "validation": 20, "test": 20}.items():
-            patch.setitem(dataset.SPLIT_SIZES, split, size)
+        kill_at(patch, 3)
+        use_small_splits(patch)
         with pytest.raises(SystemExit):
             train.main([*RUN[:-1], str(folder)])
     return folder

@@ -185,7 +185,7 @@ from utils.image_utils import MAX_PIXELS, open_image
 side = int(MAX_PIXELS**0.5)
 for kind, mode in (("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "RGBA"), ("TIFF", "F")):
     file = io.BytesIO()
-    options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+    options = {"TIFF": {"compression": "tiff_deflate"}, "PNG": {"compress_level": 1}}.get(kind, {})
     Image.new(mode, (side, side)).save(file, kind, **options)
     open_image({"bytes": file.getvalue(), "path": None})
 # Not ru_maxrss: a process takes that over from the one that started it.
