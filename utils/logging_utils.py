@@ -32,9 +32,7 @@ NO_MEMORY = ("could not create a primitive", "can't allocate memory", "bad_alloc
 FREE_SPACE = (
     "free space and re-run the same command, or write to another disk (--output-dir, OUT, HF_HOME, a copy of the run)"
 )
-CHOOSE_PLACE = (
-    "choose a place that you may write to (--output-dir, OUT, HF_HOME, a copy of the run), or change its permissions"
-)
+CHOOSE_PLACE = "choose a place that you may read and write (--output-dir, OUT, HF_HOME, a copy of the run), or change its permissions"
 RAISE_LIMIT = (
     "raise the limit of this process (ulimit -a shows them) or end other programs, then re-run the same command"
 )

@@ -361,7 +361,10 @@ def test_a_folder_that_may_not_be_written(here, small_splits, monkeypatch, capsy
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     status, output = run(capsys, *TINY, "--output-dir", "closed/run")
-    assert status == 1 and "closed/run: Permission denied; choose a place that you may write to (--output-dir" in output
+    assert (
+        status == 1
+        and "closed/run: Permission denied; choose a place that you may read and write (--output-dir" in output
+    )
 
 
 @pytest.fixture

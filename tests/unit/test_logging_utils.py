@@ -86,7 +86,7 @@ def test_a_full_disk_is_found_in_the_chain_of_causes(tmp_path, capsys):
     assert status == 1 and screen.startswith("error: hub/x: No space left on device; free space")
     assert log_error(capsys, tmp_path, chained(closed, UserError("image y")))[1] == "error: image y\n"
     assert (
-        "y: Denied; choose a place that you may write to (--output-dir, OUT, HF_HOME, a copy of the run)"
+        "y: Denied; choose a place that you may read and write (--output-dir, OUT, HF_HOME, a copy of the run)"
         in log_error(capsys, tmp_path, chained(closed, RuntimeError("x")))[1]
     )
 
