@@ -29,10 +29,9 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 LIMITS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG)
 WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # what torch says of a file
 NO_MEMORY = ("could not create a primitive", "can't allocate memory", "bad_alloc", "failed to map segment")
-FREE_SPACE = (
-    "free space and re-run the same command, or write to another disk (--output-dir, OUT, HF_HOME, a copy of the run)"
-)
-CHOOSE_PLACE = "choose a place that you may read and write (--output-dir, OUT, HF_HOME, a copy of the run), or change its permissions"
+PLACES = "--output-dir, OUT, HF_HOME, a copy of the run"
+FREE_SPACE = f"free space and re-run the same command, or write to another disk ({PLACES})"
+CHOOSE_PLACE = f"choose a place that you may read and write ({PLACES}), or change its permissions"
 RAISE_LIMIT = (
     "raise the limit of this process (ulimit -a shows them) or end other programs, then re-run the same command"
 )
