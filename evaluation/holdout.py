@@ -23,7 +23,7 @@ from utils.logging_utils import UserError, logger
 DRAWS = 5
 SOURCE = "held-out classes"
 TRAIN = Path(__file__).parent.parent / "train.py"
-NOT_PASSED = ("preset", "output_dir", "resume", "allow_changed", "seed", "holdout_classes")
+NOT_PASSED = ("output_dir", "resume", "allow_changed", "seed", "holdout_classes")
 
 
 def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Run], None]) -> None:

@@ -99,7 +99,7 @@ def plot_map(image: Image.Image, drops: np.ndarray, caption: str, path: str | Pa
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.set_title(caption, fontsize=13)
+    figure.suptitle(caption, fontsize=13)  # above a narrow image a title of its axes would be cut off
     axes.imshow(blend_map(image, drops))
     scale = ScalarMappable(Normalize(0, _map_top(drops)), MAP_COLORS)
     figure.colorbar(scale, ax=axes, shrink=0.7, label="log-odds lost where hidden, nats")

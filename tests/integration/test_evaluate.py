@@ -118,6 +118,7 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
     for seed, draw in enumerate(started):
         folder = f"one/holdout-3/draw-{seed}"
         assert changed_fields(draw, replace(config, seed=seed, holdout_classes=3)) == [] and draw.output_dir == folder
+        assert draw.preset == config.preset == "tiny"
         report = json.loads((here / folder / "eval_val.json").read_text())
         assert str(evaluated[seed]) == folder and report["ood"]["held-out classes"]["n"] in range(
             24, 30

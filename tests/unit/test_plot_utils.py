@@ -3,10 +3,12 @@
 import warnings
 
 import matplotlib
+import numpy as np
 import pytest
+from PIL import Image
 
 from utils.logging_utils import UserError, setup_logging, skip_failure
-from utils.plot_utils import Tile, plot_report, plot_tiles
+from utils.plot_utils import Tile, plot_map, plot_report, plot_tiles
 
 NAMES = ["Ba$$in rose", "rose $^$", r"\frac{1}", "a_b^c", "100 %", "<b>"]
 
@@ -46,3 +48,12 @@ def test_what_is_only_to_be_looked_at_is_skipped(capsys):
         raise KeyboardInterrupt
     with skip_failure("a.png"):
         raise UserError("no image can be opened")
+
+
+@pytest.mark.parametrize("size", [(1, 640), (640, 1), (90, 640)])
+def test_the_caption_of_a_map_is_whole_above_a_narrow_image(size, tmp_path):
+    path = tmp_path / "map.png"
+    plot_map(Image.new("RGB", size), np.ones((7, 7)), "not sure: greater bird's-foot trefoil 99%\nhiding", path)
+    with Image.open(path) as picture:
+        border = np.asarray(picture.convert("L"))[:60]  # where the caption stands
+    assert (border < 128).any() and not (border[:, :2] < 128).any() and not (border[:, -2:] < 128).any()
