@@ -88,8 +88,8 @@ def list_names(names: Sequence[str], shown: int) -> str:
 
 def load_predictor(run: Run) -> "Predictor":
     """A run's model with the calibration of its weights; warns where there is none. Raises UserError."""
-    with same_weights(run):
-        calibration = read_calibration(run.folder, run.describe_weights())
+    with same_weights(run) as weights:
+        calibration = read_calibration(run.folder, weights)
         plant = PlantModel.from_run(run, choose_device(run.config.model, run.config.gpu_memory_fraction))
     doubt = None
     if calibration is None:

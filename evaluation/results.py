@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.calibration import Calibration
+from runtime.checkpoint import is_best
 from runtime.run_dir import Run
 from runtime.run_files import SAVED_CALIBRATION, integer, list_of, number, read_entries, read_json
 from utils.logging_utils import UserError
@@ -29,11 +30,11 @@ def read_calibration(folder: Path, adapter: str | None) -> Calibration | None:
 
 
 @contextlib.contextmanager
-def same_weights(run: Run) -> Iterator[None]:
-    """Raises UserError for corrupted weights, before what is inside, and after it if a training replaced them."""
-    before = run.describe_weights()
-    yield
-    if run.describe_weights() != before:
+def same_weights(run: Run) -> Iterator[str | None]:
+    """Which weights a run has. Raises UserError for corrupted ones, and at the end if a training replaced them."""
+    weights = run.describe_weights()
+    yield weights
+    if weights is not None and not is_best(run.best_folder, weights):
         reason = "a training that is running replaced these weights in the meantime"
         raise UserError(f"{run.best_folder}: {reason}; re-run the same command, or wait for its end")
 

@@ -181,7 +181,18 @@ def describe_best(folder: Path) -> str:
         if run_files.is_completed(folder.parent) and not needs_best(folder.parent):
             move = "no checkpoint is left to make them from; train again, in another folder"
         raise UserError(f"{folder}: holds no complete weights ({problem}); {move}")
-    return f"step {best['step']}, manifest {_sha256(folder / MANIFEST)[:12]}"
+    return f"step {best['step']}, {_describe_manifest(folder)}"
+
+
+def is_best(folder: Path, description: str) -> bool:
+    """Whether these are still the weights of a description; they are not read again, as that takes a while."""
+    with contextlib.suppress(FileNotFoundError):  # a training is just replacing them
+        return description.endswith(_describe_manifest(folder))
+    return False
+
+
+def _describe_manifest(folder: Path) -> str:
+    return f"manifest {_sha256(folder / MANIFEST)[:12]}"
 
 
 def check_disk(run_folder: Path, num_trainable: int, keep: int) -> None:

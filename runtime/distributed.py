@@ -154,7 +154,7 @@ def _rendezvous(rank: int, world_size: int):
     """The store through which all ranks talk, once all have joined. Raises UserError."""
     wait = datetime.timedelta(seconds=RENDEZVOUS_S)
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would ask for an unknown name for minutes
+        _await_name(os.environ["MASTER_ADDR"])
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size, timeout=wait))
         heartbeats = [HEARTBEAT.format(number) for number in range(world_size)]
         store.set(heartbeats[rank], "")
@@ -167,6 +167,22 @@ def _rendezvous(rank: int, world_size: int):
             outcome = f"timed out after {RENDEZVOUS_S} s: {joined[1]} of {world_size} ranks joined."
         move = "Start the missing rank or check MASTER_ADDR and MASTER_PORT."
         raise UserError(f"rendezvous at {place} {outcome} {move}") from error
+
+
+def _await_name(host: str) -> None:
+    """Return once it can be looked up: a cluster may name rank 0's machine only when that has started.
+
+    Raises OSError after RENDEZVOUS_S; torch would ask for minutes.
+    """
+    end = time.monotonic() + RENDEZVOUS_S
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.5)
 
 
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -659,6 +660,20 @@ def test_a_bad_start_is_an_error_and_does_not_hang(variables, message, here, mon
     assert stopped.value.code == 1 and "Traceback" not in output
     assert re.search(rf"^error: (rank 1: )?{re.escape(message.format(port=port))}", output, re.MULTILINE), output
     assert time.monotonic() - began < 30 and not (here / "runs").exists()
+
+
+def test_a_rank_waits_for_the_name_of_a_machine_that_starts_later(monkeypatch):
+    asked = []
+
+    def look_up(host, port):
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    distributed._await_name("rank0.cluster")
+    assert asked == ["rank0.cluster"] * 3
 
 
 def test_sharding_needs_several_ranks(here, capsys):

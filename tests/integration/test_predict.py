@@ -19,6 +19,7 @@ import predict
 import train
 from data.synthetic import draw_split
 from models import builder
+from runtime import checkpoint
 from runtime.checkpoint import write_manifest
 from tests.conftest import TINY, run_main
 from tests.faults.corpus import OPENS, write_corpus
@@ -383,6 +384,14 @@ def test_a_base_whose_files_changed_is_refused(trained_lora, images, checkpoint,
     save_file({name: 1.01 * weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     status, out, err = run(capsys, "two", "images/00.png", *FAST)
     assert status == 1 and out == "" and "is not what two was trained on (model_files differ); put that check" in err
+
+
+def test_weights_are_read_once_to_check_them(trained, images, monkeypatch, capsys):
+    """Those of a whole model take half a minute."""
+    original, read = checkpoint._sha256, []
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: read.append(path.name) or original(path))
+    status, _, _ = run_main(predict.main, capsys, "one", "images/00.png", *FAST)
+    assert status == 0 and sum(name.endswith(".safetensors") for name in read) == 1
 
 
 @pytest.mark.parametrize(
