@@ -113,7 +113,8 @@ def expand(word: str) -> list[str]:
         return [word]
     if "**" not in path.parts:
         return sorted(glob.glob(word)) or [word]
-    found = filter(Path.is_file, Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    # A link to nowhere stays: its line says why there is no name.
+    found = itertools.filterfalse(os.path.isdir, Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
     shown = [each for each in found if not any(part[0] == "." for part in each.parts if part not in path.parts)]
     return sorted(map(str, shown)) or [word]
 

@@ -31,7 +31,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 # How files of these formats begin.
 HEIF_START = re.compile(rb"....ftyp(?:hei[cmsx]|hev[cx]|mif1|msf1)", re.DOTALL)
 IMAGE_START = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|.{8}WEBP|BM|II\*\0|MM\0\*|....ftypavi[fs]|" + HEIF_START.pattern, re.DOTALL
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|.{8}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|....ftypavi[fs]|" + HEIF_START.pattern,
+    re.DOTALL,
 )
 LFS_POINTER = b"version https://git-lfs"
 MAX_PIXELS = 64_000_000  # of a decoded image; as RGB that is 256 MB in a worker

@@ -66,6 +66,13 @@ def test_links_that_lead_back_do_not_lead_a_pattern_astray(here, images):
         assert [path.removeprefix(f"{here}/") for path in predict.expand(pattern)] == ["images/00.png", "images/01.png"]
 
 
+@pytest.mark.parametrize("pattern", ["deep/*.png", "**/1*.png"])
+def test_a_link_to_nowhere_among_the_matches_of_a_pattern_is_not_passed_over(pattern, images, monkeypatch):
+    monkeypatch.chdir(images)
+    (images / "deep" / "12.png").symlink_to("gone.png")
+    assert "deep/12.png" in predict.expand(pattern)
+
+
 def test_files_of_a_folder_that_are_no_images_are_counted_also_raw_ones(here, images, caplog):
     (images / "deep/IMG_1.DNG").write_bytes(b"II*\0")
     assert len(predict.find_images("images")) == 12

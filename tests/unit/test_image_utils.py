@@ -259,6 +259,12 @@ def test_phone_formats_are_known_by_their_first_bytes(brand):
     assert not is_image_start(b"\0\0\0\x18ftypmp42\0\0\0\0")
 
 
+def test_a_text_that_begins_as_a_bitmap_does_is_no_image(tmp_path):
+    """Two letters are not enough: notes on a BMW lie among images."""
+    Image.new("RGB", (3, 3)).save(tmp_path / "photo.bmp")
+    assert is_image_start((tmp_path / "photo.bmp").read_bytes()[:16]) and not is_image_start(b"BMW 320, Berlin")
+
+
 def test_heic_of_any_name_says_what_reads_it_where_nothing_does(monkeypatch):
     row = {"bytes": b"\0\0\0\x18ftypheic" + bytes(100), "path": "photo.jpg"}
     monkeypatch.setattr("utils.image_utils.reads_heif", lambda: False)
