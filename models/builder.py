@@ -1,6 +1,7 @@
 """Processor, base model, LoRA adapter, and the assertions that what was loaded is what was asked for."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -231,7 +232,10 @@ class PlantModel:
             )
 
     def distribute(self, predict: Callable, rows, dist: Distributed) -> Iterator[tuple[list, list[str]]]:
-        """What `predict`, such as self.score, yields of the rows, computed across ranks; every rank gets all of it."""
+        """What `predict`, such as self.score, yields of the rows, computed across ranks: every rank gets all of it.
+
+        A batch of each rank is yielded at once, since whoever takes it may have to ask all ranks what to do next.
+        """
         mine = range(dist.rank, len(rows), dist.world_size)
         share: Any = Subset(rows, mine)
         if is_sharded(self.base) and len(mine) < math.ceil(len(rows) / dist.world_size):
@@ -239,8 +243,8 @@ class PlantModel:
             share = ConcatDataset(parts)
         batches = predict(share)
         while any(gathered := dist.gather_object([next(batches, None)])):
-            for found, unreadable in filter(None, gathered):
-                yield [each for each in found if each[0].id != self.dummy_row["id"]], unreadable
+            found, unreadable = (list(itertools.chain(*parts)) for parts in zip(*filter(None, gathered)))
+            yield [each for each in found if each[0].id != self.dummy_row["id"]], unreadable
 
     def compile(self) -> None:
         """Compile the elementwise kernels of the fused layers, each when it is first needed."""

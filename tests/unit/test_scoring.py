@@ -19,6 +19,7 @@ from models.fused_layers import fuse_layers
 from models.memory import MicroBatcher
 from models.scoring import score_batch
 from models.trie import build_tries
+from runtime.distributed import Distributed
 from tests.conftest import FLOWERS
 from tests.unit.test_collator import SIZES, rows_of
 from utils.logging_utils import UserError, setup_logging
@@ -201,6 +202,22 @@ def test_out_of_memory_halves_the_micro_batch_until_one_image_does_not_fit(tiny,
 
 def plant_of(tiny, **loading):
     return PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", torch.device("cpu"), **loading)
+
+
+class Mirrored(Distributed):
+    """The first of two ranks, whose other one finds the same and is done a batch earlier."""
+
+    def gather_object(self, items):
+        self.gathered = getattr(self, "gathered", 0) + 1
+        return [*items, *(items if self.gathered < 3 else [None])]
+
+
+def test_batches_of_all_ranks_come_at_once(tiny):
+    """One exchange for each, however many ranks: after each batch a training asks all of them whether to stop."""
+    plant, dist = plant_of(tiny, eval_batch_size=2), Mirrored(0, 2)
+    rows = Dataset.from_list(tiny.rows(11), features=ROW)
+    batches = list(plant.distribute(plant.score, rows, dist))
+    assert [len(found) for found, _ in batches] == [4, 4, 2] and dist.gathered == 4
 
 
 def test_unreadable_images_are_skipped_and_reported(tiny):
