@@ -220,6 +220,10 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
             excluded.add_folder("images of a data set among the class folders", group)
             continue
         inner = find_classes(group, excluded)
+        if not inner:  # rose/2024/ beside rose/masks/: rose
+            part = next(child for child in group.filled if not ASIDE.fullmatch(child.name))
+            entries.append(ClassFolder(group.name, part, deep=True))
+            continue
         if plain and sum(name_key(entry.name) in keys for entry in inner) * 2 > len(inner):
             excluded.add_folder("images in a folder with the same classes again", group)
             continue

@@ -458,6 +458,15 @@ def test_a_folder_in_a_class_is_one_plant_unless_it_is_a_year_or_a_camera(below,
     assert len(rows) == 6 and sum(map(bool, rows["group"] if "group" in rows.column_names else [])) == groups
 
 
+@pytest.mark.parametrize("below", ["2024", "camera 2", "images"])
+def test_images_in_a_part_of_a_class_beside_its_masks_are_of_the_class(below, tree):
+    source = tree(f"rose/{below}", "rose/masks", "daisy", "oak")()
+    assert source.class_names == ["daisy", "oak", "rose"]
+    assert [image for image in source.splits["train"]["id"] if "rose" in image] == [
+        f"rose/{below}/{n}.png" for n in range(3)
+    ]
+
+
 def test_ood_images_lie_anywhere_and_what_is_not_used_is_said(tree, caplog, monkeypatch):
     tree(*in_each("a"), "b")
     (tree.root / "b/IMG_1.DNG").write_bytes(b"II*\0")
