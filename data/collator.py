@@ -214,7 +214,7 @@ class PlantCollator:
                 sizes.add(read_image_size(row["image"]))
         largest = max(sizes or {(side, side)}, key=lambda size: self.count_tokens(size)[0])
         longest = max(range(len(self.name_ids)), key=lambda label: len(self.name_ids[label]))
-        return {"image": gray_image(largest), "label": longest, "id": "largest"}
+        return {"image": gray_image(largest), "label": longest, "id": "\0largest"}  # no image of a file has that id
 
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
