@@ -55,8 +55,6 @@ class LabelTable:
     rows: list[LabelRow]
     notes: list[str]
     warnings: list[str] = field(default_factory=list)
-    label_column: str = ""
-    file_column: str = ""
 
 
 # ---- tables of a folder
@@ -117,7 +115,7 @@ def read_label_tables(
         if number not in index.seen and image.startswith(part[0] if part else ""):
             excluded.add("images without a row in a table", image)
     warnings = [*(f"not used: {error}" for error in problems), *excluded.lines()]
-    return LabelTable(rows, _describe(read, rows), warnings, read[0].labels[0], read[0].file.name)
+    return LabelTable(rows, _describe(read, rows), warnings)
 
 
 class ImageTable:

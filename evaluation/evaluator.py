@@ -195,8 +195,7 @@ class Evaluator:
         calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if isinstance(reference, Reference):
-            open_set = dict(fit_open_set(scores, reference, calibration.temperature))
-            calibration = calibration._replace(open_set=open_set)
+            calibration = calibration._replace(open_set=dict(fit_open_set(scores, reference, calibration.temperature)))
         if method.is_plain:
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")

@@ -14,7 +14,9 @@ So these are not chosen from, but scores of features alone (docs/LOG.md); "not s
 Shapes: n images, m train images, C classes, D width of a feature, P principal directions.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -46,14 +48,6 @@ class OpenSet(TypedDict):
     reference: str  # identity of the train images' features, without which the threshold means nothing
 
 
-class Reference(NamedTuple):
-    """Features of train images by space; half precision is what they are kept in."""
-
-    features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
-    labels: dict[str, np.ndarray]  # {space: (m,)}
-    facts: dict  # "identity": hash of what computed which images; how many there are in train; seconds of the tower
-
-
 class Space(NamedTuple):
     """Train images in the principal directions of their features."""
 
@@ -63,13 +57,24 @@ class Space(NamedTuple):
     labels: np.ndarray  # (m,)
 
 
-def build_spaces(reference: Reference, classes: np.ndarray | None = None) -> dict[str, Space]:
-    """Those of all train images, or of these classes as if there were no others."""
-    spaces = {}
-    for name, labels in reference.labels.items():
-        chosen = slice(None) if classes is None else np.isin(labels, classes)
-        spaces[name] = build_space(reference.features[name][chosen], labels[chosen])
-    return spaces
+@dataclass(frozen=True)
+class Reference:
+    """Features of train images by space; half precision is what they are kept in."""
+
+    features: dict[str, np.ndarray]  # {space: (m, D)}, each image's of unit length
+    labels: dict[str, np.ndarray]  # {space: (m,)}
+    facts: dict  # "identity": hash of what computed which images; how many there are in train; seconds of the tower
+
+    @functools.cached_property
+    def spaces(self) -> dict[str, Space]:
+        """Of all train images."""
+        return {name: build_space(features, self.labels[name]) for name, features in self.features.items()}
+
+    def of_classes(self, classes: np.ndarray) -> "Reference":
+        """As if there were no other classes."""
+        is_chosen = {name: np.isin(labels, classes) for name, labels in self.labels.items()}
+        features = {name: self.features[name][chosen] for name, chosen in is_chosen.items()}
+        return Reference(features, {name: self.labels[name][chosen] for name, chosen in is_chosen.items()}, self.facts)
 
 
 def build_space(features: np.ndarray, labels: np.ndarray) -> Space:
@@ -142,7 +147,7 @@ def fit_open_set(val: SplitScores, reference: Reference, temperature: float) -> 
     """The score that is best at classes taken away, and the threshold that keeps 95 % of val; or why there is none."""
     identity, classes = reference.facts["identity"], np.unique(val.labels)
     fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None, reference=identity)
-    strangeness = measure_strangeness(val, build_spaces(reference), temperature)
+    strangeness = measure_strangeness(val, reference.spaces, temperature)
     fitted["scale"] = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}
     if len(classes) < MIN_CLASSES or len(val.labels) < MIN_IMAGES:
         found = f"{len(val.labels)} images of {len(classes)} classes in val"
@@ -174,7 +179,7 @@ def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float
         is_known = np.isin(val.labels, known)
         if is_known.all():  # of four classes the fifth part is empty
             continue
-        for name, values in measure_features(val, build_spaces(reference, known)).items():
+        for name, values in measure_features(val, reference.of_classes(known).spaces).items():
             found.setdefault(name, []).append(measure_auroc(values[is_known], values[~is_known]))
     return {name: float(np.mean(found[name])) for name in sorted(found)}
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from data.dataset import PlantData
 from data.streaming import Stream
 from evaluation.calibration import Calibration
-from evaluation.open_set import SCORES, SPACES, SUMS, Detector, Reference, build_spaces
+from evaluation.open_set import SCORES, SPACES, SUMS, Detector, Reference
 from models.features import feature_widths
 from runtime.atomic import write_file
 from runtime.run_files import BOOL, COUNT, TEXT, number, validate
@@ -58,9 +58,7 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
     if isinstance(data.train, Stream):
         return "the train images are streamed, so none are at hand"
     samples = {"tower": sample_by_class(data.train, len(data.class_names), "tower")}
-    samples["state"] = sample_by_class(
-        samples["tower"], len(data.class_names), "state"
-    )  # so that the tower has seen it
+    samples["state"] = sample_by_class(samples["tower"], len(data.class_names), "state")  # computed for both at once
     listed = [evaluator.facts, *(list(rows["id"]) for rows in samples.values())]
     identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     path, known = evaluator.folder / REFERENCE_FILE, None
@@ -162,4 +160,4 @@ def build_detector(reference: Reference | str, calibration: Calibration | None) 
         return reference
     if calibration is None or calibration.open_set is None:
         return "the run was trained on val"
-    return Detector(calibration, build_spaces(reference))
+    return Detector(calibration, reference.spaces)

@@ -20,7 +20,6 @@ from evaluation.open_set import (
     Detector,
     Reference,
     build_space,
-    build_spaces,
     by_blocks,
     combine,
     fit_open_set,
@@ -68,7 +67,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def spaces(reference):
-    return build_spaces(reference)
+    return reference.spaces
 
 
 def make_reference(tower, labels, images=240, seconds=1.0):
@@ -156,12 +155,12 @@ def test_what_a_name_that_is_taken_away_flatters_is_not_chosen(reference):
 def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
     """Else the few directions that are kept would be those by which the classes taken away differ."""
     known = np.arange(6)
-    changed, plain = {}, build_spaces(reference, known)
+    changed, plain = {}, reference.of_classes(known).spaces
     for name, features in reference.features.items():
         is_known = np.isin(reference.labels[name], known)
         changed[name] = np.where(is_known[:, None], features, 100 * features)
         assert set(plain[name].labels) == set(known) and len(plain[name].points) == is_known.sum()
-    for name, space in build_spaces(reference._replace(features=changed), known).items():
+    for name, space in dataclasses.replace(reference, features=changed).of_classes(known).spaces.items():
         for found, expected in zip(space, plain[name], strict=True):
             np.testing.assert_array_equal(found, expected)
     val = make_split()
@@ -169,7 +168,7 @@ def test_what_is_taken_away_leaves_no_neighbor_and_no_direction(reference):
     aurocs = []
     for fold in range(5):
         is_known = ~np.isin(val.labels, taken[fold::5])
-        spaces = build_spaces(reference, np.setdiff1d(np.arange(CLASSES), taken[fold::5]))
+        spaces = reference.of_classes(np.setdiff1d(np.arange(CLASSES), taken[fold::5])).spaces
         values = measure_strangeness(val, spaces, 1.0)["tower_mahalanobis"]
         aurocs.append(measure_auroc(values[is_known], values[~is_known]))
     assert leave_classes_out(val, reference)["tower_mahalanobis"] == pytest.approx(np.mean(aurocs))
@@ -243,7 +242,7 @@ def test_alike_images_and_single_ones_of_a_class_give_numbers(features):
     labels = np.arange(len(features)) % CLASSES
     names = ("tower", "state")
     alike = Reference(dict.fromkeys(names, features), dict.fromkeys(names, labels), {"identity": "x"})
-    found = measure_strangeness(make_split(24), build_spaces(alike), 1.0)
+    found = measure_strangeness(make_split(24), alike.spaces, 1.0)
     assert all(np.isfinite(values).all() for values in found.values())
     assert np.isfinite(fit_open_set(make_split(), alike, 1.0)["threshold"])
 
@@ -442,7 +441,9 @@ def test_the_probe_learns_what_is_there_and_the_better_is_named():
     assert "a linear probe on its vision tower, fitted on 360 of 720 train images, " in found["advice"]
     assert (
         "fitted on"
-        not in measure_probe(train._replace(facts=train.facts | {"images": 360}), None, split(12, 9), CPU)["advice"]
+        not in measure_probe(dataclasses.replace(train, facts=train.facts | {"images": 360}), None, split(12, 9), CPU)[
+            "advice"
+        ]
     )
     assert found["linear_top5"] >= found["linear_top1"] and found["linear_mean_per_class"] > 0.9
     blind = measure_probe(train, None, split(12, 9), CPU)  # nothing chosen: the half that says nothing

@@ -158,7 +158,7 @@ def test_images_are_found_by_path_name_or_stem(tmp_path, cell):
     names = images(tmp_path / "images", 9, "IMG_{:04d}.jpg")
     rows = [(cell.format(stem=name[:-4]), FLOWERS[number % 3]) for number, name in enumerate(names)]
     table = read(put(tmp_path / "labels.csv", lines("whatever,label", rows)), tmp_path)
-    assert [row.class_name for row in table.rows] == [*FLOWERS] * 3 and table.file_column == "whatever"
+    assert [row.class_name for row in table.rows] == [*FLOWERS] * 3
     assert table.rows[0].path == str(tmp_path / "images" / "IMG_0000.jpg") and table.rows[0].id == "images/IMG_0000.jpg"
 
 
@@ -197,15 +197,15 @@ def test_an_export_of_inaturalist_labels_its_images_by_id(tmp_path):
         "images by column id, which holds file names without suffix",
     ]
     table = read(tmp_path / "observations-401234.csv", tmp_path, "Common Name")
-    assert table.label_column == "common_name" and {row.class_name for row in table.rows} == {
-        "Common Daisy",
-        "Stonecrop",
-    }
+    assert table.notes[0].startswith("labels from column common_name of ") and {
+        row.class_name for row in table.rows
+    } == {"Common Daisy", "Stonecrop"}
 
 
 def test_several_images_of_an_observation_are_one_group(tmp_path):
     table = read(export(tmp_path, "{}_{}.jpg", each=3), tmp_path)
-    assert len(table.rows) == 36 and table.file_column == "id"
+    assert len(table.rows) == 36
+    assert "images by column id, which holds observations, with several images each" in table.notes
     assert {row.group for row in table.rows if "148000017_" in row.id} == {"148000017"}
     assert "images of one plant by column id" in table.notes
 
@@ -218,7 +218,7 @@ def test_gbif_occurrences_are_labeled_by_species_and_not_by_their_taxonomic_clas
         taxonomy = ("Magnoliopsida", "Liliopsida")[number % 2]
         rows.append(f"{4000000 + number}\tPlantae\tT\t{taxonomy}\tX\tY\tBellis\t{species}\t{species} L.")
     table = read(put(tmp_path / "occurrence.txt", "\n".join(rows)), tmp_path)
-    assert table.label_column == "species" and len(table.rows) == 8
+    assert table.notes[0].startswith("labels from column species of ") and len(table.rows) == 8
 
 
 def test_a_species_that_is_only_the_epithet_gets_its_genus(tmp_path):
@@ -238,7 +238,7 @@ def test_a_label_that_is_a_number_is_not_taken_for_the_file(tmp_path):
     names = images(tmp_path, 8, "{}.jpg")
     rows = [(number % 2, name) for number, name in enumerate(names)]
     table = read(put(tmp_path / "a.csv", lines("label,id", rows)), tmp_path)
-    assert table.file_column == "id" and classes(table)["3.jpg"] == "1"
+    assert classes(table) == {name: str(number % 2) for number, name in enumerate(names)}
 
 
 def test_a_table_without_header_is_read_from_its_first_row(tmp_path):
@@ -303,7 +303,8 @@ def test_the_one_column_of_few_texts_is_the_label(tmp_path):
     names = images(tmp_path, 12)
     rows = [(name, "2024-05-01", number * 0.37, FLOWERS[number % 3]) for number, name in enumerate(names)]
     table = read(put(tmp_path / "a.csv", lines("bild,datum,breite,pflanze", rows)), tmp_path)
-    assert (table.file_column, table.label_column) == ("bild", "pflanze")
+    assert table.notes == ["labels from column pflanze of a.csv"]
+    assert classes(table) == {name: FLOWERS[number % 3] for number, name in enumerate(names)}
 
 
 def test_several_such_columns_are_listed_with_the_flag(tmp_path):
@@ -312,7 +313,7 @@ def test_several_such_columns_are_listed_with_the_flag(tmp_path):
     table = put(tmp_path / "a.csv", lines("bild,wer,pflanze", rows))
     with pytest.raises(UserError, match="columns wer, pflanze; say which: --label-column"):
         read(table, tmp_path)
-    assert read(table, tmp_path, "pflanze").label_column == "pflanze"
+    assert classes(read(table, tmp_path, "pflanze")) == {name: FLOWERS[number % 3] for number, name in enumerate(names)}
     with pytest.raises(UserError, match="--label-column farbe: .*has no such column; it has bild, wer, pflanze"):
         read(table, tmp_path, "farbe")
 
@@ -321,7 +322,7 @@ def test_a_name_is_preferred_to_its_number_and_to_a_title(tmp_path):
     names = images(tmp_path, 12)
     rows = [(name, number % 3, f"image {number}", FLOWERS[number % 3]) for number, name in enumerate(names)]
     table = read(put(tmp_path / "a.csv", lines("file,label,name,true_species", rows)), tmp_path)
-    assert table.label_column == "true_species"
+    assert table.notes[0].startswith("labels from column true_species of ")
 
 
 def test_rows_that_cannot_be_used_are_counted_with_examples(tmp_path):
