@@ -151,8 +151,13 @@ def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -
 
 
 def limit_memory(limit: float | None, dist) -> None:
-    """Let this process use so many GiB of the GPU, or all it has. Raises UserError where nothing can be limited."""
+    """Let tensors of this process take so many GiB of the GPU, or all it has; a plan leaves FRAGMENTATION besides.
+
+    Raises UserError where nothing can be limited.
+    """
     import torch
+
+    from models.memory import FRAGMENTATION
 
     if limit is None:
         return
@@ -163,7 +168,8 @@ def limit_memory(limit: float | None, dist) -> None:
             f"{held:.1f} GiB of what was measured before are still in use; give this limit a call of its own"
         )
     total = torch.cuda.get_device_properties(dist.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(limit * 2**30 / total, 1.0), dist.device)
+    share = limit * 2**30 / total / (1 - FRAGMENTATION)
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), dist.device)
 
 
 def describe_model(run: Run, plant, rows, images: str) -> tuple[int, int]:
