@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
             trainer.plan_memory()
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
-            build_evaluator(run, plant, dist).report(data.validation, "val", data=data)
+            evaluator = build_evaluator(run, plant, dist)
+            evaluator.keep(data.validation, "val", trainer.examined)
+            evaluator.report(data.validation, "val", data=data)
             run.end_phase("report")
             step = trainer.state.global_step
             del trainer  # the GPU has room for one model

@@ -121,7 +121,7 @@ class TrainingConfig:
     save_steps: int = option(50, "between two checkpoints", low=1)
     max_skipped_steps: int = option(0, "non-finite steps in a row that are skipped", low=0)
     save_total_limit: int = option(2, "checkpoints kept; two, in case one is corrupted", low=2)
-    per_device_eval_batch_size: int = option(4, "images per forward pass of an evaluation", low=1)
+    per_device_eval_batch_size: int = option(16, "images per forward pass of an evaluation, if they fit", low=1)
     report_to: str = option("none", "trackers of transformers, comma-separated: tensorboard,wandb")
 
     @property

@@ -216,11 +216,19 @@ class PlantCollator:
         longest = max(range(len(self.name_ids)), key=lambda label: len(self.name_ids[label]))
         return {"image": gray_image(largest), "label": longest, "id": "\0largest"}  # no image of a file has that id
 
+    def most_prompt_tokens(self) -> int:
+        """Of any image's prompt."""
+        return len(self.prompt_ids) - 1 + max(tokens for tokens, _ in map(self.count_tokens, self._largest_sizes))
+
     def batch_bytes(self, images: int) -> int:
         """Bytes of the pixels of a batch, at most: fp32, as many tiles as an image can have."""
-        tile, side = self.processor.image_processor.crop_size["height"], self.image_size
-        sizes = [(side, side)] if side else self.pinpoints
-        return images * max(self.count_tokens(size)[1] for size in sizes) * 3 * tile * tile * 4
+        tile = self.processor.image_processor.crop_size["height"]
+        return images * max(tiles for _, tiles in map(self.count_tokens, self._largest_sizes)) * 3 * tile * tile * 4
+
+    @property
+    def _largest_sizes(self) -> Sequence[tuple[int, int]]:
+        """(H, W) of fitted images, among them the one of most tokens."""
+        return [(self.image_size, self.image_size)] if self.image_size else self.pinpoints
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:
         """(fitted PIL images, their samples, "id: reason" of the images that cannot be read)."""

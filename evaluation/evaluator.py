@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import logsumexp
 
+from data.collator import Sample
 from data.dataset import PlantData, check_unreadable_fraction, take
 from data.groups import find_plants
 from data.labels import parse_reply
@@ -31,7 +32,7 @@ from evaluation.report import result_lines, write_report
 from evaluation.results import CALIBRATION_FILE, scores_schema
 from evaluation.spreadsheet import write_tables
 from models.builder import PlantModel
-from models.features import decode, encode, features_schema
+from models.features import Examined, decode, encode, features_schema
 from runtime.atomic import write_file
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.run_dir import Run
@@ -57,6 +58,13 @@ class Method:
     @property
     def is_plain(self) -> bool:
         return not (self.per_token or self.prior_calibration or self.limit)
+
+
+def entry_of(sample: Sample, found: Examined) -> dict:
+    """Of a file of scores."""
+    scores = [round(value, DIGITS) for value in found.scores]
+    features = {"tower": encode(found.tower), "state": encode(found.state)}
+    return {"id": sample.id, "label": sample.label, "scores": scores} | features
 
 
 def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
@@ -109,9 +117,17 @@ class Evaluator:
     def compute_scores(self, rows) -> Iterator[dict]:
         """{"id", "label", "scores", "tower", "state"} of each readable image, across ranks; every rank gets all."""
         for sample, found in self.distribute(functools.partial(self.plant.score, with_features=True), rows):
-            scores = [round(value, DIGITS) for value in found.scores]
-            features = {"tower": encode(found.tower), "state": encode(found.state)}
-            yield {"id": sample.id, "label": sample.label, "scores": scores} | features
+            yield entry_of(sample, found)
+
+    def keep(self, rows, split: str, examined: Sequence[tuple[Sample, Examined]]) -> None:
+        """Put what was found in images of `rows`, with the weights that are scored here, where `score` looks first."""
+        if self.dist.is_main_process and examined:
+            images = {row["id"]: {"image": image_fingerprint(row["image"])} for row in rows}
+            entries = [entry_of(sample, found) | images[sample.id] for sample, found in examined]
+            self._write_entries(f"eval_{split}.scores.jsonl", self.facts, entries)
+
+    def _write_entries(self, name: str, header: dict, entries: Sequence[dict]) -> None:
+        write_file(self.folder / name, "".join(json.dumps(entry) + "\n" for entry in [header, *entries]))
 
     def compute_replies(self, rows, max_new_tokens: int) -> Iterator[dict]:
         """{"id", "label", "text"} of each readable image, as compute_scores."""
@@ -155,7 +171,7 @@ class Evaluator:
             kept = cached if found == header else []
             kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
             # Written anew, since a torn last line would swallow the next one.
-            write_file(path, "".join(json.dumps(entry) + "\n" for entry in [header, *kept]))
+            self._write_entries(name, header, kept)
             entries = {entry["id"]: entry for entry in kept}
         pending = [index for index, sample in enumerate(rows["id"]) if sample not in entries]
         # Too many for the store of broadcast_object.

@@ -18,10 +18,12 @@ class BestCheckpoint(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.step: int | None = None  # whose weights this process saved last
 
     def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
         if state.is_world_process_zero and _rank(metrics) > _rank(read_best(self.folder) or {}):
             self.save(model, processing_class, {"step": state.global_step} | metrics)
+            self.step = state.global_step
 
     def save(self, model, processor, facts: dict) -> None:
         """Trainable weights, processor, `facts` (step and metrics) and a manifest; nothing pickled."""

@@ -43,12 +43,12 @@ from models.fused_layers import (
     unwrap,
 )
 from models.loading import explain_errors, find_checkpoint, load_generation_config, load_model
-from models.memory import MicroBatcher
+from models.memory import MicroBatcher, scoring_micro_batch
 from models.scoring import score_batch
 from models.search import Found, Goal, search_batch
 from models.tiny import SIZES, build_config, build_random_model, build_tiny_model, build_tiny_processor
 from models.trainable import set_trainable
-from models.trie import tries_of
+from models.trie import MAX_NODES, tries_of
 from runtime.device import choose_precision, describe_gpu, fit_workers
 from runtime.distributed import Distributed, is_sharded, scoring_weights
 from runtime.interrupt import StopRequest, worker_options
@@ -73,7 +73,7 @@ class PlantModel:
     collator: PlantCollator
     precision: str  # bf16, fp16 or no
     device: torch.device
-    eval_batch_size: int = 4  # images per forward pass of an evaluation
+    eval_batch_size: int = 16  # images per forward pass of an evaluation, fewer where they do not fit
     num_workers: int = 0  # processes that decode images for an evaluation
     checks: list[str] = field(default_factory=list)  # what check_model found true
     stop: StopRequest = field(default_factory=StopRequest)  # of a training, whose validation it ends
@@ -131,8 +131,15 @@ class PlantModel:
 
     @functools.cached_property
     def micro_batcher(self) -> MicroBatcher:
-        """For scoring."""
-        return MicroBatcher(self.eval_batch_size)
+        """For scoring: as many images as fit, `eval_batch_size` at most. Sharded, all ranks compute it or none."""
+        names = min(sum(map(len, self.collator.name_ids)), MAX_NODES)
+        tokens = self.collator.most_prompt_tokens() + names
+        batcher = MicroBatcher(scoring_micro_batch(self.base, self.device, tokens, self.eval_batch_size))
+        if is_sharded(self.base):
+            least = torch.tensor(batcher.size, device=self.device)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+            batcher.size = batcher.smallest = int(least)
+        return batcher
 
     @property
     def fused(self) -> list[FusedLayer]:
@@ -166,13 +173,11 @@ class PlantModel:
 
     def score(self, rows, with_features: bool = False) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
         """For each batch of rows: the log-probability of every class name, or Examined, and the unreadable images."""
-        tries = tries_of(self.collator)
-        if is_sharded(self.base):  # all ranks compute it or none
-            self.micro_batcher.smallest = self.micro_batcher.size
+        tries, micro_batcher = tries_of(self.collator), self.micro_batcher
 
         def score(batch: Batch) -> list:
             states: list = []
-            scores = score_batch(self.model, batch, tries, self.micro_batcher, states).tolist()
+            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
             return examine(self.base, batch, scores, states) if with_features else scores
 
         return self._predict(rows, self.collator, score)

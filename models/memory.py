@@ -113,6 +113,22 @@ def optimizer_bytes(optim: str, trainable: int) -> int:
     return trainable * next((size for part, size in OPTIMIZER_BYTES.items() if part in optim), 8)
 
 
+def scoring_bytes(config, itemsize: int, tokens: int) -> int:
+    """Of an image while its names are scored: keys and values of all layers, and one MLP; prompt and names' tokens."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    held = 2 * keys * config.num_hidden_layers + 3 * config.intermediate_size + 4 * config.hidden_size
+    return itemsize * tokens * held
+
+
+def scoring_micro_batch(base, device: torch.device, tokens: int, most: int) -> int:
+    """Images, from 1 to `most`, whose names can be scored at a time in the memory that is free."""
+    config, itemsize = base.config.text_config, base.get_input_embeddings().weight.element_size()
+    weight, gpu = itemsize * config.hidden_size * config.intermediate_size, available_gpu_memory(device)
+    free = psutil.virtual_memory().available if gpu is None else gpu * (1 - FRAGMENTATION) - memory_in_use(device)
+    return max(1, min(most, int((free - weight - WORKSPACE) / scoring_bytes(config, itemsize, tokens))))
+
+
 def step_cost(
     config, lora_columns: int, itemsize: int, compiled: bool, tokens: int, held: float, fp8: bool = False
 ) -> Cost:

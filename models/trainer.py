@@ -17,12 +17,13 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from data.collator import IGNORED, Batch
+from data.collator import IGNORED, Batch, Sample
 from data.dataset import PlantData, UnreadableImages, count_images, sample_rows
 from data.sampling import TrainRows, TrainSampler
 from models.best_checkpoint import BestCheckpoint
 from models.builder import PlantModel, load_weights
 from models.callbacks import EarlyStopping, MemoryCollector, ProgressBar, RunLog
+from models.features import Examined
 from models.fp8 import use_fp8
 from models.fused_layers import set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
@@ -84,6 +85,7 @@ class PlantTrainer(Trainer):
         super().__init__(model=plant.model, data_collator=plant.collator, processing_class=plant.processor, **kwargs)
         self.fused = plant.fused
         self.best = BestCheckpoint(run.best_folder)
+        self.examined: list[tuple[Sample, Examined]] = []  # val with the weights of best/, on rank 0 of this process
         self.add_callback(self.best)
         self.is_balanced = self.is_augmented = False  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
@@ -347,22 +349,30 @@ class PlantTrainer(Trainer):
     # ---- evaluation
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in self.score_validation().items()}
+        metrics, examined = self.score_validation()
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.best.step == self.state.global_step:
+            self.examined = examined
         return metrics
 
-    def score_validation(self) -> dict[str, float]:
-        """Closed-set log-likelihood scores of all ranks' images: loss per token in nats, top-1, top-5."""
-        scored, num_unreadable = [], 0
+    def score_validation(self) -> tuple[dict[str, float], list[tuple[Sample, Examined]]]:
+        """From closed-set log-likelihood scores of all ranks' images: loss per token in nats, top-1, top-5.
+
+        The images with their scores too, on rank 0.
+        """
+        scored, examined, num_unreadable = [], [], 0
+        predict = functools.partial(self.plant.score, with_features=True)
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
         with torch.random.fork_rng():
-            for found, unreadable in self.plant.distribute(self.plant.score, self.eval_dataset, self.dist):
+            for found, unreadable in self.plant.distribute(predict, self.eval_dataset, self.dist):
                 self.check_stop()
                 self.unreadable_val.add(unreadable, self.dist.is_main_process)
                 num_unreadable += len(unreadable)
+                examined += found if self.dist.is_main_process else []
                 if found:
-                    samples, scores = zip(*found)
+                    samples, scores = zip(*((sample, each.scores) for sample, each in found))
                     labels = np.array([sample.label for sample in samples])
                     correct, rank, log_likelihood = rank_true_classes(np.array(scores), labels)
                     tokens = [sample.length - sample.prompt_length for sample in samples]
@@ -374,12 +384,13 @@ class PlantTrainer(Trainer):
             )
         # In the same order for any number of ranks: sums of floating-point numbers depend on it.
         tokens, correct, rank, log_likelihood = np.array([values for _, *values in sorted(scored)]).T
-        return {
+        metrics = {
             "loss": float(-log_likelihood.sum() / tokens.sum()),
             "top1": float(correct.mean()),
             "top5": float((rank < 5).mean()),
             "unreadable_images": num_unreadable,
         }
+        return metrics, examined
 
 
 def _is_evaluated(state: TrainerState) -> bool:

@@ -204,6 +204,10 @@ def test_a_run_killed_after_its_last_step_is_only_completed(not_completed, full_
     assert same(weights_of(not_completed), weights_of(full_run.folder))
     reports = [json.loads((folder / "eval_val.json").read_text()) for folder in (not_completed, full_run.folder)]
     assert reports[0]["top1"] == reports[1]["top1"] and reports[0]["n"] == reports[1]["n"]
+    # One report is of scores computed for it, the other of those of the evaluation that chose best/.
+    scores = [(folder / "eval_val.scores.jsonl").read_text() for folder in (not_completed, full_run.folder)]
+    assert scores[0] == scores[1] and "images were scored before" not in output
+    assert f"{reports[1]['n']} images were scored before" in (full_run.folder / "train.log").read_text()
 
 
 def test_a_run_forked_from_a_checkpoint_ends_bit_identical(full_run, small_splits, capsys, here):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from models.memory import (
+    FRAGMENTATION,
+    WORKSPACE,
     Cost,
     MemoryOptions,
     MicroBatcher,
@@ -17,6 +19,8 @@ from models.memory import (
     propose_plans,
     recall_plan,
     remember_plan,
+    scoring_bytes,
+    scoring_micro_batch,
     step_cost,
     try_micro_batch,
 )
@@ -50,6 +54,22 @@ MEASURED = [
     (2373, 1, 0, 0, False, 6.84),
     (2373, 8, 32, 0, False, 67.70),
 ]
+
+
+def test_an_image_scored_takes_what_was_measured():
+    """378 nodes of the names' trie, micro-batches of 4 to 32 (docs/LOG.md, 2026-11-23)."""
+    assert scoring_bytes(MISTRAL, 2, 2371 + 378) == pytest.approx((25.2 - 7.3) / 28 * GIB, rel=0.1)
+
+
+@pytest.mark.parametrize("free, most, expected", [(0, 16, 1), (1, 16, 1), (2.99, 16, 2), (40, 16, 16), (40, 50, 40)])
+def test_as_many_images_are_scored_at_a_time_as_fit(free, most, expected, tiny, simulated_gpu):
+    model, tokens = tiny.model(), 100
+    config, itemsize = model.config.text_config, model.get_input_embeddings().weight.element_size()
+    weight = itemsize * config.hidden_size * config.intermediate_size
+    needed = WORKSPACE + weight + free * scoring_bytes(config, itemsize, tokens)
+    simulated_gpu.setattr("models.memory.memory_in_use", lambda device: 5e8)
+    simulated_gpu.setattr("models.memory.available_gpu_memory", lambda device: (5e8 + needed) / (1 - FRAGMENTATION) + 1)
+    assert scoring_micro_batch(model, torch.device("cuda"), tokens, most) == expected
 
 
 @pytest.mark.parametrize("tokens, images, kept, offloaded, compiled, measured", MEASURED)

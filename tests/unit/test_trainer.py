@@ -732,7 +732,7 @@ def fake_scores(monkeypatch, top1: list[float], losses: list[float] | None = Non
 
     def score_validation(self, eval_dataset=None):
         accuracy, loss = next(results)
-        return {"loss": loss, "top1": accuracy, "top5": 1.0, "unreadable_images": 0}
+        return {"loss": loss, "top1": accuracy, "top5": 1.0, "unreadable_images": 0}, []
 
     monkeypatch.setattr("models.trainer.PlantTrainer.score_validation", score_validation)
 
