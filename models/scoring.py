@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from data.collator import Batch, Sample
 from models.fused_layers import unwrap
 from models.memory import MicroBatcher
+from models.tower_cache import expect_images
 from models.trie import TokenTrie
 from runtime.device import collect_memory
 from utils.logging_utils import UserError, logger
@@ -29,11 +30,11 @@ OUT_OF_MEMORY = "out of memory scoring one image; use --load-in-4bit true or a l
 def score_batch(
     model, batch: Batch, tries: Sequence[TokenTrie], micro_batcher: MicroBatcher, states: list | None = None
 ) -> torch.Tensor:
-    """(B, C) log-probabilities in fp32, on the CPU. Raises UserError for one that is not finite.
+    """(B, C) log-probabilities in fp32, on the CPU; (B, 0) without tries. Raises UserError for one that is not finite.
 
     To `states` is added, for each image, the language model's last hidden state (width,) before the answer.
     """
-    names = 1 + max(int(trie.names.max()) for trie in tries)
+    names = max((1 + int(trie.names.max()) for trie in tries), default=0)
 
     def score(base, prefill: Prefill) -> list[torch.Tensor]:
         images, scores = len(prefill.last), torch.zeros(len(prefill.last), names)
@@ -55,12 +56,13 @@ def by_micro_batch(
 ) -> list:
     """What score(base, prefill) returns for each image, micro-batch by micro-batch, halved when out of memory."""
     base, found = unwrap(model), []
-    tokens = max(len(trie.levels) for trie in tries)  # of the longest name
+    tokens = max((len(trie.levels) for trie in tries), default=0)  # of the longest name
     while len(found) < len(batch.samples):
         rows = slice(len(found), len(found) + micro_batcher.size)
         samples = batch.samples[rows]
         _check_window(base, max(sample.prompt_length for sample in samples) + tokens)
         try:
+            expect_images(base, samples)
             found += score(base, _prefill(base, batch.trim(rows), samples))
             continue
         except RuntimeError as error:

@@ -29,6 +29,7 @@ from models.fused_layers import set_activation_checkpointing
 from models.memory import MemoryOptions, MicroBatcher, out_of_memory_message, plan_memory
 from models.scoring import rank_true_classes
 from models.step_checks import StepChecks
+from models.tower_cache import build_cache, expect_images, keeping_features
 from models.training_arguments import build_arguments, load_state
 from runtime.checkpoint import create_checkpoint_dir, rotate, verify_checkpoint, write_manifest
 from runtime.device import is_out_of_memory, synchronize
@@ -125,7 +126,8 @@ class PlantTrainer(Trainer):
         random_state = _get_random_state(device)
         while True:
             try:
-                self.step_loss = self.forward_backward(model, inputs, num_items_in_batch)
+                with keeping_features(self.model, "train"):
+                    self.step_loss = self.forward_backward(model, inputs, num_items_in_batch)
                 break
             except RuntimeError as error:
                 self.halve_micro_batch(error)
@@ -139,14 +141,15 @@ class PlantTrainer(Trainer):
 
     def forward_backward(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """The loss of this rank's samples, summed over micro-batches; gradients add up in the parameters."""
-        total = torch.zeros((), device=self.args.device)
-        micro_batches = inputs.split(self.micro_batcher.size)
+        total, size = torch.zeros((), device=self.args.device), self.micro_batcher.size
+        micro_batches = inputs.split(size)
         if is_sharded(self.plant.base):  # the weights of each forward come from all ranks
             most = torch.tensor(len(micro_batches), device=self.args.device)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             micro_batches += [self.dummy_micro_batch] * (int(most) - len(micro_batches))
-        for micro_batch in micro_batches:
+        for index, micro_batch in enumerate(micro_batches):
             self.stop.check()  # several ranks stop together, at the end of a step
+            expect_images(self.model, inputs.samples[index * size : (index + 1) * size])
             with self.accelerator.no_sync(model):  # no all-reduce by DDP's hooks; runtime/distributed.py says why
                 total = total + super().training_step(model, micro_batch, num_items_in_batch)
         return total
@@ -365,7 +368,7 @@ class PlantTrainer(Trainer):
         scored, examined, num_unreadable = [], [], 0
         predict = functools.partial(self.plant.score, with_features=True)
         # A DataLoader draws a seed from the global generator: without the fork, evaluating would change the training.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), keeping_features(self.plant.base, "val"):
             for found, unreadable in self.plant.distribute(predict, self.eval_dataset, self.dist):
                 self.check_stop()
                 self.unreadable_val.add(unreadable, self.dist.is_main_process)
@@ -430,6 +433,7 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     augmented = data.train if trainer.streams else trainer
     augmented.is_augmented = config.augmentation != "none"
     trainer.is_balanced = config.class_balance
+    build_cache(trainer)
     trainer.remove_callback(PrinterCallback)  # of raw dictionaries
     trainer.add_callback(RunLog(trainer))
     trainer.add_callback(MemoryCollector())
