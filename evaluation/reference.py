@@ -69,7 +69,7 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
         return known or "rank 0 has it"
     towers, states = {}, {}
     began = time.perf_counter()
-    examine = functools.partial(evaluator.plant.score, with_features=True)
+    examine = functools.partial(evaluator.plant.score, with_features=True, with_names=False)
     for sample, found in evaluator.distribute(examine, samples["state"]):
         towers[sample.id], states[sample.id] = (sample.label, found.tower), (sample.label, found.state)
     seconds, done = time.perf_counter() - began, set(samples["state"]["id"])

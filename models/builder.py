@@ -171,9 +171,11 @@ class PlantModel:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def score(self, rows, with_features: bool = False) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
+    def score(
+        self, rows, with_features: bool = False, with_names: bool = True
+    ) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
         """For each batch of rows: the log-probability of every class name, or Examined, and the unreadable images."""
-        tries, micro_batcher = tries_of(self.collator), self.micro_batcher
+        tries, micro_batcher = tries_of(self.collator) if with_names else [], self.micro_batcher
 
         def score(batch: Batch) -> list:
             states: list = []

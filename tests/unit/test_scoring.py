@@ -212,6 +212,14 @@ class Mirrored(Distributed):
         return [*items, *(items if self.gathered < 3 else [None])]
 
 
+def test_features_do_not_depend_on_whether_names_are_scored(tiny):
+    plant, rows = plant_of(tiny), Dataset.from_list(tiny.rows(3), features=ROW)
+    ((whole, _),), ((part, _),) = (list(plant.score(rows, True, with_names)) for with_names in (True, False))
+    for (sample, found), (_, alone) in zip(whole, part, strict=True):
+        assert len(found.scores) == len(plant.class_names) and alone.scores == [], sample.id
+        assert np.array_equal(found.state, alone.state) and np.array_equal(found.tower, alone.tower)
+
+
 def test_batches_of_all_ranks_come_at_once(tiny):
     """One exchange for each, however many ranks: after each batch a training asks all of them whether to stop.
 
