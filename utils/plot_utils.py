@@ -163,11 +163,12 @@ def plot_speed(points: Sequence[tuple[str, float, float]], path: str | Path) -> 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xscale="log", xlabel="peak GPU memory, GiB", ylabel="images/s")
-    for system in dict.fromkeys(system for system, _, _ in points):
+    for number, system in enumerate(dict.fromkeys(system for system, _, _ in points)):
+        place = {"xytext": (6, -12)} if number else {"xytext": (-6, 4), "ha": "right"}  # out of the way of the first
         memory, rates = zip(*sorted((gib, rate) for name, gib, rate in points if name == system))
         axes.plot(memory, rates, marker="o", label=system)
         for gib, rate in zip(memory, rates):
-            axes.annotate(f"{rate:.1f}", (gib, rate), (-6, 4), textcoords="offset points", ha="right", fontsize=9)
+            axes.annotate(f"{rate:.1f}", (gib, rate), textcoords="offset points", fontsize=9, **place)
     axes.set_ylim(0, 1.08 * max(rate for _, _, rate in points))
     low, high = axes.get_xlim()
     ticks = [gib for gib in GPU_SIZES if low <= gib <= high]

@@ -118,7 +118,7 @@ def test_pictures_are_there_and_small():
     for page, text in EVERY.items():
         for picture in re.findall(r"!\[.+?\]\((.+?)\)", text):
             assert (ROOT / page).parent.joinpath(picture).stat().st_size < 150_000
-    assert len(re.findall(r"!\[", README)) == 2
+    assert len(re.findall(r"!\[", README)) == 3
 
 
 def test_names_in_the_file_tree_exist():
