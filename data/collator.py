@@ -228,7 +228,9 @@ class PlantCollator:
     @property
     def _largest_sizes(self) -> Sequence[tuple[int, int]]:
         """(H, W) of fitted images, among them the one of most tokens."""
-        return [(self.image_size, self.image_size)] if self.image_size else self.pinpoints
+        if self.image_size:
+            return [(self.image_size, self.image_size)]
+        return self.pinpoints or [(1, 1)]  # LLaVA-1.5 makes as many of any image
 
     def _open(self, rows: Sequence[dict]) -> tuple[list, list[Sample], list[str]]:
         """(fitted PIL images, their samples, "id: reason" of the images that cannot be read)."""

@@ -109,6 +109,15 @@ def test_model_and_processor_must_see_the_same(base, tiny):
 # ---- LLaVA-1.5
 
 
+def test_its_images_of_any_size_are_as_many_tokens(base, tiny):
+    """An export is scored with its own processor, which has no pinpoints to choose from."""
+    collator, _ = base
+    processor, prompt = build_llava_processor(collator.processor, collator.prompt, tiny.config.question)
+    llava = PlantCollator(processor, prompt, tiny.names, None)
+    assert llava.pinpoints == [] and llava.batch_bytes(4) == collator.batch_bytes(4)
+    assert {sample.prompt_length for sample in llava(rows_of(tiny, SIZES)).samples} == {llava.most_prompt_tokens()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_of_a_llava_has_the_newline_behind_the_image(family, checkpoint, tmp_path):
     config = TrainingConfig(model=checkpoint(family), views="base")
