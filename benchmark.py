@@ -253,7 +253,7 @@ def score_ours(plant, rows) -> Result:
     from models.search import MAX_SCORED, Goal
     from runtime.device import reset_peak_memory
 
-    size, rates, forwards, found = plant.eval_batch_size, [], [], []
+    size, rates, forwards, found = plant.micro_batcher.size, [], [], []
     rows, is_searched = rows.select(range(10 * size)), len(plant.class_names) > MAX_SCORED
     counter = plant.base.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     reset_peak_memory(plant.device)

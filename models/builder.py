@@ -175,11 +175,11 @@ class PlantModel:
         self, rows, with_features: bool = False, with_names: bool = True
     ) -> Iterator[tuple[list[tuple[Sample, Any]], list[str]]]:
         """For each batch of rows: the log-probability of every class name, or Examined, and the unreadable images."""
-        tries, micro_batcher = tries_of(self.collator) if with_names else [], self.micro_batcher
+        tries = tries_of(self.collator) if with_names else []
 
         def score(batch: Batch) -> list:
             states: list = []
-            scores = score_batch(self.model, batch, tries, micro_batcher, states).tolist()
+            scores = score_batch(self.model, batch, tries, self.micro_batcher, states).tolist()
             return examine(self.base, batch, scores, states) if with_features else scores
 
         return self._predict(rows, self.collator, score)
@@ -212,7 +212,9 @@ class PlantModel:
         """For each batch: (sample, prediction) in any order, and "id: reason" of each unreadable image."""
         self.model.eval()
         options = worker_options(self.num_workers)
-        loader = DataLoader(rows, self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, **options)
+        # One forward of a batch, so that ranks that share weights make as many whatever images cannot be read.
+        size = self.micro_batcher.size
+        loader = DataLoader(rows, size, collate_fn=collate, num_workers=self.num_workers, **options)
         batches = tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
         with scoring_weights(self.base):
             for batch in self.stop.iterate(batches):  # after a training, for its limit of a wait alone

@@ -242,6 +242,26 @@ def test_unreadable_images_are_skipped_and_reported(tiny):
     assert [unreadable for _, unreadable in batches] == [[], [f"{listed[2]['id']}: gone.jpg: is empty (0 bytes)"], []]
 
 
+@pytest.mark.parametrize("unreadable", [(), (1, 2), (2, 3), (0, 1, 2, 3, 4, 5)])
+def test_ranks_that_share_weights_make_as_many_forwards_whatever_can_be_read(unreadable, tiny, monkeypatch):
+    """Each forward fetches weights from all ranks. Here two images fit at a time where six were asked for."""
+    monkeypatch.setattr("models.builder.is_sharded", lambda base: True)
+    monkeypatch.setattr("models.builder.scoring_micro_batch", lambda *sizes: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *tensors: None)
+    listed, plant, forwards = tiny.rows(6), plant_of(tiny, eval_batch_size=6), []
+    for index in unreadable:
+        listed[index] = listed[index] | {"image": {"bytes": b"", "path": "gone.jpg"}}
+    plant.base.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    found = list(plant.score(Dataset.from_list(listed, features=ROW), with_names=False))
+    assert len(forwards) == 3 and sum(len(scores) for scores, _ in found) == 6 - len(unreadable)
+
+
+def test_replies_are_generated_for_as_many_images_as_can_be_scored_at_a_time(tiny, monkeypatch):
+    monkeypatch.setattr("models.builder.scoring_micro_batch", lambda *sizes: 2)
+    rows, plant = Dataset.from_list(tiny.rows(5), features=ROW), plant_of(tiny, eval_batch_size=4)
+    assert [len(found) for found, _ in plant.generate(rows, max_new_tokens=1)] == [2, 2, 1]
+
+
 def test_features_come_with_the_same_scores_and_survive_a_cache(tiny):
     rows, plant = Dataset.from_list(tiny.rows(5), features=ROW), plant_of(tiny, eval_batch_size=3)
     scores = {sample.id: values for found, _ in plant.score(rows) for sample, values in found}
