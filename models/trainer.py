@@ -289,6 +289,8 @@ class PlantTrainer(Trainer):
         step = self.dist.broadcast_object(self.best.find(self) if self.dist.is_main_process else None)
         if step != self.state.global_step:
             load_weights(self.model, self.best.folder)
+        if step != self.best.step:  # best/ was lost, and made again of others
+            self.examined = []
         synchronize(self.args.device)
         self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches
         logger.info("result | %s holds the weights of step %d", self.best.folder, step)

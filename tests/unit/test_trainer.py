@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -750,6 +751,17 @@ def test_best_has_the_highest_accuracy_and_then_the_lowest_loss(tiny, tmp_path, 
     trainer.load_best()
     assert read_best(tmp_path / "best")["step"] == best
     assert equal(weights(trainer), kept[best]) and not equal(kept[1], kept[3])
+
+
+@pytest.mark.parametrize("save_steps, step, is_kept", [(1, 1, True), (50, 2, False)])
+def test_what_was_examined_with_lost_weights_is_forgotten(save_steps, step, is_kept, tiny, tmp_path, monkeypatch):
+    fake_scores(monkeypatch, [0.9, 0.1])
+    trainer = make_trainer(tiny, tmp_path, max_steps=2, eval_steps=1, save_steps=save_steps, **FEW)
+    trainer.train()
+    trainer.examined = examined = ["an image"]
+    shutil.rmtree(tmp_path / "best")
+    trainer.load_best()
+    assert read_best(tmp_path / "best")["step"] == step and trainer.examined == (examined if is_kept else [])
 
 
 @pytest.mark.parametrize(
