@@ -356,11 +356,11 @@ def _fit(trainer, row: dict, available: float) -> None:
     logger.info(f"memory | {best.plan.describe(cost.layers)} | {peak}")
 
 
-def _is_better(tried: Tried, best: Tried) -> bool:
-    """Faster; where trials cannot tell, of a larger micro-batch, which waits less often for the CPU."""
-    larger = tried.plan.micro_batch_size - best.plan.micro_batch_size
-    margin = TRIAL_NOISE * ((larger > 0) - (larger < 0))
-    return tried.step < (1 + margin) * best.step
+def _choose(fitting: list[Tried]) -> Tried:
+    """The fastest; of those that trials cannot tell from it the largest micro-batch, which waits least for the CPU."""
+    within = (1 + TRIAL_NOISE) * min(tried.step for tried in fitting)
+    close = [tried for tried in fitting if tried.step <= within]
+    return max(close, key=lambda tried: (tried.plan.micro_batch_size, -tried.step))
 
 
 def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Tried:
@@ -370,26 +370,27 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
     """
     began = time.perf_counter()
     (smallest,) = propose(cost, 0)
-    best = first = try_plan(smallest)
+    first = try_plan(smallest)
     if first.peak == math.inf:  # then nothing does
         return first
     cost = cost._replace(static=cost.static + first.peak - smallest.peak)
+    fitting = [first] if first.peak <= allowed else []
     budget, fits = allowed, False
     while not fits and budget > cost.static * 1.001:
         plans = [plan for plan in propose(cost, budget) if plan[:3] != smallest[:3]][:TRIED_PLANS]
         for plan in plans:
             tried = try_plan(plan)
-            fits |= tried.peak <= allowed
-            if tried.peak > allowed:
+            if tried.peak <= allowed:
+                fits = True
+                fitting.append(tried)
+            else:
                 logger.warning(f"memory: {plan.describe(cost.layers)} does not fit; trying less")
-            elif best.peak > allowed or _is_better(tried, best):
-                best = tried
             if fits and time.perf_counter() - began > TRIAL_SECONDS:
                 break
         if not plans:
             break
         budget = cost.static + 0.8 * (max(plan.peak for plan in plans) - cost.static)
-    return best
+    return _choose(fitting or [first])
 
 
 # ---- plans of earlier runs

@@ -223,15 +223,15 @@ def test_the_fastest_plan_that_was_tried_is_kept_whatever_arithmetic_says(tiny, 
     assert trainer.micro_batcher.size == 4
 
 
-@pytest.mark.parametrize("slower, expected", [(0.02, 8), (0.04, 4)])
+@pytest.mark.parametrize("slower, expected", [(0.014, 16), (0.02, 8), (0.04, 4)])
 def test_of_plans_that_trials_cannot_tell_apart_the_larger_micro_batch_is_kept(
     slower, expected, tiny, tmp_path, simulated_gpu
 ):
     def measure(trainer, row, size):
-        return {4: 1.0, 8: 1 + slower}.get(size, 2.0), 1e6
+        return {4: 1.0, 8: 1 + slower, 16: 1 + 2 * slower}.get(size, 2.0), 1e6
 
     simulated_gpu.setattr("models.memory.try_micro_batch", measure)
-    trainer = make_fused(tiny, tmp_path, per_device_train_batch_size=8)
+    trainer = make_fused(tiny, tmp_path)
     plan(trainer, tiny, compile="false")
     assert trainer.micro_batcher.size == expected
 
