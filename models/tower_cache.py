@@ -16,7 +16,7 @@ import torch
 
 from data.collator import Sample
 from models.fused_layers import unwrap
-from runtime.device import GIB
+from runtime.device import GIB, is_out_of_memory
 from runtime.launcher import get_local_world_size
 from utils.logging_utils import logger
 
@@ -67,12 +67,18 @@ class TowerCache:
         return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
     def _copy_to_host(self, features: torch.Tensor) -> torch.Tensor | None:
-        """None once the capacity is used up."""
+        """None once the capacity is used up, or the system locks no more pages."""
         size = 1 << (features.nbytes - 1).bit_length()  # so the allocator of page-locked memory rounds up
         if size > self.capacity:
             return None
         self.capacity -= size
-        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.is_cuda)
+        try:
+            host = torch.empty(features.shape, dtype=features.dtype, pin_memory=features.is_cuda)
+        except RuntimeError as error:  # no smaller micro-batch would help
+            if not is_out_of_memory(error):
+                raise
+            self.capacity = 0
+            return None
         return host.copy_(features, non_blocking=True)  # a later copy back is behind it on the same stream
 
 

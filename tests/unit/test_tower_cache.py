@@ -58,6 +58,21 @@ def test_what_has_no_room_is_computed_again(tiny, tmp_path):
     assert len(find_cache(trainer.model).kept) == 5 * 4 and sum(tiles) == 2 * (32 + 2 * 12 + 10) + 10
 
 
+def test_what_the_system_does_not_lock_is_computed_again(tiny, tmp_path, monkeypatch):
+    """The GPU has room for the micro-batch, so it stays as it is."""
+    trainer, _ = cached_trainer(tiny, tmp_path, eval_steps=None)
+    empty = torch.empty
+
+    def refuse(*size, pin_memory=None, **options):
+        if pin_memory is not None:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    trainer.train()
+    assert trainer.micro_batcher.size == 4 and not find_cache(trainer.model).kept
+
+
 def test_after_out_of_memory_the_right_images_are_looked_up(tiny, tmp_path):
     plain = plain_trainer(tiny, tmp_path / "plain")
     plain.train()
