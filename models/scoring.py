@@ -23,7 +23,7 @@ from runtime.device import collect_memory
 from utils.logging_utils import UserError, logger
 
 HEAD_ROWS = 1024  # rows of logits at a time: (HEAD_ROWS, V) in fp32 is 130 MB at V = 32,064
-OUT_OF_MEMORY = "out of memory scoring one image; use --load-in-4bit true or a larger GPU (--gpu-memory-fraction)"
+OUT_OF_MEMORY = "out of memory scoring {}--load-in-4bit true or a larger GPU (--gpu-memory-fraction)"
 
 
 @torch.no_grad()
@@ -66,7 +66,9 @@ def by_micro_batch(
             found += score(base, _prefill(base, batch.trim(rows), samples))
             continue
         except RuntimeError as error:
-            micro_batcher.halve(error, OUT_OF_MEMORY)
+            size = micro_batcher.size  # above one, weights are sharded, and no rank halves it alone
+            fewer = f"a micro-batch of {size}; use --per-device-eval-batch-size {size // 2}, "
+            micro_batcher.halve(error, OUT_OF_MEMORY.format(fewer if size > 1 else "one image; use "))
         # Outside the except block: the traceback would keep the failed attempt's tensors.
         collect_memory(batch["input_ids"].device)
         logger.warning("out of memory while scoring; retrying with micro-batch %d", micro_batcher.size)

@@ -198,6 +198,11 @@ def test_out_of_memory_halves_the_micro_batch_until_one_image_does_not_fit(tiny,
     room = 0
     with pytest.raises(UserError, match="out of memory scoring one image; use --load-in-4bit true"):
         score_batch(model, batch, tries, micro_batcher)
+    micro_batcher.size = micro_batcher.smallest = 4  # with sharded weights
+    with pytest.raises(
+        UserError, match="scoring a micro-batch of 4; use --per-device-eval-batch-size 2, --load-in-4bit"
+    ):
+        score_batch(model, batch, tries, micro_batcher)
 
 
 def plant_of(tiny, **loading):
