@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from models.attention import choose_attention
@@ -23,6 +22,7 @@ from runtime.atomic import write_file
 from runtime.device import (
     GIB,
     available_gpu_memory,
+    available_host_memory,
     collect_memory,
     describe_gpu,
     is_out_of_memory,
@@ -126,7 +126,7 @@ def scoring_micro_batch(base, device: torch.device, tokens: int, most: int) -> i
     """Images, from 1 to `most`, whose names can be scored at a time in the memory that is free."""
     config, itemsize = base.config.text_config, base.get_input_embeddings().weight.element_size()
     weight, gpu = itemsize * config.hidden_size * config.intermediate_size, available_gpu_memory(device)
-    free = psutil.virtual_memory().available if gpu is None else gpu * (1 - FRAGMENTATION) - memory_in_use(device)
+    free = available_host_memory() if gpu is None else gpu * (1 - FRAGMENTATION) - memory_in_use(device)
     return max(1, min(most, int((free - weight - WORKSPACE) / scoring_bytes(config, itemsize, tokens))))
 
 
@@ -324,7 +324,7 @@ def _fit(trainer, row: dict, available: float) -> None:
     cost = step_cost(config, group.columns, itemsize, compiled, sample.length, held, fp8)
     allowed = available * (1 - FRAGMENTATION)
     # Half of what is free; the allocator of page-locked memory rounds up to powers of two.
-    host = psutil.virtual_memory().available / (4 * get_local_world_size())
+    host = available_host_memory() / (4 * get_local_world_size())
     checkpointing = trainer.memory_options.gradient_checkpointing
 
     def use(plan: Plan) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 
 from data.collator import Sample
 from models.fused_layers import unwrap
-from runtime.device import GIB, is_out_of_memory
+from runtime.device import GIB, available_host_memory, is_out_of_memory
 from runtime.launcher import get_local_world_size
 from utils.logging_utils import logger
 
@@ -117,6 +116,6 @@ def build_cache(trainer: Any) -> None:
     if not is_fixed or not is_frozen or is_dropped_out or trainer.memory_options.sharding != "none":
         return
     if trainer.args.device.type == "cuda" and trainer.planned_steps() * trainer.total_batch_size > len(rows):
-        capacity = psutil.virtual_memory().available / (4 * get_local_world_size())
+        capacity = available_host_memory() / (4 * get_local_world_size())
         TowerCache(base, capacity)
         logger.info("memory | the vision tower's features are kept, in %.1f GiB of the CPU's memory", capacity / GIB)

@@ -1,5 +1,6 @@
 """Where a run computes, how precisely, and its memory. Little but torch is imported, for quick errors."""
 
+import contextlib
 import gc
 import resource
 import shutil
@@ -14,6 +15,7 @@ from runtime.launcher import get_world_size, launch_number, refuse_several_ranks
 from utils.logging_utils import UserError, logger
 
 GIB = 2**30
+CGROUP = Path("/sys/fs/cgroup")  # of a container, which sees its own group there
 CPU_LIMIT_BYTES = 4e9  # of weights on disk; a larger model would take minutes a step without a GPU
 warned_of: set[str] = set()  # folders of shared memory: a run asks for its training and for its evaluation
 BF16_CAPABILITY = (8, 0)  # Ampere; older GPUs only emulate it, and torch counts that as support
@@ -116,6 +118,19 @@ def available_gpu_memory(device: torch.device) -> float | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return min(torch.cuda.get_per_process_memory_fraction(device) * total, free + torch.cuda.memory_reserved(device))
+
+
+def available_host_memory() -> int:
+    """Bytes of the CPU's memory that this process may take, by what is free and by a container's limit (cgroup v2).
+
+    The limit counts cached files, of which the kernel gives up what is inactive.
+    """
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no cgroup v2
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))
+    return max(free, 0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime.device import available_gpu_memory, choose_device, choose_precision, fit_workers
+from runtime.device import available_gpu_memory, available_host_memory, choose_device, choose_precision, fit_workers
 from utils.logging_utils import UserError
 
 
@@ -87,3 +87,16 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started(tmp
     caplog.clear()
     assert fit_workers(2, int(62e6), str(tmp_path)) == 0 and not caplog.records  # one warning for both phases
     assert fit_workers(0, int(62e6), str(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("3000000", 3e6 - 2e6 + 5e5), ("1000000", 0), ("max", 7e6), ("9" * 18, 7e6), (None, 7e6)]
+)
+def test_a_containers_limit_counts_less_its_inactive_page_cache(limit, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.device.CGROUP", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=7_000_000))
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("2000000\n")
+        (tmp_path / "memory.stat").write_text("anon 1500000\ninactive_file 500000\n")
+    assert available_host_memory() == expected
