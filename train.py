@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
             evaluator = build_evaluator(run, plant, dist)
-            evaluator.keep("val", trainer.examined, trainer.val_fingerprints)
+            evaluator.keep("val", trainer.examined)
             evaluator.report(data.validation, "val", data=data)
             run.end_phase("report")
             step = trainer.state.global_step

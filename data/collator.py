@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from utils.image_utils import ImageError, count_image_tokens, fit_image, gray_image, open_image, read_image_size
+from utils.image_utils import (
+    ImageError,
+    count_image_tokens,
+    fit_image,
+    gray_image,
+    image_fingerprint,
+    open_image,
+    read_image_size,
+)
 from utils.logging_utils import UserError
 from utils.tensor_utils import check_tensor
 from utils.tokenizer_utils import Prompt
@@ -30,6 +38,7 @@ class Sample(NamedTuple):
     image_tokens: int
     prompt_length: int
     length: int
+    image: tuple[int, ...] = ()  # fingerprint of what was opened: a file may be replaced while a run trains
 
 
 class Batch(dict):
@@ -236,6 +245,7 @@ class PlantCollator:
         """(fitted PIL images, their samples, "id: reason" of the images that cannot be read)."""
         images, samples, unreadable = [], [], []
         for row in rows:
+            fingerprint = tuple(image_fingerprint(row["image"]))  # before: of what was replaced meanwhile, the old one
             try:
                 image = open_image(row["image"])
             except ImageError as error:
@@ -243,7 +253,7 @@ class PlantCollator:
                 continue
             image = fit_image(image, self.image_size, row.get("augmentation_seed"))
             images.append(image)
-            samples.append(self.describe(row, (image.height, image.width)))
+            samples.append(self.describe(row, (image.height, image.width))._replace(image=fingerprint))
         return images, samples, unreadable
 
     def _encode(self, images: list, texts: list[str], padding_side: str) -> dict[str, torch.Tensor]:

@@ -119,13 +119,10 @@ class Evaluator:
         for sample, found in self.distribute(functools.partial(self.plant.score, with_features=True), rows):
             yield entry_of(sample, found)
 
-    def keep(self, split: str, examined: Sequence[tuple[Sample, Examined]], fingerprints: dict[str, list[int]]) -> None:
-        """Put what was found in images, with the weights that are scored here, where `score` looks first.
-
-        `fingerprints` by id, from before that: `score` computes an image anew that was replaced since.
-        """
+    def keep(self, split: str, examined: Sequence[tuple[Sample, Examined]]) -> None:
+        """Put what was found, with the weights that are scored here, where `score` looks first."""
         if self.dist.is_main_process and examined:
-            entries = [entry_of(sample, found) | {"image": fingerprints[sample.id]} for sample, found in examined]
+            entries = [entry_of(sample, found) | {"image": sample.image} for sample, found in examined]
             self._write_entries(f"eval_{split}.scores.jsonl", self.facts, entries)
 
     def _write_entries(self, name: str, header: dict, entries: Sequence[dict]) -> None:

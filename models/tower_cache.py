@@ -19,6 +19,9 @@ from runtime.device import GIB, available_host_memory, is_out_of_memory
 from runtime.launcher import get_local_world_size
 from utils.logging_utils import logger
 
+# Towers that compute the same in training, without dropout; BEiT drops paths, and DINOv3 rescales positions.
+DETERMINISTIC = ("clip_vision_model", "siglip_vision_model")
+
 
 class TowerCache:
     """The forward of a vision tower, put in place of the stock one.
@@ -33,7 +36,7 @@ class TowerCache:
         self.layers = [layers] if isinstance(layers, int) else list(layers)
         self.capacity = capacity
         self.split: str | None = None
-        self.kept: dict[tuple[str, str], torch.Tensor] = {}  # (split, id): (L, P, N, D) on the CPU
+        self.kept: dict[tuple, torch.Tensor] = {}  # (split, id, fingerprint): (L, P, N, D) on the CPU
         self.expected: Sequence[Sample] = ()
 
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> Any:
@@ -42,7 +45,7 @@ class TowerCache:
         tiles = [sample.tiles for sample in samples]
         if not samples or sum(tiles) != len(pixel_values):
             return self.stock(pixel_values, **kwargs)
-        keys = [(str(self.split), sample.id) for sample in samples]
+        keys = [(str(self.split), sample.id, sample.image) for sample in samples]
         missing = [index for index, key in enumerate(keys) if key not in self.kept]
         found = {}
         if missing:
@@ -112,8 +115,9 @@ def build_cache(trainer: Any) -> None:
     base, rows = trainer.plant.base, trainer.train_dataset
     is_fixed = not trainer.streams and not trainer.is_augmented
     is_frozen = not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters())
-    is_dropped_out = getattr(base.config.vision_config, "attention_dropout", 0.0) > 0
-    if not is_fixed or not is_frozen or is_dropped_out or trainer.memory_options.sharding != "none":
+    config = base.config.vision_config
+    is_random = config.model_type not in DETERMINISTIC or config.attention_dropout > 0
+    if not is_fixed or not is_frozen or is_random or trainer.memory_options.sharding != "none":
         return
     if trainer.args.device.type == "cuda" and trainer.planned_steps() * trainer.total_batch_size > len(rows):
         capacity = available_host_memory() / (4 * get_local_world_size())

@@ -44,7 +44,6 @@ from runtime.distributed import (
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, worker_options
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
-from utils.image_utils import image_fingerprint
 from utils.logging_utils import UserError, first_line, logger
 
 
@@ -88,8 +87,6 @@ class PlantTrainer(Trainer):
         self.fused = plant.fused
         self.best = BestCheckpoint(run.best_folder)
         self.examined: list[tuple[Sample, Examined]] = []  # val with the weights of best/, on rank 0 of this process
-        scored = self.eval_dataset if self.dist.is_main_process else None
-        self.val_fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in scored or ()}  # at the start
         self.add_callback(self.best)
         self.is_balanced = self.is_augmented = False  # other than each train image once an epoch, as it is
         self.streams = isinstance(self.train_dataset, IterableDataset)
@@ -292,7 +289,7 @@ class PlantTrainer(Trainer):
         step = self.dist.broadcast_object(self.best.find(self) if self.dist.is_main_process else None)
         if step != self.state.global_step:
             load_weights(self.model, self.best.folder)
-        if step != self.best.step:  # best/ was lost, and made again of others
+        if step != self.best.step:  # best/ was lost, and made again of other weights
             self.examined = []
         synchronize(self.args.device)
         self.accelerator.wait_for_everyone()  # no rank may go ahead while another still fetches

@@ -265,9 +265,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def image_fingerprint(image: dict) -> list[int]:
     """Tells an image from another of the same id: its size and checksum, or size and time of its file.
 
-    Empty for a file that is not there: opening it reports that, and counts it among the unreadable images.
+    Empty for a file that cannot be found: opening it reports that, and counts it among the unreadable images.
     """
     if image["bytes"] is not None:
         return [len(image["bytes"]), zlib.crc32(image["bytes"])]
-    path = Path(image["path"] or "")
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+    with contextlib.suppress(OSError, ValueError):  # gone, may not be read, or no path that a file can have
+        found = Path(image["path"] or "").stat()
+        return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else []
+    return []

@@ -28,6 +28,7 @@ from runtime.legacy import RENAMED, renamed
 from runtime.run_dir import Run
 from runtime.run_files import ANY, read_entries
 from tests.conftest import draw_nothing
+from tests.unit.test_trainer import FEW, make_trainer
 from utils.logging_utils import UserError, setup_logging
 
 OLD_KEYS = {new: old for old, new in RENAMED.items()}
@@ -216,6 +217,20 @@ def test_an_image_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny
     samples[2] = samples[2] | {"label": 7}
     entries, _ = score_with_cache(Dataset.from_list(samples, features=ROW), compute, path, {})
     assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
+
+
+def test_an_image_that_was_replaced_after_a_training_saw_it_is_scored_again(image_folder, tiny, tmp_path):
+    root = image_folder({"oak": 3})
+    val = [row | {"label": 0} for row in load_ood_images(root)]
+    trainer = make_trainer(tiny, tmp_path / "run", tiny.rows(4), val, max_steps=1, **FEW)
+    trainer.train()
+    trainer.load_best()
+    Image.new("RGB", (90, 90), "red").save(root / "oak" / "1.png")
+    (tmp_path / "anew").mkdir()
+    kept, anew = (Evaluator(trainer.plant, tmp_path / folder, {}) for folder in ("run", "anew"))
+    kept.keep("val", trainer.examined)
+    found, expected = (each.score(trainer.eval_dataset, "val")[0] for each in (kept, anew))
+    assert found.ids == expected.ids and np.allclose(found.scores, expected.scores, atol=1e-3)
 
 
 def test_an_image_on_disk_is_known_by_size_and_time(image_folder, tmp_path):

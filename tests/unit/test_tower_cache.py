@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from PIL import Image
+from transformers import BeitConfig
 
+from data.sources import load_ood_images
 from models.memory import MicroBatcher
 from models.scoring import score_batch
 from models.tower_cache import TowerCache, build_cache, find_cache, keeping_features
 from models.trie import build_tries
-from tests.unit.test_trainer import limit_memory, make_trainer, split_into, weights
+from tests.unit.test_trainer import At, limit_memory, make_trainer, split_into, weights
 from utils.logging_utils import setup_logging
 
 
@@ -93,6 +96,16 @@ def test_images_of_one_id_in_two_splits_are_two_images(tiny, tmp_path):
     assert losses(trainer) == pytest.approx(losses(plain), abs=1e-5) and sum(tiles) == 2 * 20 + 2 * 10
 
 
+def test_an_image_that_was_replaced_is_computed_again(image_folder, tiny, tmp_path):
+    root = image_folder({"oak": 12})
+    rows = [row | {"label": 0} for row in load_ood_images(root)]
+    trainer, tiles = cached_trainer(tiny, tmp_path / "run", rows, max_steps=2, eval_steps=None)
+    red = Image.new("RGB", (90, 90), "red")
+    trainer.add_callback(At("on_step_end", lambda state: red.save(root / "oak" / "1.png"), 1))
+    trainer.train()
+    assert sum(tiles) == 2 * (12 + 1 + 10) + 10
+
+
 def test_elsewhere_nothing_is_looked_up(tiny, tmp_path):
     """As in a report on another split, whose images may have the same ids."""
     trainer, tiles = cached_trainer(tiny, tmp_path)
@@ -122,7 +135,7 @@ def test_several_feature_layers_are_kept(checkpoint, tiny):
     assert tiles == [2]
 
 
-@pytest.mark.parametrize("change", ["cpu", "augmented", "trained", "once", "frozen"])
+@pytest.mark.parametrize("change", ["cpu", "augmented", "trained", "random", "once", "frozen"])
 def test_the_cache_is_for_frozen_towers_on_gpus_that_see_an_image_again(change, tiny, tmp_path, monkeypatch, capsys):
     setup_logging()
     trainer = plain_trainer(tiny, tmp_path)
@@ -133,6 +146,8 @@ def test_the_cache_is_for_frozen_towers_on_gpus_that_see_an_image_again(change, 
         trainer.is_augmented = True
     if change == "trained":
         trainer.model.model.vision_tower.requires_grad_(True)
+    if change == "random":
+        trainer.model.config.vision_config = BeitConfig()
     if change == "once":
         trainer.args.max_steps = 2
     build_cache(trainer)

@@ -22,7 +22,6 @@ from config.training_config import PRESETS, TrainingConfig
 from data.collator import PlantCollator
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
-from evaluation.evaluator import Evaluator
 from models.builder import PlantModel, set_trainable
 from models.callbacks import EarlyStopping
 from models.fused_layers import FusedLayer, fuse_layers, set_activation_checkpointing
@@ -752,22 +751,6 @@ def test_best_has_the_highest_accuracy_and_then_the_lowest_loss(tiny, tmp_path, 
     trainer.load_best()
     assert read_best(tmp_path / "best")["step"] == best
     assert equal(weights(trainer), kept[best]) and not equal(kept[1], kept[3])
-
-
-def test_an_image_replaced_after_it_was_examined_is_examined_again(tiny, tmp_path, capsys):
-    setup_logging()
-    rows = tiny.rows(4)
-    for number, row in enumerate(rows):
-        file = tmp_path / f"{number}.png"
-        file.write_bytes(row["image"]["bytes"])
-        rows[number] = row | {"image": {"bytes": None, "path": str(file)}}
-    trainer = make_trainer(tiny, tmp_path, val_rows=rows)
-    trainer.evaluate()
-    (tmp_path / "2.png").write_bytes(tiny.rows(5)[4]["image"]["bytes"])
-    evaluator = Evaluator(trainer.plant, tmp_path, {"adapter": "step 0"})
-    evaluator.keep("val", trainer.examined, trainer.val_fingerprints)
-    evaluator.score(trainer.eval_dataset, "val")
-    assert "eval | 3 images were scored before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("save_steps, step, is_kept", [(1, 1, True), (50, 2, False)])
