@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     config, options, sizes = parse_benchmark(argv)
     set_environment()
     setup_logging()
-    with report_errors(ConfigError), contextlib.ExitStack() as stack:
+    interrupted = "run it again; --points has the rows that were measured"
+    with report_errors(ConfigError, when_interrupted=interrupted), contextlib.ExitStack() as stack:
         if options.picture:
             from utils.plot_utils import plot_speed
 
@@ -116,8 +117,7 @@ def measure(run: Run, options: BenchmarkOptions, sizes: list[tuple[int, int]]) -
     config, device, results = run.config, run.dist.device, []
     print(machine := describe_machine(device), flush=True)
     class_names = make_names(options.names)
-    count = max(config.max_steps * config.effective_batch_size, 10 * config.per_device_eval_batch_size)
-    data = make_data(sizes, class_names, count)
+    data = make_data(sizes, class_names, config.max_steps * config.effective_batch_size)
 
     def add(result: Result) -> None:
         results.append(result)
@@ -254,7 +254,8 @@ def score_ours(plant, rows) -> Result:
     from runtime.device import reset_peak_memory
 
     size, rates, forwards, found = plant.micro_batcher.size, [], [], []
-    rows, is_searched = rows.select(range(10 * size)), len(plant.class_names) > MAX_SCORED
+    rows = rows.select([index % len(rows) for index in range(10 * size)])
+    is_searched = len(plant.class_names) > MAX_SCORED
     counter = plant.base.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     reset_peak_memory(plant.device)
     began = time.perf_counter()

@@ -1,6 +1,7 @@
 """What the benchmark measures, in a file with a line of JSON for each. Lines about other programs are read alike."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -41,11 +42,19 @@ def append_result(path: str, result: Result, images: str, machine: str) -> None:
 def read_points(path: str) -> list[tuple[str, float, float]]:
     """(system, GiB, images/s) of each line, but of what did not fit. Raises UserError."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason, move = first_line(error), "give the file that an earlier benchmark wrote"
+        raise UserError(f"--points {path}: cannot be read ({reason}); {move}") from error
+    for number, line in enumerate(lines, 1):
         try:
             point = json.loads(line)
             if point["images_s"] is not None:
-                found.append((str(point["system"]), float(point["gib"]), float(point["images_s"])))
+                gib, rate = float(point["gib"]), float(point["images_s"])
+                if not (0 < gib < math.inf and 0 < rate < math.inf):
+                    raise ValueError("gib and images_s must be above 0")
+                found.append((str(point["system"]), gib, rate))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is no point ({first_line(error)}); write {EXAMPLE}") from error
     if not found:

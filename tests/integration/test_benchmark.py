@@ -115,6 +115,7 @@ BAD_POINTS = [
     ('{"system": "a", "gib": 1, "images_s": 2}\nnonsense\n', "line 2 is no point (JSONDecodeError"),
     ('{"system": "a", "images_s": 2}\n', "line 1 is no point (KeyError: 'gib'); write {\"system\""),
     ('{"system": "a", "gib": "much", "images_s": 2}\n', "line 1 is no point (ValueError"),
+    ('{"system": "a", "gib": -1, "images_s": 2}\n', "line 1 is no point (ValueError: gib and images_s must be above 0"),
     ("[1]\n", "line 1 is no point (TypeError"),
 ]
 
@@ -131,7 +132,7 @@ BAD_INPUT = [
     (["--memory-limits", "5,much"], "memory_limits=5,much: GiB are needed, such as 5.3,12"),
     (["--memory-limits", "0"], "memory_limits=0: GiB are needed"),
     (["--picture", "speed.png"], "picture=speed.png: needs --points FILE, which an earlier benchmark wrote"),
-    (["--points", "gone.jsonl", "--picture", "speed.png"], "gone.jsonl: No such file or directory"),
+    (["--points", "gone.jsonl", "--picture", "speed.png"], "gone.jsonl: cannot be read (FileNotFoundError"),
     (["--image", "big"], "image=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
     (["--image", "0x9"], "image=0x9: width x height of 1 to 9999 pixels is needed"),
     (["--dataset", "mine"], "--dataset mine: has no effect, images are generated; use --image WIDTHxHEIGHT"),
