@@ -26,8 +26,8 @@ DETERMINISTIC = ("clip_vision_model", "siglip_vision_model")
 class TowerCache:
     """The forward of a vision tower, put in place of the stock one.
 
-    It knows the images of a forward if `expect` named them just before and `split` says which of two images of one id
-    is meant; otherwise the stock forward computes. Images are kept until they take `capacity` bytes.
+    It knows the images of a forward if `expect_images` named them just before and `split` says which of two images of
+    one id is meant; otherwise the stock forward computes. Images are kept until they take `capacity` bytes.
     """
 
     def __init__(self, base: Any, capacity: float):
@@ -98,7 +98,7 @@ def expect_images(model: Any, samples: Sequence[Sample]) -> None:
 
 @contextlib.contextmanager
 def keeping_features(model: Any, split: str) -> Iterator[None]:
-    """Inside, forwards are of images of this split, the same pixels for an id each time."""
+    """Inside, forwards are of images of this split, with the same pixels for the same file each time."""
     cache = find_cache(model)
     if cache is None:
         yield
