@@ -374,23 +374,21 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
     if first.peak == math.inf:  # then nothing does
         return first
     cost = cost._replace(static=cost.static + first.peak - smallest.peak)
-    fitting = [first] if first.peak <= allowed else []
-    budget, fits = allowed, False
-    while not fits and budget > cost.static * 1.001:
+    fitting, budget = [], allowed
+    while not fitting and budget > cost.static * 1.001:
         plans = [plan for plan in propose(cost, budget) if plan[:3] != smallest[:3]][:TRIED_PLANS]
         for plan in plans:
             tried = try_plan(plan)
             if tried.peak <= allowed:
-                fits = True
                 fitting.append(tried)
             else:
                 logger.warning(f"memory: {plan.describe(cost.layers)} does not fit; trying less")
-            if fits and time.perf_counter() - began > TRIAL_SECONDS:
+            if fitting and time.perf_counter() - began > TRIAL_SECONDS:
                 break
         if not plans:
             break
         budget = cost.static + 0.8 * (max(plan.peak for plan in plans) - cost.static)
-    return _choose(fitting or [first])
+    return _choose(fitting + ([first] if first.peak <= allowed or not fitting else []))
 
 
 # ---- plans of earlier runs
