@@ -96,6 +96,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
                 "out"
             )
     source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
+    if len(source.class_names) < len(expected) or splits.keys() - source.splits.keys():
+        raise UserError(f"--streaming true: {'; '.join(source.warnings)}; write the files otherwise, or use false")
     with _explaining(where, "write the files again, all alike"):
         return source._replace(splits={"train": Stream(train_files, reading.seed, (image, label)), **source.splits})
 

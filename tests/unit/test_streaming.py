@@ -125,6 +125,25 @@ def test_names_in_another_order_are_not_mixed_up(tmp_path):
         streamed(tmp_path / "images")
 
 
+@pytest.mark.parametrize(
+    ("names", "splits", "words"),
+    [
+        (["Rosa canina", "rosa_canina", "elm"], (), "'rosa_canina' are read as one class, 'Rosa canina'; rename one"),
+        (NAMES, ("test",), "test has no labels, so it cannot be scored: its 5 images are not used; .*, or use false"),
+    ],
+)
+def test_labels_that_a_stream_cannot_have_are_refused(names, splits, words, tmp_path):
+    """Its numbers are those of the file: were two classes one, they would be the labels of others."""
+    write_parquet(tmp_path / "images", 2, 4, names=names)
+    for split in splits:
+        file = tmp_path / "images" / f"{split}-00.parquet"
+        rows = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+        rows.map(lambda row: row | {"label": -1}).to_parquet(file)
+    with pytest.raises(UserError, match=f"--streaming true: .*{words}"):
+        streamed(tmp_path / "images")
+    assert len(build_datasets(parse_config(["--dataset", str(tmp_path / "images")])).test)
+
+
 def test_the_id_of_an_image_without_a_path_is_a_hash_of_its_bytes(tmp_path):
     files = write_parquet(tmp_path / "images", 2, 3, path="")
     found = [row["id"] for row in Stream(files, seed=1).head(10)]
