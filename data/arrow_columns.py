@@ -153,5 +153,5 @@ def read_cells(rows: Dataset, name: str, places: np.ndarray | None = None) -> li
 
 
 def names_of(feature) -> list[str]:
-    """The names of a ClassLabel, which its JSON may give with half a character."""
-    return [name.encode(errors="replace").decode() for name in feature.names]
+    """The names of a ClassLabel as cells, which its JSON may give with half a character."""
+    return [name.encode(errors="replace").decode().strip() for name in feature.names]

@@ -91,8 +91,8 @@ def test_parquet_folder_without_names_is_the_official_classes(parquet_folder):
 
 
 def test_parquet_folder_with_its_own_names(parquet_folder):
-    data = build("--dataset", parquet_folder(labels=[0, 1, 1], names=["oak_tree", "ash"]))
-    assert data.class_names == ["oak tree", "ash"]
+    data = build("--dataset", parquet_folder(labels=[0, 1, 1], names=["oak_tree ", "ash"]))
+    assert data.class_names == ["oak tree", "ash"] and data.train["label"][:] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
