@@ -9,6 +9,7 @@ import csv
 import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,19 +231,21 @@ def records_of(data: Any) -> list[dict]:
 
 
 def _join_coco(data: dict) -> list[dict]:
-    """Images of COCO's form with the name of their category; of boxes, without one."""
+    """Images of COCO's form with the name of their category; of boxes, without one; once for each category."""
 
     def read(key: str) -> list[dict]:
         return [record for record in data[key] if isinstance(record, dict)]
 
     names = {
-        cell_of(record.get("id", record.get("category_id"))): record.get("name") or record.get("scientificName")
-        for record in read("categories")
+        cell_of(each.get("id", each.get("category_id"))): cell_of(each.get("name") or each.get("scientificName"))
+        for each in read("categories")
     }
-    labels = {}
+    labels: dict[str, dict[str, None]] = defaultdict(dict)  # of each image, each once
     for record in read("annotations"):
         category = cell_of(record.get("category_id"))
-        labels[cell_of(record.get("image_id"))] = None if "bbox" in record else names.get(category) or category
+        labels[cell_of(record.get("image_id"))]["" if "bbox" in record else names.get(category) or category] = None
     return [
-        {**record, "label": labels.get(cell_of(record.get("id", record.get("image_id"))))} for record in read("images")
+        {**record, "label": label}
+        for record in read("images")
+        for label in labels.get(cell_of(record.get("id", record.get("image_id"))), [""])
     ]

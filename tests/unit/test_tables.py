@@ -90,6 +90,22 @@ def test_json_in_the_forms_that_people_write(tmp_path, name, text):
     assert classes(table) == {"a.jpg": "1", "b.jpg": "x"}
 
 
+def test_several_categories_of_an_image_are_no_label(tmp_path):
+    images(tmp_path, 5, "{}.jpg")
+    pairs = [(0, 1), (0, 2), (1, 1), (1, 1), (2, 1), (3, 2)]
+    data = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(5)],
+        "annotations": [{"image_id": image, "category_id": category} for image, category in pairs],
+        "categories": [{"id": 1, "name": "daisy"}, {"id": 2, "name": ["rose"]}],
+    }
+    table = read(put(tmp_path / "coco.json", json.dumps(data)), tmp_path)
+    assert classes(table) == {"1.jpg": "daisy", "2.jpg": "daisy", "3.jpg": "rose"}
+    assert table.warnings == [
+        "not used: images with several labels or splits: 1 (0.jpg: daisy, rose)",
+        "not used: rows of coco.json without label: 1 (4.jpg)",
+    ]
+
+
 def test_boxes_are_no_labels(tmp_path):
     put(tmp_path / "a.jpg"), put(tmp_path / "b.jpg")
     boxes = [annotation | {"bbox": [0, 0, 9, 9]} for annotation in COCO["annotations"]]
