@@ -100,8 +100,8 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
 
 
 def _content(path: Path) -> Iterator[str]:
-    """The lines from the header on: before it may stand empty lines, remarks and Excel's sep=; line."""
-    return itertools.dropwhile(re.compile(r'\s*$|#|"?sep=."?\s*$').match, read_lines(path))
+    """The lines from the header on, which may be #id,label: before it stand empty lines, remarks, Excel's sep=; line."""
+    return itertools.dropwhile(re.compile(r'\s*$|#(?:\s|[^,;\t|]*$)|"?sep=."?\s*$').match, read_lines(path))
 
 
 def _choose_parser(lines: Sequence[str]) -> Callable[[Iterable[str]], Iterator[list[str]]]:

@@ -14,23 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from data.columns import (
-    GROUP_NAMES,
-    LABEL_ROWS,
-    MISSING,
-    ONE_HOT,
-    ONES,
-    are_groups,
-    find_known,
-    find_label,
-    find_label_candidates,
-    find_one_hot_columns,
-    find_split_column,
-    list_columns,
-    plain_name,
-    read_split,
-    split_of_file,
-)
+from data import columns
 from data.image_index import WAYS, ImageIndex, find_file_column, index_folder
 from data.labels import name_key, split_of
 from data.records import ADDRESS, Records, open_records
@@ -127,20 +111,21 @@ class ImageTable:
         self.name = printable(os.path.relpath(path, excluded.root))
         self.records = open_records(path)
         file = find_file_column(self.records, index)
-        if file and index.find(file.name):  # the first row has no suffix that tells it
-            self.records = open_records(path, has_header=False)
+        header = (*columns.IMAGE_NAMES, *columns.FILE_NAMES)  # photo, of files that are p1/photo.jpg, p2/photo.jpg
+        if file and columns.plain_name(file.name) not in header and index.find(file.name):
+            self.records = open_records(path, has_header=False)  # the first row has no suffix that tells it
             file = file._replace(name=self.records.columns[file.number])
         if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):
             raise UserError(f"{path}: no column gives images in {excluded.root} {_explain_columns(self.records)}")
         self.file = file
         self.sample = sample = self.records.sample(without=file.name)
-        self.split, self.split_column = split_of_file(path, excluded.root), find_split_column(sample)
-        if self.split in ("validation", "test") and plain_name(self.split_column or "").startswith("is"):
+        self.split, self.split_column = columns.split_of_file(path, excluded.root), columns.find_split_column(sample)
+        if self.split in ("validation", "test") and columns.plain_name(self.split_column or "").startswith("is"):
             self.split_column = None  # is_valid of test.csv may tell good images; that of train.csv tells splits
-        of_plants = [*find_known(sample, GROUP_NAMES), file.name if file.way == "observation" else None]
+        of_plants = [*columns.find_known(sample, columns.GROUP_NAMES), file.name if file.way == "observation" else None]
         self.group_column = of_plants[0]
-        self.one_hot = find_one_hot_columns(sample)
-        genus, species = (find_known(sample, [name]) for name in ("genus", "species"))
+        self.one_hot = columns.find_one_hot_columns(sample)
+        genus, species = (columns.find_known(sample, [name]) for name in ("genus", "species"))
         are_epithets = bool(genus and species) and all(re.fullmatch(r"[a-z-]*", cell) for cell in sample[species[0]])
         self.binomial = [*genus, *species] if are_epithets else []  # the columns that are one name together
         self.labels: list[str] = []  # the label column, then others that may be meant
@@ -150,7 +135,7 @@ class ImageTable:
         """Whether it may label images; one with another name for each number tells what classes are called."""
         if "label" in self.sample and not any(self.sample["label"]):
             return False  # as of COCO's boxes
-        candidates = [self.sample[name] for name in find_label_candidates(self.sample)]
+        candidates = [self.sample[name] for name in columns.find_label_candidates(self.sample)]
         if self.one_hot or self.file.way in WAYS[:2] or self.split:
             return bool(self.one_hot or candidates)
         return any(len({*cells}) < len(cells) for cells in candidates)
@@ -158,7 +143,7 @@ class ImageTable:
     def read_rows(self, label_column: str | None) -> None:
         """Set the label column and the rows. Raises UserError."""
         matches = self.match_rows()
-        first = list(itertools.islice(matches, LABEL_ROWS))
+        first = list(itertools.islice(matches, columns.LABEL_ROWS))
         if not first:
             example = printable(self.excluded.places[f"rows of {self.name} {SEVERAL}"][0])
             raise UserError(
@@ -167,14 +152,14 @@ class ImageTable:
             )
         names = [name for name in first[0][1] if name != self.file.name or label_column is not None]
         cells = {name: [row[name] for _, row in first] for name in names}
-        self.labels = find_label(cells, self.records.columns, label_column, str(self.path))
+        self.labels = columns.find_label(cells, self.records.columns, label_column, str(self.path))
         for images, row in itertools.chain(first, matches):
             label, split = sys.intern(row[self.labels[0]]), self._read_split(row)
             group = row[self.group_column] if self.group_column is not None else ""
             for image in images:
                 path = self.index.paths[image]
-                if label in MISSING:
-                    why = "without a 1, or with several" if self.labels[0] == ONE_HOT else "without label"
+                if label in columns.MISSING:
+                    why = "without a 1, or with several" if self.labels[0] == columns.ONE_HOT else "without label"
                     self.excluded.add(f"rows of {self.name} {why}", path)
                     continue
                 if self.split_column is None and not self.split:
@@ -183,7 +168,8 @@ class ImageTable:
                 self.rows.append((image, row_of_image))
 
     def _read_split(self, row: Mapping[str, str]) -> str:
-        return (read_split(self.split_column, row[self.split_column]) if self.split_column else "") or self.split
+        split = columns.read_split(self.split_column, row[self.split_column]) if self.split_column else ""
+        return split or self.split
 
     def match_rows(self) -> Iterator[tuple[list[int], dict[str, str]]]:
         """(its images, its cells by column) for each row that has an image."""
@@ -208,9 +194,9 @@ class ImageTable:
         """Cells by column; columns of 0 and 1 are one more, and an epithet is with its genus."""
         row = dict(zip(self.records.columns, cells))
         if self.one_hot:
-            ones = [name for name in self.one_hot if row[name] in ONES]
-            row[ONE_HOT] = ones[0] if len(ones) == 1 else ""
-        if self.binomial and row[self.binomial[1]] not in MISSING:
+            ones = [name for name in self.one_hot if row[name] in columns.ONES]
+            row[columns.ONE_HOT] = ones[0] if len(ones) == 1 else ""
+        if self.binomial and row[self.binomial[1]] not in columns.MISSING:
             row[self.binomial[1]] = " ".join(row[name] for name in self.binomial)
         return row
 
@@ -233,7 +219,7 @@ def _explain_columns(records: Records) -> str:
     if address := next((name for name, cells in sample.items() if any(map(ADDRESS.match, cells))), None):
         move = f"column {printable(address)[:40]} holds addresses: download the images, with names that another has"
     holds = "such a column holds paths, file names, or file names without their suffix"
-    return f"(columns: {list_columns(records.columns)}); {holds}; {move}"
+    return f"(columns: {columns.list_columns(records.columns)}); {holds}; {move}"
 
 
 # ---- rows
@@ -255,7 +241,7 @@ def _merge(tables: Sequence[ImageTable], excluded: Excluded) -> list[LabelRow]:
     if len(conflicts) * 2 > len(rows):
         listed = " and ".join(table.name for table in tables)
         example = printable(next(iter(conflicts.values())))[:200]
-        if {"xmin", "bbox"} & {plain_name(column) for table in tables for column in table.records.columns}:
+        if {"xmin", "bbox"} & {columns.plain_name(column) for table in tables for column in table.records.columns}:
             raise UserError(
                 f"{listed}: lists boxes, several of an image ({example}), which has no class of its own; cut the boxes "
                 "out into <class name>/photo.jpg"
@@ -269,7 +255,7 @@ def _merge(tables: Sequence[ImageTable], excluded: Excluded) -> list[LabelRow]:
     kept = [rows[image] for image in sorted(rows) if image not in conflicts]
     # Splits only where there are several, and then for all rows; groups only where they tell plants.
     has_splits = len({row.split for row in kept} - {""}) > 1
-    has_groups = are_groups([row.group for row in kept], [row.class_name for row in kept])
+    has_groups = columns.are_groups([row.group for row in kept], [row.class_name for row in kept])
     return [
         row._replace(split=(row.split or "train") if has_splits else "", group=row.group if has_groups else "")
         for row in kept
@@ -278,12 +264,10 @@ def _merge(tables: Sequence[ImageTable], excluded: Excluded) -> list[LabelRow]:
 
 def _describe(tables: Sequence[ImageTable], rows: Sequence[LabelRow]) -> list[str]:
     first, listed = tables[0], ", ".join(table.name for table in tables)
-    others = [printable(name) for name in first.labels[1:] if name != ONE_HOT]
-    notes = [f"labels from column {printable(first.labels[0])} of {listed}"]
-    if first.labels[0] == ONE_HOT:
-        notes = [f"labels from the columns of 0 and 1 of {listed}"]
-    elif others:
-        notes = [f"{notes[0]}; others: {', '.join(others)} (--label-column)"]
+    others = [printable(name) for name in first.labels[1:] if name != columns.ONE_HOT]
+    source = f"column {printable(first.labels[0])}" if first.labels[0] != columns.ONE_HOT else "the columns of 0 and 1"
+    more = f"; others: {', '.join(others)} (--label-column)" if others else ""
+    notes = [f"labels from {source} of {listed}{more}"]
     kinds = {"stem": "file names without suffix", "observation": "observations, with several images each"}
     if kind := kinds.get(first.file.way):
         notes.append(f"images by column {printable(first.file.name)}, which holds {kind}")

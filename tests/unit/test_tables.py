@@ -64,6 +64,12 @@ def test_ragged_rows_nul_bytes_empty_lines_and_remarks_are_no_obstacle(tmp_path)
     assert list(records.rows()) == [["1", "", "", ""], ["1", "2", "3", "4"], ["1", "2", "", ""]]
 
 
+@pytest.mark.parametrize("remark", ["", "# a,b,c\n", "#exported\n"])
+def test_a_header_may_begin_with_a_sign_of_remarks(tmp_path, remark):
+    records = open_records(put(tmp_path / "labels.csv", f"{remark}#id,species\n100,rose\n"))
+    assert records.columns == ["#id", "species"] and list(records.rows()) == [["100", "rose"]]
+
+
 def test_quotes_in_a_table_with_tabs_are_text(tmp_path):
     records = open_records(put(tmp_path / "occurrence.txt", 'id\tnote\n1\t"tall\n2\t"a ""b"" c"\n'))
     assert list(records.rows()) == [["1", '"tall'], ["2", 'a "b" c']]
@@ -264,6 +270,13 @@ def test_a_table_without_header_is_read_from_its_first_row(tmp_path):
     put(tmp_path / "c.csv", "\n".join(f"{name[:-4]},{FLOWERS[number % 2]}" for number, name in enumerate(names)))
     assert len(read(tmp_path / "a.csv", tmp_path).rows) == len(read(tmp_path / "c.csv", tmp_path).rows) == 6
     assert classes(read(tmp_path / "b.txt", tmp_path))["0001.jpg"] == "oxeye rose"
+
+
+def test_a_header_that_is_the_name_of_images_as_well_is_no_row(tmp_path):
+    names = [put(tmp_path / f"p{number}" / "photo.jpg").relative_to(tmp_path) for number in range(9)]
+    text = lines("photo,species,note", [(name, FLOWERS[number % 3], number % 4) for number, name in enumerate(names)])
+    table = read(put(tmp_path / "t.csv", text), tmp_path, "species")
+    assert len(table.rows) == 9 and not table.warnings
 
 
 def test_no_path_leads_out_of_the_folder(tmp_path):
