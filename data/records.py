@@ -62,6 +62,8 @@ def open_records(path: Path, has_header: bool | None = None) -> Records:
 def read_lines(path: Path) -> Iterator[str]:
     """Lines as they end in the file, without NUL; UTF-16 by its mark, else UTF-8, else Latin-1. Raises UserError."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise UserError(f"{path}: is no file; give the path of one")
         with open(path, "rb") as file:
             is_utf_16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         encoding, errors = ("utf-16", "replace") if is_utf_16 else ("utf-8-sig", "as_latin_1")

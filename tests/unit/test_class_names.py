@@ -1,6 +1,7 @@
 """Names of class folders that are numbers or codes, from files beside them; and which images show one plant."""
 
 import json
+import os
 
 import pytest
 
@@ -188,6 +189,13 @@ def test_a_file_that_lacks_names_or_cannot_be_read_is_an_error(tmp_path, name, t
         put(tmp_path / name, text)
     with pytest.raises(UserError, match=reason):
         read_class_names(tmp_path / name, [str(number) for number in range(1, 8)])
+
+
+@pytest.mark.parametrize("name", ["names.csv", "names.txt", "names.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"--class-names .*{name}: is no file; give the path of one"):
+        read_class_names(tmp_path / name, ["1", "2"])
 
 
 def test_a_file_that_is_given_may_list_names_alone_whatever_it_is_called(tmp_path):
