@@ -93,6 +93,7 @@ def read_image_size(source: dict | str | Path) -> tuple[int, int]:
     name, image = _open_header(source)
     try:
         sideways = image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
+        sideways &= EXIF_ORIENTATION not in getattr(image, "tag_v2", ())  # of a TIFF, for whose size PIL heeds it
     except Exception as error:
         raise ImageError(f"{name}: its EXIF block cannot be read ({one_line(error)})") from error
     return (image.width, image.height) if sideways else (image.height, image.width)

@@ -76,13 +76,14 @@ def test_alpha_lies_on_white():
     assert open_image(encoded(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(orientation):
+def test_exif_rotation_is_applied(orientation, file_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.new("RGB", (30, 40), "white")
     stored.paste("black", (0, 0, 8, 8))  # the first stored corner; EXIF says which corner of the upright image that is
-    source = encoded(stored, "JPEG", exif=exif, quality=95)
+    source = encoded(stored, file_format, exif=exif, quality=95)
     upright = open_image(source)
     assert read_image_size(source) == (upright.height, upright.width) == ((30, 40) if orientation >= 5 else (40, 30))
     right, low = upright.width - 4, upright.height - 4
