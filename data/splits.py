@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable, concat_tables
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -255,10 +256,10 @@ def hold_out_classes(source: Source, count: int, seed: int) -> tuple[Source, Dat
 
 def _renumber(rows: Dataset, kept: list[int]) -> Dataset:
     """The rows with labels that count the `kept` classes alone; of another class the label is 0."""
-    labels = np.array(rows["label"][:], dtype=np.int64)
+    labels = rows.data.column("label").to_numpy()  # of the whole table: add_column would copy a selection's images
     labels = np.where(np.isin(labels, kept), np.searchsorted(kept, labels), 0)
-    # Before rows are selected: afterwards a new column would copy all images.
-    return rows.remove_columns("label").add_column("label", labels).select_columns(rows.column_names)
+    table = concat_tables([rows.data.drop(["label"]), InMemoryTable.from_pydict({"label": labels})], axis=1)
+    return Dataset(table.select(rows.column_names), rows.info, indices_table=rows._indices)
 
 
 def check_holdout(count: int, classes: int, whose: str) -> None:

@@ -526,6 +526,21 @@ def test_one_file_is_train_whatever_its_name_and_a_column_may_split_it(by_path, 
     )
 
 
+def test_without_a_class_images_stay_where_they_lie(tmp_path):
+    """The split column selects rows; a new column of labels would write all of their images into the cache."""
+    labels, splits = ["rare", *"abcd" * 4], ["train", *["train", "train", "test"] * 5, "train"]
+    write(tmp_path / "all.parquet", {"image": pictures(17), "label": labels, "split": splits}, {
+        "image": Image(), "label": Value("string"), "split": Value("string")
+    })  # fmt: skip
+    data = build("--dataset", str(tmp_path), "--min-images", "2", "--val-fraction", "0.3")
+    assert data.class_names == [*"abcd"] and data.train.cache_files
+    assert not any(Path(file["filename"]).name.startswith("cache-") for file in data.train.cache_files)
+    for rows in (data.train, data.validation, data.test):
+        assert [data.class_names[row["label"]] for row in rows] == [labels[int(row["id"])] for row in rows]
+        assert [row["image"]["bytes"] for row in rows] == [png(int(row["id"])) for row in rows]
+    assert len(data.test) == 5
+
+
 def test_a_column_of_true_and_false_says_which_rows_are_validation(tmp_path):
     columns = {"image": pictures(6), "label": NAMES * 2, "is_valid": [False] * 3 + [True] * 3}
     splits = load(write(tmp_path / "x.parquet", columns)).splits
