@@ -118,7 +118,7 @@ class _Images:
     def skip_rare_classes(self, min_images: int) -> None:
         counts = np.bincount(self.labels[self.sides != NOWHERE], minlength=len(self.names))
         rare = np.flatnonzero((counts < min_images) & (counts > 0)).tolist()
-        if not rare:
+        if not rare or np.count_nonzero(counts) < 2:  # PlantData.validate refuses a single class
             return
         if np.count_nonzero(counts) - len(rare) < 2:
             problem = f"{len(rare)} of {np.count_nonzero(counts)} classes have fewer images"
@@ -214,7 +214,7 @@ class _Images:
         before = set(self.sides.tolist())
         known = {self.names[label].lower(): self.names[label] for label in trained}
         hints = []
-        for label in untrained:
+        for label in untrained[: LISTED + 1]:
             close = difflib.get_close_matches(self.names[label].lower(), known, n=1, cutoff=0.8)
             hints.append(self.names[label] + (f" (train has {known[close[0]]})" if close else ""))
         self._skip_classes(untrained, "no images in train", "not used", hints)

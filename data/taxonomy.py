@@ -29,6 +29,7 @@ _HYBRID = "(?:[\u00d7x] ?)?"
 LATIN = re.compile(rf"{_HYBRID}{_GENUS}(?: {_HYBRID}{_EPITHET}(?: .*)?| spp?\.?)?", re.IGNORECASE)
 BINOMIAL = re.compile(rf"{_HYBRID}([a-z-]{{2,}})(?: (?:{_HYBRID}[a-z-]{{2,}}(?: .*)?|spp?\.?))?", re.IGNORECASE)
 LATIN_SHARE = 0.7  # of the class names: then all have a genus that look like it, such as Silene, and before none has
+MAX_COMPARED = 100_000  # pairs of names, in the search for misspelled ones: 2 s
 AUTHOR = re.compile(r"(?<=[a-z-]) [A-Z(].*")  # Rosa L., Asteraceae Bercht. & J. Presl
 Taxonomy = dict[str, list[str]]  # by level the taxon of each class, "" where it is not known
 
@@ -98,17 +99,16 @@ def _read(path: Path, class_names: Sequence[str], found: Taxonomy) -> list[str]:
         rows[key] = row
     unknown = {key: row[0] for key, row in rows.items() if key not in places}
     if len(unknown) == len(rows):
-        examples = (
-            f"{some(map(repr, unknown.values())) or 'only a header'}; the classes are {some(map(repr, class_names))}"
-        )
+        given = some(map(repr, unknown.values())) or "only a header"
+        examples = f"{given}; the classes are {some(map(repr, class_names))}"
         raise UserError(f"{path}: has none of the classes ({examples}); write them as the class folders or labels are")
     for key, place in places.items():
         for level, taxon in zip(LEVELS, rows.get(key, [])[1:]):
             found[level][place] = taxon or found[level][place]
     _unite(path, found)
     missing = {key: class_names[place] for key, place in places.items() if key not in rows}
-    close = {name: get_close_matches(key, missing, 1) for key, name in unknown.items()}
-    near = [f"{name!r}: {missing[keys[0]]!r}?" for name, keys in close.items() if keys]
+    asked = list(missing.items())[: MAX_COMPARED // (len(unknown) or 1)]
+    near = [f"{unknown[keys[0]]!r}: {name!r}?" for key, name in asked if (keys := get_close_matches(key, unknown, 1))]
     if not near:
         return []
     count = f"{len(unknown):,} of its names are no classes" if len(unknown) > 1 else "one of its names is no class"

@@ -1,5 +1,6 @@
 """Tests of splits, copies and groups."""
 
+import difflib
 import os
 import sqlite3
 from collections import Counter
@@ -133,6 +134,19 @@ def test_min_images_counts_the_images_of_all_splits():
     others = {"validation": [("v/1", 0), ("v/2", 1)], "test": [("t/1", 0), ("t/2", 1)]}
     done = split_source(make_source([("a/1", 0), ("b/1", 1)], **others), TENTHS, 42, min_images=3)
     assert done.class_names == ["daisy", "rose"] and done.warnings == []
+
+
+def test_a_close_name_is_looked_for_only_where_it_is_listed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda name, *_, **__: asked.append(name) or [])
+    names = ["daisy", "rose", *(f"fern {number}" for number in range(30))]
+    done = split_source(make_source(TWO, names), TENTHS, 42)
+    assert len(asked) < 12 and "30 classes have no images in train and are not used: fern 0, " in done.warnings[0]
+
+
+def test_one_class_is_refused_for_that_and_not_for_its_few_images(image_folder):
+    with pytest.raises(UserError, match="only one class .'daisy'.; there is nothing to classify, add a second"):
+        build_datasets(parse_config(["--dataset", str(image_folder({"daisy": 3})), "--min-images", "5"]))
 
 
 def test_no_class_with_enough_images():

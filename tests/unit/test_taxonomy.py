@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from data import taxonomy
 from data.oxford_flowers import CLASS_NAMES
 from data.survey import add_unused, survey
 from data.synthetic import SPECIES
@@ -132,6 +133,14 @@ def test_tables_of_no_use_are_one_sentence(read, table, words):
     with pytest.raises(UserError) as caught:
         read(table)
     assert words in str(caught.value) and str(caught.value).startswith("/") and "\n" not in str(caught.value)
+
+
+def test_a_table_of_many_other_plants_is_not_compared_name_by_name(read, monkeypatch):
+    compared = []
+    monkeypatch.setattr(taxonomy, "get_close_matches", lambda name, names, n: compared.append(len(names)) or [])
+    rows = "".join(f"plant {number},Rosa,Rosaceae\n" for number in range(30_000))
+    read(f"name,genus,family\ndaisy,Bellis,Asteraceae\n{rows}", ["daisy", *map(str, range(3_000))])
+    assert 0 < sum(compared) < 200_000
 
 
 def test_files_that_are_none(read, tmp_path):
