@@ -155,12 +155,13 @@ class _Tables:
     def _find_files(
         self, paths: Sequence[str | None], roots: Mapping[str, Sequence[Path]], allow_missing: bool
     ) -> list[str]:
-        """The file of each image, "" for none."""
+        """The file of each image, "" for none, also of an image without a label."""
         keys = [(split, path or "") for split, path in zip(self.splits.tolist(), paths)]
+        used = [key for key, label in zip(keys, self.labels) if label >= 0]
         real = {split: [root.resolve() for root in roots[split]] for split in self.parts}
-        found = {(split, path): _find_file(path, real[split]) for split, path in {*keys}}
-        missing = [path[:200] for split, path in keys if found[split, path] == ""]
-        outside = [path[:200] for split, path in keys if found[split, path] is None]
+        found = {(split, path): _find_file(path, real[split]) for split, path in {*used}}
+        missing = [path[:200] for split, path in used if found[split, path] == ""]
+        outside = [path[:200] for split, path in used if found[split, path] is None]
         is_any = any(found.values())
         if outside:
             count = f"{len(outside):,} images"
@@ -170,10 +171,10 @@ class _Tables:
                 raise UserError(f"{self.where}: {message}, {move}")
             self.warnings.append(f"{message}; they are not used")
         if missing:
-            count = f"{len(missing):,} of {len(keys) - len(outside):,} images"
+            count = f"{len(missing):,} of {len(used) - len(outside):,} images"
             message = f"{self.where}: {count} are missing ({some(missing)})"
             self.warnings.append(allow_incomplete(message, allow_missing and is_any))
-        return [found[key] or "" for key in keys]
+        return [found.get(key) or "" for key in keys]
 
     def build(self) -> Source:
         """The source of the images that have a label."""

@@ -5,6 +5,7 @@ be read in two ways is refused with the paths to give instead.
 """
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -302,9 +303,9 @@ def describe_flat(folder: Folder) -> str:
 
 
 def unpack_command(archive: Path) -> str:
-    name, stem = printable(archive.name), printable(archive.name.split(".")[0])
+    name, stem = (shlex.quote(printable(name)) for name in (archive.name, archive.name.split(".")[0]))
     if archive.suffix.lower() == ".zip":
-        return f"unzip '{name}' -d '{stem}'"
+        return f"unzip {name} -d {stem}"
     if archive.suffix.lower() in (".7z", ".rar"):
-        return f"7z x '{name}' -o'{stem}'"
-    return f"mkdir '{stem}' && tar -xf '{name}' -C '{stem}'"
+        return f"7z x {name} -o{stem}"
+    return f"mkdir {stem} && tar -xf {name} -C {stem}"

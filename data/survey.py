@@ -171,10 +171,11 @@ def _add_file(folder: Folder, name: str, size: int) -> str | None:
 
 def add_unused(root: Folder, excluded: Excluded, used: Collection[Path | None] = ()) -> None:
     """Tell of the files, but those `used`, that some layout would have used: tables, archives, a camera's raw files."""
+    absolute = {path.absolute() for path in used if path}
     for folder in root.walk():
         for kind in ("arrow", "archive", "mat", "parquet", "raw", "table"):
             for name in folder.files.get(kind, ()):
-                if folder.path / name not in used and name != TAXONOMY_FILE:
+                if (folder.path / name).absolute() not in absolute and name != TAXONOMY_FILE:
                     excluded.add(f"{Path(name).suffix.lower()} files", folder.path / name)
 
 

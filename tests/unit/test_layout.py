@@ -337,6 +337,14 @@ def test_images_are_known_by_content_and_other_files_are_reported_by_kind(tree):
     ]
 
 
+def test_the_table_of_names_of_a_relative_path_is_used_and_not_listed_as_unused(tree, monkeypatch):
+    tree("images/1", "images/2")
+    (tree.root / "cat_to_name.json").write_text('{"1": "daisy", "2": "rose"}')
+    monkeypatch.chdir(tree.root.parent)
+    source = load_source(tree.root.name, Reading("", False, 0, False, None, None))
+    assert tuple(source.class_names) == CLASSES and not source.warnings
+
+
 def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
     read = tree(*CLASSES)
     draw(tmp_path / "disk" / "oak" / "0.png")
@@ -425,6 +433,7 @@ def test_folder_names_that_are_not_utf8(tree):
     [
         ("https://example.org/flowers.zip", "is a web address; download it, unpack it, and give the folder"),
         ("{root}.zip", "is an archive; unpack it first: unzip 'my plants.zip' -d 'my plants', and give the folder"),
+        ("{root}/rosa's.zip", "is an archive; unpack it first: unzip 'rosa'\"'\"'s.zip' -d 'rosa'\"'\"'s', and give"),
         ("{root}.tar.gz", "is an archive; unpack it first: mkdir 'my plants' && tar -xf 'my plants.tar.gz' -C"),
         ("{root}/daisy/0.png", "is an image; give the folder that holds the class folders, or a table"),
         ("kaggle.com/datasets/a/b", "is a web address; download it"),
@@ -438,7 +447,7 @@ def test_folder_names_that_are_not_utf8(tree):
 )  # fmt: skip
 def test_what_is_no_folder(dataset, words, tree):
     tree(*CLASSES)
-    for path in (f"{tree.root}.zip", f"{tree.root}.tar.gz", tree.root / "notes.pdf"):
+    for path in (f"{tree.root}.zip", f"{tree.root}.tar.gz", tree.root / "rosa's.zip", tree.root / "notes.pdf"):
         with open(path, "wb") as file:
             file.write(b"PK")
     (tree.root / "gone").symlink_to("elsewhere")

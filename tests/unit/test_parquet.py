@@ -621,6 +621,13 @@ def test_missing_files_are_counted_and_listed(tmp_path):
     assert len(source.splits["train"]) == 6 and "3 of 9 images are missing" in source.warnings[0]
 
 
+def test_a_file_of_an_image_without_a_label_is_not_missed(tmp_path):
+    paths = [*files_in(tmp_path), "gone.png"]
+    write(tmp_path / "train.parquet", {"path": paths, "label": [*"aabbab", ""]})
+    source = load(tmp_path)
+    assert len(source.splits["train"]) == 6 and source.warnings == ["1 images of train have no label and are not used"]
+
+
 def test_each_split_has_its_files_beside_it(tmp_path):
     for split in ("train", "test"):
         paths = files_in(tmp_path / split)
