@@ -25,8 +25,6 @@ NOT_AN_IMAGE = b""  # in place of a hash: equal broken files are unreadable imag
 SELECT = "SELECT hash FROM hashes WHERE path = ? AND size = ? AND modified_ns = ?"
 CREATE = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER, modified_ns INTEGER, hash BLOB)"
 INSERT = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)"
-
-
 ImageFile = tuple[str, int, int]  # path, size in bytes, time of the last change in ns
 
 
@@ -35,18 +33,15 @@ def find_copies(rows: datasets.Dataset) -> list[list[int]]:
     sizes, files = _read_sizes(rows)
     counts = Counter(sizes)
     shared = [number for number, size in enumerate(sizes) if size and counts[size] > 1]
+    stored = {number for number in shared if number not in files}
     of_files = _hash_files([files[number] for number in shared if number in files])
-    hashes = {number: of_files.get(files[number], NOT_AN_IMAGE) for number in shared if number in files}
-    if stored := {number for number in shared if number not in files}:
-        images = enumerate(_read_images(rows))
-        hashes |= {
-            number: _hash(io.BytesIO(content.as_buffer())) for number, (content, _) in images if number in stored
-        }
+    hashes = {number: of_files.get(file, NOT_AN_IMAGE) for number, file in files.items()}
+    contents = ((number, content) for number, (content, _) in enumerate(_read_images(rows)) if number in stored)
+    hashes |= {number: _hash(io.BytesIO(content.as_buffer())) for number, content in contents} if stored else {}
     same = defaultdict(list)
     for number in shared:
-        if hashes[number] != NOT_AN_IMAGE:
-            same[hashes[number]].append(number)
-    return [numbers for numbers in same.values() if len(numbers) > 1]
+        same[hashes[number]].append(number)
+    return [numbers for content, numbers in same.items() if content != NOT_AN_IMAGE and len(numbers) > 1]
 
 
 def _read_sizes(rows: datasets.Dataset) -> tuple[list[int], dict[int, ImageFile]]:

@@ -181,9 +181,8 @@ def _check_series(files: Sequence[Path], allow_missing: bool) -> list[str]:
 
 
 def _warn_unused(what: str, path: Path, files: Sequence[Path]) -> list[str]:
-    if not files:
-        return []
-    return [f"{len(files):,} parquet files {what}: {some(str(file.relative_to(path)) for file in files)}"]
+    listed = some(str(file.relative_to(path)) for file in files)
+    return [f"{len(files):,} parquet files {what}: {listed}"] if files else []
 
 
 # ---- files
