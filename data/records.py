@@ -102,7 +102,7 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
 
 
 def _content(path: Path) -> Iterator[str]:
-    """The lines from the header on, which may be #id,label: before it stand empty lines, remarks, Excel's sep=; line."""
+    """The lines from the header on, such as #id,label: before it may stand empty lines, remarks, Excel's sep=; line."""
     return itertools.dropwhile(re.compile(r'\s*$|#(?:\s|[^,;\t|]*$)|"?sep=."?\s*$').match, read_lines(path))
 
 

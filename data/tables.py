@@ -111,7 +111,7 @@ class ImageTable:
         self.name = printable(os.path.relpath(path, excluded.root))
         self.records = open_records(path)
         file = find_file_column(self.records, index)
-        header = (*columns.IMAGE_NAMES, *columns.FILE_NAMES)  # photo, of files that are p1/photo.jpg, p2/photo.jpg
+        header = (*columns.IMAGE_NAMES, *columns.FILE_NAMES)  # picture, of files that are p1/picture.jpg, ...
         if file and columns.plain_name(file.name) not in header and index.find(file.name):
             self.records = open_records(path, has_header=False)  # the first row has no suffix that tells it
             file = file._replace(name=self.records.columns[file.number])

@@ -273,8 +273,8 @@ def test_a_table_without_header_is_read_from_its_first_row(tmp_path):
 
 
 def test_a_header_that_is_the_name_of_images_as_well_is_no_row(tmp_path):
-    names = [put(tmp_path / f"p{number}" / "photo.jpg").relative_to(tmp_path) for number in range(9)]
-    text = lines("photo,species,note", [(name, FLOWERS[number % 3], number % 4) for number, name in enumerate(names)])
+    names = [put(tmp_path / f"p{number}" / "picture.jpg").relative_to(tmp_path) for number in range(9)]
+    text = lines("picture,species,note", [(name, FLOWERS[number % 3], number % 4) for number, name in enumerate(names)])
     table = read(put(tmp_path / "t.csv", text), tmp_path, "species")
     assert len(table.rows) == 9 and not table.warnings
 
