@@ -100,12 +100,12 @@ def base_name(model: str) -> str:
 
 
 def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, dict]:
-    """{split: report}, val before test, of these weights on this data set, from plain scores."""
+    """{split: report}, val before test, of these weights on this data set, from plain scores of the whole split."""
     reports = {}
     for split in ("val", "test"):
         with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, torn by a kill, or edited
             report = read_json(folder / f"eval_{split}.json", REPORT)
-            is_plain = not (report.get("per_token") or report.get("prior_calibration"))
+            is_plain = not any(report.get(key) for key in ("per_token", "prior_calibration", "limit"))
             if is_plain and (report["adapter"], report["dataset"]) == (weights, dataset):
                 reports[split] = report
     return reports

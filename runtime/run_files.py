@@ -138,7 +138,7 @@ NONE_OF_THESE: dict = {"score": TEXT, "threshold": NUMBER, "kept": FRACTION, "ra
 NONE_OF_THESE |= dict.fromkeys(("coverage?", "selective_accuracy?"), (FRACTION, None))
 TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accuracy": (FRACTION, None)}
 TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
-TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(number(-2, 2), 2), None)}
+TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(NUMBER, 2), None)}
 SAVED_CALIBRATION = CALIBRATION | {"taxonomy?": TAXONOMY, "scored": {"adapter": NO_TEXT}}
 REPLIES = {
     "scored": {str: ANY},
@@ -153,6 +153,7 @@ REPLIES = {
 REPORT = {
     "adapter": NO_TEXT,
     **dict.fromkeys(("per_token?", "prior_calibration?"), BOOL),
+    "limit?": (integer(1), None),
     **dict.fromkeys(("split", "dataset"), TEXT),
     "n": integer(1),
     "top1_interval": list_of(FRACTION, 2),

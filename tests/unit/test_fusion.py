@@ -6,6 +6,7 @@ import pytest
 from evaluation.calibration import Calibration, calibrate
 from evaluation.fusion import explain_doubt, find_pairs, fit_pairs, measure_fusion
 from evaluation.metrics import SplitScores, confidence, expected_calibration_error
+from runtime.run_files import TOGETHER, validate
 
 CLASSES, SIGNAL = 10, 1.5
 
@@ -85,6 +86,14 @@ def test_copies_gain_nothing():
     of_plants = measure_fusion(draw(2000, 5, copies=True), calibration)["observation"]
     assert of_plants["gain"] == 0 and of_plants["gain_interval"] is None
     assert of_plants["coverage"] == pytest.approx(of_plants["single_coverage"], abs=0.05)
+
+
+def test_what_two_pairs_tell_is_read_back():
+    """Student's t knows no bounds: the interval of two gains is wider than any gain can be."""
+    scores = np.log([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.1, 0.9]])
+    found = measure_fusion(SplitScores(list("abcd"), np.array([0, 0, 1, 1]), scores), Calibration(1.0, 0.5, 0.9, 4))
+    low, high = found["class"]["gain_interval"]
+    assert low < -2 and high > 2 and validate(found, {str: TOGETHER}) == found
 
 
 def test_few_pairs_or_none_are_said():
