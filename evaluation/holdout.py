@@ -8,6 +8,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,7 +39,15 @@ def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Ru
         flags = [f"--{name}={format_value(value)}" for name, value in options if name not in NOT_PASSED]
         flags += [f"--seed={seed}", f"--holdout-classes={classes}", f"--output-dir={folder}"]
         logger.info(f"draws | {seed + 1} of {DRAWS} | {folder}")
-        if subprocess.run([sys.executable, str(TRAIN), *flags]).returncode:
+        training = subprocess.Popen([sys.executable, str(TRAIN), *flags])
+        try:
+            while training.poll() is None:
+                time.sleep(0.1)
+        except KeyboardInterrupt:  # subprocess.run would kill it before it has saved
+            training.terminate()  # at once: with a Ctrl-C, which it got too, that is a single signal to it (SAME_S)
+            training.wait()
+            raise
+        if training.returncode:
             raise UserError(
                 f"{folder}: its training did not end well, the lines above say why; mend that and re-run to resume"
             )

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
 import shutil
-import subprocess
+import signal
+import threading
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -100,6 +104,31 @@ def test_a_base_model_on_other_images_takes_no_folder_of_another(here, small_spl
     assert status == 2 and "runs/base-tiny: holds dataset: synthetic -> " in log and "use another --output-dir" in log
 
 
+def ended(status):
+    return SimpleNamespace(poll=lambda: status, returncode=status)
+
+
+def test_a_signal_lets_the_training_of_a_draw_save(trained, here, capsys, monkeypatch):
+    """Half a second, here; the signal comes once it has started."""
+    script = here / "slow.py"
+    script.write_text(
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path('saved').touch(), exit(143)))\n"
+        "pathlib.Path('started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr("evaluation.holdout.TRAIN", script)
+
+    def interrupt():
+        while not (here / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    status, log = run(capsys, "one", "--holdout-classes", "3", *FAST)
+    assert status == 143 and "interrupted; re-run the same command" in log and (here / "saved").exists()
+
+
 def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, capsys, monkeypatch):
     """Each draw by a process with the run's options, whose place a run made before takes; then the means."""
     held, started, evaluated = train_once("--holdout-classes", "3").folder, [], []
@@ -107,11 +136,11 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
     def start(command):
         started.append(parse_config(command[2:]))
         shutil.copytree(held, started[-1].output_dir)
-        return subprocess.CompletedProcess(command, 0)
+        return ended(0)
 
     monkeypatch.setattr("evaluation.holdout.DRAWS", 2)
     monkeypatch.setattr(evaluate, "evaluate_run", lambda run, options: evaluated.append(run.folder))  # training did
-    monkeypatch.setattr("evaluation.holdout.subprocess.run", start)
+    monkeypatch.setattr("evaluation.holdout.subprocess.Popen", start)
     status, log = run(capsys, "one", "--holdout-classes", "3", *FAST)
     assert status == 0 and "trained 2 times anew, each time without 3 of its classes" in log
     config = Run.load(trained).config
@@ -131,14 +160,14 @@ def test_a_run_is_trained_again_without_some_classes(trained, here, train_once, 
     assert all(row["auroc"] == pytest.approx(sum(row["aurocs"]) / 2) for row in means)
     status, log = run(capsys, "one/holdout-3/draw-0", "--holdout-classes", "2", *FAST)
     assert status == 1 and "was trained without 3 classes already; evaluate it without --holdout-classes" in log
-    monkeypatch.setattr("evaluation.holdout.subprocess.run", lambda command: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr("evaluation.holdout.subprocess.Popen", lambda command: ended(1))
     status, log = run(capsys, "one", "--holdout-classes", "4", *FAST)
     assert (
         status == 1 and "one/holdout-4/draw-0: its training did not end well, the lines above say why; mend that" in log
     )
     status, log = run(capsys, "one", "--holdout-classes", "9", *FAST)
     assert status == 1 and "--holdout-classes 9: one has 10 classes, and two or more have to be learned; use 8" in log
-    monkeypatch.setattr("evaluation.holdout.subprocess.run", None)  # before anything is trained
+    monkeypatch.setattr("evaluation.holdout.subprocess.Popen", None)  # before anything is trained
     status, log = run(capsys, "one", "--holdout-classes", "3", "--protocol", "generation", *FAST)
     assert status == 1 and "--protocol generation: replies have no scores; use scoring or both" in log
     saved = json.loads((here / "one" / "training_config.json").read_text())
