@@ -1,7 +1,6 @@
 """Scores splits with a model, every image's scores kept on disk, so that an interrupted evaluation resumes."""
 
 import collections
-import contextlib
 import functools
 import hashlib
 import json
@@ -36,11 +35,12 @@ from models.features import Examined, decode, encode, features_schema
 from runtime.atomic import write_file
 from runtime.distributed import Distributed, assert_same_across_ranks
 from runtime.run_dir import Run
-from runtime.run_files import COUNT, REPLIES, TEXT, read_entries, read_json
+from runtime.run_files import COUNT, TEXT, read_entries
 from utils.image_utils import gray_image, image_fingerprint
 from utils.logging_utils import UserError, logger
 
 MAX_UNKNOWN = 500  # images of classes that were not learned, of which a sample is scored
+REPLY = {"text": TEXT, "label": COUNT}  # of an entry of eval_<split>.replies.jsonl
 DIGITS = 4  # of a log-probability on disk, in nats: far below what 16-bit weights resolve
 
 
@@ -248,7 +248,7 @@ class Evaluator:
             "unreadable_images": len(rows) - len(scores.ids),
             "exact_match": None,
             "substring_match": None,
-            **self._read_replies(rows, split),
+            **self._read_replies(scores, split),
             **measure_split(scores, calibration, self.plant.class_names),
             "conformal": calibration.measure_sets(None if split == "val" else scores) if calibration else None,
             "hierarchy": measure_levels(scores, calibration) if calibration else None,
@@ -280,25 +280,25 @@ class Evaluator:
         """Metrics of greedy replies, kept in eval_<split>.replies.jsonl; the later report of scores contains them."""
         compute = functools.partial(self.compute_replies, max_new_tokens=max_new_tokens)
         header = self.facts | {"max_new_tokens": max_new_tokens}
-        name, schema = f"eval_{split}.replies.jsonl", {"text": TEXT, "label": COUNT}
-        entries, speed = self.score_with_cache(rows, compute, name, header, schema)
+        entries, _ = self.score_with_cache(rows, compute, f"eval_{split}.replies.jsonl", header, REPLY)
         if not self.dist.is_main_process:
             return {}
-        names, texts = self.plant.class_names, [entry["text"] for entry in entries]
-        predictions = [parse_reply(text, names) for text in texts]
-        metrics = measure_replies(texts, predictions, names, [entry["label"] for entry in entries])
-        saved = {"scored": self.facts, "metrics": metrics | {"replies_per_s": speed}}
-        write_file(self.folder / f"eval_{split}.replies.json", json.dumps(saved, indent=2) + "\n")
+        metrics = self._measure_replies(entries)
         rates = f"exact match {metrics['exact_match']:.3f} | substring match {metrics['substring_match']:.3f}"
         counts = f"{metrics['replies']:,} images | {metrics['unparsed']} without a class"
         logger.info(f"result | {split} | generation: {rates} | {counts}")
         return metrics
 
-    def _read_replies(self, rows, split: str) -> dict:
-        """Metrics of the same model's replies to as many images, if they were measured."""
-        path = self.folder / f"eval_{split}.replies.json"
-        with contextlib.suppress(OSError, ValueError):  # not measured, torn by a kill, or edited
-            saved = read_json(path, REPLIES)
-            if saved["scored"] == self.facts and saved["metrics"]["replies"] <= len(rows):
-                return saved["metrics"]
-        return {}
+    def _measure_replies(self, entries: Sequence[dict]) -> dict:
+        names, texts = self.plant.class_names, [entry["text"] for entry in entries]
+        predictions = [parse_reply(text, names) for text in texts]
+        return measure_replies(texts, predictions, names, [entry["label"] for entry in entries])
+
+    def _read_replies(self, scores: SplitScores, split: str) -> dict:
+        """Metrics of the same model's replies to the very images of the scores, if it gave them."""
+        header, entries = read_entries(self.folder / f"eval_{split}.replies.jsonl", REPLY)
+        replies = {entry["id"]: entry for entry in entries if header and header.items() >= self.facts.items()}
+        if not replies.keys() >= {*scores.ids}:
+            return {}
+        labels = zip(scores.ids, scores.labels)
+        return self._measure_replies([replies[image] | {"label": int(label)} for image, label in labels])

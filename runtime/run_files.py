@@ -140,16 +140,6 @@ TOGETHER = {"pairs": integer(1), "single_coverage": FRACTION, "selective_accurac
 TOGETHER |= dict.fromkeys(("single_top1", "pair_top1", "coverage"), FRACTION) | {"gain": number(-1, 1)}
 TOGETHER |= {"pair_interval": list_of(FRACTION, 2), "gain_interval": (list_of(NUMBER, 2), None)}
 SAVED_CALIBRATION = CALIBRATION | {"taxonomy?": TAXONOMY, "scored": {"adapter": NO_TEXT}}
-REPLIES = {
-    "scored": {str: ANY},
-    "metrics": {
-        "replies": integer(1),
-        "exact_match": FRACTION,
-        "substring_match": FRACTION,
-        "unparsed": COUNT,
-        "replies_per_s": (NUMBER, None),
-    },
-}
 REPORT = {
     "adapter": NO_TEXT,
     **dict.fromkeys(("per_token?", "prior_calibration?"), BOOL),

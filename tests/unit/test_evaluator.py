@@ -283,8 +283,12 @@ def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, plain_report
     assert "result | test | generation: exact match" in capsys.readouterr().out
     report = make(tiny, tmp_path).report(rows(tiny, 4), "test")
     assert report["exact_match"] == metrics["exact_match"] and report["replies"] == 4
-    (tmp_path / "eval_test.replies.json").write_text('{"scored": {')
-    assert make(tiny, tmp_path).report(rows(tiny, 4), "test")["exact_match"] is None
+    assert make(tiny, tmp_path).report(rows(tiny, 3), "test")["replies"] == 3  # of the images that are reported
+    assert make(tiny, tmp_path).report(rows(tiny, 5), "test")["exact_match"] is None
+    header, *entries = (tmp_path / "eval_test.replies.jsonl").read_text().splitlines()
+    for lines in ([header, *entries[1:]], [header.replace('"q"', '"other"'), *entries]):
+        (tmp_path / "eval_test.replies.jsonl").write_text("\n".join(lines))
+        assert make(tiny, tmp_path).report(rows(tiny, 4), "test")["exact_match"] is None
 
 
 def test_unreadable_ood_images(tiny, tmp_path, plain_reports):
@@ -296,8 +300,8 @@ def test_unreadable_ood_images(tiny, tmp_path, plain_reports):
 def test_files_of_older_runs_are_read_under_their_new_keys(tiny, tmp_path, plain_reports, monkeypatch):
     report = make(tiny, tmp_path).report(rows(tiny, 4), "val")
     make(tiny, tmp_path).generate_report(rows(tiny, 4), "val", 5)
-    for name in ("calibration.json", "eval_val.replies.json"):
-        (tmp_path / name).write_text(under_old_keys((tmp_path / name).read_text()))
+    path = tmp_path / "calibration.json"
+    path.write_text(under_old_keys(path.read_text()))
     for name in ("eval_val.scores.jsonl", "eval_val.replies.jsonl"):
         lines = (tmp_path / name).read_text().splitlines()
         (tmp_path / name).write_text("".join(f"{under_old_keys(line)}\n" for line in lines))
