@@ -162,13 +162,16 @@ class Evaluator:
         Raises UserError if no image is readable, ImageError if too few are.
         """
         path, is_main_process = self.folder / name, self.dist.is_main_process
-        entries, fingerprints = {}, {}
+        entries, known = {}, {}
         if is_main_process:
-            fingerprints = {row["id"]: image_fingerprint(row["image"]) for row in rows}
+            known = {row["id"]: {"image": image_fingerprint(row["image"]), "label": row["label"]} for row in rows}
             found, cached = read_entries(path, schema)
             # Entries of images that are not asked for stay, those of images that were replaced go.
-            kept = cached if found == header else []
-            kept = [entry for entry in kept if entry["image"] == fingerprints.get(entry["id"], entry["image"])]
+            kept = [
+                entry | known.get(entry["id"], {})
+                for entry in cached
+                if found == header and entry["image"] == known.get(entry["id"], entry)["image"]
+            ]
             # Written anew, since a torn last line would swallow the next one.
             self._write_entries(name, header, kept)
             entries = {entry["id"]: entry for entry in kept}
@@ -184,7 +187,7 @@ class Evaluator:
         began, before = time.perf_counter(), len(entries)
         with open(path, "a", encoding="utf-8") as file:
             for entry in computed:
-                entries[entry["id"]] = entry | {"image": fingerprints[entry["id"]]}
+                entries[entry["id"]] = entry | known[entry["id"]]
                 file.write(json.dumps(entries[entry["id"]]) + "\n")
                 file.flush()
         count = len(entries) - before
@@ -193,8 +196,7 @@ class Evaluator:
         check_unreadable_fraction(unreadable, len(rows), self.max_bad_fraction)
         if len(unreadable) == len(rows):
             raise UserError(f"{path}: no image could be opened; the lines above say why")
-        labels = zip(rows["id"], rows["label"])
-        return [entries[sample] | {"label": label} for sample, label in labels if sample in entries], speed
+        return [entries[sample] for sample in rows["id"] if sample in entries], speed
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
         lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else 1

@@ -217,6 +217,8 @@ def test_an_image_that_was_replaced_is_scored_again_and_a_label_is_the_rows(tiny
     samples[2] = samples[2] | {"label": 7}
     entries, _ = score_with_cache(Dataset.from_list(samples, features=ROW), compute, path, {})
     assert [(entry["value"], entry["label"]) for entry in entries] == [(3, 0), (1, 1), (3, 7)]
+    kept = {entry["id"]: entry["label"] for entry in read_entries(path, {str: ANY})[1]}
+    assert kept == {entry["id"]: entry["label"] for entry in entries}  # what two runs are compared by
 
 
 def test_an_image_that_was_replaced_after_a_training_saw_it_is_scored_again(image_folder, tiny, tmp_path):
