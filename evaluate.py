@@ -14,12 +14,11 @@ Temperature and "not sure" threshold are fitted on val alone. The same command r
 
 import logging
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
-from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, list_runs
-from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig, option
+from config.cli import COMPUTE_FIELDS, DATA_FIELDS, CommandLine, EvaluationOptions, list_runs
+from config.training_config import CONFIG_FILE, ConfigError, TrainingConfig
 from runtime.run_dir import Run, changed_fields
 from runtime.run_files import save_config
 from utils.logging_utils import UserError, logger, report_errors, set_environment, setup_logging
@@ -28,21 +27,6 @@ MAX_NEW_TOKENS = 64  # of a reply in the published protocol (arXiv 2405.18415)
 PUBLISHED_QUESTION = "What type of object is in this photo?"  # of arXiv 2405.18415, asked of a base model
 # Options of a run that may differ in its evaluation.
 OVERRIDABLE = (*DATA_FIELDS, *COMPUTE_FIELDS, "compile", "streaming", "holdout_classes")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    split: Literal["val", "test"] = option("val", "held-out images")
-    protocol: Literal["scoring", "generation", "both"] = option("scoring", "generation: open-ended replies")
-    limit: int | None = option(None, "images of the split, sampled with a fixed seed; none: all", low=1)
-    per_token: bool = option(False, "divide each name's log-likelihood by its number of tokens")
-    prior_calibration: bool = option(False, "subtract each name's log-likelihood on a plain gray image")
-    target_selective_accuracy: float = option(
-        0.95, "of images not rejected; sets the threshold, on val", above=0, high=1
-    )
-    coverage: float = option(0.9, "share of images whose prediction set has the true name", above=0, high=0.999)
-    csv: bool = option(False, "tables for spreadsheets too: of the images, and of the classes")
-    ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +65,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     """Score a split, generate replies to its images, or both; write the reports. Raises UserError."""
     from data.dataset import build_datasets, take
     from data.sources import load_ood_images
-    from evaluation.evaluator import Method, build_evaluator
+    from evaluation.evaluator import build_evaluator
     from evaluation.model_card import write_model_card
     from evaluation.results import same_weights
     from evaluation.verify import check_same_data
@@ -115,9 +99,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         logger.info(f"data | {data.source} | {len(rows):,} images of {options.split} | {len(data.class_names)} classes")
         if not dist.is_main_process:
             logger.setLevel(logging.WARNING)  # of what concerns this rank alone, such as an OOM
-        targets = options.target_selective_accuracy, options.coverage
-        method = Method(options.per_token, options.prior_calibration, options.limit, *targets, options.csv)
-        evaluator = build_evaluator(run, plant, dist, method)
+        evaluator = build_evaluator(run, plant, dist, options)
         if options.protocol != "scoring":
             evaluator.generate_report(rows, options.split, MAX_NEW_TOKENS)
         if options.protocol != "generation":

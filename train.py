@@ -11,7 +11,7 @@ The same command resumes an interrupted run. Ctrl-C, SIGTERM or SIGHUP saves fir
 
 import sys
 
-from config.cli import parse_config
+from config.cli import EvaluationOptions, parse_config
 from config.training_config import ConfigError
 from utils.logging_utils import HOW_TO_RESUME, report_errors, set_environment, setup_logging
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             trainer.plan_memory()
             trainer.train(resume_from_checkpoint=run.resume_from)
             trainer.load_best()
-            evaluator = build_evaluator(run, plant, dist)
+            evaluator = build_evaluator(run, plant, dist, EvaluationOptions())
             evaluator.keep("val", trainer.examined)
             evaluator.report(data.validation, "val", data=data)
             run.end_phase("report")

@@ -23,6 +23,7 @@ from config.training_config import (
     find_problems,
     format_value,
     nearest_name,
+    option,
     resolve_paths,
 )
 
@@ -31,6 +32,26 @@ COMPUTE_FIELDS = ("mixed_precision", "load_in_4bit", "gpu_memory_fraction", "num
 DATA_FIELDS = ("dataset", "dataset_revision", "allow_missing", "max_bad_fraction", "group_by", "min_images", "taxonomy")
 MISSING = object()  # the value of a flag that was given without one
 BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")  # what people write; the first two are accepted
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """Of evaluate.py; training evaluates with the defaults."""
+
+    split: typing.Literal["val", "test"] = option("val", "held-out images")
+    protocol: typing.Literal["scoring", "generation", "both"] = option("scoring", "generation: open-ended replies")
+    limit: int | None = option(None, "images of the split, sampled with a fixed seed; none: all", low=1)
+    per_token: bool = option(False, "divide each name's log-likelihood by its number of tokens")
+    prior_calibration: bool = option(False, "subtract each name's log-likelihood on a plain gray image")
+    target_selective_accuracy: float = option(0.95, "of accepted images; sets the threshold, on val", above=0, high=1)
+    coverage: float = option(0.9, "share of images whose prediction set has the true name", above=0, high=0.999)
+    csv: bool = option(False, "tables for spreadsheets too: of the images, and of the classes")
+    ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
+
+    @property
+    def is_plain(self) -> bool:
+        """Only plain scores of whole splits are kept as the run's own calibration."""
+        return not (self.per_token or self.prior_calibration or self.limit)
 
 
 class CommandLine:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import logsumexp
 
+from config.cli import EvaluationOptions
 from data.collator import Sample
 from data.dataset import PlantData, check_unreadable_fraction, take
 from data.groups import find_plants
@@ -44,22 +45,6 @@ REPLY = {"text": TEXT, "label": COUNT}  # of an entry of eval_<split>.replies.js
 DIGITS = 4  # of a log-probability on disk, in nats: far below what 16-bit weights resolve
 
 
-@dataclass(frozen=True)
-class Method:
-    """How metrics are made from scores. Only plain scores of whole splits are kept as the run's own calibration."""
-
-    per_token: bool = False  # scores are divided by the number of tokens of each name
-    prior_calibration: bool = False  # the content-free prior, the scores of a plain gray image, is subtracted
-    limit: int | None = None  # images that were sampled from each split, by the caller
-    target_selective_accuracy: float = 0.95
-    coverage: float = 0.9  # share of images whose prediction set is to contain the true class
-    csv: bool = False  # tables for spreadsheets are written
-
-    @property
-    def is_plain(self) -> bool:
-        return not (self.per_token or self.prior_calibration or self.limit)
-
-
 def entry_of(sample: Sample, found: Examined) -> dict:
     """Of a file of scores."""
     scores = [round(value, DIGITS) for value in found.scores]
@@ -67,7 +52,7 @@ def entry_of(sample: Sample, found: Examined) -> dict:
     return {"id": sample.id, "label": sample.label, "scores": scores} | features
 
 
-def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Method = Method()) -> "Evaluator":
+def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, options: EvaluationOptions) -> "Evaluator":
     """An Evaluator of a run, whose facts are all that its scores depend on beside the images."""
     config = run.config
     names = json.dumps([plant.class_names, plant.collator.name_ids, plant.prompt.prompt])
@@ -87,7 +72,7 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, method: Meth
     }
     assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
     taxonomy = run.recorded.get("taxonomy")
-    return Evaluator(plant, run.folder, facts, dist, method, config.max_bad_fraction, config.group_by, taxonomy)
+    return Evaluator(plant, run.folder, facts, dist, options, config.max_bad_fraction, config.group_by, taxonomy)
 
 
 @dataclass
@@ -102,14 +87,14 @@ class Evaluator:
     folder: Path
     facts: dict
     dist: Distributed = field(default_factory=Distributed)
-    method: Method = Method()
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
     max_bad_fraction: float = 1.0
     group_by: str | None = None  # rule of the user for what images are of one plant
     taxonomy: Taxonomy | None = None
     prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
 
     def __post_init__(self) -> None:
-        if self.method.prior_calibration:
+        if self.options.prior_calibration:
             neutral = {"image": gray_image((336, 336)), "label": 0, "id": "neutral"}  # what names score by themselves
             (entry,) = self.compute_scores([neutral])
             self.prior = entry["scores"]
@@ -199,7 +184,7 @@ class Evaluator:
         return [entries[sample] for sample in rows["id"] if sample in entries], speed
 
     def _adjust(self, entries: Sequence[dict]) -> SplitScores:
-        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.method.per_token else 1
+        lengths = [len(ids) for ids in self.plant.collator.name_ids] if self.options.per_token else 1
         plain = np.array([entry["scores"] for entry in entries])
         features = {name: np.stack([decode(entry[name]) for entry in entries]) for name in ("tower", "state")}
         features["log_mass"] = logsumexp(plain, axis=1)
@@ -207,13 +192,12 @@ class Evaluator:
         return SplitScores(ids, labels, adjust_scores(plain, lengths, self.prior), features=features)
 
     def calibrate(self, scores: SplitScores, reference: Reference | str = "") -> Calibration:
-        """Temperature, thresholds and sets from scores of val; to calibration.json too, if the method is plain."""
-        method = self.method
-        calibration = calibrate(scores, method.target_selective_accuracy, method.coverage)
+        """Temperature, thresholds and sets from scores of val; to calibration.json too, if the scores are plain."""
+        calibration = calibrate(scores, self.options.target_selective_accuracy, self.options.coverage)
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if isinstance(reference, Reference):
             calibration = calibration._replace(open_set=dict(fit_open_set(scores, reference, calibration.temperature)))
-        if method.is_plain:
+        if self.options.is_plain:
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
         return calibration
@@ -244,7 +228,7 @@ class Evaluator:
         report = {
             "split": split,
             **self.facts,
-            **{key: getattr(self.method, key) for key in ("per_token", "prior_calibration", "limit")},
+            **{key: getattr(self.options, key) for key in ("per_token", "prior_calibration", "limit")},
             "images_per_s": speed,
             "ranks": self.dist.world_size,
             "unreadable_images": len(rows) - len(scores.ids),
@@ -265,7 +249,7 @@ class Evaluator:
         stem = self.folder / f"eval_{split}"
         train = find_train_images(reference, data)
         write_mistakes(scores, rows, calibration, self.plant.class_names, stem, train)
-        if self.method.csv:
+        if self.options.csv:
             strange = None if isinstance(detector, str) else detector.find_strange(scores)
             write_tables(report, scores, calibration, self.plant.class_names, self.folder, strange)
         for line in result_lines(report):

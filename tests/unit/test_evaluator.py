@@ -12,12 +12,13 @@ from PIL import Image
 from scipy.special import softmax
 
 import evaluation.evaluator
+from config.cli import EvaluationOptions
 from config.training_config import TrainingConfig
 from data.dataset import ROW
 from data.sources import load_ood_images
 from evaluation.calibration import Calibration, calibrate
 from evaluation.conformal import find_sets
-from evaluation.evaluator import Evaluator, Method
+from evaluation.evaluator import Evaluator
 from evaluation.metrics import SplitScores, confidence
 from evaluation.report import result_lines
 from evaluation.results import read_calibration, read_correct
@@ -38,9 +39,11 @@ def rows(tiny, count):
     return Dataset.from_list(tiny.rows(count), features=ROW)
 
 
-def make(tiny, folder, **method):
+def make(tiny, folder, **options):
     plant = PlantModel(tiny.model(), tiny.processor, tiny.prompt, tiny.collator, "no", torch.device("cpu"))
-    return Evaluator(plant, folder, {"model": "m", "adapter": None, "question": "q"}, method=Method(**method))
+    return Evaluator(
+        plant, folder, {"model": "m", "adapter": None, "question": "q"}, options=EvaluationOptions(**options)
+    )
 
 
 def score_with_cache(rows, compute, path, header, max_bad_fraction=1.0):

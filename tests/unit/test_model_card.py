@@ -87,9 +87,12 @@ def test_a_card_says_what_the_run_found(folder):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"adapter": "step 1, manifest 0"}, {"per_token": True}, {"prior_calibration": True}, {"limit": 4},
+        {"adapter": "step 1, manifest 0"},
+        {"per_token": True},
+        {"prior_calibration": True},
+        {"limit": 4},
         {"dataset": "others"},
-    ],  # fmt: skip
+    ],
 )
 def test_reports_of_other_weights_or_scores_are_excluded(folder, changed):
     report(folder, "val", **changed)

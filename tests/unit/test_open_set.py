@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from safetensors.numpy import save_file
 
+from config.cli import EvaluationOptions
 from data.dataset import ROW, PlantData
 from data.streaming import Stream
 from evaluation.calibration import UNCALIBRATED, Calibration
-from evaluation.evaluator import Evaluator, Method
+from evaluation.evaluator import Evaluator
 from evaluation.metrics import SplitScores, confidence
 from evaluation.open_set import (
     KEPT,
@@ -296,7 +297,9 @@ def test_the_images_of_a_reference_are_those_of_its_features(tiny, evaluator, mo
 
 def test_a_quick_look_leaves_the_features_that_the_calibration_refers_to(tiny, evaluator):
     data, path = data_of(tiny, tiny.rows(20)), evaluator.folder / "reference.safetensors"
-    quick = dataclasses.replace(evaluator, facts={"adapter": "step 1", "precision": "fp16"}, method=Method(limit=2))
+    quick = dataclasses.replace(
+        evaluator, facts={"adapter": "step 1", "precision": "fp16"}, options=EvaluationOptions(limit=2)
+    )
     find_reference(quick, data)
     first = path.read_bytes()
     find_reference(evaluator, data)
