@@ -79,7 +79,7 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
         with dist.main_process_first():
             data = build_datasets(run.data_config)
             if not run.is_base_model:
-                check_same_data(data, run)
+                run.config = replace(run.config, dataset=check_same_data(data, run))
         assert_same_across_ranks({"images": data.fingerprint()}, dist)
         validation = None if data.validation is None else take(data.validation, options.limit)
         rows = validation if options.split == "val" else take(data.test, options.limit)

@@ -48,11 +48,6 @@ class EvaluationOptions:
     csv: bool = option(False, "tables for spreadsheets too: of the images, and of the classes")
     ood: str | None = option(None, "folder of images of none of the classes: how many are rejected?")
 
-    @property
-    def is_plain(self) -> bool:
-        """Only plain scores of whole splits are kept as the run's own calibration."""
-        return not (self.per_token or self.prior_calibration or self.limit)
-
 
 class CommandLine:
     """The flags and positional words of a command line, and all problems found so far.

@@ -72,7 +72,10 @@ def build_evaluator(run: Run, plant: PlantModel, dist: Distributed, options: Eva
     }
     assert_same_across_ranks({name: facts[name] for name in ("adapter", "commit", "precision", "names")}, dist)
     taxonomy = run.recorded.get("taxonomy")
-    return Evaluator(plant, run.folder, facts, dist, options, config.max_bad_fraction, config.group_by, taxonomy)
+    is_own = run.is_base_model or Run.load(run.folder).config.dataset == config.dataset
+    return Evaluator(
+        plant, run.folder, facts, dist, options, is_own, config.max_bad_fraction, config.group_by, taxonomy
+    )
 
 
 @dataclass
@@ -88,10 +91,16 @@ class Evaluator:
     facts: dict
     dist: Distributed = field(default_factory=Distributed)
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    is_own: bool = True  # whether the images are of the run's own data set
     max_bad_fraction: float = 1.0
     group_by: str | None = None  # rule of the user for what images are of one plant
     taxonomy: Taxonomy | None = None
     prior: list[float] | float = field(default=0.0, init=False)  # content-free, of each name
+
+    @property
+    def is_kept(self) -> bool:
+        """Only plain scores of whole splits of the run's own data set make its calibration and reference."""
+        return self.is_own and not (self.options.per_token or self.options.prior_calibration or self.options.limit)
 
     def __post_init__(self) -> None:
         if self.options.prior_calibration:
@@ -192,14 +201,17 @@ class Evaluator:
         return SplitScores(ids, labels, adjust_scores(plain, lengths, self.prior), features=features)
 
     def calibrate(self, scores: SplitScores, reference: Reference | str = "") -> Calibration:
-        """Temperature, thresholds and sets from scores of val; to calibration.json too, if the scores are plain."""
+        """Temperature, thresholds and sets from scores of val; to calibration.json too, if it is kept."""
         calibration = calibrate(scores, self.options.target_selective_accuracy, self.options.coverage)
         calibration = fit_pairs(scores, fit_levels(scores, calibration, self.taxonomy))
         if isinstance(reference, Reference):
             calibration = calibration._replace(open_set=dict(fit_open_set(scores, reference, calibration.temperature)))
-        if self.options.is_plain:
+        if self.is_kept:
             saved = calibration._asdict() | {"scored": self.facts}
             write_file(self.folder / CALIBRATION_FILE, json.dumps(saved, indent=2) + "\n")
+        elif not self.is_own:
+            reason = f"not the data set of {self.folder}, whose calibration and features stay as they are"
+            logger.warning(f"{self.facts['dataset']}: {reason}")
         return calibration
 
     def report(

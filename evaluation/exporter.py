@@ -107,7 +107,7 @@ def staging_dir(out: Path) -> Iterator[Path]:
 def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int | None) -> None:
     """Write model, processor, class names and model card to `draft`, and verify the model. Raises UserError."""
     device = choose_device(run.config.model, run.config.gpu_memory_fraction)
-    rows, validated = load_validation(run, limit)
+    rows, validated = load_validation(run, limit, with_scores=not adapter_only)
     if adapter_only:
         plant, save = PlantModel.from_run(run, device), save_adapter
     else:
@@ -208,13 +208,16 @@ def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torc
         return expected, verify.distance(plant, images, expected)
 
 
-def load_validation(run: Run, limit: int | None) -> tuple[Any, dict[str, bool] | None]:
-    """(val rows, by image whether the validated prediction was correct); (train rows, None) if val was trained on."""
+def load_validation(run: Run, limit: int | None, with_scores: bool = False) -> tuple[Any, dict[str, bool] | None]:
+    """(val rows, by image whether the validated prediction was correct, None without scores).
+
+    They are train rows, and None, if val was trained on.
+    """
     data = build_datasets(run.data_config)
-    verify.check_same_data(data, run)
+    dataset = verify.check_same_data(data, run)
     if data.validation is None:
         return take(data.train, 100), None
-    return take(data.validation, limit), read_correct(run, "val")[1]
+    return take(data.validation, limit), read_correct(run, "val", dataset)[1] if with_scores else None
 
 
 def find_base(run: Run, processor, scratch: Path) -> Path:

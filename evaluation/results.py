@@ -44,8 +44,11 @@ def scores_schema(classes: int) -> dict:
     return {"label": integer(0, classes - 1), "scores": list_of(number(), classes)}
 
 
-def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
-    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/. Raises UserError."""
+def read_correct(run: Run, split: str, dataset: str | None = None) -> tuple[dict, dict[str, bool]]:
+    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/, on a data set if given.
+
+    Raises UserError for none.
+    """
     path = run.folder / f"eval_{split}.scores.jsonl"
     facts, entries = read_entries(path, scores_schema(len(run.class_names)))
     again = f"python evaluate.py {run.folder} --split {split}"
@@ -53,4 +56,7 @@ def read_correct(run: Run, split: str) -> tuple[dict, dict[str, bool]]:
         raise UserError(f"{path}: no scores yet; make them first: {again}")
     if facts.get("adapter") != run.describe_weights():
         raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
+    if dataset and facts.get("dataset") != dataset:
+        move = f"with that --dataset make them again: {again}"
+        raise UserError(f"{path}: the scores are of {facts.get('dataset')}, not of {dataset}; {move}")
     return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

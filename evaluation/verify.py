@@ -44,11 +44,14 @@ def first_readable(collator: PlantCollator, rows, count: int) -> list[dict]:
     return found
 
 
-def check_same_data(data: PlantData, run: Run) -> None:
-    """Raise UserError unless the classes are those of the run, and its own data set is split as it was."""
-    is_own = run.config.dataset == Run.load(run.folder).config.dataset  # not another one, given with --dataset
-    fingerprint = run.recorded.get("data_fingerprint") if is_own else None
-    data.assert_matches(run.class_names, fingerprint, run.folder)
+def check_same_data(data: PlantData, run: Run) -> str:
+    """The name that scores of the data set go by: where the run's own lies elsewhere now, that of its training.
+
+    Raises UserError unless the classes are those of the run, and its own data set is split as it was.
+    """
+    own, fingerprint = Run.load(run.folder).config.dataset, run.recorded.get("data_fingerprint")
+    data.assert_matches(run.class_names, fingerprint if run.config.dataset == own else None, run.folder)
+    return own if data.fingerprint() == fingerprint else run.config.dataset
 
 
 # ---- the reload test
