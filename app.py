@@ -219,8 +219,17 @@ def serve(blocks, endpoint, options: PageOptions) -> None:
 
 
 def read_upload(upload) -> dict:
-    """A photo as that of a row; under the sender's name for it, since its path here is private."""
-    return {"bytes": Path(upload.path).read_bytes(), "path": upload.orig_name or Path(upload.path).name}
+    """A photo as that of a row; under the sender's name for it, since its path here is private.
+
+    Raises gr.Error once it was deleted (UPLOADS_KEPT_S).
+    """
+    try:
+        return {"bytes": Path(upload.path).read_bytes(), "path": upload.orig_name or Path(upload.path).name}
+    except FileNotFoundError as error:
+        import gradio as gr
+
+        text = "This photo was deleted an hour after it came; choose it again"
+        raise gr.Error(text, print_exception=False) from error
 
 
 def answer_to(endpoint, texts, photo: dict | None, others: Sequence[dict] = (), with_map: bool = False) -> str:

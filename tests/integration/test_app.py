@@ -160,6 +160,15 @@ def test_a_photo_goes_by_the_name_of_its_sender(tmp_path):
     assert app.read_upload(Upload(str(path), None))["path"] == "up.jpg"
 
 
+def test_a_photo_that_was_deleted_by_now_is_asked_for_again(monkeypatch, tmp_path):
+    """As gradio does an hour after it came, while the page still shows it."""
+    gradio = ModuleType("gradio")
+    gradio.Error = lambda text, print_exception: UserError(text)
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    with pytest.raises(UserError, match="This photo was deleted an hour after it came; choose it again"):
+        app.read_upload(Upload(str(tmp_path / "gone.jpg"), "mine.jpg"))
+
+
 def test_no_photo_is_no_answer_and_a_failure_is_said():
     assert app.answer_to(FakeEndpoint(None), TEXTS, None) == TEXTS.start()
     photo = {"bytes": b"", "path": "a.jpg"}
@@ -184,6 +193,9 @@ def test_the_footer_says_how_good_it_is_and_what_it_is_not_for():
         assert words in TEXTS.footer("mine", ["oak"], report, True, WARNING, detects)
     older = MEASURED | {"none_of_these": {"coverage": 0.7}}
     assert "gave a name to 75% of them" in TEXTS.footer("mine", ["oak"], older, True, WARNING, True)
+    del older["selective_accuracy"]
+    html = TEXTS.footer("mine", ["oak"], older, True, WARNING, True)
+    assert "gave a name to" not in html and "sure of none" not in html and "was right on 90%" in html
 
 
 @pytest.mark.parametrize(
