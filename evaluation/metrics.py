@@ -100,12 +100,11 @@ def per_class(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> d
 
 def confusions(scores: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[dict]:
     """{"names", "confused": images of either class that are predicted as the other} of pairs with any, worst first."""
-    table = np.zeros((scores.shape[1],) * 2, dtype=int)
-    np.add.at(table, (labels, scores.argmax(axis=1)), 1)
-    both = np.triu(table + table.T, k=1)
-    worst = np.argsort(both, axis=None, kind="stable")[::-1][:MAX_CONFUSIONS]
-    pairs = [pair for pair in zip(*np.unravel_index(worst, both.shape)) if both[pair]]
-    return [{"names": [names[label] for label in pair], "confused": int(both[pair])} for pair in pairs]
+    predicted = scores.argmax(axis=1)
+    wrong = np.sort(np.stack([labels, predicted], axis=1)[predicted != labels], axis=1)
+    pairs, counts = np.unique(wrong, axis=0, return_counts=True)
+    worst = np.argsort(counts, kind="stable")[::-1][:MAX_CONFUSIONS]
+    return [{"names": [names[label] for label in pairs[at]], "confused": int(counts[at])} for at in worst]
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:

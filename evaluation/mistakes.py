@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.sparse import csr_array
 from scipy.spatial.distance import squareform
 from scipy.special import softmax
 
@@ -38,10 +39,10 @@ class Confusions(NamedTuple):
 
 def count_confusions(split: SplitScores, taxonomy: Taxonomy | None, names: Sequence[str]) -> Confusions:
     """Those of all classes that occur, or of those that are confused most."""
-    table = np.zeros((split.scores.shape[1],) * 2, dtype=int)
-    np.add.at(table, (split.labels, split.scores.argmax(axis=1)), 1)
-    both = table + table.T
-    np.fill_diagonal(both, 0)
+    pairs, wrong = (split.labels, split.scores.argmax(axis=1)), (~split.correct).astype(int)
+    shape = (split.scores.shape[1],) * 2
+    table, mistakes = (csr_array((weights, pairs), shape=shape) for weights in (np.ones_like(wrong), wrong))
+    both = mistakes + mistakes.T
     shown = np.flatnonzero(table.sum(axis=0) + table.sum(axis=1))
     if len(shown) > MAX_CLASSES:
         shown = np.sort(np.argsort(-both.sum(axis=1), kind="stable")[:MAX_CLASSES])
@@ -51,11 +52,10 @@ def count_confusions(split: SplitScores, taxonomy: Taxonomy | None, names: Seque
         level = "family" if any(taxonomy["family"]) else "genus"
         groups, order = [taxonomy[level][label] for label in shown], f"{level} (framed) and name"
     else:
-        shown, order = shown[_order_by_confusion(both[np.ix_(shown, shown)])], "confusion"
+        shown, order = shown[_order_by_confusion(both[shown][:, shown].toarray())], "confusion"
         groups = [""] * len(shown)
-    counts = table[np.ix_(shown, shown)]
-    wrong = int(table.sum() - np.trace(table))
-    return Confusions(shown, counts, groups, order, wrong - int(counts.sum() - np.trace(counts)))
+    counts = table[shown][:, shown].toarray()
+    return Confusions(shown, counts, groups, order, int(wrong.sum() - counts.sum() + np.trace(counts)))
 
 
 def _order_by_confusion(both: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 def percent(share: float) -> str:
     """Clamped to <1% and >99%: the model is never certain."""
-    return "<1%" if share < 0.005 else ">99%" if share > 0.995 else f"{share:.0%}"
+    return "<1%" if share <= 0.005 else ">99%" if share >= 0.995 else f"{share:.0%}"
 
 
 def format_interval(interval: Sequence[float] | None, digits: int = 3) -> str:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.dataset import ROW
 from evaluation import mistakes, report
-from evaluation.metrics import SplitScores, measure_split
+from evaluation.metrics import SplitScores, confusions, measure_split
 from evaluation.mistakes import count_confusions, find_nearest, write_mistakes
 from evaluation.reference import TrainImages
 
@@ -74,6 +74,21 @@ def test_no_caption_says_that_the_model_is_certain(tmp_path, monkeypatch):
     report.draw_metrics(facts, split, lambda index: None, ["rose", "daisy"], tmp_path / "eval.png")
     ((_, _, _, mistakes, _, _),) = plotted
     assert [tile.caption for tile in mistakes] == ["is: rose\ndaisy >99%\nrose <1%"]
+    shares = (0.0, 1 / 200, 0.006, 0.994, 199 / 200, 1.0)
+    assert [report.percent(share) for share in shares] == ["<1%", "<1%", "1%", "99%", ">99%", ">99%"]
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes():
+    """A table of 300,000 by 300,000 would take 720 GB."""
+    scores = np.zeros((3, 300_000))
+    scores[[0, 1, 2], [7, 7, 299_999]] = 1
+    split = SplitScores(list("abc"), np.array([7, 5, 5]), scores)
+    assert confusions(scores, split.labels, range(300_000)) == [
+        {"names": [5, 299_999], "confused": 1},
+        {"names": [5, 7], "confused": 1},
+    ]
+    found = count_confusions(split, None, [])
+    assert {*found.labels.tolist()} == {5, 7, 299_999} and found.counts.sum() == 3 and found.elsewhere == 0
 
 
 def test_the_contact_sheet_has_each_mistake_beside_its_nearest_train_images(tmp_path):
