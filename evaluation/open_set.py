@@ -167,7 +167,8 @@ def combine(strangeness: Mapping[str, np.ndarray], scale: Mapping[str, Sequence[
         mean, deviation = scale[name]
         return (strangeness[name] - mean) / max(deviation, 1e-9)
 
-    return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in SUMS}
+    sums = [names for names in SUMS if scale.keys() >= {*names}]  # all, but of a file that was edited
+    return dict(strangeness) | {" + ".join(names): np.mean(list(map(standardize, names)), axis=0) for names in sums}
 
 
 def leave_classes_out(val: SplitScores, reference: Reference) -> dict[str, float]:

@@ -23,6 +23,7 @@ from models.features import Examined
 from models.search import MAX_SCORED, Found, Goal
 from runtime.device import choose_device
 from runtime.run_dir import Run
+from utils.image_utils import MAX_BYTES
 from utils.logging_utils import UserError, logger, printable
 
 FEW_IMAGES = 30  # of val, with which a threshold says little
@@ -209,7 +210,7 @@ def _without_copies(images: Sequence[str | Path | dict]) -> list[str | Path | di
         with contextlib.suppress(OSError, ValueError):  # opening it as an image says why
             if isinstance(image, dict):
                 key = zlib.crc32(image["bytes"])
-            elif Path(image).is_file():
+            elif Path(image).is_file() and Path(image).stat().st_size <= MAX_BYTES:
                 key = zlib.crc32(Path(image).read_bytes())
         original, _ = first.setdefault(key, (name, image))
         if first[key][1] is not image:
