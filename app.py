@@ -219,10 +219,7 @@ def serve(blocks, endpoint, options: PageOptions) -> None:
 
 
 def read_upload(upload) -> dict:
-    """A photo as that of a row; under the sender's name for it, since its path here is private.
-
-    Raises gr.Error once it was deleted (UPLOADS_KEPT_S).
-    """
+    """A photo as that of a row; under the sender's name for it, since its path here is private. Raises gr.Error."""
     try:
         return {"bytes": Path(upload.path).read_bytes(), "path": upload.orig_name or Path(upload.path).name}
     except FileNotFoundError as error:

@@ -41,9 +41,8 @@ class Endpoint:
     """A run's predictor with what identifies it, asked by one thread at a time."""
 
     def __init__(self, predictor: Predictor, run: Run):
-        predictor.plant = dataclasses.replace(
-            predictor.plant, num_workers=0
-        )  # they start more slowly than five images open
+        # Workers start more slowly than five images open.
+        predictor.plant = dataclasses.replace(predictor.plant, num_workers=0)
         self.predictor = predictor
         self.identity = {"run": run.folder.resolve().name, "weights": run.describe_weights(), "model": run.config.model}
         self.waiting = 0  # requests of the endpoint, the one being answered included

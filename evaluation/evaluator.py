@@ -161,11 +161,8 @@ class Evaluator:
             known = {row["id"]: {"image": image_fingerprint(row["image"]), "label": row["label"]} for row in rows}
             found, cached = read_entries(path, schema)
             # Entries of images that are not asked for stay, those of images that were replaced go.
-            kept = [
-                entry | known.get(entry["id"], {})
-                for entry in cached
-                if found == header and entry["image"] == known.get(entry["id"], entry)["image"]
-            ]
+            kept = [entry for entry in cached if entry["image"] == known.get(entry["id"], entry)["image"]]
+            kept = [entry | known.get(entry["id"], {}) for entry in kept if found == header]
             # Written anew, since a torn last line would swallow the next one.
             self._write_entries(name, header, kept)
             entries = {entry["id"]: entry for entry in kept}

@@ -209,10 +209,7 @@ def save_adapter(run: Run, plant: PlantModel, draft: Path, images) -> tuple[torc
 
 
 def load_validation(run: Run, limit: int | None, with_scores: bool = False) -> tuple[Any, dict[str, bool] | None]:
-    """(val rows, by image whether the validated prediction was correct, None without scores).
-
-    They are train rows, and None, if val was trained on.
-    """
+    """(rows of val, or of train if val was trained on; by image whether the validated prediction was correct)."""
     data = build_datasets(run.data_config)
     dataset = verify.check_same_data(data, run)
     if data.validation is None:

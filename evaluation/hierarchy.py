@@ -69,12 +69,8 @@ def measure_levels(split: SplitScores, calibration: Calibration) -> dict | None:
         accepted = rest & taxa.accept(calibration.levels[level])
         right |= accepted & (taxa.names == truth[split.labels])
         rest &= ~accepted
-        levels[level] = {
-            "taxa": len({*truth} - {""}),
-            "classes": int((truth != "").sum()),
-            "accepted": int(accepted.sum()),
-        }
-        levels[level]["correct"] = int((right & accepted).sum())
+        levels[level] = {"taxa": len({*truth} - {""}), "classes": int((truth != "").sum())}
+        levels[level] |= {"accepted": int(accepted.sum()), "correct": int((right & accepted).sum())}
     accepted = rejected & ~rest
     return {
         "rejected": int(rejected.sum()),

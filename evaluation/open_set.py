@@ -133,9 +133,8 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 
     by_class, by_all = whitening(references - means[index]), whitening(references - references.mean(axis=0))
     whitened, centers = points @ by_class, means @ by_class
-    nearest = by_blocks(
-        lambda block: ((centers**2).sum(axis=1) - 2 * block @ centers.T).min(axis=1), whitened, len(means)
-    )
+    squares = (centers**2).sum(axis=1)
+    nearest = by_blocks(lambda block: (squares - 2 * block @ centers.T).min(axis=1), whitened, len(means))
     of_all = ((points - references.mean(axis=0)) @ by_all) ** 2
     return (whitened**2).sum(axis=1) + nearest - of_all.sum(axis=1)
 

@@ -71,11 +71,8 @@ def compare(model: SplitScores, probe: SplitScores, sample: str = "") -> dict:
     `sample`: what of the train images the probe was fitted on, if not on all.
     """
     test = mcnemar(model.correct.tolist(), probe.correct.tolist())
-    measured = (
-        f"{test['first']:.1%} of {test['n']:,} images right, a linear probe on its vision tower{sample} "
-        f"{test['second']:.1%}"
-    )
-    measured += f" (p = {test['p']:.2g}, McNemar's exact test)"
+    measured = f"{test['first']:.1%} of {test['n']:,} images right, a linear probe on its vision tower{sample}"
+    measured += f" {test['second']:.1%} (p = {test['p']:.2g}, McNemar's exact test)"
     if test["p"] >= SIGNIFICANCE:
         return {"p": test["p"], "advice": f"no clear difference: the model has {measured}; the probe is far cheaper"}
     is_better = test["first"] > test["second"]

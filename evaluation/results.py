@@ -45,10 +45,7 @@ def scores_schema(classes: int) -> dict:
 
 
 def read_correct(run: Run, split: str, dataset: str | None = None) -> tuple[dict, dict[str, bool]]:
-    """(facts, {image: whether its likeliest name was the true one}) of the scores of best/, on a data set if given.
-
-    Raises UserError for none.
-    """
+    """(facts, {image: whether its likeliest name was the true one}) of best/, on a data set. Raises UserError."""
     path = run.folder / f"eval_{split}.scores.jsonl"
     facts, entries = read_entries(path, scores_schema(len(run.class_names)))
     again = f"python evaluate.py {run.folder} --split {split}"

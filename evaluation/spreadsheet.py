@@ -17,9 +17,8 @@ from evaluation.predictor import decide
 from runtime.atomic import write_file
 from utils.logging_utils import logger
 
-FORMULA_STARTS = (
-    "=+-@\uff1d\uff0b\uff0d\uff20"  # of a cell that a spreadsheet would compute; full width in Japanese ones
-)
+# Of a cell that a spreadsheet would compute; full width in Japanese ones.
+FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
 def write_tables(
@@ -76,4 +75,4 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     text = ("yes" if value else "no") if isinstance(value, bool) else " ".join(str(value).split())
-    return f"'{text}" if text.startswith(tuple(FORMULA_STARTS)) else text
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
