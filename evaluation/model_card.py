@@ -1,6 +1,5 @@
 """The model card: what a model was made from and how far its answers can be trusted, from what the run recorded."""
 
-import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from runtime.atomic import write_file
 from runtime.checkpoint import MODEL_CARD, read_best
 from runtime.run_dir import Run
 from runtime.run_files import REPORT, read_json, read_metrics
-from utils.logging_utils import skip_failure
+from utils.logging_utils import logger, skip_failure
 from utils.tokenizer_utils import Prompt
 
 WARNING = "Not for deciding whether a plant is edible or poisonous."
@@ -103,11 +102,18 @@ def read_reports(folder: Path, weights: str | None, dataset: str) -> dict[str, d
     """{split: report}, val before test, of these weights on this data set, from plain scores of the whole split."""
     reports = {}
     for split in ("val", "test"):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not measured, torn by a kill, or edited
-            report = read_json(folder / f"eval_{split}.json", REPORT)
-            is_plain = not any(report.get(key) for key in ("per_token", "prior_calibration", "limit"))
-            if is_plain and (report["adapter"], report["dataset"]) == (weights, dataset):
-                reports[split] = report
+        path = folder / f"eval_{split}.json"
+        try:
+            report = read_json(path, REPORT)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:  # torn by a kill, or edited
+            move = f"make it again: python evaluate.py {folder} --split {split}"
+            logger.warning(f"{path}: is not quoted ({error}); {move}")
+            continue
+        is_plain = not any(report.get(key) for key in ("per_token", "prior_calibration", "limit"))
+        if is_plain and (report["adapter"], report["dataset"]) == (weights, dataset):
+            reports[split] = report
     return reports
 
 

@@ -13,6 +13,7 @@ from runtime.checkpoint import describe_best, write_manifest
 from runtime.legacy import RENAMED
 from runtime.run_dir import Run
 from runtime.run_files import append_metrics
+from utils.logging_utils import setup_logging
 from utils.tokenizer_utils import Prompt
 
 PROMPT = Prompt("[INST] <image>\nWhat? [/INST]", " ", "</s>", 2)
@@ -161,10 +162,14 @@ def test_a_report_without_the_share_that_gets_a_name_is_used(folder, gone):
     assert "On test:" in card_of(folder) and "get a name" not in card_of(folder)
 
 
-def test_a_truncated_report_is_excluded(folder):
+def test_a_truncated_report_is_excluded_and_said(folder, capsys):
+    setup_logging()
     report(folder, "val")
     (folder / "eval_test.json").write_text('{"split": "te')
     assert list(read_reports(folder, describe_best(folder / "best"), "oxford_flowers102")) == ["val"]
+    again = f"make it again: python evaluate.py {folder} --split test"
+    printed = capsys.readouterr().out
+    assert "eval_test.json: is not quoted (Unterminated string" in printed and again in printed
 
 
 def test_an_adapter_of_a_base_that_is_saved_nowhere_has_no_code(folder):
