@@ -141,8 +141,7 @@ def check_request(method: str, headers, waiting: int) -> None:
     if not length.isdecimal() or len(length) > 15:
         raise Refusal(411, "the request does not say its length (Content-Length); send it whole, not in chunks")
     if int(length) > MAX_BODY:
-        raise Refusal(
-            413, f"the request has {int(length):,} bytes, above the limit of {MAX_BODY:,}; send smaller images"
-        )
+        size = f"{int(length):,} bytes, above the limit of {MAX_BODY:,}"
+        raise Refusal(413, f"the request has {size}; send smaller images")
     if waiting > MAX_QUEUE:
         raise Refusal(429, f"{MAX_QUEUE} requests are waiting; send this one again later")

@@ -71,9 +71,8 @@ def check_can_write_gguf(run: Run) -> None:
     """Raises UserError."""
     if run.config.views != "base":
         reason = "llama.cpp makes other tiles of an image, without LLaVA-NeXT's newlines and cropping"
-        raise UserError(
-            f"{run.folder}: was trained with --views {run.config.views}, and {reason}; train with --views base"
-        )
+        move = "train with --views base"
+        raise UserError(f"{run.folder}: was trained with --views {run.config.views}, and {reason}; {move}")
     try:
         importlib.import_module("gguf")
         importlib.import_module("cyllama.llama.llama_cpp")

@@ -79,9 +79,7 @@ def explain_doubt(calibration: Calibration | None) -> str | None:
     if (pairs := calibration.pairs["images"]) < MIN_PAIRS:
         return f"several images of one plant were calibrated on only {pairs} pairs of val; do not rely on it"
     if calibration.pairs_share == "class":
-        reason = (
-            "val does not say which images show one plant, so pairs of different plants were taken, which tell more"
-        )
+        reason = "val does not say which images show one plant, so pairs are of different plants, which tell more"
         return f"the confidence for several images of one plant may be too high: {reason}"
     return None
 

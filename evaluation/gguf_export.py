@@ -154,9 +154,8 @@ def _write_right_table(merged: Path, draft: Path, runtime: LlamaCpp, batch: Batc
         version = runtime_versions()["llama.cpp"]
         tables = f"with the position table as it is {differences[False]:.1%}, rolled by one {differences[True]:.1%}"
         reason = f"computes other image embeddings than transformers ({tables})"
-        raise UserError(
-            f"llama.cpp {version} {reason}; nothing was exported, install the wheel of requirements-gguf.txt"
-        )
+        move = "nothing was exported, install the wheel of requirements-gguf.txt"
+        raise UserError(f"llama.cpp {version} {reason}; {move}")
     if is_rolled:
         write_vision(merged, path, is_rolled)
         runtime.open_vision(path)
@@ -193,9 +192,8 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _compare_classes(expected: dict[str, tuple[int, int]], found: dict[str, tuple[int, int]]) -> str:
     """McNemar's test of transformers and llama.cpp on the same images, in words. Raises UserError if it is worse."""
     same = sum(found[image][0] == expected[image][0] for image in expected)
-    metrics = mcnemar(
-        [a == b for a, b in expected.values()], [found[image][0] == found[image][1] for image in expected]
-    )
+    is_right = [found[image][0] == found[image][1] for image in expected]
+    metrics = mcnemar([predicted == true for predicted, true in expected.values()], is_right)
     sentence = f"the same class as plain transformers for {same:,} of {metrics['n']:,} images, top-1 "
     sentence += f"{metrics['second']:.3f} and {metrics['first']:.3f} (p = {metrics['p']:.2g}, McNemar)"
     if verify.is_worse(metrics):

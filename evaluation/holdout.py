@@ -48,9 +48,8 @@ def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Ru
             training.wait()
             raise
         if training.returncode:
-            raise UserError(
-                f"{folder}: its training did not end well, the lines above say why; mend that and re-run to resume"
-            )
+            reason = "its training did not end well, the lines above say why"
+            raise UserError(f"{folder}: {reason}; mend that and re-run to resume")
         evaluate(Run.load(folder))
         report = json.loads((folder / f"eval_{split}.json").read_text(encoding="utf-8"))
         tables.append([row for row in report["open_set"] if row["source"] == SOURCE])

@@ -84,10 +84,8 @@ def write_report(report: dict, split: SplitScores, rows, names: Sequence[str], f
     stem = Path(folder) / f"eval_{report['split']}"
     write_file(stem.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     with skip_failure(stem.with_suffix(".md")):
-        write_file(
-            stem.with_suffix(".md"),
-            render("report.md.j2", report=report, missing_sets=explain_missing(report["calibration"])),
-        )
+        text = render("report.md.j2", report=report, missing_sets=explain_missing(report["calibration"]))
+        write_file(stem.with_suffix(".md"), text)
     place = {sample: index for index, sample in enumerate(rows["id"])}
 
     def image_of(index: int, side: int = TILE_SIDE) -> Image.Image:
