@@ -49,9 +49,9 @@ def check_same_data(data: PlantData, run: Run) -> str:
 
     Raises UserError unless the classes are those of the run, and its own data set is split as it was.
     """
-    own, fingerprint = Run.load(run.folder).config.dataset, run.recorded.get("data_fingerprint")
-    data.assert_matches(run.class_names, fingerprint if run.config.dataset == own else None, run.folder)
-    return own if data.fingerprint() == fingerprint else run.config.dataset
+    trained_on, fingerprint = Run.load(run.folder).config.dataset, run.recorded.get("data_fingerprint")
+    data.assert_matches(run.class_names, fingerprint if run.config.dataset == trained_on else None, run.folder)
+    return trained_on if data.fingerprint() == fingerprint else run.config.dataset
 
 
 # ---- the reload test

@@ -83,14 +83,14 @@ def test_a_run_that_was_trained_on_val_is_not_calibrated(here, small_splits, run
 
 
 def test_images_that_changed_since_the_training_are_not_scored(here, image_folder, capsys):
-    own = image_folder({"oak": 10, "ash": 10})
-    assert train.main([*TINY, "--dataset", str(own), "--output-dir", "mine", "--max-steps", "1"]) == 0
+    root = image_folder({"oak": 10, "ash": 10})
+    assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-steps", "1"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
-    moved = shutil.copytree(own, here / "moved")
+    moved = shutil.copytree(root, here / "moved")
     image_folder({"oak": 12, "ash": 10})
     status, log = run(capsys, "mine", "--split", "test", *FAST)
     assert status == 1 and "its images changed since mine was trained" in log
-    other = own.rename(here / "other")
+    other = root.rename(here / "other")
     kept = [here / "mine" / name for name in ("calibration.json", "reference.safetensors")]
     before = [path.read_bytes() for path in kept]
     status, log = run(capsys, "mine", "--dataset", str(other), *FAST)
@@ -98,11 +98,11 @@ def test_images_that_changed_since_the_training_are_not_scored(here, image_folde
     assert f"{other}: not the data set of mine, whose calibration and features stay as they are" in log
     assert json.loads((here / "mine" / "eval_val.json").read_text())["dataset"] == str(other)
     status, log = run_printed(export.main, capsys, "mine", "out", "--dataset", str(moved))
-    assert status == 1 and f"scores.jsonl: the scores are of {other}, not of {own}; with that --dataset make" in log
+    assert status == 1 and f"scores.jsonl: the scores are of {other}, not of {root}; with that --dataset make" in log
     (here / "mine" / "calibration.json").unlink()
     status, log = run(capsys, "mine", "--dataset", str(moved), *FAST)  # the run's own, which lies elsewhere now
     assert status == 0 and kept[0].read_bytes() == before[0] and "top-1" in (here / "mine/best/README.md").read_text()
-    assert json.loads((here / "mine" / "eval_val.json").read_text())["dataset"] == str(own)
+    assert json.loads((here / "mine" / "eval_val.json").read_text())["dataset"] == str(root)
     assert run_printed(export.main, capsys, "mine", "out", "--dataset", str(moved))[0] == 0
 
 
