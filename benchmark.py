@@ -91,16 +91,16 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from runtime.distributed import init_distributed
 
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
         steps = WARM_UP + options.steps
-        config = replace(config, output_dir=folder, max_steps=steps, eval_steps=None, report_to="none")
+        config = replace(config, max_steps=steps, eval_steps=None, report_to="none")
         dist = stack.enter_context(init_distributed(config))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())  # each rank's own
         if not dist.is_main_process:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             options = replace(options, points=None)
         if dist.world_size > 1 or options.memory_limits:
             options = replace(options, scoring=False, against="none")
-        measure(Run(config, dist=dist), options, sizes)
+        measure(Run(replace(config, output_dir=folder), dist=dist), options, sizes)
     return 0
 
 

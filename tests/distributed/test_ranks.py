@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -418,6 +419,23 @@ def test_a_report_interrupted_on_a_machine_ends_on_all(scored):
     assert statuses == [1, 130] and "warning: rank 1: interrupted" in second, first + second
     assert "error: rank 1: interrupted. Re-run the same command to resume." in first
     assert "rank 1: interrupted" in (scored / "run" / "evaluate.log").read_text()
+
+
+# ---- the benchmark
+
+
+def draw_few_images(rank: int) -> None:
+    from benchmarks import generated
+
+    generated.IMAGES, tempfile.tempdir = 4, os.getcwd()
+
+
+def test_a_benchmark_of_several_ranks_prints_one_table_and_leaves_nothing(here):
+    argv = ["--preset", "tiny", "--steps", "2", "--image", "84x60", "--num-workers", "0"]
+    argv += ["--gradient-accumulation-steps", "2"]
+    statuses, output = run(here, argv, "benchmark", fault=draw_few_images)
+    assert statuses == [0, 0] and " | 2 ranks" in output and output.count("this project ") == 1, output
+    assert not list(here.glob("tmp*"))
 
 
 # ---- sharded weights
