@@ -73,8 +73,8 @@ def evaluate_run(run: Run, options: EvaluationOptions) -> None:
     from models.memory import is_worth_compiling
     from runtime.distributed import assert_same_across_ranks, init_distributed
 
-    # Every rank has all weights here, so one rank can evaluate a run that was sharded.
-    with init_distributed(replace(run.config, sharding="none")) as dist:
+    run = replace(run, config=replace(run.config, sharding="none"))  # every rank has all weights here
+    with init_distributed(run.config) as dist:
         assert_same_across_ranks({"run": f"{run.folder}"} | asdict(options), dist)
         with dist.main_process_first():
             data = build_datasets(run.data_config)

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that every script can read a run before it im
 import contextlib
 import dataclasses
 import logging
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -61,10 +62,10 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
-        """A run that a script made, its base model at the very commit it was trained on. Raises ConfigError."""
+        """A run to use, its base model whole, at the very commit it was trained on. Raises ConfigError."""
         config, recorded = run_files.load_config(folder)
         revision = (not recorded.get("base") and recorded.get("model_commit")) or config.model_revision
-        config = dataclasses.replace(config, output_dir=str(folder), model_revision=revision)
+        config = dataclasses.replace(config, output_dir=str(folder), model_revision=revision, sharding="none")
         return cls(config, recorded, state="completed" if run_files.is_completed(folder) else "interrupted")
 
     @property
@@ -279,7 +280,7 @@ def _decide_explicit(config: TrainingConfig) -> Run:
         raise ConfigError(f"--output-dir {run.folder}: {problem}; give a new folder")
     saved, _ = run_files.load_config(run.folder)
     notes = _check_options(config, saved, run.folder)
-    is_completed = not _changes(config, saved, LENGTH) and run_files.is_completed(run.folder)
+    is_completed = not _length_changes(config, saved) and run_files.is_completed(run.folder)
     if is_completed and not checkpoint.needs_best(run.folder):
         note = f"{run.folder} is complete; give a new folder, or a larger --max-steps to continue"
         return dataclasses.replace(run, state="completed", notes=[note])
@@ -288,7 +289,8 @@ def _decide_explicit(config: TrainingConfig) -> Run:
 
 def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     saved, recorded = run_files.load_config(config.output_dir or "")
-    longer = "; ".join(_changes(config, saved, LENGTH))
+    longer = "; ".join(_length_changes(config, saved))
+    is_lost = run_files.is_completed(config.output_dir or "") and not longer  # the weights of a run of this length
     if config.lr_scheduler_type == "constant_with_warmup" and config.warmup_steps >= 1:
         longer = ""  # no rate depends on the length
     changed = "; ".join(_changes(config, saved, [name for name in RESUMABLE if not longer or name not in LENGTH]))
@@ -297,7 +299,7 @@ def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
     if longer:
         reason = "the learning rate schedule is stretched: the result is not that of a run of this length from step 1"
         notes.append(f"longer than it began ({longer}): {reason}")
-    if run_files.is_completed(config.output_dir or "") and not longer:
+    if is_lost:
         notes.append(
             f"{config.output_dir}/{run_files.BEST} is missing or corrupted; it is made again from a checkpoint"
         )
@@ -356,8 +358,8 @@ def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) 
 
 def is_fresh(folder: Path) -> bool:
     """True if nothing is there but, maybe, the log and lock of a start that failed."""
-    left = {LOG_FILE, run_files.LOCK_FILE, f"{CONFIG_FILE}.draft"}
-    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
+    left = re.compile(f"{LOG_FILE}|{run_files.LOCK_FILE}|{CONFIG_FILE}.*[.]draft")
+    return not folder.exists() or (folder.is_dir() and all(left.fullmatch(path.name) for path in folder.iterdir()))
 
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
@@ -371,6 +373,11 @@ def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:
     if new.effective_batch_size != old.effective_batch_size:
         changed.append(f"global batch size: {old.effective_batch_size} -> {new.effective_batch_size}")
     return changed
+
+
+def _length_changes(new: TrainingConfig, old: TrainingConfig) -> list[str]:
+    """Of the options that decide how long a run is: with max_steps, that alone."""
+    return _changes(new, old, ["max_steps"] if min(new.max_steps, old.max_steps) > 0 else LENGTH)
 
 
 def _changes(new: TrainingConfig, old: TrainingConfig, names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,32 @@ def test_an_explicit_folder_of_another_config_is_refused():
         decide_run(parse_config(["--output-dir", "mine", "--lora-r", "8", "--gradient-accumulation-steps", "32"]))
 
 
-def test_a_completed_explicit_folder_is_kept_or_resumed_for_more_steps():
+@pytest.mark.parametrize(
+    ("flags", "state", "words"),
+    [
+        (["--max-steps", "5"], "completed", ["mine is complete; give a new folder"]),
+        (["--max-steps", "5", "--num-train-epochs", "9"], "completed", ["mine is complete"]),  # steps decide
+        (["--max-steps", "9", "--num-train-epochs", "9"], "interrupted", ["resuming mine", "longer .*steps: 5 -> 9.:"]),
+        (
+            ["--max-steps", "9", "--lr-scheduler-type", "constant_with_warmup", "--warmup-steps", "2"],
+            "interrupted",
+            ["changed, as", "resuming mine; changed options that keep the result: max_steps: 5 -> 9"],
+        ),
+    ],
+)
+def test_a_completed_explicit_folder_is_kept_or_resumed_for_more_steps(flags, state, words):
     start(["--output-dir", "mine", "--max-steps", "5"])
     append_metrics("mine", {"step": 5, "completed": True})
-    assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "5"])).state == "completed"
-    assert decide_run(parse_config(["--output-dir", "mine", "--max-steps", "9"])).state == "interrupted"
+    chosen = decide_run(parse_config(["--output-dir", "mine", "--allow-changed", *flags]))
+    assert chosen.state == state and len(chosen.notes) == len(words), chosen.notes
+    assert all(re.match(*pair) for pair in zip(words, chosen.notes)), chosen.notes
+
+
+def test_a_sharded_run_is_used_with_whole_weights_and_resumes():
+    """On one GPU, by all scripts but train.py."""
+    flags = ["--output-dir", "mine", "--sharding", "fsdp", "--load-in-4bit", "false", "--trainable", "adapter"]
+    assert Run.load(start(flags)).config.sharding == "none"
+    assert decide_run(parse_config(flags)).notes == ["resuming mine"]
 
 
 def test_a_run_of_before_the_default_revision_was_fixed(in_tmp):
@@ -91,7 +113,8 @@ def test_folders_that_are_no_runs(in_tmp):
     with pytest.raises(ConfigError, match="holds files but is not a run"):
         decide_run(parse_config(["--output-dir", "full"]))
     (in_tmp / "failed").mkdir()
-    (in_tmp / "failed" / "train.log").write_text("a start that failed")
+    for name in ("train.log", "training_config.json.0a1b.draft"):
+        (in_tmp / "failed" / name).write_text("a start that failed")
     assert decide_run(parse_config(["--output-dir", "failed"])).state == "new"
 
 
