@@ -68,8 +68,10 @@ def test_a_base_model_and_a_comparison(trained, here, small_splits, checkpoint, 
 def test_a_four_bit_base_is_scored_without_its_adapter(here, checkpoint, image_folder, capsys):
     root = image_folder({"oak": 10, "ash": 10})
     argv = ["--model", checkpoint(), "--dataset", str(root), "--image-size", "70", "--output-dir", "base", *FAST]
+    argv += ["--sharding", "fsdp"]  # which here, too, has no effect
     status, log = run(capsys, *argv, "--prior-calibration", "true", "--per-token", "true")
     assert status == 0 and "result | val | top-1" in log
+    assert json.loads((here / "base" / "training_config.json").read_text())["config"]["sharding"] == "none"
 
 
 def test_a_run_that_was_trained_on_val_is_not_calibrated(here, small_splits, run_on_val, capsys):
