@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from utils.logging_utils import UserError
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write beside `path`, sync to disk, then replace it. Raises UserError for a folder in its place."""
-    draft, _ = beside(path)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.draft")  # another process may write the same file
     if path.is_dir():
         raise UserError(f"{path}: is a folder where a file is to be written; move it, then re-run the same command")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(draft)
-    os.replace(draft, path)
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -40,16 +44,18 @@ def replace_dir(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def require_disk_space(folder: Path, needed: float, purpose: str, next_move: str) -> None:
-    """Raise UserError unless the disk of `folder` has `needed` bytes for `purpose`, such as "the checkpoints need"."""
+def require_disk_space(folder: str | Path, needed: float, purpose: str, next_move: str) -> int:
+    """Free bytes where `folder` is or will be. Raises UserError unless they are `needed`; purpose: "a run needs"."""
+    folder = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
         problem = f"its disk has {free / 1e9:.1f} GB free, {purpose} {needed / 1e9:.1f} GB"
         raise UserError(f"{folder}: {problem}; free space, or {next_move}")
+    return free
 
 
 def beside(path: Path) -> tuple[Path, Path]:
-    """Where a replacement of `path` is written, and where a directory that is being replaced waits."""
+    """Where a replacement of a directory is written, and where the one that is being replaced waits."""
     return path.with_name(f"{path.name}.draft"), path.with_name(f"{path.name}.old")
 
 

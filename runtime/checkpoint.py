@@ -18,7 +18,6 @@ from utils.logging_utils import UserError, logger
 
 MANIFEST = "manifest.json"
 RUN_ID_FILE = "run_id"  # in a checkpoint: the run that wrote it
-DELETED = ".deleted"  # suffix of a directory that is being deleted
 METRICS_OF_BEST = "best.json"
 MODEL_CARD = "README.md"  # rewritten after every evaluation, so no manifest has it
 SCHEMAS: dict[str, dict] = {METRICS_OF_BEST: run_files.BEST_STEP, "trainer_state.json": run_files.STATE}
@@ -59,10 +58,9 @@ def verify_checkpoint(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
             return f"{name} differs from its manifest"
-    for name, schema in SCHEMAS.items():
+    for name in SCHEMAS.keys() & paths.keys():
         try:
-            if name in paths:
-                read_json(paths[name], schema)
+            read_json(paths[name], SCHEMAS[name])
         except ValueError as error:
             return f"{name} is corrupted: {error}"
     return None
@@ -97,7 +95,7 @@ def create_checkpoint_dir(folder: Path, run_id: str) -> None:
         _require_own(folder, run_id)
         return
     with replace_dir(folder) as draft:
-        (draft / RUN_ID_FILE).write_text(run_id, encoding="utf-8")
+        write_file(draft / RUN_ID_FILE, run_id)
 
 
 def _require_own(checkpoint: Path, run_id: str) -> None:
@@ -118,14 +116,17 @@ def _is_own(checkpoint: Path, run_id: str) -> bool:
 
 def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
     """Delete the run's checkpoints that are older than its newest `keep` completed ones."""
+    # The run's own suffix: a kill in the middle may leave neither its id nor the manifest.
+    deleted = f".{hashlib.sha256(run_id.encode()).hexdigest()[:12]}.deleted"
     newest_first = [path for path in checkpoints_in(run_folder) if _is_own(path, run_id)]
     completed = [path for path in newest_first if (path / MANIFEST).exists()]
     if len(completed) >= keep:
         for path in newest_first[newest_first.index(completed[keep - 1]) + 1 :]:
-            path.rename(path.with_name(path.name + DELETED))  # half deleted, it would look like a corrupted one
-    for path in Path(run_folder).glob(f"{PREFIX}*{DELETED}"):
-        if path.is_dir() and _is_own(path, run_id):
-            shutil.rmtree(path)
+            aside = path.with_name(path.name + deleted)
+            shutil.rmtree(aside, ignore_errors=True)  # what a kill left of this step, before the run came here again
+            path.rename(aside)  # half deleted, it would look like a corrupted one
+    for path in Path(run_folder).glob(f"{PREFIX}*{deleted}"):
+        shutil.rmtree(path)
 
 
 def fork_checkpoint(checkpoint: Path, run_folder: Path, run_id: str) -> Path:
