@@ -8,10 +8,8 @@ Cheapest checks first, one line each. Exit status 1 if any failed. Writes no run
 
 import ctypes
 import itertools
-import logging
 import math
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from config.cli import parse_config
 from config.training_config import RANDOM_MODELS, TrainingConfig, format_value
 from runtime.run_dir import Run
 from runtime.run_files import read_metrics
-from utils.logging_utils import UserError, exit_status, report_errors, set_environment, setup_logging
+from utils.logging_utils import UserError, exit_status, logger, report_errors, set_environment, setup_logging
 
 STEPS = 6  # optimizer steps of the trial; the first two may still allocate
 LEAK_GIB = 0.06  # growth over the later steps that counts as a leak
@@ -50,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     set_environment()
     setup_logging()
-    logging.getLogger("llava_plants").setLevel(logging.ERROR)  # the lines below say it
+    logger.setLevel("ERROR")  # the lines below say it
     with report_errors():
-        return PreFlight(config).run()
+        return PreFlight(replace(config, sharding="none")).run()  # one rank, which has all weights
 
 
 @dataclass
@@ -141,19 +139,18 @@ class PreFlight:
 
     def check_disk_and_memory(self) -> str:
         import psutil
-        from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.constants import HF_HUB_CACHE
 
+        from models.loading import is_cached
         from runtime.atomic import require_disk_space
 
-        model, cache = self.config.model, Path(HF_HUB_CACHE).absolute()
-        require_disk_space(Path("."), RUN_BYTES, "a run needs at least", "run it on another disk")
-        is_on_hub = "/" in model and not Path(model).is_dir()
-        if is_on_hub and try_to_load_from_cache(model, "model.safetensors.index.json") is None:  # to be downloaded
-            folder = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-            require_disk_space(folder, HUB_BYTES, f"{model} and the images need", "set HF_HOME to another disk")
-        ram, free = psutil.virtual_memory(), shutil.disk_usage(".").free / 1e9
-        return f"{free:.0f} GB of disk free here | {ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB of RAM free"
+        model, ram = self.config.model, psutil.virtual_memory()
+        runs = self.config.output_dir or "runs"
+        free = require_disk_space(runs, RUN_BYTES, "a run needs at least", "use another --output-dir")
+        if "/" in model and not Path(model).is_dir() and not is_cached(model, self.config.model_revision):
+            require_disk_space(HF_HUB_CACHE, HUB_BYTES, f"{model} and the images need", "set HF_HOME to another disk")
+        memory = f"{ram.available / GIB:.1f} of {ram.total / GIB:.1f} GiB of RAM free"
+        return f"{free / 1e9:.0f} GB of disk free for the run | {memory}"
 
     # ---- the data
 
@@ -268,7 +265,7 @@ class PreFlight:
         from models.trainer import build_trainer
 
         data = replace(self.data, train=self.rows, validation=None)
-        trial = {"max_steps": STEPS, "eval_steps": None, "report_to": "none", "warmup_steps": 0.1}
+        trial = dict(max_steps=STEPS, eval_steps=None, early_stopping_patience=None, report_to="none", warmup_steps=0.1)
         with tempfile.TemporaryDirectory() as folder:
             trainer = build_trainer(Run(replace(self.config, output_dir=folder, **trial)), self.plant, data)
             trainer.args.save_strategy = "no"

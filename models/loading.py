@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import torch
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     BitsAndBytesConfig,
@@ -47,14 +47,25 @@ def find_checkpoint(model: str, revision: str | None, with_weights: bool = False
     """
     if Path(model).is_dir():
         return Path(model)
-    revision = None if revision == PINNED and model != TrainingConfig.model else revision
-    folder = _download(model, revision, SETTINGS)
+    folder = _download(model, resolve_revision(model, revision), SETTINGS)
     if with_weights:
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         shards = read_index(index, f"--model {model}") if index.exists() else []
         # By the commit: a branch may have moved since.
         folder = _download(model, folder.name, [SAFE_WEIGHTS_NAME, *shards])
     return folder
+
+
+def resolve_revision(model: str, revision: str | None) -> str | None:
+    return None if revision == PINNED and model != TrainingConfig.model else revision
+
+
+def is_cached(model: str, revision: str | None) -> bool:
+    """Whether all weights of a checkpoint of the hub have been downloaded. Raises UserError for an index of no use."""
+    revision = resolve_revision(model, revision)
+    index = try_to_load_from_cache(model, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    files = read_index(Path(index), f"--model {model}") if isinstance(index, str) else [SAFE_WEIGHTS_NAME]
+    return all(isinstance(try_to_load_from_cache(model, file, revision=revision), str) for file in files)
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

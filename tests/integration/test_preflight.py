@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,28 @@ def test_every_check_passes_on_the_tiny_preset_and_nothing_is_left(small_splits,
     assert "supervised: ' amber starwort</s>'" in lines["sample"] and "as expected of random weights" in lines["steps"]
     assert re.search(r"about \d+\.\d s per epoch of 3 steps", lines["time"]) and "transformers 5" in lines["packages"]
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--early-stopping-patience", "2", "--eval-steps", "100"], ["--sharding", "fsdp", "--trainable", "adapter"]],
+    ids=["early stopping", "sharding"],
+)
+def test_the_trial_is_of_one_rank_and_without_evaluations(flags, small_splits, capsys):
+    status, lines = run(capsys, *TINY, *flags)
+    assert status == 0 and lines["steps"].startswith("ok")
+
+
+def test_the_disk_of_the_run_is_looked_at(capsys, monkeypatch, tmp_path):
+    (tmp_path / "full").mkdir()
+    sizes = {"full": 5e8, tmp_path.name: 9e9}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=sizes[Path(folder).name]))
+    monkeypatch.setattr(test_trainer, "CHECKS", {"disk and memory": ""})
+    _, lines = run(capsys, *TINY)
+    assert lines["disk and memory"].startswith("ok    disk and memory: 9 GB of disk free for the run")
+    _, lines = run(capsys, *TINY, "--output-dir", "full/new/mine")
+    problem = "full: its disk has 0.5 GB free, a run needs at least 1.0 GB; free space, or use another --output-dir"
+    assert lines["disk and memory"].startswith("FAIL") and lines["disk and memory"].endswith(problem)
 
 
 def test_a_checkpoint_folder_with_images_at_their_own_size(checkpoint, image_folder, capsys):
@@ -186,6 +209,8 @@ def test_no_room_for_a_checkpoint_that_is_still_to_be_downloaded(capsys, monkeyp
     output = lines["disk and memory"]
     assert status == 1 and output.startswith("FAIL") and "set HF_HOME to another disk" in output
     assert f"{tmp_path}: its disk has 5.0 GB free, llava-hf/llava-v1.6-mistral-7b-hf and the images need 20.0" in output
+    monkeypatch.setattr("models.loading.is_cached", lambda model, revision: revision == TrainingConfig.model_revision)
+    assert run(capsys)[1]["disk and memory"].startswith("ok")
 
 
 def test_an_empty_environment_is_reported_with_the_command_to_install(capsys, monkeypatch):

@@ -462,6 +462,22 @@ def test_a_cache_that_holds_it_is_enough(hub, monkeypatch):
     assert "is not whole in the cache, and HF_HUB_OFFLINE is set" in refusal("owner/model")
 
 
+@pytest.mark.parametrize("is_split", [False, True])
+def test_weights_are_cached_once_all_of_them_are(is_split, hub, folder):
+    if is_split:
+        split(folder)
+    default = TrainingConfig().model_revision
+    assert not loading.is_cached("owner/model", hub.commit)
+    loading.find_checkpoint("owner/model", hub.commit)  # an index too
+    assert not loading.is_cached("owner/model", hub.commit)
+    loading.find_checkpoint("owner/model", hub.commit, with_weights=True)  # by its commit: no branch is known
+    assert loading.is_cached("owner/model", hub.commit) and not loading.is_cached("owner/model", default)
+    loading.find_checkpoint("owner/model", default)
+    assert loading.is_cached("owner/model", default)
+    next(Path(constants.HF_HUB_CACHE).rglob("model*.safetensors")).unlink()
+    assert not loading.is_cached("owner/model", hub.commit)
+
+
 def test_only_what_is_not_there_is_optional(hub, folder):
     hub.fail = for_path("generation_config", lambda: hub.refuse(503))
     assert "the hub answers 503 for /owner/model/resolve" in refusal("owner/model")
