@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import reprlib
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def either(*schemas: Any) -> Kind:
 def _are_names(value: Any) -> bool:
     """Non-empty, no two alike, and text that can be written: JSON may spell half a character."""
     is_list = isinstance(value, list) and all(isinstance(name, str) and name.strip() for name in value)
-    return is_list and 0 < len(value) == len({name.encode(errors="replace") for name in value} - {b"?"})
+    return is_list and 0 < len(value) == len({name for name in value if name.encode(errors="ignore").decode() == name})
 
 
 # A schema is a Kind; (schema, None): that or null; [schema]: a list of such; or {key: schema}: an object, whose "key?"
@@ -259,11 +258,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     try:
-        with filelock.FileLock(path, timeout=0):
-            path.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        with filelock.FileLock(path, timeout=0) as lock:
+            if not hasattr(lock, "pid"):  # the disk has no locks: then the file is the lock, and filelock wrote it
+                path.write_text(f"{os.getpid()} on {os.uname().nodename}", encoding="utf-8")
             yield
     except filelock.Timeout as error:
-        holder = path.read_text(encoding="utf-8", errors="replace") or "that has just started"
+        words = path.read_text(encoding="utf-8", errors="replace").replace(" on ", " ").split()
+        holder = " on ".join(words[:2]) or "that has just started"
         move = "wait for it to end, or use another --output-dir"
         raise UserError(f"{folder}: another training, process {holder}, writes to it; {move}") from error
 

@@ -1,6 +1,7 @@
 """train.py as a whole: what it writes, how it resumes, what it refuses."""
 
 import errno
+import fcntl
 import functools
 import gc
 import json
@@ -253,8 +254,11 @@ def test_a_second_training_in_the_same_folder_is_refused_and_loses_nothing(here,
         assert run(capsys, *TINY, "--output-dir", "mine")[0] == 130 and len(losses(here / "mine")) == 1
 
 
-def test_the_lock_of_a_killed_training_is_released(here):
-    """By the operating system; no file must be removed by hand."""
+@pytest.mark.parametrize("has_flock", [True, False])
+def test_the_lock_of_a_killed_training_is_released(has_flock, here, monkeypatch):
+    """By the operating system, or by its process's absence from a disk without locks; no file is removed by hand."""
+    if not has_flock:
+        monkeypatch.setattr(fcntl, "flock", refuse_locks)
     context = multiprocessing.get_context("fork")
     is_locked = context.Event()
     other = context.Process(target=hold_lock, args=(is_locked,))
@@ -265,7 +269,12 @@ def test_the_lock_of_a_killed_training_is_released(here):
     other.kill()
     other.join()
     with lock_folder(Path("mine")):
-        assert (here / "mine" / "run.lock").read_text().startswith(f"{os.getpid()} on ")
+        words = f"{os.getpid()} on " if has_flock else f"{os.getpid()}\n"
+        assert (here / "mine" / "run.lock").read_text().startswith(words)
+
+
+def refuse_locks(*args) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def hold_lock(is_locked) -> None:

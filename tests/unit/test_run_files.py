@@ -41,7 +41,7 @@ from runtime.run_files import (
         ({"a": {"x": 1, "y": "z"}}, {"a": {str: integer()}}, "a.y must be a whole number"),
         *(
             ({"names": value}, {"names": NAMES}, "names must be a list of different names")
-            for value in (None, "oak", [], ["oak", "oak"], ["oak", " "], [1, 2], ["oak", "\ud800"])
+            for value in (None, "oak", [], ["oak", "oak"], ["oak", " "], [1, 2], ["oak", "\ud800"], ["a\ud800"])
         ),
     ],
 )
