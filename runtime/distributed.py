@@ -188,8 +188,8 @@ def _await_name(host: str) -> None:
 def assert_same_across_ranks(mine: dict, dist: Distributed) -> None:
     """Raise UserError with the settings or weights that differ from rank 0's; of paths the last parts are compared."""
     expected = dist.broadcast_object(mine)
-    for name in {"model", "dataset", "run"} & mine.keys():
-        paths = Path(mine[name]), Path(expected[name])
+    for name in {"model", "dataset", "run", "class_names", "taxonomy"} & mine.keys():
+        paths = Path(mine[name] or ""), Path(expected[name] or "")
         if any(path.is_absolute() for path in paths) and paths[0].name == paths[1].name:
             mine = mine | {name: expected[name]}
     differences = [f"{name}={value}, not {expected[name]}" for name, value in mine.items() if value != expected[name]]

@@ -314,10 +314,11 @@ def test_machines_with_other_settings_are_an_error(here):
     ("there", "is_same"),
     [("/disk/plants", True), ("plants", True), ("/here/others", False), ("oxford_flowers102", False)],
 )
-def test_paths_may_differ_between_machines(there, is_same):
-    config = TrainingConfig(dataset="/here/plants")
-    dist = SimpleNamespace(broadcast_object=lambda mine: mine | {"dataset": there}, gather_object=lambda items: items)
-    with contextlib.nullcontext() if is_same else pytest.raises(UserError, match="dataset=/here/plants, not"):
+@pytest.mark.parametrize("name", ["dataset", "class_names", "taxonomy"])
+def test_paths_may_differ_between_machines(name, there, is_same):
+    config = TrainingConfig(**{name: "/here/plants"})
+    dist = SimpleNamespace(broadcast_object=lambda mine: mine | {name: there}, gather_object=lambda items: items)
+    with contextlib.nullcontext() if is_same else pytest.raises(UserError, match=f"{name}=/here/plants, not"):
         distributed.assert_same_across_ranks(dataclasses.asdict(config), dist)
 
 
