@@ -24,6 +24,7 @@ class _Watch:
 
     def __init__(self):
         self.last_words: Callable[[], None] | None = None  # said before an exit without cleanup; None: no limit
+        self.since = 0.0  # of the first signal, or of the end of a training that saved after it
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
@@ -35,7 +36,7 @@ class _Watch:
         self.last_words = None
 
     def read(self) -> None:
-        first, since = 0, 0.0  # number and time of the first signal
+        first = 0  # number of the first signal
         while True:
             number = 0
             if select.select([self.reader], [], [], LOOK_S)[0]:
@@ -43,10 +44,10 @@ class _Watch:
                     return os.close(self.reader)
                 number = written[0] if written[0] in SIGNALS else 0
             if not first:
-                first, since = number, time.monotonic()
-            elif number and time.monotonic() - since > SAME_S:
+                first, self.since = number, time.monotonic()
+            elif number and time.monotonic() - self.since > SAME_S:
                 os._exit(128 + number)
-            elif self.last_words is not None and time.monotonic() - since > GRACE_S:
+            elif self.last_words is not None and time.monotonic() - self.since > GRACE_S:
                 self.last_words()
                 os._exit(128 + first)
 
@@ -58,9 +59,9 @@ _watch: _Watch | None = None  # inside `handling`
 def handling(handler: Callable, last_words: Callable[[], None] | None = None) -> Iterator[None]:
     """Inside, signals call `handler(number, frame)`, which must bear a second call within SAME_S.
 
-    With `last_words` the process ends GRACE_S after the first signal: some libraries swallow exceptions while they are
-    imported. A signal that was ignored at the start stays so (nohup, a job in the background). Does nothing outside
-    the main thread, where Python allows no handlers.
+    With `last_words` the process ends GRACE_S after the first signal, or after the end of a `handling` inside: some
+    libraries swallow exceptions while they are imported. A signal that was ignored at the start stays so (nohup, a job
+    in the background). Does nothing outside the main thread, where Python allows no handlers.
     """
     global _watch
     if threading.current_thread() is not threading.main_thread():
@@ -74,7 +75,7 @@ def handling(handler: Callable, last_words: Callable[[], None] | None = None) ->
     try:
         yield
     finally:
-        watch.last_words = words
+        watch.since, watch.last_words = time.monotonic(), words
         if is_outermost and _watch:  # not in a forked process
             _watch.close()
             _watch = None

@@ -333,6 +333,18 @@ def test_an_odd_value_for_a_library_is_named(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("error: ODD_TIMEOUT=soon: not a value that a library understands (ValueE")
 
 
+def test_after_a_training_that_saved_for_long_the_rest_has_its_time_too():
+    body = """
+from utils.signal_utils import handling
+with handling(lambda number, frame: None):
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(1.5)
+time.sleep(0.5)
+print('cleaned up')"""
+    process = start(body, grace_s=1)
+    assert (process.communicate(timeout=30)[0], process.returncode) == ("cleaned up\n", 0)
+
+
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
     """nohup: SIGHUP is ignored; otherwise it is as SIGTERM."""
     body = "signal.raise_signal(signal.SIGHUP); print('on')"
