@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from runtime.distributed import init_distributed
 
-        steps = WARM_UP + options.steps
-        config = replace(config, max_steps=steps, eval_steps=None, report_to="none")
+        config = replace(config, max_steps=WARM_UP + options.steps, eval_steps=None, report_to="none")
         dist = stack.enter_context(init_distributed(config))
         folder = stack.enter_context(tempfile.TemporaryDirectory())  # each rank's own
         if not dist.is_main_process:
@@ -100,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             options = replace(options, points=None)
         if dist.world_size > 1 or options.memory_limits:
             options = replace(options, scoring=False, against="none")
+        if options.points:
+            open(options.points, "a").close()  # what cannot be written fails now, not after a measurement
         measure(Run(replace(config, output_dir=folder), dist=dist), options, sizes)
     return 0
 
@@ -164,9 +165,7 @@ def limit_memory(limit: float | None, dist) -> None:
     if dist.world_size > 1 or dist.device.type != "cuda":
         raise UserError("--memory-limits: needs a CUDA GPU and one rank; leave it out, or start without torchrun")
     if (held := torch.cuda.memory_allocated(dist.device) / 2**30) > MOST_HELD:
-        logger.warning(
-            f"{held:.1f} GiB of what was measured before are still in use; give this limit a call of its own"
-        )
+        logger.warning(f"{held:.1f} GiB of what was measured before are still in use; give this limit its own call")
     total = torch.cuda.get_device_properties(dist.device).total_memory
     share = limit * 2**30 / total / (1 - FRAGMENTATION)
     torch.cuda.set_per_process_memory_fraction(min(share, 1.0), dist.device)

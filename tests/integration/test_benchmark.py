@@ -133,6 +133,7 @@ BAD_INPUT = [
     (["--memory-limits", "0"], "memory_limits=0: GiB are needed"),
     (["--picture", "speed.png"], "picture=speed.png: needs --points FILE, which an earlier benchmark wrote"),
     (["--points", "gone.jsonl", "--picture", "speed.png"], "gone.jsonl: cannot be read (FileNotFoundError"),
+    ([*FEW, "--points", "/dev/null/points"], "error: /dev/null/points: Not a directory; "),
     (["--image", "big"], "image=big: width x height of 1 to 9999 pixels is needed, such as 500x667"),
     (["--image", "0x9"], "image=0x9: width x height of 1 to 9999 pixels is needed"),
     (["--dataset", "mine"], "--dataset mine: has no effect, images are generated; use --image WIDTHxHEIGHT"),
@@ -154,3 +155,4 @@ def test_bad_input(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, output = run(capsys, *argv)
     assert status != 0 and words in output and "Traceback" not in output and not list(tmp_path.iterdir())
+    assert "model ready" not in output
