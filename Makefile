@@ -72,18 +72,9 @@ $(VENV)/installed: requirements.txt $(LOCK)
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+$(VENV)/installed-%: requirements-%.txt $(VENV)/installed
+	$(PIP) -r $<
 	touch $@
 
-$(VENV)/installed-app: $(VENV)/installed requirements-app.txt
-	$(PIP) -r requirements-app.txt
-	touch $@
-
-$(VENV)/installed-browser: $(VENV)/installed-dev $(VENV)/installed-app requirements-browser.txt
-	$(PIP) -r requirements-browser.txt
-	touch $@
-
-$(VENV)/installed-gguf: $(VENV)/installed-dev requirements-gguf.txt
-	$(PIP) -r requirements-gguf.txt
-	touch $@
+$(VENV)/installed-browser: $(VENV)/installed-dev $(VENV)/installed-app
+$(VENV)/installed-gguf: $(VENV)/installed-dev
