@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that every script can read a run before it im
 import contextlib
 import dataclasses
 import logging
-import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -91,9 +90,7 @@ class Run:
     @property
     def class_names(self) -> list[str]:
         if "class_names" not in self.recorded:
-            raise ConfigError(
-                f"{self.folder / CONFIG_FILE}: records no class names; restore the file, or use another run"
-            )
+            raise ConfigError(f"{self.folder / CONFIG_FILE}: records no class names; restore it, or use another run")
         return self.recorded["class_names"]
 
     @property
@@ -288,21 +285,20 @@ def _decide_explicit(config: TrainingConfig) -> Run:
 
 
 def _interrupted(config: TrainingConfig, notes: list[str]) -> Run:
-    saved, recorded = run_files.load_config(config.output_dir or "")
+    folder = config.output_dir or ""
+    saved, recorded = run_files.load_config(folder)
     longer = "; ".join(_length_changes(config, saved))
-    is_lost = run_files.is_completed(config.output_dir or "") and not longer  # the weights of a run of this length
+    is_lost = run_files.is_completed(folder) and not longer  # the weights of a run of this length
     if config.lr_scheduler_type == "constant_with_warmup" and config.warmup_steps >= 1:
         longer = ""  # no rate depends on the length
     changed = "; ".join(_changes(config, saved, [name for name in RESUMABLE if not longer or name not in LENGTH]))
-    note = f"resuming {config.output_dir}" + (f"; changed options that keep the result: {changed}" if changed else "")
+    note = f"resuming {folder}" + (f"; changed options that keep the result: {changed}" if changed else "")
     notes = [*notes, note]
     if longer:
         reason = "the learning rate schedule is stretched: the result is not that of a run of this length from step 1"
         notes.append(f"longer than it began ({longer}): {reason}")
     if is_lost:
-        notes.append(
-            f"{config.output_dir}/{run_files.BEST} is missing or corrupted; it is made again from a checkpoint"
-        )
+        notes.append(f"{folder}/{run_files.BEST} is missing or corrupted; it is made again from a checkpoint")
     return Run(config, recorded, state="interrupted", notes=notes)
 
 
@@ -358,8 +354,8 @@ def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) 
 
 def is_fresh(folder: Path) -> bool:
     """True if nothing is there but, maybe, the log and lock of a start that failed."""
-    left = re.compile(f"{LOG_FILE}|{run_files.LOCK_FILE}|{CONFIG_FILE}.*[.]draft")
-    return not folder.exists() or (folder.is_dir() and all(left.fullmatch(path.name) for path in folder.iterdir()))
+    left = (LOG_FILE, run_files.LOCK_FILE, f"{CONFIG_FILE}*.draft")
+    return not folder.exists() or (folder.is_dir() and all(any(map(path.match, left)) for path in folder.iterdir()))
 
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:

@@ -24,9 +24,7 @@ def explain_hub_error(error: BaseException, option: str, revision: str | None, o
 
     answer = next((found for link in chain if (found := getattr(link, "response", None)) is not None), None)
     status = answer.status_code if answer is not None else 0
-    refusal = next(
-        (link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None
-    )
+    denial = next((link for link in chain if isinstance(link, OSError) and (link.filename or link.errno in FULL)), None)
     # `datasets` tells a gated repository by the text of an error of its own.
     if find(errors.GatedRepoError) or any("gated dataset" in str(link) for link in chain):
         return f"is gated ({reason}); accept its terms on the hub, and check that HF_TOKEN may read it", False
@@ -36,9 +34,9 @@ def explain_hub_error(error: BaseException, option: str, revision: str | None, o
         return f"is no folder here and not on the hub ({reason}); check the name, and that HF_TOKEN may read it", False
     if answer is not None:
         return f"the hub answers {status} for {answer.url.path}; try again later, or give a folder", True
-    if refusal is not None:
-        where = f"{refusal.filename or constants.HF_HOME}: {refusal.strerror}"
-        move = FREE_SPACE if refusal.errno in FULL else CHOOSE_PLACE
+    if denial is not None:
+        where = f"{denial.filename or constants.HF_HOME}: {denial.strerror}"
+        move = FREE_SPACE if denial.errno in FULL else CHOOSE_PLACE
         return f"cannot be put in the cache, HF_HOME ({where}); {move}", False
     if constants.is_offline_mode() and find(*UNREACHABLE):
         where = f"at {revision or 'main'} is not whole in the cache, and HF_HUB_OFFLINE is set"

@@ -32,9 +32,7 @@ NO_MEMORY = ("could not create a primitive", "can't allocate memory", "bad_alloc
 PLACES = "--output-dir, OUT, HF_HOME, a copy of the run"
 FREE_SPACE = f"free space and re-run the same command, or write to another disk ({PLACES})"
 CHOOSE_PLACE = f"choose a place that you may read and write ({PLACES}), or change its permissions"
-RAISE_LIMIT = (
-    "raise the limit of this process (ulimit -a shows them) or end other programs, then re-run the same command"
-)
+RAISE_LIMIT = "raise the limit of this process (ulimit -a shows it) or end other programs, then re-run the same command"
 AFTER_MENDING = "once that is mended, re-run the same command to resume from what was saved"
 MOVES = {FULL: FREE_SPACE, FORBIDDEN: CHOOSE_PLACE, LIMITS: RAISE_LIMIT}
 FULL_BYTES = 20e6  # a disk with less free space is why a save failed

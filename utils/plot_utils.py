@@ -122,9 +122,7 @@ def _map_top(drops: np.ndarray) -> float:
 
 
 @plain_text
-def plot_confusions(
-    counts: np.ndarray, names: Sequence[str], groups: Sequence[str], title: str, path: str | Path
-) -> None:
+def plot_confusions(counts: np.ndarray, names: Sequence[str], groups: Sequence[str], title: str, path: str) -> None:
     """Images by true class (rows) and predicted class (columns), (K, K), colored by their share of the row.
 
     Classes of one group (K,), which stand beside each other, are framed.

@@ -34,8 +34,7 @@ def build_prompt(processor, question: str, stop_ids: list[int]) -> Prompt:
     of them, else the tokenizer's EOS token: some templates on the hub end an answer with plain text.
     Raises UserError if the template cannot be rendered, lacks a part, or its parts do not fit together.
     """
-    tokenizer = processor.tokenizer
-    answer = "ANSWER"
+    tokenizer, answer = processor.tokenizer, "ANSWER"
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     prompt, dialog = _render(processor, [[user], [user, reply]])
@@ -74,8 +73,7 @@ def _render(processor, dialogs: list[list[dict]]) -> list[str]:
 
     In a child process, which can be ended whatever the template does; transformers keeps it in Jinja's sandbox.
     """
-    if not processor.chat_template:  # in checkpoints of early 2024 the tokenizer has one
-        processor.chat_template = processor.tokenizer.chat_template
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template  # the latter in early 2024
     if not processor.chat_template:
         raise UserError("the checkpoint has no chat template; use one whose processor has it, such as llava-hf's")
     if "image" not in str(processor.chat_template):  # for plain text, where the image token is one of all
