@@ -225,7 +225,7 @@ def load_model(
                 raise
         else:
             for key, parameter in model.named_parameters():
-                if parameter.is_floating_point():
+                if parameter.is_floating_point() and not parameter.is_meta:  # as offloaded ones: merge_into reads those
                     # Those beside weights that were quantized already are of the type they were saved in.
                     parameter.data = parameter.data.to(dtype)
                     # NaN passes through aminmax; on a CPU isfinite takes 40 times as long.

@@ -146,6 +146,16 @@ def test_weights_of_a_run_and_of_an_export_are_checked_alike(folder):
             read()
 
 
+def test_a_model_of_which_a_part_is_offloaded_computes_what_the_whole_one_does(folder, tmp_path):
+    """As an export that is larger than its GPU: what accelerate offloads is on "meta" until a forward needs it."""
+    places = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": str(tmp_path)}
+    offloaded, whole = (loading.load_model(folder, "x", torch.bfloat16, place) for place in (places, {}))
+    ids = torch.tensor([[1, 2, 3]])
+    assert offloaded.lm_head.weight.is_meta and offloaded.lm_head.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(offloaded(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
 def test_weights_that_fp16_cannot_hold_are_refused(folder):
     edit_weights(folder, spoil("gate_proj", 1e6))
     for load_in_4bit in (True, False):
