@@ -41,6 +41,7 @@ class RunLog(TrainerCallback):
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
             with contextlib.suppress(torch.OutOfMemoryError):
                 self.matmul_rate = measure_matmul_rate(args.device, dtype) * args.world_size
+        state.compute_steps(args, state.max_steps)  # --eval-steps and --save-steps of now, not the checkpoint's
         state.log_history.extend(self.trainer.backfilled_evals)
         self.first_step = state.global_step
         self.train_began = self.step_began = time.perf_counter()

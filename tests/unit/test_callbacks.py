@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from transformers.trainer_callback import TrainerState
 
 from models import callbacks
 from models.callbacks import RunLog
@@ -36,14 +37,15 @@ def test_metrics_of_every_step_a_line_of_every_few_and_a_plot(tiny, tmp_path, ca
 
 @pytest.fixture
 def log(tmp_path):
-    args = SimpleNamespace(max_grad_norm=0.5, logging_steps=1, world_size=2, bf16=True, device=torch.device("cuda"))
+    often = {"logging_steps": 1, "eval_steps": None, "save_steps": 50}
+    args = SimpleNamespace(max_grad_norm=0.5, world_size=2, bf16=True, device=torch.device("cuda"), **often)
     run = Run(SimpleNamespace(output_dir=str(tmp_path)))
     return RunLog(SimpleNamespace(args=args, run=run, backfilled_evals=[]))
 
 
 def test_on_a_gpu_a_line_has_the_share_of_the_matmul_peak(log, monkeypatch):
     monkeypatch.setattr(callbacks, "measure_matmul_rate", lambda device, dtype: 1e12 if dtype == torch.bfloat16 else 0)
-    state = SimpleNamespace(global_step=0, max_steps=9, is_world_process_zero=True, log_history=[])
+    state = TrainerState(max_steps=9)
     log.on_train_begin(log.trainer.args, state, None)
     state.global_step = 1
     step = {"loss": 1.0, "grad_norm": 2.0, "learning_rate": 0.1, "seconds": 2.0, "peak_gib": 1.0}

@@ -487,6 +487,16 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
     assert [step["step"] for step in steps_of(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("eval_steps", [None, 2])
+def test_a_resumed_run_evaluates_and_saves_as_often_as_it_is_told_now(eval_steps, tiny, tmp_path, monkeypatch):
+    fake_scores(monkeypatch, [0.5] * 9)
+    settings = FEW | {"max_steps": 4, "save_total_limit": 9}
+    make_trainer(tiny, tmp_path, eval_steps=eval_steps, save_steps=2, **settings).train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    make_trainer(tiny, tmp_path, eval_steps=1, save_steps=1, **settings).train(tmp_path / "checkpoint-2")
+    assert evaluated_steps(tmp_path) == [2, 3, 4] and (tmp_path / "checkpoint-3").exists()
+
+
 def test_a_signal_is_noted_with_stderr_closed_and_its_double_does_not_kill(monkeypatch):
     def closed(*args):
         raise BrokenPipeError
