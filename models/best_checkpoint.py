@@ -39,8 +39,9 @@ class BestCheckpoint(TrainerCallback):
         if trainer.eval_dataset is not None:
             best = read_best(self.folder)
             return self.make_again(trainer) if best is None else best["step"]
-        self.save(trainer.model, trainer.processing_class, {"step": trainer.state.global_step})
-        return trainer.state.global_step
+        self.step = trainer.state.global_step
+        self.save(trainer.model, trainer.processing_class, {"step": self.step})
+        return self.step
 
     def make_again(self, trainer) -> int:
         """best/ from the best of what is left of its evaluated weights: in memory, and in the checkpoints."""

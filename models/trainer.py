@@ -286,8 +286,10 @@ class PlantTrainer(Trainer):
 
     def load_best(self) -> None:
         """Load the weights of best/ on every rank. Without validation they are those of the last step."""
-        step = self.dist.broadcast_object(self.best.find(self) if self.dist.is_main_process else None)
-        if step != self.state.global_step:
+        step = self.best.find(self) if self.dist.is_main_process else None
+        is_loaded = step == self.state.global_step == self.best.step  # not by a process that was killed since
+        step, is_loaded = self.dist.broadcast_object([step, is_loaded])
+        if not is_loaded:
             load_weights(self.model, self.best.folder)
         if step != self.best.step:  # best/ was lost, and made again of other weights
             self.examined = []

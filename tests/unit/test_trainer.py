@@ -763,6 +763,18 @@ def test_best_has_the_highest_accuracy_and_then_the_lowest_loss(tiny, tmp_path, 
     assert equal(weights(trainer), kept[best]) and not equal(kept[1], kept[3])
 
 
+def test_after_a_kill_the_model_has_the_weights_of_best_and_not_others_of_the_same_step(tiny, tmp_path, monkeypatch):
+    """A GPU does not repeat a step bit by bit, so that what a resumed run arrives at is a little different."""
+    killed = make_trainer(tiny, tmp_path, max_steps=1, eval_steps=1, save_steps=50, **FEW)
+    resumed = make_trainer(tiny, tmp_path, model=tiny.model(1), max_steps=1, eval_steps=1, save_steps=50, **FEW)
+    for trainer, top1 in ((killed, 0.9), (resumed, 0.8)):
+        fake_scores(monkeypatch, [top1])
+        trainer.train()
+    assert not equal(weights(resumed), weights(killed))
+    resumed.load_best()
+    assert equal(weights(resumed), weights(killed))
+
+
 @pytest.mark.parametrize("save_steps, step, is_kept", [(1, 1, True), (50, 2, False)])
 def test_what_was_examined_with_lost_weights_is_forgotten(save_steps, step, is_kept, tiny, tmp_path, monkeypatch):
     fake_scores(monkeypatch, [0.9, 0.1])
