@@ -1,7 +1,6 @@
 """Images to class names: the likeliest ones of each, their probabilities, and whether the first is certain enough."""
 
 import contextlib
-import dataclasses
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -168,9 +167,7 @@ class Predictor:
         """For each file in order its Examined, with a goal the names Found, or why it cannot be opened."""
         files = [image if isinstance(image, dict) else {"bytes": None, "path": str(image)} for image in images]
         rows = [{"image": file, "label": 0, "id": str(index)} for index, file in enumerate(files)]
-        # Starting workers takes longer than a few images.
-        workers = min(self.plant.num_workers, len(rows) // self.plant.eval_batch_size)
-        plant = dataclasses.replace(self.plant, num_workers=workers)
+        plant = self.plant
         batches: Iterator[tuple[list, list[str]]] = plant.search(rows, goal) if goal else plant.score(rows, True)
         for results, unreadable in batches:
             found: dict[int, Found | Examined | str] = {int(sample.id): result for sample, result in results}

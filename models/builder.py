@@ -211,10 +211,11 @@ class PlantModel:
     def _predict(self, rows, collate: Callable, predict: Callable) -> Iterator[tuple[list, list[str]]]:
         """For each batch: (sample, prediction) in any order, and "id: reason" of each unreadable image."""
         self.model.eval()
-        options = worker_options(self.num_workers)
         # One forward of a batch, so that ranks that share weights make as many whatever images cannot be read.
         size = self.micro_batcher.size
-        loader = DataLoader(rows, size, collate_fn=collate, num_workers=self.num_workers, **options)
+        workers = min(self.num_workers, len(rows) // size)  # to start one takes longer than to open a few images
+        options = worker_options(workers)
+        loader = DataLoader(rows, size, collate_fn=collate, num_workers=workers, **options)
         batches = tqdm(loader, desc="evaluating", disable=not is_watched(), leave=False)
         with scoring_weights(self.base):
             for batch in self.stop.iterate(batches):  # after a training, for its limit of a wait alone

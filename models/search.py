@@ -116,4 +116,4 @@ def _search_images(base, prefill: Prefill, searches: list[Search]) -> list[Found
         if len(rows) < len(pending):
             prefill = prefill.select(rows)
         pending = [pending[row] for row in rows]
-        chosen = [searches[image].choose(EXPANDED // len(pending)) for image in pending]
+        chosen = [searches[image].choose(max(1, EXPANDED // len(pending))) for image in pending]

@@ -10,9 +10,11 @@ import pytest
 
 import predict
 from evaluation.endpoint import MAX_BODY, MAX_QUEUE, Endpoint, Refusal, check_request
-from evaluation.predictor import Prediction, load_predictor
+from evaluation.predictor import Prediction, Predictor, load_predictor
 from runtime.run_dir import Run
 from tests.conftest import run_main
+from tests.unit.test_trainer import limit_memory, make_trainer
+from utils.logging_utils import setup_logging
 
 FORM = {"content-type": "multipart/form-data; boundary=x", "content-length": "100"}
 
@@ -85,6 +87,16 @@ def test_a_request_is_refused_before_its_body_is_read(status, method, headers, w
 def test_a_request_within_the_limits_is_read():
     check_request("POST", FORM | {"content-length": str(MAX_BODY)}, MAX_QUEUE)
     check_request("POST", FORM | {"content-type": "Multipart/Form-Data; boundary=x", "content-length": "9"}, 1)
+
+
+def test_images_that_do_not_fit_together_are_not_tried_together_again(tiny, tmp_path, monkeypatch, capsys):
+    setup_logging()
+    monkeypatch.setattr("models.scoring.collect_memory", lambda device: None)  # seconds, and a CPU has none to free
+    plant = make_trainer(tiny, tmp_path).plant
+    limit_memory(plant.model.model, 1)
+    for _ in range(2):
+        assert len(list(Predictor(plant, None).predict([row["image"] for row in tiny.rows(2)]))) == 2
+    assert capsys.readouterr().out.count("retrying with micro-batch 1\n") == 1
 
 
 def test_the_model_is_asked_by_one_thread_at_a_time(endpoint, folder, monkeypatch):

@@ -193,6 +193,15 @@ def test_out_of_memory_halves_the_micro_batch_of_a_search(tiny, monkeypatch):
     assert [each.names.tolist() for each in found] == [each.names.tolist() for each in expected]
 
 
+def test_more_images_than_nodes_of_a_forward_are_searched_too(tiny, monkeypatch):
+    (trie,) = build_tries(random_names(np.random.default_rng(5), 20), np.inf)
+    model, batch = sharpened(tiny, 8), tiny.collator(tiny.rows(3))
+    expected = search_batch(model, batch, trie, MicroBatcher(3), Goal(3))
+    monkeypatch.setattr("models.search.EXPANDED", 2)
+    found = search_batch(model, batch, trie, MicroBatcher(3), Goal(3))
+    assert [each.names.tolist() for each in found] == [each.names.tolist() for each in expected]
+
+
 def test_a_log_probability_that_is_no_number_ends_a_search(tiny):
     with pytest.raises(UserError, match="a score is not a finite number; .*test-00000"):
         search_batch(

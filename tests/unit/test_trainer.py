@@ -678,9 +678,9 @@ def test_evaluation_accuracy_is_that_of_the_scores(tiny, tmp_path):
 
 
 def test_evaluating_does_not_change_the_training(tiny, tmp_path):
-    ends = []
+    ends, settings = [], {"num_workers": 1, "per_device_eval_batch_size": 10}
     for name, interval in (("without", None), ("with", 1)):
-        trainer = make_trainer(tiny, tmp_path / name, model=with_dropout(tiny), eval_steps=interval, num_workers=1)
+        trainer = make_trainer(tiny, tmp_path / name, model=with_dropout(tiny), eval_steps=interval, **settings)
         trainer.train()
         ends.append(weights(trainer))
     assert equal(*ends)
