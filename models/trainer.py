@@ -44,6 +44,7 @@ from runtime.distributed import (
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, worker_options
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
+from utils.image_utils import gray_image
 from utils.logging_utils import UserError, first_line, logger
 
 
@@ -189,6 +190,9 @@ class PlantTrainer(Trainer):
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
         row = self.data_collator.largest_row(sample_rows(self.train_dataset))
+        if self.is_augmented:  # a crop may be of more tokens than its image, and a square is of the most
+            side = math.isqrt(math.prod(self.data_collator([row]).samples[0].size))
+            row = self.data_collator.largest_row([row, {"image": gray_image((side, side))}])
         self.plant.check_length(self.data_collator([row]).samples)
         plan_memory(self, row, steps_left)
         self.run.end_phase("plan")
@@ -434,8 +438,9 @@ def build_trainer(run: Run, plant: PlantModel, data: PlantData) -> PlantTrainer:
     )
     if problem := config.find_warmup_problem(trainer.planned_steps()):  # of epochs, by the number of images
         raise UserError(problem)
-    augmented = data.train if trainer.streams else trainer
-    augmented.is_augmented = config.augmentation != "none"
+    trainer.is_augmented = config.augmentation != "none"
+    if trainer.streams:
+        data.train.is_augmented = trainer.is_augmented
     trainer.is_balanced = config.class_balance
     build_cache(trainer)
     trainer.remove_callback(PrinterCallback)  # of raw dictionaries

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import TrainerCallback, set_seed
 
 from config.training_config import PRESETS, TrainingConfig
@@ -36,7 +37,7 @@ from runtime.run_dir import Run
 from runtime.run_files import append_metrics, read_metrics
 from tests.conftest import draw_nothing
 from tests.unit.test_collator import SIZES, rows_of
-from utils.image_utils import ImageError
+from utils.image_utils import ImageError, augment_image
 from utils.logging_utils import UserError, setup_logging
 from utils.signal_utils import SIGNALS, end_children
 
@@ -110,6 +111,22 @@ def test_more_tokens_than_the_language_model_has_positions_are_refused(tiny, tmp
             UserError, match=r"pixels, prompt and name are \d+ tokens, .* \d+ positions .*; use --views"
         ):
             start()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_memory_is_planned_for_the_largest_crop_of_augmented_images(streaming, tiny, tmp_path, monkeypatch):
+    rows, planned = rows_of(tiny, [(150, 200)] * 16), []
+    if streaming:
+        Dataset.from_list(rows, features=ROW).to_parquet(tmp_path / "train.parquet")
+        rows = Stream([tmp_path / "train.parquet"], seed=1)
+    settings = {"image_size": None, "augmentation": "light", "streaming": streaming}
+    trainer = make_trainer(tiny, tmp_path / "run", rows, **settings)
+    monkeypatch.setattr("models.trainer.plan_memory", lambda trainer, row, steps_left: planned.append(row))
+    trainer.plan_memory(1)
+    (sample,), image = trainer.data_collator(planned).samples, Image.new("RGB", (200, 150))
+    crops = [augment_image(image, seed) for seed in range(30)]
+    tokens = [trainer.data_collator.count_tokens((crop.height, crop.width))[0] for crop in crops]
+    assert trainer.data_collator.count_tokens((150, 200))[0] < max(tokens) <= sample.image_tokens
 
 
 def steps_of(folder) -> list[dict]:
