@@ -18,6 +18,7 @@ import torch
 from models.attention import choose_attention
 from models.fp8 import Fp8Projections
 from models.fused_layers import set_activation_checkpointing, unwrap
+from models.kernels import CompiledKernel
 from runtime.atomic import write_file
 from runtime.device import (
     GIB,
@@ -245,7 +246,8 @@ def plan_memory(trainer, row: dict, steps_left: float) -> None:
             elif trainer.fused[0].kernels.compiled:
                 try_micro_batch(trainer, row, 1)
     if available is not None and trainer.fused:
-        words = "not compiled" if options.compile == "false" else "not compiled: the run would not win back the time"
+        is_choice = options.compile == "auto" and not CompiledKernel.fails
+        words = "not compiled: the run would not win back the time" if is_choice else "not compiled"
         words = "compiled" if trainer.fused[0].kernels.compiled else words
         logger.info("memory | kernels %s | tried in %.0f s", words, time.perf_counter() - began)
     elif available is not None and options.sharding != "fsdp":
@@ -302,14 +304,6 @@ def _try_sharded(trainer, row: dict, steps_left: float, loading: float) -> None:
     )
 
 
-class Tried(NamedTuple):
-    """A plan that was tried for two micro-batches."""
-
-    plan: Plan
-    step: float  # seconds of an optimizer step
-    peak: float  # bytes, with the optimizer's state; infinite if it does not fit
-
-
 def _fit(trainer, row: dict, available: float) -> None:
     """Set the fastest plan that a trial shows to fit. Raises UserError where one image does not fit."""
     (sample,) = trainer.data_collator([row]).samples
@@ -331,16 +325,18 @@ def _fit(trainer, row: dict, available: float) -> None:
         trainer.micro_batcher.size = plan.micro_batch_size
         set_activation_checkpointing(fused, plan.kept, plan.offloaded)
 
-    def try_plan(plan: Plan) -> Tried:
+    def try_plan(plan: Plan) -> tuple[float, Plan]:
+        """(seconds of an optimizer step, the plan with its measured peak), both infinite if it does not fit."""
         use(plan)
         seconds, peak = try_micro_batch(trainer, row, plan.micro_batch_size)
         collect_memory(device)
-        return Tried(plan, seconds * plan.micro_batch_size * plan.micro_batches(images), peak + state)
+        return seconds * plan.micro_batch_size * plan.micro_batches(images), plan._replace(peak=peak + state)
 
     setting = cost._replace(static=0), images, checkpointing, compiled, fp8
-    key = repr((describe_gpu(device), round(2 * available / GIB), *setting))
+    offloadable = min(host, images * cost.checkpoint)
+    key = repr((describe_gpu(device), round(2 * available / GIB), int(offloadable / GIB), *setting))
     known = recall_plan(key)
-    best = try_plan(known) if known else None
+    best = try_plan(known)[1] if known else None
     if best is None or best.peak > allowed:
         best = _find_plan(
             cost, try_plan, allowed, lambda cost, budget: propose_plans(cost, images, budget, checkpointing, host)
@@ -350,27 +346,27 @@ def _fit(trainer, row: dict, available: float) -> None:
         if best.peak > allowed:
             logger.warning("memory: the optimizer's state may not fit any more; try --optim paged_adamw_8bit")
         elif trainer.dist.is_main_process:
-            remember_plan(key, best.plan)
-    use(best.plan)
+            remember_plan(key, best)
+    use(best)
     peak = f"peak {best.peak / GIB:.2f} GiB measured, {allowed / GIB:.2f} available"
-    logger.info(f"memory | {best.plan.describe(cost.layers)} | {peak}")
+    logger.info(f"memory | {best.describe(cost.layers)} | {peak}")
 
 
-def _choose(fitting: list[Tried]) -> Tried:
+def _choose(fitting: list[tuple[float, Plan]]) -> Plan:
     """The fastest; of those that trials cannot tell from it the largest micro-batch, which waits least for the CPU."""
-    within = (1 + TRIAL_NOISE) * min(tried.step for tried in fitting)
-    close = [tried for tried in fitting if tried.step <= within]
-    return max(close, key=lambda tried: (tried.plan.micro_batch_size, -tried.step))
+    within = (1 + TRIAL_NOISE) * min(seconds for seconds, _ in fitting)
+    close = [tried for tried in fitting if tried[0] <= within]
+    return max(close, key=lambda tried: (tried[1].micro_batch_size, -tried[0]))[1]
 
 
-def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Tried:
+def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Plan:
     """The fastest of the plans that are tried and fit into `allowed` bytes, else the smallest one.
 
     The smallest is tried first: how far its peak is from arithmetic is known then for all.
     """
     began = time.perf_counter()
     (smallest,) = propose(cost, 0)
-    first = try_plan(smallest)
+    seconds, first = try_plan(smallest)
     if first.peak == math.inf:  # then nothing does
         return first
     cost = cost._replace(static=cost.static + first.peak - smallest.peak)
@@ -379,7 +375,7 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
         plans = [plan for plan in propose(cost, budget) if plan[:3] != smallest[:3]][:TRIED_PLANS]
         for plan in plans:
             tried = try_plan(plan)
-            if tried.peak <= allowed:
+            if tried[1].peak <= allowed:
                 fitting.append(tried)
             else:
                 logger.warning(f"memory: {plan.describe(cost.layers)} does not fit; trying less")
@@ -388,7 +384,7 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
         if not plans:
             break
         budget = cost.static + 0.8 * (max(plan.peak for plan in plans) - cost.static)
-    return _choose(fitting + ([first] if first.peak <= allowed or not fitting else []))
+    return _choose(fitting + ([(seconds, first)] if first.peak <= allowed or not fitting else []))
 
 
 # ---- plans of earlier runs

@@ -263,6 +263,28 @@ def test_a_remembered_plan_that_does_not_fit_any_more_is_found_anew(tiny, tmp_pa
     assert trainer.micro_batcher.size == 2
 
 
+def test_a_plan_is_remembered_for_as_much_as_the_host_can_hold(tiny, tmp_path, timed_gpu):
+    """As in containers of two sizes on the same machine."""
+    timed_gpu.setattr("models.memory.available_gpu_memory", lambda device: 16e9)
+    timed_gpu.setattr("models.memory.GIB", 1)
+    sizes = []
+    for free in (1e12, 2e12, 0, 1e12):
+        timed_gpu.setattr("models.memory.available_host_memory", lambda free=free: free)
+        del timed_gpu.tried[:]
+        trainer = make_fused(tiny, tmp_path)
+        plan(trainer, tiny, gradient_checkpointing="offload", compile="false")
+        sizes.append((trainer.micro_batcher.size, len(timed_gpu.tried) == 1))
+    assert sizes == [(16, False), (16, True), (1, True), (16, True)]
+
+
+@pytest.mark.parametrize("compile, fails", [("auto", True), ("true", True), ("false", False)])
+def test_what_is_said_of_kernels_that_are_not_compiled_is_why(compile, fails, tiny, tmp_path, capsys, simulated_gpu):
+    setup_logging()
+    simulated_gpu.setattr("models.kernels.CompiledKernel.fails", fails)
+    plan(make_fused(tiny, tmp_path), tiny, compile=compile, auto_batch=False)
+    assert "memory | kernels not compiled | tried in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "null", '{"x": 3}', '{"x": [0, 1, 2]}', '{"x": ["a", 1, 2]}', '{"x": [1]}']
 )
