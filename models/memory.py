@@ -352,13 +352,6 @@ def _fit(trainer, row: dict, available: float) -> None:
     logger.info(f"memory | {best.describe(cost.layers)} | {peak}")
 
 
-def _choose(fitting: list[tuple[float, Plan]]) -> Plan:
-    """The fastest; of those that trials cannot tell from it the largest micro-batch, which waits least for the CPU."""
-    within = (1 + TRIAL_NOISE) * min(seconds for seconds, _ in fitting)
-    close = [tried for tried in fitting if tried[0] <= within]
-    return max(close, key=lambda tried: (tried[1].micro_batch_size, -tried[0]))[1]
-
-
 def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable) -> Plan:
     """The fastest of the plans that are tried and fit into `allowed` bytes, else the smallest one.
 
@@ -381,10 +374,13 @@ def _find_plan(cost: Cost, try_plan: Callable, allowed: float, propose: Callable
                 logger.warning(f"memory: {plan.describe(cost.layers)} does not fit; trying less")
             if fitting and time.perf_counter() - began > TRIAL_SECONDS:
                 break
-        if not plans:
-            break
-        budget = cost.static + 0.8 * (max(plan.peak for plan in plans) - cost.static)
-    return _choose(fitting + ([(seconds, first)] if first.peak <= allowed or not fitting else []))
+        budget = cost.static + 0.8 * (max((plan.peak for plan in plans), default=-math.inf) - cost.static)
+    if first.peak <= allowed or not fitting:
+        fitting.append((seconds, first))
+    within = (1 + TRIAL_NOISE) * min(seconds for seconds, _ in fitting)
+    close = [tried for tried in fitting if tried[0] <= within]
+    # Of those that trials cannot tell from the fastest, the largest micro-batch waits least for the CPU.
+    return max(close, key=lambda tried: (tried[1].micro_batch_size, -tried[0]))[1]
 
 
 # ---- plans of earlier runs
