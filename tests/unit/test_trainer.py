@@ -505,7 +505,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("eval_steps", [None, 2])
-def test_a_resumed_run_evaluates_and_saves_as_often_as_it_is_told_now(eval_steps, tiny, tmp_path, monkeypatch):
+def test_a_resumed_run_evaluates_and_saves_as_often_as_its_flags_say_now(eval_steps, tiny, tmp_path, monkeypatch):
     fake_scores(monkeypatch, [0.5] * 9)
     settings = FEW | {"max_steps": 4, "save_total_limit": 9}
     make_trainer(tiny, tmp_path, eval_steps=eval_steps, save_steps=2, **settings).train()
