@@ -7,7 +7,6 @@ A request that cannot be answered gets a 4xx and {"error": one sentence}. Limits
 the same Endpoint: uploads up to MAX_UPLOAD bytes, one answer at a time, MAX_QUEUE requests waiting for theirs.
 """
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 
@@ -41,8 +40,7 @@ class Endpoint:
     """A run's predictor with what identifies it, asked by one thread at a time."""
 
     def __init__(self, predictor: Predictor, run: Run):
-        # Workers start more slowly than five images open.
-        predictor.plant = dataclasses.replace(predictor.plant, num_workers=0)
+        predictor.plant.num_workers = 0  # they start more slowly than five images open
         self.predictor = predictor
         self.identity = {"run": run.folder.resolve().name, "weights": run.describe_weights(), "model": run.config.model}
         self.waiting = 0  # requests of the endpoint, the one being answered included
