@@ -106,19 +106,13 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_hidden(path: str) -> bool:
-    """Whether a part of a path below the root is hidden, or left behind by a system; "..", which leads out, is too."""
-    parts = path.split(os.sep)
-    return any(name.startswith(".") or name.endswith(("~", ".lrdata")) or name.lower() in JUNK for name in parts)
-
-
 def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int) -> Folder:
     """`seen`: each folder met, so that links neither loop nor show a folder twice. Raises OSError."""
     folder = Folder(path)
     with os.scandir(path) as listing:
         entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
     for entry in entries:
-        if _is_hidden(entry.name):
+        if entry.name.startswith(".") or entry.name.endswith(("~", ".lrdata")) or entry.name.lower() in JUNK:
             continue
         try:
             status, reason = entry.stat(), None
@@ -126,10 +120,7 @@ def _look(path: Path, excluded: Excluded, seen: set[tuple[int, int]], depth: int
                 reason = _add_file(folder, entry.name, status.st_size)
             elif not stat.S_ISDIR(status.st_mode):
                 reason = "devices or pipes"
-            elif _identity(status) in seen or (
-                entry.is_symlink()  # into this folder: what it leads to is read where it lies, maybe later
-                and not _is_hidden(os.path.relpath(os.path.realpath(entry.path), os.path.realpath(excluded.root)))
-            ):
+            elif _identity(status) in seen:
                 reason = "links to a folder that is read already, or above"
             elif depth == MAX_DEPTH:
                 reason = f"folders more than {MAX_DEPTH} levels down"

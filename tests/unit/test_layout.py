@@ -363,16 +363,6 @@ def test_links_neither_loop_nor_show_a_folder_twice(tree, tmp_path):
     ]
 
 
-def test_a_folder_is_read_where_it_lies_and_not_where_a_link_to_it_is_met_first(tree):
-    read = tree(*in_each("train"), ".kept/oak")
-    (tree.root / "examples").mkdir()
-    os.symlink("../train/rose", tree.root / "examples" / "rose")
-    os.symlink("../.kept/oak", tree.root / "train" / "oak")  # which nothing else shows
-    source = read()
-    assert source.class_names == ["daisy", "oak", "rose"] and len(source.splits["train"]) == 9
-    assert "not used: links to a folder that is read already, or above: 1 (examples/rose)" in source.warnings
-
-
 def test_folders_far_down_are_excluded(tree):
     tree(*CLASSES)
     folder = tree.root / "daisy" / "/".join("d" * (MAX_DEPTH + 2))
