@@ -103,7 +103,7 @@ def _open_csv(path: Path, has_header: bool | None) -> Records:
 
 def _content(path: Path) -> Iterator[str]:
     """The lines from the header on, such as #id,label: before it may stand empty lines, remarks, Excel's sep=; line."""
-    return itertools.dropwhile(re.compile(r'\s*$|#(?:\s|[^,;\t|]*$)|"?sep=."?\s*$').match, read_lines(path))
+    return itertools.dropwhile(re.compile(r'\s*$|#(?![^\s,;|]+[,;\t|])|"?sep=."?\s*$').match, read_lines(path))
 
 
 def _choose_parser(lines: Sequence[str]) -> Callable[[Iterable[str]], Iterator[list[str]]]:
@@ -244,10 +244,11 @@ def _join_coco(data: dict) -> list[dict]:
     }
     labels: dict[str, dict[str, None]] = defaultdict(dict)  # of each image, each once
     for record in read("annotations"):
-        category = cell_of(record.get("category_id"))
-        labels[cell_of(record.get("image_id"))]["" if "bbox" in record else names.get(category) or category] = None
+        if "bbox" not in record:  # a part of an image
+            category = cell_of(record.get("category_id"))
+            labels[cell_of(record.get("image_id"))][names.get(category) or category] = None
     return [
         {**record, "label": label}
         for record in read("images")
-        for label in labels.get(cell_of(record.get("id", record.get("image_id"))), [""])
+        for label in labels[cell_of(record.get("id", record.get("image_id")))] or [""]
     ]

@@ -111,8 +111,7 @@ class ImageTable:
         self.name = printable(os.path.relpath(path, excluded.root))
         self.records = open_records(path)
         file = find_file_column(self.records, index)
-        header = (*columns.IMAGE_NAMES, *columns.FILE_NAMES)  # picture, of files that are p1/picture.jpg, ...
-        if file and columns.plain_name(file.name) not in header and index.find(file.name):
+        if file and index.find(file.name, (file.way,)):  # not picture, of files that are p1/picture.jpg, ...
             self.records = open_records(path, has_header=False)  # the first row has no suffix that tells it
             file = file._replace(name=self.records.columns[file.number])
         if not file or (file.way in WAYS[2:] and max(file.share_of_rows, file.share_of_images) < 0.1):

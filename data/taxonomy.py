@@ -107,7 +107,7 @@ def _read(path: Path, class_names: Sequence[str], found: Taxonomy) -> list[str]:
             found[level][place] = taxon or found[level][place]
     _unite(path, found)
     missing = {key: class_names[place] for key, place in places.items() if key not in rows}
-    asked = list(missing.items())[: MAX_COMPARED // (len(unknown) or 1)]
+    asked = list(missing.items())[: 1 + MAX_COMPARED // (len(unknown) or 1)]
     near = [f"{unknown[keys[0]]!r}: {name!r}?" for key, name in asked if (keys := get_close_matches(key, unknown, 1))]
     if not near:
         return []

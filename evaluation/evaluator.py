@@ -243,7 +243,7 @@ class Evaluator:
             "unreadable_images": len(rows) - len(scores.ids),
             "exact_match": None,
             "substring_match": None,
-            **self._read_replies(scores, split),
+            **self._read_replies(rows, scores, split),
             **measure_split(scores, calibration, self.plant.class_names),
             "conformal": calibration.measure_sets(None if split == "val" else scores) if calibration else None,
             "hierarchy": measure_levels(scores, calibration) if calibration else None,
@@ -289,11 +289,12 @@ class Evaluator:
         predictions = [parse_reply(text, names) for text in texts]
         return measure_replies(texts, predictions, names, [entry["label"] for entry in entries])
 
-    def _read_replies(self, scores: SplitScores, split: str) -> dict:
+    def _read_replies(self, rows, scores: SplitScores, split: str) -> dict:
         """Metrics of the same model's replies to the very images of the scores, if it gave them."""
         header, entries = read_entries(self.folder / f"eval_{split}.replies.jsonl", REPLY)
-        replies = {entry["id"]: entry for entry in entries if header and header.items() >= self.facts.items()}
-        if not replies.keys() >= {*scores.ids}:
+        images = {row["id"]: image_fingerprint(row["image"]) for row in rows}
+        replies = {entry["id"]: entry for entry in entries if entry["image"] == images.get(entry["id"])}
+        if not (header and header.items() >= self.facts.items() and replies.keys() >= {*scores.ids}):
             return {}
         labels = zip(scores.ids, scores.labels)
         return self._measure_replies([replies[image] | {"label": int(label)} for image, label in labels])

@@ -20,6 +20,7 @@ from runtime.atomic import write_file
 from runtime.launcher import refuse_several_ranks
 from runtime.run_dir import Run
 from utils.logging_utils import UserError, logger
+from utils.signal_utils import handling
 
 DRAWS = 5
 SOURCE = "held-out classes"
@@ -45,7 +46,8 @@ def evaluate_holdouts(run: Run, classes: int, split: str, evaluate: Callable[[Ru
                 time.sleep(0.1)
         except KeyboardInterrupt:  # subprocess.run would kill it before it has saved
             training.terminate()  # at once: with a Ctrl-C, which it got too, that is a single signal to it (SAME_S)
-            training.wait()
+            with handling(lambda number, frame: None):  # however long it takes
+                training.wait()
             raise
         if training.returncode:
             reason = "its training did not end well, the lines above say why"

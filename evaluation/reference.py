@@ -91,7 +91,7 @@ def find_reference(evaluator: "Evaluator", data: PlantData | None) -> Reference 
     facts["tower_is_trained"] = any(parameter.requires_grad for parameter in tower.parameters())
     reference = Reference(features, labels, facts)
     # A quick look must not take away what calibration.json refers to.
-    if evaluator.dist.is_main_process and (evaluator.is_kept or not path.exists()):
+    if evaluator.dist.is_main_process and (evaluator.is_kept or (evaluator.is_own and not path.exists())):
         write_reference(path, reference)
     return reference
 

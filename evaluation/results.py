@@ -53,7 +53,7 @@ def read_correct(run: Run, split: str, dataset: str | None = None) -> tuple[dict
         raise UserError(f"{path}: no scores yet; make them first: {again}")
     if facts.get("adapter") != run.describe_weights():
         raise UserError(f"{path}: the scores are of other weights than {run.best_folder}; score them again: {again}")
-    if dataset and facts.get("dataset") != dataset:
-        move = f"with that --dataset make them again: {again}"
+    if dataset and facts.get("dataset") not in (dataset, run.config.dataset):
+        move = f"make them again: {again} --dataset {run.config.dataset}"
         raise UserError(f"{path}: the scores are of {facts.get('dataset')}, not of {dataset}; {move}")
     return facts, {entry["id"]: int(np.argmax(entry["scores"])) == entry["label"] for entry in entries}

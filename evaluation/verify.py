@@ -51,7 +51,7 @@ def check_same_data(data: PlantData, run: Run) -> str:
     """
     trained_on, fingerprint = Run.load(run.folder).config.dataset, run.recorded.get("data_fingerprint")
     data.assert_matches(run.class_names, fingerprint if run.config.dataset == trained_on else None, run.folder)
-    return trained_on if data.fingerprint() == fingerprint else run.config.dataset
+    return trained_on if data.fingerprint() == fingerprint and not Path(trained_on).exists() else run.config.dataset
 
 
 # ---- the reload test

@@ -333,10 +333,11 @@ def _fit(trainer, row: dict, available: float) -> None:
         return seconds * plan.micro_batch_size * plan.micro_batches(images), plan._replace(peak=peak + state)
 
     setting = cost._replace(static=0), images, checkpointing, compiled, fp8
-    offloadable = min(host, images * cost.checkpoint)
-    key = repr((describe_gpu(device), round(2 * available / GIB), int(offloadable / GIB), *setting))
+    offloadable = int(min(host, images * cost.checkpoint) / GIB).bit_length()
+    key = repr((describe_gpu(device), round(2 * available / GIB), offloadable, *setting))
     known = recall_plan(key)
-    best = try_plan(known)[1] if known else None
+    fits_host = known and known.micro_batch_size * known.offloaded * cost.checkpoint / cost.layers <= host
+    best = try_plan(known)[1] if fits_host else None
     if best is None or best.peak > allowed:
         best = _find_plan(
             cost, try_plan, allowed, lambda cost, budget: propose_plans(cost, images, budget, checkpointing, host)

@@ -44,7 +44,7 @@ from runtime.distributed import (
 from runtime.interrupt import LOADER_S, STREAM_S, Interrupted, StopRequest, worker_options
 from runtime.run_dir import Run
 from runtime.run_files import PREFIX, step_of, truncate_metrics
-from utils.image_utils import gray_image
+from utils.image_utils import crop_sizes, gray_image
 from utils.logging_utils import UserError, first_line, logger
 
 
@@ -190,9 +190,9 @@ class PlantTrainer(Trainer):
         if steps_left is None:
             steps_left = self.planned_steps() - step_of(self.run.resume_from)
         row = self.data_collator.largest_row(sample_rows(self.train_dataset))
-        if self.is_augmented:  # a crop may be of more tokens than its image, and a square is of the most
-            side = math.isqrt(math.prod(self.data_collator([row]).samples[0].size))
-            row = self.data_collator.largest_row([row, {"image": gray_image((side, side))}])
+        if self.is_augmented:  # a crop may be of more tokens than its image
+            size = max(crop_sizes(self.data_collator([row]).samples[0].size), key=self.data_collator.count_tokens)
+            row = self.data_collator.largest_row([row, {"image": gray_image(size)}])
         self.plant.check_length(self.data_collator([row]).samples)
         plan_memory(self, row, steps_left)
         self.run.end_phase("plan")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +11,12 @@ from utils.logging_utils import UserError
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write beside `path`, sync to disk, then replace it. Raises UserError for a folder in its place."""
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.draft")  # another process may write the same file
+    draft, _ = beside(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder where a file is to be written; move it, then re-run the same command")
-    try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(draft)
+    os.replace(draft, path)
     sync(path.parent)
 
 
@@ -55,7 +51,7 @@ def require_disk_space(folder: str | Path, needed: float, purpose: str, next_mov
 
 
 def beside(path: Path) -> tuple[Path, Path]:
-    """Where a replacement of a directory is written, and where the one that is being replaced waits."""
+    """Where a replacement of `path` is written, and where a directory that is being replaced waits."""
     return path.with_name(f"{path.name}.draft"), path.with_name(f"{path.name}.old")
 
 

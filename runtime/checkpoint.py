@@ -116,8 +116,7 @@ def _is_own(checkpoint: Path, run_id: str) -> bool:
 
 def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
     """Delete the run's checkpoints that are older than its newest `keep` completed ones."""
-    # The run's own suffix: a kill in the middle may leave neither its id nor the manifest.
-    deleted = f".{hashlib.sha256(run_id.encode()).hexdigest()[:12]}.deleted"
+    deleted = f".{hashlib.sha256(run_id.encode()).hexdigest()[:12]}.deleted"  # a kill may leave no id inside
     newest_first = [path for path in checkpoints_in(run_folder) if _is_own(path, run_id)]
     completed = [path for path in newest_first if (path / MANIFEST).exists()]
     if len(completed) >= keep:
@@ -125,8 +124,9 @@ def rotate(run_folder: str | Path, run_id: str, keep: int) -> None:
             aside = path.with_name(path.name + deleted)
             shutil.rmtree(aside, ignore_errors=True)  # what a kill left of this step, before the run came here again
             path.rename(aside)  # half deleted, it would look like a corrupted one
-    for path in Path(run_folder).glob(f"{PREFIX}*{deleted}"):
-        shutil.rmtree(path)
+    for path in Path(run_folder).glob(f"{PREFIX}*.deleted"):
+        if path.name.endswith(deleted) or _is_own(path, run_id):  # earlier versions wrote .deleted alone
+            shutil.rmtree(path)
 
 
 def fork_checkpoint(checkpoint: Path, run_folder: Path, run_id: str) -> Path:

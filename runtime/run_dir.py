@@ -353,9 +353,9 @@ def _check_options(config: TrainingConfig, saved: TrainingConfig, folder: Path) 
 
 
 def is_fresh(folder: Path) -> bool:
-    """True if nothing is there but, maybe, the log and lock of a start that failed."""
-    left = (LOG_FILE, run_files.LOCK_FILE, f"{CONFIG_FILE}*.draft")
-    return not folder.exists() or (folder.is_dir() and all(any(map(path.match, left)) for path in folder.iterdir()))
+    """True if nothing is there but, maybe, the log, the lock and a draft of the config of a start that failed."""
+    left = {LOG_FILE, run_files.LOCK_FILE, f"{CONFIG_FILE}.draft"}
+    return not folder.exists() or (folder.is_dir() and all(path.name in left for path in folder.iterdir()))
 
 
 def changed_fields(new: TrainingConfig, old: TrainingConfig) -> list[str]:

@@ -5,11 +5,13 @@ H, W: height and width in pixels of the upright image.
 
 import contextlib
 import io
+import itertools
 import math
 import random
 import re
 import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,13 @@ def augment_image(image: Image.Image, seed: int) -> Image.Image:
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(draw.uniform(0.8, 1.2))
     return image
+
+
+def crop_sizes(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """(H, W) of crops that augment_image may cut from an image of this (H, W): of every shape, and of several areas."""
+    for area, step in itertools.product((0.6, 0.7, 0.8, 0.9, 1.0), range(-20, 21)):
+        height, width = (min(math.sqrt(area * math.exp(sign * step / 100)), 1) for sign in (-1, 1))
+        yield round(height * size[0]) or 1, round(width * size[1]) or 1
 
 
 def count_image_tokens(size: tuple[int, int], pinpoints: list[list[int]], tile: int, patch: int) -> tuple[int, int]:

@@ -89,6 +89,8 @@ def test_images_that_changed_since_the_training_are_not_scored(here, image_folde
     assert train.main([*TINY, "--dataset", str(root), "--output-dir", "mine", "--max-steps", "1"]) == 0
     assert run(capsys, "mine", *FAST)[0] == 0
     moved = shutil.copytree(root, here / "moved")
+    status, log = run(capsys, "mine", "--dataset", str(moved), *FAST)  # while its own is there, any other is another
+    assert status == 0 and f"{moved}: not the data set of mine" in log
     image_folder({"oak": 12, "ash": 10})
     status, log = run(capsys, "mine", "--split", "test", *FAST)
     assert status == 1 and "its images changed since mine was trained" in log
@@ -100,7 +102,8 @@ def test_images_that_changed_since_the_training_are_not_scored(here, image_folde
     assert f"{other}: not the data set of mine, whose calibration and features stay as they are" in log
     assert json.loads((here / "mine" / "eval_val.json").read_text())["dataset"] == str(other)
     status, log = run_printed(export.main, capsys, "mine", "out", "--dataset", str(moved))
-    assert status == 1 and f"scores.jsonl: the scores are of {other}, not of {root}; with that --dataset make" in log
+    assert status == 1 and f"scores.jsonl: the scores are of {other}, not of {root}; make them again: python" in log
+    assert f"--dataset {moved}" in log
     (here / "mine" / "calibration.json").unlink()
     status, log = run(capsys, "mine", "--dataset", str(moved), *FAST)  # the run's own, which lies elsewhere now
     assert status == 0 and kept[0].read_bytes() == before[0] and "top-1" in (here / "mine/best/README.md").read_text()

@@ -294,6 +294,10 @@ def test_replies_stay_in_the_report_of_later_scores(tiny, tmp_path, plain_report
     for lines in ([header, *entries[1:]], [header.replace('"q"', '"other"'), *entries]):
         (tmp_path / "eval_test.replies.jsonl").write_text("\n".join(lines))
         assert make(tiny, tmp_path).report(rows(tiny, 4), "test")["exact_match"] is None
+    (tmp_path / "eval_test.replies.jsonl").write_text("\n".join([header, *entries]))
+    images = [row["image"] for row in rows(tiny, 8)][4:]
+    replaced = Dataset.from_list([row | {"image": image} for row, image in zip(rows(tiny, 4), images)], features=ROW)
+    assert make(tiny, tmp_path).report(replaced, "test")["exact_match"] is None
 
 
 def test_unreadable_ood_images(tiny, tmp_path, plain_reports):

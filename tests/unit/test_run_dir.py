@@ -113,7 +113,7 @@ def test_folders_that_are_no_runs(in_tmp):
     with pytest.raises(ConfigError, match="holds files but is not a run"):
         decide_run(parse_config(["--output-dir", "full"]))
     (in_tmp / "failed").mkdir()
-    for name in ("train.log", "training_config.json.0a1b.draft"):
+    for name in ("train.log", "training_config.json.draft"):
         (in_tmp / "failed" / name).write_text("a start that failed")
     assert decide_run(parse_config(["--output-dir", "failed"])).state == "new"
 

@@ -64,7 +64,7 @@ def test_ragged_rows_nul_bytes_empty_lines_and_remarks_are_no_obstacle(tmp_path)
     assert list(records.rows()) == [["1", "", "", ""], ["1", "2", "3", "4"], ["1", "2", "", ""]]
 
 
-@pytest.mark.parametrize("remark", ["", "# a,b,c\n", "#exported\n"])
+@pytest.mark.parametrize("remark", ["", "# a,b,c\n", "#exported\n", "#Downloaded 2024-05-01, 13:22\n"])
 def test_a_header_may_begin_with_a_sign_of_remarks(tmp_path, remark):
     records = open_records(put(tmp_path / "labels.csv", f"{remark}#id,species\n100,rose\n"))
     assert records.columns == ["#id", "species"] and list(records.rows()) == [["100", "rose"]]
@@ -99,9 +99,10 @@ def test_json_in_the_forms_that_people_write(tmp_path, name, text):
 def test_several_categories_of_an_image_are_no_label(tmp_path):
     images(tmp_path, 5, "{}.jpg")
     pairs = [(0, 1), (0, 2), (1, 1), (1, 1), (2, 1), (3, 2)]
+    box = {"image_id": 1, "category_id": 2, "bbox": [0, 0, 9, 9]}
     data = {
         "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(5)],
-        "annotations": [{"image_id": image, "category_id": category} for image, category in pairs],
+        "annotations": [box, *({"image_id": image, "category_id": category} for image, category in pairs)],
         "categories": [{"id": 1, "name": "daisy"}, {"id": 2, "name": ["rose"]}],
     }
     table = read(put(tmp_path / "coco.json", json.dumps(data)), tmp_path)
@@ -277,6 +278,10 @@ def test_a_header_that_is_the_name_of_images_as_well_is_no_row(tmp_path):
     text = lines("picture,species,note", [(name, FLOWERS[number % 3], number % 4) for number, name in enumerate(names)])
     table = read(put(tmp_path / "t.csv", text), tmp_path, "species")
     assert len(table.rows) == 9 and not table.warnings
+    rows = [("image.jpg", "daisy"), *((put(tmp_path / f"image ({n}).jpg").name, "rose") for n in range(5))]
+    put(tmp_path / "image.jpg")
+    text = "\n".join(f"{name.removesuffix('.jpg')},{label}" for name, label in rows)
+    assert len(read(put(tmp_path / "t.csv", text), tmp_path).rows) == 6  # without a header, the first is no column
 
 
 def test_no_path_leads_out_of_the_folder(tmp_path):
