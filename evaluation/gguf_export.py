@@ -8,6 +8,7 @@ table that the runtime at hand needs, which is found by computing images with it
 Shapes: N patches, H width of the language model, K supervised positions, V vocabulary.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import LlavaNextConfig
 
 from config.training_config import RANDOM_MODELS
@@ -98,13 +101,35 @@ def _check_architecture(model: str, revision: str | None, processor) -> None:
 # ---- what transformers computes
 
 
+class InFp32(TorchFunctionMode):
+    """Operations on fp16 tensors compute in fp32, one weight at a time.
+
+    At full size, with random weights, fp16 moves transformers' own logits by 1.4 % (docs/LOG.md); llama.cpp adds up in
+    fp32.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(torch.Tensor, _widen, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
 @torch.no_grad()
 def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows) -> Expected:
+    predictions = verify.predict_classes(plant, rows)
+    with InFp32():
+        return Expected(*_measure_images(dataclasses.replace(plant, precision="no"), images, batches), predictions)
+
+
+def _measure_images(plant: PlantModel, images, batches: Sequence[Batch]) -> tuple[dict, dict]:
     model, layer = plant.model.model, plant.model.config.vision_feature_layer
     features: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     logits: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for image, batch in zip(images, batches, strict=True):
-        pixels = batch["pixel_values"][:, 0].to(plant.device, plant.dtype)
+        pixels = batch["pixel_values"][:, 0].to(plant.device)
         hidden = model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
         whole = model.multi_modal_projector(hidden)[0].float()  # (1 + N, H), that of the CLS token first
         for has_defect, seen in ((False, whole[1:]), (True, torch.cat([whole[2:], whole[:1]]))):
@@ -114,7 +139,7 @@ def _measure_reference(plant: PlantModel, images, batches: Sequence[Batch], rows
             )
             with hook:
                 logits[has_defect].append(verify.logits_of(plant, [image]))
-    return Expected(features, logits, verify.predict_classes(plant, rows))
+    return features, logits
 
 
 # ---- the files, and what llama.cpp computes with them

@@ -39,6 +39,7 @@ from models.fused_layers import (
     find_obstacle,
     fuse_layers,
     get_fused_layers,
+    keep_logits,
     set_activation_checkpointing,
     unwrap,
 )
@@ -325,6 +326,7 @@ def build_model(
     checkpointing = config.gradient_checkpointing != "false"
     fused = fuse_layers(base.model.language_model.layers)
     if fused:
+        base.register_forward_pre_hook(keep_logits, with_kwargs=True)
         offloaded = len(fused) if config.gradient_checkpointing == "offload" else 0
         set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offloaded)
         if config.compile == "true":

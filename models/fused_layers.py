@@ -1,6 +1,7 @@
 """The language model's layers as one autograd function each: fewer passes over memory, fewer saved activations.
 
-Shapes: B images, T tokens, M = B x T rows, D width of a linear's input, N of its output, R LoRA columns of a group.
+Shapes: B images, T tokens, M = B x T rows, K positions whose logits are kept, D width of a linear's input, N of its
+output, R LoRA columns of a group.
 
 A step of the stock layers with LoRA spends nearly half its time outside of matmuls: casts, LoRA additions, scalings,
 norms. Here
@@ -10,7 +11,8 @@ norms. Here
 - what is elementwise between two matmuls is one kernel of models/kernels.py;
 - saved for the backward are the layer's input, q, k, v, attention's output, the second residual and the two halves of
   the MLP; the rest is recomputed elementwise. With activation checkpointing only the input is saved;
-- 4-bit weights are dequantized right before each matmul and never saved.
+- 4-bit weights are dequantized right before each matmul and never saved;
+- behind attention the last layer computes only the rows whose logits are kept. Its output is zero elsewhere.
 
 Same mathematics as the stock layer; tests/unit/test_fused_layers.py compares loss and gradients.
 """
@@ -203,12 +205,24 @@ class Offloader:
 
 
 class Rows(NamedTuple):
-    """The input of a layer: B images as M rows, with their rotary embeddings."""
+    """The input of a layer: B images as M rows, with their rotary embeddings, and where its output is used."""
 
     images: int
     hidden: torch.Tensor  # (M, D)
     cos: torch.Tensor  # (M, head_dim)
     sin: torch.Tensor
+    kept: torch.Tensor | None  # (K,) positions; None: all
+
+    def pick(self, rows: torch.Tensor) -> torch.Tensor:
+        """(M, N) -> (B K, N)"""
+        return rows if self.kept is None else rows.unflatten(0, (self.images, -1))[:, self.kept].flatten(0, 1)
+
+    def spread(self, picked: torch.Tensor) -> torch.Tensor:
+        """(B K, N) -> (M, N), zero elsewhere."""
+        if self.kept is None:
+            return picked
+        whole = picked.new_zeros(self.images, len(self.hidden) // self.images, picked.shape[1])
+        return whole.index_copy_(1, self.kept, picked.unflatten(0, (self.images, -1))).flatten(0, 1)
 
 
 class Saved(NamedTuple):
@@ -216,7 +230,7 @@ class Saved(NamedTuple):
 
     leaves: list[torch.Tensor]  # q, k, v as leaves of a graph of their own
     attended: torch.Tensor  # attention's output (B, T, heads, head_dim), at the end of that graph
-    residual: torch.Tensor  # the second one
+    residual: torch.Tensor  # the second one; from here on of picked rows
     gate: torch.Tensor
     up: torch.Tensor
     qkv_columns: torch.Tensor  # LoRA columns
@@ -228,7 +242,8 @@ class FusedLayer:
     """The forward of one decoder layer (Llama, Mistral, Qwen2, Granite), put in place of the stock one.
 
     `keep`: save activations for the backward, instead of activation checkpointing; `offload`: keep the checkpointed
-    input in the CPU's memory. Few rows, a mask in training, and disabled or merged adapters go to the stock layer.
+    input in the CPU's memory; `kept`: positions (K,) at which the output of the next call is used, None for all. Few
+    rows, a mask in training, and disabled or merged adapters go to the stock layer.
     """
 
     def __init__(self, layer: nn.Module, kernels: Kernels, offloader: Offloader):
@@ -239,6 +254,7 @@ class FusedLayer:
         self.offloader = offloader
         self.keep = False
         self.offload = False
+        self.kept: torch.Tensor | None = None
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.multiplier = getattr(layer, "residual_multiplier", 1.0)  # Granite's, of what is added to the residual
         self.modules = [
@@ -252,6 +268,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         images, tokens, width = hidden_states.shape
+        kept, self.kept = self.kept, None
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         is_trainable = any(part.requires_grad for part in self.parameters)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or is_trainable)
@@ -260,7 +277,7 @@ class FusedLayer:
         if images * tokens < MIN_ROWS or lora_is_off or (trains and (mask is not None or cache is not None)):
             return self.stock(hidden_states, **kwargs)
         cos, sin = self.kernels.positions(kwargs["position_embeddings"], images)
-        rows = Rows(images, hidden_states.reshape(images * tokens, width), cos, sin)
+        rows = Rows(images, hidden_states.reshape(images * tokens, width), cos, sin, kept)
         if trains:
             out = _Function.apply(self, *rows, *self.parameters)
         else:
@@ -274,7 +291,7 @@ class FusedLayer:
     def forward(self, rows: Rows, mask=None, cache=None, keep=True, needs_output=True):
         """(output (M, D) or None, Saved or None)."""
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
-        images, h, cos, sin = rows
+        images, h, cos, sin, _ = rows
         first, second = self.norms
         x = qkv.empty_rows(h)
         kernels.rms_norm(h, first.weight, first.variance_epsilon, x[:, : qkv.width])
@@ -283,8 +300,9 @@ class FusedLayer:
         query, key = kernels.rotate(query, key, cos, sin)
         leaves, attended = self.attend(images, query, key, value, mask, cache, keep)
         del query, key, value
+        h = rows.pick(h)
         x = o_proj.empty_rows(h)
-        x[:, : o_proj.width] = attended.detach().flatten(0, 1).flatten(1)
+        x[:, : o_proj.width] = rows.pick(attended.detach().flatten(0, 1).flatten(1))
         (update,) = o_proj.forward(x)
         o_columns = x[:, o_proj.width :].clone() if keep else None
         x = gate_up.empty_rows(h)
@@ -300,7 +318,7 @@ class FusedLayer:
         kernels.swiglu(gate, up, x[:, : down_proj.width])
         del gate, up, leaves, attended
         (update,) = down_proj.forward(x)
-        return residual + self.scale(update), saved
+        return rows.spread(residual + self.scale(update)), saved
 
     def attend(self, images, query, key, value, mask, cache, keep):
         """(q, k, v as leaves of a graph of their own, attention's output at its end); see Saved."""
@@ -324,9 +342,10 @@ class FusedLayer:
         Takes Saved out of the list, so that each tensor is freed after its last use.
         """
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
-        _, h, cos, sin = rows
+        _, h, cos, sin, _ = rows
         first, second = self.norms
         leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
+        gradient = rows.pick(gradient)
         of_update = self.scale(gradient)
         of_x, of_columns = down_proj.backward([of_update])
         x = down_proj.add_lora_grad(of_x, of_columns)
@@ -334,7 +353,7 @@ class FusedLayer:
         down_grads = down_proj.lora_grads([of_update], of_columns, x)
         del x, of_x
         of_x, of_columns = gate_up.backward([gate, up])
-        x = torch.empty_like(h)
+        x = torch.empty_like(residual)
         gate_up.add_lora_grad(of_x, of_columns)
         gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
         gate_up_grads = gate_up.lora_grads([gate, up], of_columns, x, mlp_columns)
@@ -342,12 +361,13 @@ class FusedLayer:
         of_update = self.scale(gradient)
         of_x, of_columns = o_proj.backward([of_update])
         o_proj.add_lora_grad(of_x, of_columns)
-        values = attended.detach().flatten(0, 1).flatten(1)
+        values = rows.pick(attended.detach().flatten(0, 1).flatten(1))
         o_grads = o_proj.lora_grads([of_update], of_columns, values, o_columns)
-        of_leaves = torch.autograd.grad(attended, leaves, of_x.view(attended.shape))
+        of_leaves = torch.autograd.grad(attended, leaves, rows.spread(of_x).view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
-        gradients = [*kernels.rotate(of_query, of_key, cos, -sin), of_value]
+        gradients, gradient = [*kernels.rotate(of_query, of_key, cos, -sin), of_value], rows.spread(gradient)
+        x = x if rows.kept is None else torch.empty_like(h)
         if needs_rows:
             of_x, of_columns = qkv.backward(gradients)
             qkv.add_lora_grad(of_x, of_columns)
@@ -364,24 +384,24 @@ class _Function(torch.autograd.Function):
     """One layer; see FusedLayer. LoRA parameters are inputs, so that autograd accumulates their gradients."""
 
     @staticmethod
-    def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, *parameters):
+    def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, kept, *parameters):
         with torch.autocast(h.device.type, enabled=False):
-            out, ctx.saved = layer.forward(Rows(images, h, cos, sin), keep=layer.keep)
+            out, ctx.saved = layer.forward(Rows(images, h, cos, sin, kept), keep=layer.keep)
         ctx.offloaded = layer.offloader(h) if layer.offload and h.is_cuda else None
-        ctx.save_for_backward(cos, sin, *(() if ctx.offloaded else (h,)))
+        ctx.save_for_backward(cos, sin, kept, *(() if ctx.offloaded else (h,)))
         ctx.layer, ctx.images = layer, images
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        cos, sin, *h = ctx.saved_tensors
-        rows = Rows(ctx.images, ctx.offloaded.fetch() if ctx.offloaded else h[0], cos, sin)
+        cos, sin, kept, *h = ctx.saved_tensors
+        rows = Rows(ctx.images, ctx.offloaded.fetch() if ctx.offloaded else h[0], cos, sin, kept)
         saved, ctx.saved, ctx.offloaded = [ctx.saved], None, None
         with torch.autocast(gradient.device.type, enabled=False):
             if saved[0] is None:
                 saved[0] = ctx.layer.forward(rows, needs_output=False)[1]
             of_h, of_lora = ctx.layer.backward(rows, saved, gradient.contiguous(), ctx.needs_input_grad[2])
-        return None, None, of_h, None, None, *of_lora
+        return None, None, of_h, None, None, None, *of_lora
 
 
 FUSABLE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "GraniteDecoderLayer")
@@ -413,6 +433,18 @@ def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
         return []
     kernels, offloader = Kernels(), Offloader()
     return [FusedLayer(layer, kernels, offloader) for layer in layers]
+
+
+def keep_logits(base: nn.Module, given: tuple, inputs: dict) -> None:
+    """A forward pre-hook: the last layer computes what the logits that are kept need."""
+    kept = inputs.get("logits_to_keep")
+    expect_positions(base, kept if isinstance(kept, torch.Tensor) else None)
+
+
+def expect_positions(base: nn.Module, kept: torch.Tensor | None) -> None:
+    """The next forward's last hidden states are used at these positions (K,); None: at all."""
+    if isinstance(last := base.model.language_model.layers[-1].forward, FusedLayer):
+        last.kept = kept
 
 
 def unwrap(model: nn.Module) -> nn.Module:

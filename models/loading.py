@@ -6,8 +6,9 @@ first built without memory from the headers of the files, and what does not fit 
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
 WAITS_S = (1, 3)  # before another try, of a download that may pass
 MAX_TILES = 99  # more than any grid of an image has
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # JSON about a weight that was saved in 4 bit
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 
 
 # ---- on disk
@@ -123,6 +125,8 @@ class SavedTensor:
     source: Any  # of get_slice
     shape: list[int]
     dtype: str  # as safetensors spells it: F16, BF16, ...
+    place: tuple[Path, int] | None = None  # file and first byte
+    buffer: torch.Tensor | None = None  # bytes that each read overwrites, where a GPU takes a copy at once
     limit: float | None = None  # of the type that it is quantized from; none: looked at once it is loaded
     problems: list[str] = field(default_factory=list)  # transformers hides what is raised while it reads
 
@@ -133,7 +137,7 @@ class SavedTensor:
         if 0 in self.shape:  # the register tokens of a tower without any; safetensors cannot slice it
             return torch.empty(self.shape)
         try:
-            tensor = self.source[index]
+            tensor = (self.source if self.buffer is None else self._read())[index]
         except (OSError, SafetensorError) as error:
             self.problems.append(f"{self.name} cannot be read ({first_line(error)})")
             raise
@@ -142,6 +146,16 @@ class SavedTensor:
             if not (-self.limit <= low and high <= self.limit):  # NaN is in no range
                 self.problems.append(f"{self.name} is not finite")
         return tensor
+
+    def _read(self) -> torch.Tensor:
+        """In the buffer: memory that is new for each tensor takes ten times as long to fill (docs/LOG.md)."""
+        dtype = DTYPES[self.dtype]
+        found = self.buffer[: math.prod(self.shape) * dtype.itemsize]
+        with open(self.place[0], "rb") as file:
+            file.seek(self.place[1])
+            if file.readinto(found.numpy()) < len(found):
+                raise OSError("the file ends before it does")
+        return found.view(dtype).view(self.shape)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, SavedTensor]:
@@ -157,11 +171,14 @@ def read_tensors(folder: Path, name: str) -> dict[str, SavedTensor]:
         except (OSError, SafetensorError) as error:
             reason = "is not there" if isinstance(error, FileNotFoundError) else f"is corrupted ({first_line(error)})"
             raise UserError(f"{name}: {path.name} {reason}; {again(folder)}") from error
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
         for key in source.keys():  # noqa: SIM118  it is no dict
             if key in found:
                 raise UserError(f"{name}: {key} is in two of its files; {again(folder)}")
-            part = source.get_slice(key)
-            found[key] = SavedTensor(key, part, part.get_shape(), part.get_dtype())
+            part, start = source.get_slice(key), 8 + size + header[key]["data_offsets"][0]
+            found[key] = SavedTensor(key, part, part.get_shape(), part.get_dtype(), (path, start))
     return found
 
 
@@ -214,6 +231,8 @@ def load_model(
             reason = f"its weights are not those that its config.json describes: {'; '.join(wrong)}"
             raise UserError(f"{name}: {reason}; {again(folder)}")
         problems: list[str] = []
+        if quantization and (places := placement["device_map"]) != "auto" and places[""].type == "cuda":
+            share_buffer(tensors.values())
         for tensor in tensors.values():
             # 4 bit would hide NaN; without it tensors are read by threads, where a fork may have broken torch's pool.
             tensor.limit, tensor.problems = torch.finfo(dtype).max if quantization else None, problems
@@ -236,6 +255,15 @@ def load_model(
             raise UserError(f"{name}: {len(problems)} weights cannot be used in {dtype} ({problems[0]}); {move}")
         model.generation_config = load_generation_config(folder, config)
     return scale_logits(model)
+
+
+def share_buffer(tensors: Iterable[SavedTensor]) -> None:
+    """Let them be read into the same memory, each until the next is."""
+    tensors = [tensor for tensor in tensors if tensor.dtype in DTYPES]
+    largest = max((math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors), default=0)
+    buffer = torch.empty(largest, dtype=torch.uint8)
+    for tensor in tensors:
+        tensor.buffer = buffer
 
 
 def scale_logits(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from data.collator import Batch, Sample
-from models.fused_layers import unwrap
+from models.fused_layers import expect_positions, unwrap
 from models.memory import MicroBatcher
 from models.tower_cache import expect_images
 from models.trie import TokenTrie
@@ -97,6 +97,7 @@ def _prefill(base, inputs: dict, samples: Sequence[Sample]) -> Prefill:
     input_ids = inputs["input_ids"][:, : max(lengths)]  # (B, T)
     prompt_lengths = torch.tensor(lengths).to(input_ids.device)
     cache = DynamicCache()
+    expect_positions(base, torch.tensor(sorted({length - 1 for length in lengths})).to(input_ids.device))
     # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
     hidden = base.model(
         input_ids=input_ids,

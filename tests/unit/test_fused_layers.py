@@ -82,11 +82,11 @@ def layers_of(model):
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).layers
 
 
-def run(model, needs_rows=True, images=3, tokens=37):
-    """(output, gradient of the inputs, {name: gradient of a parameter})."""
+def run(model, needs_rows=True, images=3, tokens=37, kept=slice(None)):
+    """(output at the positions kept, gradient of the inputs, {name: gradient of a parameter})."""
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(images, tokens, 256, generator=generator).requires_grad_(needs_rows)
-    output = model(inputs_embeds=rows, use_cache=False).last_hidden_state
+    output = model(inputs_embeds=rows, use_cache=False).last_hidden_state[:, kept]
     (output * torch.randn(output.shape, generator=generator)).sum().backward()
     return output, rows.grad, {name: part.grad for name, part in model.named_parameters() if part.requires_grad}
 
@@ -373,3 +373,18 @@ def test_out_of_memory_is_not_taken_for_a_missing_compiler(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run(model)
     assert not kernels.CompiledKernel.fails
+
+
+@pytest.mark.parametrize("how", ["keep", "recompute"])
+@pytest.mark.parametrize("needs_rows", [True, False])
+def test_the_last_layer_computes_only_the_rows_whose_logits_are_kept(how, needs_rows):
+    """Of two positions; its output is zero elsewhere, and so are the gradients that the stock layers get."""
+    kept, (stock, model) = torch.tensor([20, 36]), (language_model("granite", True).train() for _ in range(2))
+    layers = fuse_layers(layers_of(model))
+    set_activation_checkpointing(layers, 3 if how == "keep" else 0)
+    layers[-1].kept = kept
+    asked = []
+    layers[-1].groups[3].forward = lambda x, real=layers[-1].groups[3].forward: asked.append(len(x)) or real(x)
+    found = run(model, needs_rows, kept=kept)
+    assert asked == [3 * 2] and layers[-1].kept is None
+    assert_same(run(stock, needs_rows, kept=kept), found)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -154,6 +155,21 @@ def test_a_model_of_which_a_part_is_offloaded_computes_what_the_whole_one_does(f
     assert offloaded.lm_head.weight.is_meta and offloaded.lm_head.weight.dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.equal(offloaded(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_weights_read_into_one_buffer_are_those_of_the_file(folder):
+    """As a GPU takes them that holds the model in 4 bit."""
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"as it was": torch.ones(3, dtype=torch.int64)}, weights)
+    tensors, expected = loading.read_tensors(folder, "x"), load_file(weights)
+    loading.share_buffer(tensors.values())
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor[...], expected[name]) and (tensor.buffer is None) == (name == "as it was")
+    cut = min((tensor for tensor in tensors.values() if tensor.buffer is not None), key=lambda tensor: tensor.place[1])
+    os.truncate(weights, cut.place[1] + 1)
+    with pytest.raises(OSError, match="the file ends"):
+        cut[...]
+    assert "the file ends before it does" in cut.problems[0]
 
 
 def test_weights_that_fp16_cannot_hold_are_refused(folder):
