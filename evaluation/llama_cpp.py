@@ -20,6 +20,7 @@ from models.gguf_files import build_runtime_prompt
 from utils.logging_utils import UserError, first_line
 
 NAMES_AT_ONCE = 32  # sequences beside the prompt's
+NO_FLASH = 0  # of enum llama_flash_attn_type. On the CPU it adds up in fp16, an error of 2.4 % at full size (docs/LOG.md)
 
 
 def import_llama() -> Any:
@@ -43,6 +44,7 @@ class LlamaCpp:
         settings = llama.LlamaContextParams()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens
         settings.n_seq_max, settings.kv_unified = NAMES_AT_ONCE + 1, True  # prompts are shared, not copied
+        settings.flash_attn_type = NO_FLASH
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         on_cpu = llama.LlamaModelParams()
         on_cpu.n_gpu_layers = 0

@@ -217,7 +217,7 @@ class Rows(NamedTuple):
         """(M, N) -> (B K, N)"""
         return rows if self.kept is None else rows.unflatten(0, (self.images, -1))[:, self.kept].flatten(0, 1)
 
-    def spread(self, picked: torch.Tensor) -> torch.Tensor:
+    def scatter(self, picked: torch.Tensor) -> torch.Tensor:
         """(B K, N) -> (M, N), zero elsewhere."""
         if self.kept is None:
             return picked
@@ -318,7 +318,7 @@ class FusedLayer:
         kernels.swiglu(gate, up, x[:, : down_proj.width])
         del gate, up, leaves, attended
         (update,) = down_proj.forward(x)
-        return rows.spread(residual + self.scale(update)), saved
+        return rows.scatter(residual + self.scale(update)), saved
 
     def attend(self, images, query, key, value, mask, cache, keep):
         """(q, k, v as leaves of a graph of their own, attention's output at its end); see Saved."""
@@ -363,10 +363,10 @@ class FusedLayer:
         o_proj.add_lora_grad(of_x, of_columns)
         values = rows.pick(attended.detach().flatten(0, 1).flatten(1))
         o_grads = o_proj.lora_grads([of_update], of_columns, values, o_columns)
-        of_leaves = torch.autograd.grad(attended, leaves, rows.spread(of_x).view(attended.shape))
+        of_leaves = torch.autograd.grad(attended, leaves, rows.scatter(of_x).view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
-        gradients, gradient = [*kernels.rotate(of_query, of_key, cos, -sin), of_value], rows.spread(gradient)
+        gradients, gradient = [*kernels.rotate(of_query, of_key, cos, -sin), of_value], rows.scatter(gradient)
         x = x if rows.kept is None else torch.empty_like(h)
         if needs_rows:
             of_x, of_columns = qkv.backward(gradients)

@@ -201,6 +201,20 @@ def test_recomputing_activations_changes_no_gradient(is_fused, checkpoint, batch
         assert all(torch.allclose(expected, found, atol=1e-6) for expected, found in zip(gradients[0], other_gradients))
 
 
+def test_the_last_layer_computes_the_rows_whose_logits_are_kept(checkpoint, batch_of, monkeypatch):
+    monkeypatch.setattr("models.fused_layers.MIN_ROWS", 1)
+    model, processor, prompt, _ = built(checkpoint())
+    down_proj, rows = get_fused_layers(unwrap(model).model.language_model.layers)[-1].groups[3], []
+    monkeypatch.setattr(down_proj, "forward", lambda x, real=down_proj.forward: rows.append(len(x)) or real(x))
+    batch = batch_of(prompt)(processor)
+    kept = batch["logits_to_keep"]
+    model.train()(**batch)
+    unlabeled = {name: value for name, value in batch.items() if "labels" not in name}
+    whole = model(**unlabeled | {"logits_to_keep": 0}).logits
+    assert rows == [4 * len(kept), batch["input_ids"].numel()]
+    torch.testing.assert_close(model(**unlabeled).logits, whole[:, kept], atol=1e-4, rtol=0)
+
+
 def test_dropout_and_whole_models_keep_the_stock_layers(checkpoint):
     for settings in ({"lora_dropout": 0.1}, {"trainable": "everything", "load_in_4bit": False}):
         model, *_ = built(checkpoint(), **settings)

@@ -165,11 +165,13 @@ def test_weights_read_into_one_buffer_are_those_of_the_file(folder):
     loading.share_buffer(tensors.values())
     for name, tensor in tensors.items():
         assert torch.equal(tensor[...], expected[name]) and (tensor.buffer is None) == (name == "as it was")
-    cut = min((tensor for tensor in tensors.values() if tensor.buffer is not None), key=lambda tensor: tensor.place[1])
-    os.truncate(weights, cut.place[1] + 1)
+    first = min(
+        (tensor for tensor in tensors.values() if tensor.buffer is not None), key=lambda tensor: tensor.place[1]
+    )
+    os.truncate(weights, first.place[1] + 1)
     with pytest.raises(OSError, match="the file ends"):
-        cut[...]
-    assert "the file ends before it does" in cut.problems[0]
+        first[...]
+    assert "the file ends before it does" in first.problems[0]
 
 
 def test_weights_that_fp16_cannot_hold_are_refused(folder):
