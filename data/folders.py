@@ -22,11 +22,7 @@ def load_class_folders(layout: Layout, excluded: Excluded, reading: Reading) -> 
     """The images of a layout's class folders. Raises UserError with all folders that cannot be used."""
     root = layout.root.path
     _check_unread_classes(layout)
-    rows = [
-        LabelRow(path, entry.name, image_id, entry.split, group)
-        for entry in layout.classes
-        for path, image_id, group in _list_images(entry, root)
-    ]
+    rows = [row for entry in layout.classes for row in _list_images(entry, root)]
     notes, used, warnings = list(layout.notes), list[Path](), list[str]()
     for split, folder in layout.flat.items():
         given, tables = _find_labels(folder, split, layout)
@@ -105,13 +101,13 @@ def _build_source(
     return Source(splits, labeling.names, f"image folder {root}", [*found.notes, *labeling.notes], warnings)
 
 
-def _list_images(entry: ClassFolder, root: Path) -> Iterator[tuple[str, str, str]]:
-    """(path, id, group) of each image of a class folder; an id is the path below the data set's root."""
+def _list_images(entry: ClassFolder, root: Path) -> Iterator[LabelRow]:
+    """The row of each image of a class folder; an id is the path below the data set's root."""
     for folder in entry.folder.walk() if entry.deep else [entry.folder]:
         below = "" if folder.path == root else f"{folder.path.relative_to(root).as_posix()}/"
         group = below if entry.specimens and folder is not entry.folder else ""
         for name in folder.images:
-            yield f"{folder.path}/{name}", printable(below + name), group
+            yield LabelRow(f"{folder.path}/{name}", entry.name, printable(below + name), entry.split, group)
 
 
 def _check_unread_classes(layout: Layout) -> None:
