@@ -86,9 +86,7 @@ def _explaining(repository: str, revision: str | None) -> Iterator[None]:
     """An error of the hub or of `datasets` becomes a UserError with what to do about it."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:  # they raise a dozen kinds
+    except Exception as error:  # they raise a dozen kinds; a UserError is raised again as it is
         move = "if its download broke off, run the same command again; else give --dataset FOLDER with the images"
         problem = f"cannot be loaded ({first_line(error.__cause__ or error)}); {move}"
         if "config name" in str(error).lower():
