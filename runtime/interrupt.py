@@ -35,11 +35,9 @@ class StopRequest:
         self.signal: int | None = None
         self._is_waiting = False
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> contextlib.AbstractContextManager[None]:
         """Inside, signals are only noted, or end a wait. Call it in the main thread."""
-        with handling(self._note):
-            yield
+        return handling(self._note)
 
     def _note(self, number: int, frame) -> None:
         if self.signal is None:
