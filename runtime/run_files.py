@@ -230,8 +230,9 @@ def is_completed(folder: str | Path) -> bool:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return read_lines(Path(folder) / METRICS_FILE, METRICS)
+    """The objects of metrics.jsonl, one on each line, without lines that are none or torn; [] without the file."""
+    lines = _lines(Path(folder) / METRICS_FILE)
+    return [entry for line in lines if (entry := _parse_line(line, METRICS)) is not None]
 
 
 def append_metrics(folder: str | Path, entry: dict) -> None:
@@ -282,11 +283,6 @@ def read_text(path: Path) -> str:
     if os.path.lexists(path) and not path.is_file():
         raise ValueError("it is no file")
     return path.read_text(encoding="utf-8-sig")  # an editor may have put a mark before it
-
-
-def read_lines(path: Path, schema: dict) -> list[dict]:
-    """The objects of a file with one on each line, without lines that are none or torn; [] without the file."""
-    return [entry for line in _lines(path) if (entry := _parse_line(line, schema)) is not None]
 
 
 def read_entries(path: Path, schema: dict) -> tuple[dict | None, list[dict]]:
