@@ -154,16 +154,12 @@ def _folders_by_split(folder: Folder) -> dict[str, list[Folder]]:
     return found
 
 
-def _has_train(folder: Folder) -> bool:
-    return "train" in _folders_by_split(folder)
-
-
 def _find_root(folder: Folder, excluded: Excluded) -> Folder:
     """The folder that must be meant, it or one below, as no other holds classes. Raises UserError for several."""
     children = [child for child in folder.filled if not ASIDE.fullmatch(child.name)]
-    splits = [*chain(*_folders_by_split(folder).values())]
-    leaves = [child for child in children if not child.filled and child not in splits]
-    if folder.images or _has_train(folder) or _has_splits_inside(children) or len(leaves) > 1:
+    splits = _folders_by_split(folder)
+    leaves = [child for child in children if not child.filled and child not in chain(*splits.values())]
+    if folder.images or "train" in splits or _has_splits_inside(children) or len(leaves) > 1:
         return folder
     inner = [child for child in children if child.filled] if len(children) == 1 else _topmost_with_train(folder)
     if not inner:
@@ -177,7 +173,7 @@ def _find_root(folder: Folder, excluded: Excluded) -> Folder:
 
 
 def _topmost_with_train(folder: Folder) -> list[Folder]:
-    found = [[child] if _has_train(child) else _topmost_with_train(child) for child in folder.filled]
+    found = [[child] if "train" in _folders_by_split(child) else _topmost_with_train(child) for child in folder.filled]
     return list(chain(*found))
 
 
@@ -217,7 +213,7 @@ def find_classes(top: Folder, excluded: Excluded) -> list[ClassFolder]:
             excluded.add_folder("images in a folder inside a class folder", below)
     keys = {name_key(child.name) for child in plain}
     for group in groups:
-        if plain and any(map(_has_train, group.walk())):
+        if plain and any("train" in _folders_by_split(below) for below in group.walk()):
             excluded.add_folder("images of a data set among the class folders", group)
             continue
         inner = find_classes(group, excluded)
