@@ -47,32 +47,32 @@ def read_tables(
     `where` describes it; `roots`: folders of each split in which files named by path may lie; `beside`: those in which
     a file may give names to numbers; `warnings`: those of who found the tables. Raises UserError in one sentence.
     """
-    tables = _Tables(parts, reading.label_column, where, warnings)
-    tables.read_classes(reading.class_names, beside)
+    tables = _Tables(parts, reading, where, warnings)
+    tables.read_classes(beside)
     tables.read_groups()
-    tables.read_images(roots, reading.allow_missing)
+    tables.read_images(roots)
     return tables.build()
 
 
 class _Tables:
     """The rows of the tables of all splits in one row, and what is found out about them."""
 
-    def __init__(self, parts: Mapping[str, Dataset], label_column: str | None, where: str, warnings: Sequence[str]):
+    def __init__(self, parts: Mapping[str, Dataset], reading: Reading, where: str, warnings: Sequence[str]):
         first = next(iter(parts.values()))
         image = find_image_column(first, where)
-        label = find_label_column(first, image, label_column, where)
+        label = find_label_column(first, image, reading.label_column, where)
         if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
             raise UserError(
                 f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
                 "splits with the same columns"
             )
         self.parts, self.where, self.image, self.label = dict(parts), where, image, label
-        self.features = first.features
+        self.features, self.reading = first.features, reading
         is_plain = (image, label) == ("image", "label")
         self.notes = [] if is_plain else [f"images from column {image}, labels from {label}"]
         self.warnings = list(warnings)
 
-    def read_classes(self, names_file: str | None, beside: Sequence[Path]) -> None:
+    def read_classes(self, beside: Sequence[Path]) -> None:
         """Set names, and splits and labels of all rows, -1 for none; a later split without labels is excluded."""
         texts = {split: read_labels(rows, self.label, split, self.where) for split, rows in self.parts.items()}
         unused = []
@@ -80,7 +80,7 @@ class _Tables:
             count = len(texts.pop(split))
             del self.parts[split]
             unused.append(f"{split} has no labels, so it cannot be scored: its {count:,} images are not used")
-        labeling = self._name_classes(texts, names_file, beside)
+        labeling = self._name_classes(texts, beside)
         self.names = labeling.names
         self.splits = np.repeat(list(texts), list(map(len, texts.values())))
         self.labels = np.array([labeling.labels.get(text, -1) for text in chain(*texts.values())], np.int64)
@@ -89,7 +89,7 @@ class _Tables:
         self.notes += labeling.notes
         self.warnings += [*labeling.warnings, *unused]
 
-    def _name_classes(self, texts: Mapping[str, list[str]], names_file: str | None, beside: Sequence[Path]) -> Labeling:
+    def _name_classes(self, texts: Mapping[str, list[str]], beside: Sequence[Path]) -> Labeling:
         """The classes of labels, `texts` by split. Raises UserError for what is no class, and for nameless numbers."""
         features = [rows.features[self.label] for rows in self.parts.values()]
         kinds = {kind_of(feature) for feature in features}
@@ -107,10 +107,10 @@ class _Tables:
         if not written or longest > MAX_NAME:
             what = f"texts of up to {longest:,} characters, which are no class names" if written else "no labels"
             raise UserError(f"{self.where}: the column of labels holds {what}; name another: --label-column")
-        if as_number and names_file is None and written[-1] == "101" and not written[0].startswith("-"):
+        if as_number and self.reading.class_names is None and written[-1] == "101" and not written[0].startswith("-"):
             warning = "the labels have no names; they are taken as the 102 of Oxford Flowers"
             return Labeling(list(CLASS_NAMES), {str(number): number for number in range(102)}, warnings=[warning])
-        labeling = name_classes(written, names_file, beside, counts)
+        labeling = name_classes(written, self.reading.class_names, beside, counts)
         if is_number and labeling.table is None:
             problem = f"the labels are numbers without names ({written[0]} to {written[-1]})"
             move = "give a json or csv file of number and name: --class-names FILE, or write them as a ClassLabel"
@@ -130,7 +130,7 @@ class _Tables:
     def _read(self, column: str) -> list[str]:
         return [*chain(*(read_cells(rows, column) for rows in self.parts.values()))]
 
-    def read_images(self, roots: Mapping[str, Sequence[Path]], allow_missing: bool) -> None:
+    def read_images(self, roots: Mapping[str, Sequence[Path]]) -> None:
         """Set ids and rows; images named by path become files. Raises UserError if some are missing."""
         images = concatenate_datasets([_take_images(rows, self.image) for rows in self.parts.values()])
         column = images.data.column("image")  # in its chunks: combined, images would be copied into memory
@@ -144,7 +144,7 @@ class _Tables:
         if not all(ids) or len({*ids}) < len(ids):
             ids = [f"{split}-{number:06d}" for split, rows in self.parts.items() for number in range(len(rows))]
         if any(paths) and is_empty.all():
-            files = self._find_files(paths, roots, allow_missing)
+            files = self._find_files(paths, roots)
             self.labels[[not file for file in files]] = -1
             self.rows = build_rows(zip(files, self.labels, ids, self.groups))
             return
@@ -152,9 +152,7 @@ class _Tables:
         rows = rows.add_column("group", self.groups) if any(self.groups) else rows
         self.rows = _empty_images(rows, np.flatnonzero(is_empty))
 
-    def _find_files(
-        self, paths: Sequence[str | None], roots: Mapping[str, Sequence[Path]], allow_missing: bool
-    ) -> list[str]:
+    def _find_files(self, paths: Sequence[str | None], roots: Mapping[str, Sequence[Path]]) -> list[str]:
         """The file of each image, "" for none, also of an image without a label."""
         keys = [(split, path or "") for split, path in zip(self.splits.tolist(), paths)]
         used = [key for key, label in zip(keys, self.labels) if label >= 0]
@@ -173,7 +171,7 @@ class _Tables:
         if missing:
             count = f"{len(missing):,} of {len(used) - len(outside):,} images"
             message = f"{self.where}: {count} are missing ({some(missing)})"
-            self.warnings.append(allow_incomplete(message, allow_missing and is_any))
+            self.warnings.append(allow_incomplete(message, self.reading.allow_missing and is_any))
         return [found.get(key) or "" for key in keys]
 
     def build(self) -> Source:
