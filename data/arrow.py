@@ -132,7 +132,8 @@ class _Tables:
 
     def read_images(self, roots: Mapping[str, Sequence[Path]]) -> None:
         """Set ids and rows; images named by path become files. Raises UserError if some are missing."""
-        images = concatenate_datasets([_take_images(rows, self.image) for rows in self.parts.values()])
+        tables = [rows.select_columns(self.image).rename_columns({self.image: "image"}) for rows in self.parts.values()]
+        images = concatenate_datasets([rows.cast_column("image", Image(decode=False)) for rows in tables])
         column = images.data.column("image")  # in its chunks: combined, images would be copied into memory
         is_empty = pyarrow.compute.is_null(pyarrow.compute.struct_field(column, "bytes")).to_numpy()
         try:
@@ -190,12 +191,6 @@ class _Tables:
         if is_official:
             check_official_counts(found, self.where)
         return Source(found, self.names, self.where, self.notes, self.warnings, is_published=is_official)
-
-
-def _take_images(rows: Dataset, column: str) -> Dataset:
-    """The column of images, or of their paths, as `image`."""
-    images = rows.select_columns([column]).cast_column(column, Image(decode=False))
-    return images if column == "image" else images.rename_column(column, "image")
 
 
 def _empty_images(rows: Dataset, numbers: np.ndarray) -> Dataset:
