@@ -14,15 +14,7 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, Image, concatenate_datasets
 
-from data.arrow_columns import (
-    describe,
-    find_image_column,
-    find_label_column,
-    kind_of,
-    names_of,
-    read_cells,
-    read_labels,
-)
+from data.arrow_columns import cells_of, describe, find_image_column, find_label_column, kind_of, names_of, read_labels
 from data.class_names import Labeling, name_classes
 from data.columns import GROUP_NAMES, SPLIT_NAMES, are_groups, find_known, find_split_column, list_columns, read_split
 from data.labels import tidy_name
@@ -128,7 +120,7 @@ class _Tables:
                 return
 
     def _read(self, column: str) -> list[str]:
-        return [*chain(*(read_cells(rows, column) for rows in self.parts.values()))]
+        return [*chain(*(cells_of(rows, column) for rows in self.parts.values()))]
 
     def read_images(self, roots: Mapping[str, Sequence[Path]]) -> None:
         """Set ids and rows; images named by path become files. Raises UserError if some are missing."""

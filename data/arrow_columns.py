@@ -109,7 +109,7 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
             raise UserError(f"--label-column {label_column}: holds {describe(features[found])}; {expected}")
     # Evenly spaced, since rows may be in order of classes.
     places = np.linspace(0, len(rows) - 1, min(len(rows), columns.LABEL_ROWS)).astype(int)
-    cells = {name: read_cells(rows, name, places) for name in usable}
+    cells = {name: cells_of(rows, name, places) for name in usable}
     lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
     if lists and label_column is None and not columns.find_label_candidates(cells):
         raise UserError(
@@ -121,7 +121,7 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
 
 def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
     """Labels as texts, "" for none (-1 on the hub). Raises UserError for numbers that are no labels."""
-    kind, texts = kind_of(rows.features.get(label)), read_cells(rows, label)
+    kind, texts = kind_of(rows.features.get(label)), cells_of(rows, label)
     if kind == "class":
         count = len(rows.features[label].names)
         if odd := {*rows.data.column(label).unique().to_pylist()} - {None, *range(-1, count)}:
@@ -141,7 +141,7 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
 # ---- cells
 
 
-def read_cells(rows: Dataset, name: str, places: np.ndarray | None = None) -> list[str]:
+def cells_of(rows: Dataset, name: str, places: np.ndarray | None = None) -> list[str]:
     """A column as texts, of all rows or of those at `places`: of a ClassLabel its names; "" for what is missing."""
     if name not in rows.features:
         return [""] * len(rows)
