@@ -142,19 +142,16 @@ class PlantCollator:
         texts = [self.texts[sample.label] for sample in samples]
         batch = Batch(self._encode(images, texts, "right"), samples, unreadable)
         batch.pop("attention_mask", None)
-        self._validate(batch)
-        batch.add_labels()
-        return batch
-
-    def _validate(self, batch: Batch) -> None:
-        """Raise UserError unless the processor's output is, sample by sample, what is expected."""
-        for index, sample in enumerate(batch.samples):
+        for index, sample in enumerate(samples):
             if fault := self._find_fault(batch, index):
                 image = f"image {sample.size[0]} x {sample.size[1]} (H x W), {sample.tiles} tiles"
                 move = "check that processor and model are of the same checkpoint (python test_trainer.py)"
                 raise UserError(f"sample {sample.id}, {image}: {fault}; {move}")
+        batch.add_labels()
+        return batch
 
     def _find_fault(self, batch: Batch, index: int) -> str | None:
+        """What of the processor's output for a sample is not as expected."""
         if missing := {"input_ids", "pixel_values", "image_sizes"} - set(batch):
             return f"{min(missing)} is missing, and the model would train on text alone"
         sample, ids, size = batch.samples[index], batch["input_ids"][index], tuple(batch["image_sizes"][index].tolist())
