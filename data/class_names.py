@@ -7,7 +7,6 @@ COCO's categories, ImageNet's synsets, classes.txt. Tables tell also which image
 import contextlib
 import itertools
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from data.groups import original_of
 from data.image_index import ImageIndex
 from data.labels import are_codes, name_key, tidy_name, without_numbers
 from data.records import ADDRESS, cell_of, open_records, read_json, read_lines, records_of
+from data.rows import by_key
 from data.survey import TABLES, Excluded
 from data.tables import ImageTable
 from utils.image_utils import is_image_name
@@ -56,14 +56,12 @@ def name_classes(
     """
     labeling = Labeling()
     called = {label: tidy_name(name) for label, name in _call(written, names_file, beside, labeling).items()}
-    by_key: dict[str, list[str]] = defaultdict(list)
-    for label in written:
-        by_key[name_key(called[label]) or called[label]].append(label)
-    if empty := by_key.get(""):
+    classes = by_key((name_key(called[label]) or called[label], label) for label in written)
+    if empty := classes.get(""):
         raise UserError(
             f"labels without a name: {', '.join(map(repr, empty[:5]))}; rename them, or use --class-names FILE"
         )
-    for number, labels in enumerate(by_key.values()):
+    for number, labels in enumerate(classes.values()):
         best = max(labels, key=lambda label: counts[label]) if counts else labels[0]
         labeling.names.append(called[best])
         labeling.labels.update(dict.fromkeys(labels, number))
@@ -71,7 +69,7 @@ def name_classes(
             listed = " and ".join(map(repr, labels[:5]))
             labeling.warnings.append(f"{listed} are read as one class, {called[best]!r}; rename one if they differ")
     for name in labeling.names:
-        if (original := original_of(name)) and name_key(original) in by_key:
+        if (original := original_of(name)) and name_key(original) in classes:
             labeling.warnings.append(f"{name!r} looks like a copy of {original!r}; if it is one, merge the two")
     return labeling
 

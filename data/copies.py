@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import sqlite3
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
@@ -15,6 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.compute
 
+from data.rows import by_key
 from utils.image_utils import is_image_start
 
 CACHE_FILE = "image_hashes.sqlite3"  # in the library's cache folder
@@ -38,9 +39,7 @@ def find_copies(rows: datasets.Dataset) -> list[list[int]]:
     hashes = {number: of_files.get(file, NOT_AN_IMAGE) for number, file in files.items()}
     contents = ((number, content) for number, (content, _) in enumerate(_read_images(rows)) if number in stored)
     hashes |= {number: _hash(io.BytesIO(content.as_buffer())) for number, content in contents} if stored else {}
-    same = defaultdict(list)
-    for number in shared:
-        same[hashes[number]].append(number)
+    same = by_key((hashes[number], number) for number in shared)
     return [numbers for content, numbers in same.items() if content != NOT_AN_IMAGE and len(numbers) > 1]
 
 

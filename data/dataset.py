@@ -8,14 +8,14 @@ import hashlib
 import itertools
 import json
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
 from config.training_config import TrainingConfig
-from data.rows import ROW, SPLITS, Reading, count_images
+from data.rows import ROW, SPLITS, Reading, by_key, count_images
 from data.sources import load_source
 from data.splits import hold_out_classes, split_source
 from data.streaming import Stream
@@ -129,9 +129,7 @@ def sample_rows(rows: Dataset | Stream, count: int = SAMPLED) -> Dataset:
 
 def sample(rows: Dataset, fraction: float, seed: int) -> Dataset:
     """A seeded fraction of each class, at least one image of each, in the order of the rows."""
-    by_class = defaultdict(list)
-    for index, label in enumerate(rows["label"][:]):
-        by_class[label].append(index)
+    by_class = by_key((label, index) for index, label in enumerate(rows["label"][:]))
     draw = random.Random(seed)
     kept = [draw.sample(indices, max(round(fraction * len(indices)), 1)) for _, indices in sorted(by_class.items())]
     return rows.select(sorted(itertools.chain(*kept)))

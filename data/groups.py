@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from datasets import Dataset
 
+from data.rows import by_key
 from utils.image_utils import SUFFIXES
 
 NUMBERED = re.compile(r"(.+?)[_\-. ]+(\d{1,2})")  # 148000000_1, 148000000_2
@@ -50,9 +51,7 @@ def group_by_name(ids: Sequence[str], labels: Iterable[int]) -> list[str]:
 
     A class is never one group of several images by such a guess, unless a long number says so.
     """
-    numbers_of = defaultdict(list)
-    for number, label in enumerate(labels):
-        numbers_of[label].append(number)
+    numbers_of = by_key((label, number) for number, label in enumerate(labels))
     origins = {label: _origins([ids[number] for number in numbers]) for label, numbers in numbers_of.items()}
     series = {label: _series(names) for label, names in origins.items()}
     plain = {label for label, names in origins.items() if _is_plain(series[label], len(set(names)))}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from data.columns import FILE_NAMES, plain_name
 from data.labels import split_of
 from data.records import ADDRESS, SAMPLE_ROWS, Records
+from data.rows import by_key
 from data.survey import Folder
 from utils.image_utils import SUFFIXES
 
@@ -24,17 +25,12 @@ class ImageIndex:
         """`paths` are relative, with slashes."""
         self.paths = list(paths)
         self.seen: set[int] = set()  # numbers of those that tables list
-        self._by_stem: dict[str, list[int]] = defaultdict(list)
-        for number, path in enumerate(self.paths):
-            self._by_stem[_stem(path.rpartition("/")[2])].append(number)
+        self._by_stem = by_key((_stem(path.rpartition("/")[2]), number) for number, path in enumerate(self.paths))
 
     @functools.cached_property
     def _by_observation(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = defaultdict(list)
-        for stem, numbers in self._by_stem.items():
-            if match := re.fullmatch(r"(.+?)(?:[_-]| ?\()\d{1,3}\)?", stem):
-                found[match[1]] += numbers
-        return found
+        matches = ((re.fullmatch(r"(.+?)(?:[_-]| ?\()\d{1,3}\)?", stem), stem) for stem in self._by_stem)
+        return by_key((match[1], number) for match, stem in matches if match for number in self._by_stem[stem])
 
     def find(self, cell: str, ways: Sequence[str] = WAYS) -> dict[str, list[int]]:
         """Numbers of the images that a cell may mean, by the way."""

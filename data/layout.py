@@ -6,7 +6,7 @@ be read in two ways is refused with the paths to give instead.
 
 import re
 import shlex
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.labels import name_key, split_of
-from data.rows import SPLITS
+from data.rows import SPLITS, by_key
 from data.survey import Excluded, Folder
 from utils.image_utils import printable
 from utils.logging_utils import UserError, some
@@ -147,11 +147,7 @@ def _folders_by_split(folder: Folder) -> dict[str, list[Folder]]:
         splits = {name: split_of(" ".join(word for word in words[name] if word not in common)) for name in splits}
         if not all(splits.values()) or "train" not in splits.values():
             return {}
-    found: dict[str, list[Folder]] = defaultdict(list)
-    for below in folder.filled:
-        if split := splits[below.name]:
-            found[split].append(below)
-    return found
+    return by_key((split, below) for below in folder.filled if (split := splits[below.name]))
 
 
 def _find_root(folder: Folder, excluded: Excluded) -> Folder:

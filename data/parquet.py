@@ -4,7 +4,7 @@ import contextlib
 import functools
 import glob
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from data.class_names import folders_above
 from data.columns import split_of_file
 from data.labels import split_of
 from data.layout import give_one
-from data.rows import SPLITS, Reading, Source, allow_incomplete
+from data.rows import SPLITS, Reading, Source, allow_incomplete, by_key
 from data.sizes import CheckedDownloads, check_sizes
 from data.streaming import Stream
 from data.survey import Folder
@@ -147,9 +147,7 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     Raises UserError without a file for train, and for a series of files that is not complete.
     """
     warnings = _check_series(files, allow_missing)
-    found: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(files):
-        found[split_of_file(file, path) if len(files) > 1 else "train"].append(file)
+    found = by_key((split_of_file(file, path) if len(files) > 1 else "train", file) for file in sorted(files))
     unnamed = found.pop("", [])
     if "train" in found:
         warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
@@ -159,10 +157,8 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
             "that begin with train, validation and test"
         )
     found.setdefault("train", unnamed)
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for file in found["train"]:
-        by_name[file.name if split_of_file(file, file.parent) else str(file)].append(file.parent)
-    folders = max(by_name.values(), key=len)
+    names = [file.name if split_of_file(file, file.parent) else str(file) for file in found["train"]]
+    folders = max(by_key((name, file.parent) for name, file in zip(names, found["train"])).values(), key=len)
     if len(folders) > 1:
         raise UserError(f"{path}: holds {len(folders)} data sets; {give_one(folders)}")  # configurations of one
     return {split: found[split] for split in SPLITS if split in found}, warnings

@@ -1,8 +1,9 @@
 """Rows: the form in which all sources give their images, as Arrow, not decoded."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pyarrow
 from datasets import Dataset, Features, Image, Value
@@ -13,6 +14,8 @@ from data.survey import is_utf8
 from utils.logging_utils import UserError
 
 SPLITS = ("train", "validation", "test")
+Key = TypeVar("Key")
+Member = TypeVar("Member")
 ROW = Features({"image": Image(decode=False), "label": Value("int64"), "id": Value("string")})
 
 
@@ -50,6 +53,14 @@ def allow_incomplete(what: str, is_allowed: bool) -> str:
 def count_images(rows: Dataset | Stream) -> int:
     """Images of a split; of a stream, those of one pass."""
     return rows.num_images if isinstance(rows, Stream) else len(rows)
+
+
+def by_key(pairs: Iterable[tuple[Key, Member]]) -> dict[Key, list[Member]]:
+    """The members of each key, in the order of the pairs (key, member)."""
+    found: dict[Key, list[Member]] = defaultdict(list)
+    for key, member in pairs:
+        found[key].append(member)
+    return dict(found)
 
 
 def build_rows(images: Iterable[tuple[str, int, str, str]]) -> Dataset:

@@ -6,7 +6,7 @@ The place of an image in a cut is a hash of the seed and its id, so that images 
 import difflib
 import hashlib
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from data.copies import find_copies
 from data.groups import find_plants
-from data.rows import SPLITS, Source
+from data.rows import SPLITS, Source, by_key
 from data.streaming import Stream
 from utils.logging_utils import UserError, some
 
@@ -142,10 +142,8 @@ class _Images:
             )
             move = "or all that it matches, must be what images of one plant have in common"
             raise UserError(f"--group-by {pattern}: {problem}, {move}")
-        members = defaultdict(list)
-        for number in np.flatnonzero(self.sides != NOWHERE).tolist():
-            if groups[number]:
-                members[self.labels[number], groups[number]].append(number)
+        used = [number for number in np.flatnonzero(self.sides != NOWHERE).tolist() if groups[number]]
+        members = by_key(((self.labels[number], groups[number]), number) for number in used)
         several = [numbers for numbers in members.values() if len(numbers) > 1]
         content = np.arange(len(self.ids))
         for copies in self.copies:
@@ -178,9 +176,7 @@ class _Images:
         needed = len(fractions) + 1
         few: dict[str, list[str]] = {"images": [], "groups of images": []}
         train = np.flatnonzero(self.sides == 0)
-        numbers_of = defaultdict(list)
-        for number in train.tolist():
-            numbers_of[int(self.labels[number])].append(number)
+        numbers_of = by_key((int(self.labels[number]), number) for number in train.tolist())
         side_of: dict[int, int] = {}  # of groups
         for label, numbers in sorted(numbers_of.items()):
             # A group's place is that of its first image by name: the least place of all would be a low one.
