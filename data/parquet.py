@@ -212,12 +212,11 @@ def _read_head(file: Path, name: str) -> pyarrow.ChunkedArray:
 
 
 def _read_files(where: str, files: Sequence[Path]) -> Dataset:
-    files = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows] or files[:1]
-    if not pyarrow.parquet.read_metadata(files[0]).num_rows:
+    filled = [file for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not filled:
         raise UserError(f"{where}: {printable(files[0].name)} has no rows; write it again with images")
-
     with _explaining(where, "write the files again, all alike"):
-        names = [glob.escape(str(file)) for file in files]
+        names = [glob.escape(str(file)) for file in filled]
         return load_complete(functools.partial(datasets.load_dataset_builder, "parquet", data_files=names))["train"]
 
 
