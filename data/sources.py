@@ -92,8 +92,7 @@ def load_folder(path: Path, reading: Reading) -> Source:
         return load_saved_dataset(folder, reading)
     if release := find_release(folder):
         note = [] if release.path == path else [f"{path} holds {release.name}, which is used"]
-        source = load_official_release(release.path, reading.allow_missing)
-        return source._replace(notes=[*note, *source.notes])
+        return load_official_release(release.path, reading.allow_missing)._replace(notes=note)
     files = folder.find("parquet")
     not_in_classes = copy.deepcopy(excluded)
     try:
