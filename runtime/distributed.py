@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from config.training_config import TrainingConfig
-from runtime.device import choose_device
+from runtime.device import choose_device, synchronize
 from runtime.launcher import VARIABLES, get_local_world_size, read_ranks
 from runtime.watchdog import HEARTBEAT, INTERRUPTED, RESUME, Watchdog, exit_at_once
 from utils.logging_utils import UserError, first_line, logger, setup_logging
@@ -120,8 +120,7 @@ def _process_group(rank: int, world_size: int, device: torch.device) -> Iterator
     try:
         torch.distributed.init_process_group(backend, timeout=timeout, world_size=world_size, rank=rank, store=store)
         torch.distributed.all_reduce(torch.zeros(1, device=device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
     finally:
         timer.cancel()
     try:
