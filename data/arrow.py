@@ -54,10 +54,8 @@ class _Tables:
         image = find_image_column(first, where)
         label = find_label_column(first, image, reading.label_column, where)
         if lacking := next((split for split, rows in parts.items() if image not in rows.features), None):
-            raise UserError(
-                f"{where}: {lacking} has the columns {list_columns(parts[lacking].features)} and no {image}; write all "
-                "splits with the same columns"
-            )
+            problem = f"{lacking} has the columns {list_columns(parts[lacking].features)} and no {image}"
+            raise UserError(f"{where}: {problem}; write all splits with the same columns")
         self.parts, self.where, self.image, self.label = dict(parts), where, image, label
         self.features, self.reading = first.features, reading
         is_plain = (image, label) == ("image", "label")

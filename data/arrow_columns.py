@@ -77,14 +77,10 @@ def find_image_column(rows: Dataset, where: str) -> str:
         return found[0]
     for name, feature in features.items():
         if kind_of(feature) == "text" and any(map(ADDRESS.match, _values(head(name)))):
-            raise UserError(
-                f"{where}: has no images, but web addresses in the column {printable(name)}; download the images into "
-                "<class name>/photo.jpg"
-            )
-    raise UserError(
-        f"{where}: no column of images among {list_columns(features)}; expected is one of image files (the Image of "
-        "`datasets`, or their bytes) or of their paths"
-    )
+            problem = f"has no images, but web addresses in the column {printable(name)}"
+            raise UserError(f"{where}: {problem}; download the images into <class name>/photo.jpg")
+    expected = "expected is one of image files (the Image of `datasets`, or their bytes) or of their paths"
+    raise UserError(f"{where}: no column of images among {list_columns(features)}; {expected}")
 
 
 def _values(column: pyarrow.ChunkedArray) -> list:
@@ -112,10 +108,8 @@ def find_label_column(rows: Dataset, image: str, label_column: str | None, where
     cells = {name: cells_of(rows, name, places) for name in usable}
     lists = [name for name in find_known(features, columns.LABEL_NAMES) if name not in (image, *usable)]
     if lists and label_column is None and not columns.find_label_candidates(cells):
-        raise UserError(
-            f"{where}: the column {printable(lists[0])} holds {describe(features[lists[0]])}; {expected}: name a "
-            "column that has it with --label-column"
-        )
+        problem = f"the column {printable(lists[0])} holds {describe(features[lists[0]])}"
+        raise UserError(f"{where}: {problem}; {expected}: name a column that has it with --label-column")
     return columns.find_label(cells, list(features), label_column, where)[0]
 
 
@@ -125,10 +119,8 @@ def read_labels(rows: Dataset, label: str, split: str, where: str) -> list[str]:
     if kind == "class":
         count = len(rows.features[label].names)
         if odd := {*rows.data.column(label).unique().to_pylist()} - {None, *range(-1, count)}:
-            raise UserError(
-                f"{where}: has the label {max(odd)} in {split}, expected 0 to {count - 1}; write labels as a "
-                "ClassLabel with its names"
-            )
+            problem = f"has the label {max(odd)} in {split}, expected 0 to {count - 1}"
+            raise UserError(f"{where}: {problem}; write labels as a ClassLabel with its names")
     elif kind == "number":
         texts = [re.sub(r"\.0$|-?inf$", "", text.lower()) for text in texts]
         if unusual := next((text for text in texts if not re.fullmatch(r"-?\d*|true|false", text)), None):

@@ -84,10 +84,8 @@ def find_given_column(columns: Sequence[str], wanted: str, where: str) -> str:
     """The column that --label-column names. Raises UserError if there is none."""
     if found := [wanted] if wanted in columns else find_known(columns, [plain_name(wanted)]):
         return found[0]
-    raise UserError(
-        f"--label-column {wanted}: {where} has no such column{nearest_name(wanted, columns)}; it has "
-        f"{list_columns(columns)}"
-    )
+    problem = f"{where} has no such column{nearest_name(wanted, columns)}"
+    raise UserError(f"--label-column {wanted}: {problem}; it has {list_columns(columns)}")
 
 
 def find_label_candidates(cells: Mapping[str, Sequence[str]]) -> list[str]:
@@ -117,10 +115,8 @@ def find_label(cells: Mapping[str, Sequence[str]], columns: Sequence[str], wante
     found = find_label_candidates(cells) if wanted is None else [find_given_column(columns, wanted, where)]
     distinct = {name: {*cells[name]} - {""} for name in found if any(cells[name])}
     if not distinct:
-        raise UserError(
-            f"{where}: has no labels for the images (columns: {list_columns(columns)}); say which column has: "
-            "--label-column NAME"
-        )
+        problem = f"has no labels for the images (columns: {list_columns(columns)})"
+        raise UserError(f"{where}: {problem}; say which column has: --label-column NAME")
 
     def quality(name: str) -> tuple[bool, bool, bool]:
         is_text = name == ONE_HOT or not _are_numbers(distinct[name])

@@ -30,10 +30,8 @@ def load_hub(repository: str, reading: Reading) -> Source:
     """Oxford Flowers 102 from the hub, whole."""
     source = _load(repository, reading.dataset_revision, reading)
     if (sizes := {split: count_images(rows) for split, rows in source.splits.items()}) != OFFICIAL_SIZES:
-        raise UserError(
-            f"{source.description}: has {sizes} images, expected {OFFICIAL_SIZES}; give the official revision with "
-            "--dataset-revision"
-        )
+        move = "give the official revision with --dataset-revision"
+        raise UserError(f"{source.description}: has {sizes} images, expected {OFFICIAL_SIZES}; {move}")
     return source
 
 

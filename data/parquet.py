@@ -63,10 +63,8 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
         raise UserError(f"--streaming true: {path} has no parquet files, and nothing else is streamed; use false")
     by_split, warnings = assign_splits(files, path, reading.allow_missing)
     if missing := [split for split in SPLITS if split not in by_split]:
-        raise UserError(
-            f"--streaming true: {path} has no parquet file for {' and '.join(missing)}, and none is cut from a stream; "
-            "give files or folders such names, or use false"
-        )
+        problem = f"{path} has no parquet file for {' and '.join(missing)}, and none is cut from a stream"
+        raise UserError(f"--streaming true: {problem}; give files or folders such names, or use false")
     train_files = by_split.pop("train")
     where = f"stream of {len(train_files):,} parquet files in {path}"
     splits = {split: _read_files(where, parts) for split, parts in by_split.items()}
@@ -82,19 +80,15 @@ def stream_parquet_folder(folder: Folder, reading: Reading) -> Source:
     if not expected:
         raise UserError(f"--streaming true: labels in {path} have no names; write them as a ClassLabel, or use false")
     if other := next((name for name in names if names[name] != expected), None):
-        raise UserError(
-            f"--streaming true: the label names of {other} in {path} differ from those of train, or are in another "
-            "order; write all with the same ClassLabel"
-        )
+        problem = f"the label names of {other} in {path} differ from those of train, or are in another order"
+        raise UserError(f"--streaming true: {problem}; write all with the same ClassLabel")
     with _explaining(where):
         check_sizes(train_files)
     for file in train_files:
         labels = pyarrow.parquet.read_table(file, columns=[label]).column(label).unique().to_pylist()
         if odd := {*labels} - {*range(len(expected))}:
-            raise UserError(
-                f"{file}: has the label {odd.pop()}, expected 0 to {len(expected) - 1}; leave images without a label "
-                "out"
-            )
+            problem = f"has the label {odd.pop()}, expected 0 to {len(expected) - 1}"
+            raise UserError(f"{file}: {problem}; leave images without a label out")
     source = read_tables(splits, reading, where, {split: [path] for split in splits}, warnings=warnings)
     if len(source.class_names) < len(expected) or splits.keys() - source.splits.keys():
         raise UserError(f"--streaming true: {'; '.join(source.warnings)}; write the files otherwise, or use false")
@@ -152,10 +146,8 @@ def assign_splits(files: Sequence[Path], path: Path, allow_missing: bool) -> tup
     if "train" in found:
         warnings += _warn_unused("have no split in their names and are not used", path, unnamed)
     elif not unnamed:
-        raise UserError(
-            f"{path}: no parquet file for train, only for {' and '.join(found)}; give files or folders names "
-            "that begin with train, validation and test"
-        )
+        move = "give files or folders names that begin with train, validation and test"
+        raise UserError(f"{path}: no parquet file for train, only for {' and '.join(found)}; {move}")
     found.setdefault("train", unnamed)
     names = [file.name if split_of_file(file, file.parent) else str(file) for file in found["train"]]
     folders = max(by_key((name, file.parent) for name, file in zip(names, found["train"])).values(), key=len)

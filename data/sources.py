@@ -104,10 +104,9 @@ def load_folder(path: Path, reading: Reading) -> Source:
     has_classes = len(layout.names) > 1
     parquet = next((file for file in files if has_images(file, by_path=not has_classes)), None)
     if parquet and has_classes:
-        raise UserError(
-            f"{path}: has {len(layout.names)} class folders and parquet files with images ({parquet.name}); move one "
-            "of the two elsewhere, or " + give_one([layout.root.path, parquet.parent])
-        )
+        problem = f"has {len(layout.names)} class folders and parquet files with images ({parquet.name})"
+        move = f"move one of the two elsewhere, or {give_one([layout.root.path, parquet.parent])}"
+        raise UserError(f"{path}: {problem}; {move}")
     if parquet:
         return load_parquet_files(path, files, reading)
     if not has_classes or reading.label_column is not None:
@@ -117,10 +116,9 @@ def load_folder(path: Path, reading: Reading) -> Source:
         if not layout.names and files and not folder.num_images:
             return load_parquet_files(path, files, reading)  # raises with the columns that there are
         if reading.label_column is not None and layout.names:
-            raise UserError(
-                f"--label-column {reading.label_column}: no table of file names and labels lies in {path}; give it "
-                "with --dataset TABLE, or leave the option out: the class folders are the labels"
-            )
+            problem = f"no table of file names and labels lies in {path}"
+            move = "give it with --dataset TABLE, or leave the option out: the class folders are the labels"
+            raise UserError(f"--label-column {reading.label_column}: {problem}; {move}")
         if not layout.names or (not has_classes and find_boxes(folder)):
             raise UserError("; ".join([describe_flat(folder), *not_in_classes.lines()]))
     return load_class_folders(layout, not_in_classes, reading)

@@ -145,10 +145,9 @@ class ImageTable:
         first = list(itertools.islice(matches, columns.LABEL_ROWS))
         if not first:
             example = printable(self.excluded.places[f"rows of {self.name} {SEVERAL}"][0])
-            raise UserError(
-                f"{self.path}: several images have the file names in column {printable(self.file.name)}, such as "
-                f"{example}; write the folder into the column, or move one of them elsewhere"
-            )
+            problem = f"several images have the file names in column {printable(self.file.name)}, such as {example}"
+            move = "write the folder into the column, or move one of them elsewhere"
+            raise UserError(f"{self.path}: {problem}; {move}")
         names = [name for name in first[0][1] if name != self.file.name or label_column is not None]
         cells = {name: [row[name] for _, row in first] for name in names}
         self.labels = columns.find_label(cells, self.records.columns, label_column, str(self.path))
@@ -241,14 +240,11 @@ def _merge(tables: Sequence[ImageTable], excluded: Excluded) -> list[LabelRow]:
         listed = " and ".join(table.name for table in tables)
         example = printable(next(iter(conflicts.values())))[:200]
         if {"xmin", "bbox"} & {columns.plain_name(column) for table in tables for column in table.records.columns}:
-            raise UserError(
-                f"{listed}: lists boxes, several of an image ({example}), which has no class of its own; cut the boxes "
-                "out into <class name>/photo.jpg"
-            )
-        raise UserError(
-            f"{listed}: {len(conflicts):,} of {len(rows):,} images have several labels or splits ({example}); give one "
-            "table (--dataset TABLE), or another column (--label-column NAME)"
-        )
+            problem = f"lists boxes, several of an image ({example}), which has no class of its own"
+            raise UserError(f"{listed}: {problem}; cut the boxes out into <class name>/photo.jpg")
+        problem = f"{len(conflicts):,} of {len(rows):,} images have several labels or splits ({example})"
+        move = "give one table (--dataset TABLE), or another column (--label-column NAME)"
+        raise UserError(f"{listed}: {problem}; {move}")
     for conflict in conflicts.values():
         excluded.add("images with several labels or splits", conflict)
     kept = [rows[image] for image in sorted(rows) if image not in conflicts]
