@@ -77,13 +77,11 @@ class Endpoint:
         async def describe(request):
             return JSONResponse({"predict": f"POST /predict: {HOW}", "health": "GET /health"} | self.identity)
 
+        async def get_health(request):
+            return JSONResponse({"ready": True} | self.identity)
+
         index = [Route("/", describe)] if is_alone else []
-        return [Route("/predict", self._post, methods=METHODS), Route("/health", self._get_health)] + index
-
-    async def _get_health(self, request):
-        from starlette.responses import JSONResponse
-
-        return JSONResponse({"ready": True} | self.identity)
+        return [Route("/predict", self._post, methods=METHODS), Route("/health", get_health)] + index
 
     async def _post(self, request):
         from starlette.requests import ClientDisconnect
