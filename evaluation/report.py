@@ -114,15 +114,12 @@ def draw_metrics(
     """Accuracies, reliability, confused classes and mistakes."""
     temperature = report["calibration"]["temperature"] if report["calibration"] else 1.0
     confidences = confidence(split.scores, temperature)
-
-    def first_of(name: str) -> Image.Image | None:
-        found = np.flatnonzero(split.labels == names.index(name))
-        return image_of(found[0]) if len(found) else None
-
     pairs, mistakes = [], []
     for pair in report["confusions"][:PAIRS]:
         for name, note in zip(pair["names"], (f"confused with the next: {pair['confused']}", "")):
-            pairs.append(Tile(first_of(name), f"{shorten(name)}\n{note}", "black"))
+            found = np.flatnonzero(split.labels == names.index(name))
+            image = image_of(found[0]) if len(found) else None
+            pairs.append(Tile(image, f"{shorten(name)}\n{note}", "black"))
     wrong = np.flatnonzero(~split.correct)
     for index in wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES]:  # most confident first
         probabilities = softmax(split.scores[index] / temperature)
