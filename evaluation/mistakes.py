@@ -12,11 +12,10 @@ from datasets import Dataset
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.sparse import csr_array
 from scipy.spatial.distance import squareform
-from scipy.special import softmax
 
 from data.taxonomy import LEVELS, Taxonomy
 from evaluation.calibration import Calibration
-from evaluation.metrics import SplitScores
+from evaluation.metrics import SplitScores, confidence
 from evaluation.reference import TrainImages
 from models.features import scale_to_unit
 from utils.image_utils import open_image
@@ -98,8 +97,8 @@ def write_mistakes(
     with skip_failure(f"{stem}_mistakes.png"):
         Path(f"{stem}_mistakes.png").unlink(missing_ok=True)  # of other weights
         if train is not None and len(wrong):
-            probabilities = softmax(split.scores[wrong] / (calibration.temperature if calibration else 1), axis=1)
-            worst = wrong[np.argsort(-probabilities.max(axis=1), kind="stable")][:MISTAKES]
+            confidences = confidence(split.scores[wrong], calibration.temperature if calibration else 1)
+            worst = wrong[np.argsort(-confidences, kind="stable")][:MISTAKES]
             plot_tiles(list(_list_tiles(split, worst, rows, names, train)), f"{stem}_mistakes.png")
 
 
