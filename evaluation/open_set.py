@@ -145,17 +145,16 @@ def _relative_mahalanobis(points: np.ndarray, references: np.ndarray, labels: np
 def fit_open_set(val: SplitScores, reference: Reference, temperature: float) -> OpenSet:
     """The score that is best at classes taken away, and the threshold that keeps 95 % of val; or why there is none."""
     identity, classes = reference.facts["identity"], np.unique(val.labels)
-    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale={}, missing=None, reference=identity)
     strangeness = measure_strangeness(val, reference.spaces, temperature)
-    fitted["scale"] = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}
+    scale = {name: [float(each.mean()), float(each.std())] for name, each in strangeness.items()}
+    fitted = OpenSet(score=None, threshold=None, kept=KEPT, scale=scale, missing=None, reference=identity)
     if len(classes) < MIN_CLASSES or len(val.labels) < MIN_IMAGES:
         found = f"{len(val.labels)} images of {len(classes)} classes in val"
         fitted["missing"] = f"{found} are too few; {MIN_IMAGES} of {MIN_CLASSES} are needed"
         return fitted
     aurocs = leave_classes_out(val, reference)
     chosen = fitted["score"] = max(aurocs, key=lambda name: round(aurocs[name], 3))  # of equals the first by name
-    values = combine(strangeness, fitted["scale"])[chosen]
-    fitted["threshold"] = float(np.quantile(values, KEPT, method="higher"))
+    fitted["threshold"] = float(np.quantile(strangeness[chosen], KEPT, method="higher"))
     return fitted
 
 
