@@ -47,10 +47,25 @@ def build_model_card(
     facts["class_names"] = run.class_names  # and not the option, a file of names
     layout = "llava" if is_merged and config.views == "base" else "llava_next"
     library = "peft" if is_adapter else "gguf" if use else "transformers"
+    is_random, is_local = config.model in RANDOM_MODELS, Path(config.model).is_dir()
+    results = [
+        EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
+        for split, report in reports.items()
+    ]
+    front_matter = ModelCardData(  # what the hub finds a model by
+        language="en",
+        license=None if is_random else read_license(config.model),
+        base_model=None if is_random or is_local else config.model,
+        library_name=library,
+        pipeline_tag="image-text-to-text",
+        tags=[layout, "plants", "fine-grained-image-classification"],
+        model_name=folder.resolve().name,
+        eval_results=results or None,
+    )
     # Not ModelCard.from_template: its environment has neither filters nor includes, and takes a typo for empty text.
     text = render(
         "model_card.md.j2",
-        card=_build_metadata(config.model, folder.resolve().name, dataset, reports, library, layout),
+        card=front_matter,
         warning=WARNING,
         run=facts,
         base=base_name(config.model),
@@ -58,8 +73,8 @@ def build_model_card(
         use=use,
         is_adapter=is_adapter,
         is_4bit=is_4bit,
-        is_random_base=config.model in RANDOM_MODELS,
-        is_local_base=Path(config.model).is_dir(),
+        is_random_base=is_random,
+        is_local_base=is_local,
         prompt=prompt.prompt,
         dataset=dataset,
         reports=reports,
@@ -70,27 +85,6 @@ def build_model_card(
         verification=verification,
     )
     return str(ModelCard(text))  # raises ValueError unless the front matter is that of a model card
-
-
-def _build_metadata(
-    model: str, name: str, dataset: str, reports: dict[str, dict], library: str, layout: str
-) -> ModelCardData:
-    """The front matter: what the hub finds a model by."""
-    is_random, is_local = model in RANDOM_MODELS, Path(model).is_dir()
-    results = [
-        EvalResult("image-classification", dataset, dataset, "accuracy", round(report["top1"], 4), dataset_split=split)
-        for split, report in reports.items()
-    ]
-    return ModelCardData(
-        language="en",
-        license=None if is_random else read_license(model),
-        base_model=None if is_random or is_local else model,
-        library_name=library,
-        pipeline_tag="image-text-to-text",
-        tags=[layout, "plants", "fine-grained-image-classification"],
-        model_name=name,
-        eval_results=results or None,
-    )
 
 
 def base_name(model: str) -> str:
