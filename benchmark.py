@@ -328,7 +328,8 @@ def report(results: list[Result], flops: float, matmul_rate: float, tokens: int)
             continue
         share = "" if "names" in result.system else f"{result.rate * flops / matmul_rate:.0%}"
         memory = f"{result.peak / 2**30:6.2f} GiB {result.reserved / 2**30:6.2f} GiB"
-        speed = f"{result.spread:>18} {result.rate * tokens:9,.0f} {share:>6}"
+        images = f"{result.rate:.2f} ({min(result.rates):.2f}-{max(result.rates):.2f})"
+        speed = f"{images:>18} {result.rate * tokens:9,.0f} {share:>6}"
         print(f"{result.system:24} {speed} {memory}  {limit}{result.note}")
 
 

@@ -26,10 +26,6 @@ class Result(NamedTuple):
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    @property
-    def spread(self) -> str:
-        return f"{self.rate:.2f} ({min(self.rates):.2f}-{max(self.rates):.2f})"
-
 
 def append_result(path: str, result: Result, images: str, machine: str) -> None:
     point = {"system": result.system, "limit_gib": result.limit, "gib": None, "images_s": None, "note": result.note}
