@@ -108,11 +108,11 @@ def load_predictor(run: Run) -> "Predictor":
         reason = "its taxonomy is not of the run's classes"
         raise UserError(f"{run.folder}: calibration.json: {reason}; make it again: python evaluate.py {run.folder}")
     missing = explain_missing(calibration and calibration._asdict())
-    if calibration and calibration.conformal and len(plant.class_names) > MAX_SCORED:
-        missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
     detector = None
     if len(plant.class_names) <= MAX_SCORED:
         detector = load_detector(run.folder, calibration, plant.base.config)
+    elif calibration and calibration.conformal:
+        missing = f"no prediction sets: above {MAX_SCORED:,} names not all are scored"
     for problem in (missing, detector):
         if isinstance(problem, str):
             logger.warning(f"{run.folder}: {problem}")
