@@ -117,22 +117,18 @@ def export_run(run: Run, draft: Path, dtype: str, adapter_only: bool, limit: int
     images = verify.first_readable(plant.collator, rows, verify.LOGIT_IMAGES)
     expected, base_difference = save(run, plant, draft, images)
     rounding = verify.distance(plant, images, expected)
-    if dtype == "nf4":
+    is_merged, is_4bit = not adapter_only, dtype == "nf4"
+    if is_4bit:
         verify.check_merge(rounding, base_difference, plant.dtype)
         save_quantized(plant, draft, images)
         rounding = verify.distance(plant, images, expected)
-    if adapter_only:
-        found, verification = verify.check_merge(rounding, base_difference, plant.dtype), ""
-    else:
-        metrics = None if validated is None else verify.compare_with_validated(validated, plant, rows)
-        advice = "" if dtype == "fp32" else "; try --dtype fp32"
-        kind = dtype if dtype == "nf4" else plant.dtype
-        found = verify.check_merge(rounding, base_difference, kind, metrics, advice)
-        if metrics is None:
-            found += "; its accuracy is unknown, since the run was trained on val"
-        verification = f"Merged in {dtype} and loaded afresh: {found}."
+    metrics = None if validated is None else verify.compare_with_validated(validated, plant, rows)
+    advice = "; try --dtype fp32" if is_merged and dtype != "fp32" else ""
+    found = verify.check_merge(rounding, base_difference, dtype if is_4bit else plant.dtype, metrics, advice)
+    if is_merged and metrics is None:
+        found += "; its accuracy is unknown, since the run was trained on val"
+    verification = f"Merged in {dtype} and loaded afresh: {found}." if is_merged else ""
     logger.info(f"result | verified: {found}")
-    is_merged, is_4bit = not adapter_only, dtype == "nf4"
     write_texts(run, plant.prompt, draft, verification=verification, is_merged=is_merged, is_4bit=is_4bit)
 
 
