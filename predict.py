@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 def classify(run: Run, plants: list[dict[str, str | None]], options: PredictionOptions) -> Iterator:
     """Prediction, or why there is none, of each plant, given as its images and why some are none (find_images)."""
     from evaluation.explain import NAMES, explain
+    from evaluation.fusion import explain_doubt
     from evaluation.predictor import load_predictor
 
     readable = [[image for image, reason in plant.items() if reason is None] for plant in plants]
@@ -71,7 +72,8 @@ def classify(run: Run, plants: list[dict[str, str | None]], options: PredictionO
     if any(readable):
         predictor = load_predictor(run)
         if options.together:
-            predictor.warn_of_fusion()
+            if doubt := explain_doubt(predictor.calibration):
+                logger.warning(doubt)
             predictions = (predictor.predict_together(images) for images in readable if images)
         else:
             top = max(options.top, NAMES) if options.explain else options.top

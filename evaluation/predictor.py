@@ -11,7 +11,6 @@ from scipy.special import softmax
 
 from evaluation.calibration import UNCALIBRATED, Calibration
 from evaluation.conformal import explain_missing, find_sets
-from evaluation.fusion import explain_doubt
 from evaluation.hierarchy import find_taxa
 from evaluation.metrics import accept
 from evaluation.open_set import Detector
@@ -144,11 +143,6 @@ class Predictor:
                 yield Prediction(likeliest, is_confident, at_most=float(result.high[0]))
             else:
                 yield result if isinstance(result, str) else self._answer([result])
-
-    def warn_of_fusion(self) -> None:
-        """Where answers for several images of a plant are not to be relied on."""
-        if doubt := explain_doubt(self.calibration):
-            logger.warning(doubt)
 
     def predict_together(self, images: Sequence[str | Path | dict]) -> Prediction | str:
         """The class of one plant that all images show, whose scores are fused; the reason if none can be opened.
