@@ -133,12 +133,11 @@ class Predictor:
         Images are paths, or {"bytes": contents, "path": name} as in rows.
         Of more than MAX_SCORED class names only the `top` likeliest are found.
         """
+        names = self.plant.class_names
         goal = Goal(top, self._calibration.temperature, self._calibration.threshold)
-        for result in self._compute(images, goal if len(self.plant.class_names) > MAX_SCORED else None):
+        for result in self._compute(images, goal if len(names) > MAX_SCORED else None):
             if isinstance(result, Found):
-                likeliest = [
-                    (self.plant.class_names[label], float(share)) for label, share in zip(result.names, result.low)
-                ]
+                likeliest = [(names[label], float(share)) for label, share in zip(result.names, result.low)]
                 is_confident = bool(accept(result.low, self._calibration.threshold)[0])
                 yield Prediction(likeliest, is_confident, at_most=float(result.high[0]))
             else:
