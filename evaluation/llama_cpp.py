@@ -20,7 +20,7 @@ from models.gguf_files import build_runtime_prompt
 from utils.logging_utils import UserError, first_line
 
 NAMES_AT_ONCE = 32  # sequences beside the prompt's
-NO_FLASH = 0  # of enum llama_flash_attn_type. On the CPU it adds up in fp16, an error of 2.4 % at full size (docs/LOG.md)
+NO_FLASH = 0  # of enum llama_flash_attn_type; on the CPU flash attention adds up in fp16 (docs/LOG.md)
 
 
 def import_llama() -> Any:
