@@ -24,7 +24,7 @@ from config.training_config import RANDOM_MODELS
 from data.collator import Batch
 from evaluation import verify
 from evaluation.exporter import load_validation, save_merged, write_texts
-from evaluation.llama_cpp import LlamaCpp, explain_runtime, import_llama, runtime_versions
+from evaluation.llama_cpp import NO_FLASH, LlamaCpp, explain_runtime, import_llama, runtime_versions
 from evaluation.metrics import mcnemar
 from evaluation.report import render
 from models.builder import PlantModel
@@ -81,7 +81,8 @@ def export_gguf(run: Run, draft: Path, quantize: str, limit: int | None) -> None
     runtime.close()
     versions = runtime_versions()
     verification = (
-        f"llama.cpp {versions['llama.cpp']} (cyllama {versions['cyllama']}) on the CPU: {comparison}; {agreement}"
+        f"llama.cpp {versions['llama.cpp']} (cyllama {versions['cyllama']}) on the CPU, no flash attention: "
+        f"{comparison}; {agreement}"
     )
     logger.info(f"result | verified: {verification}")
     shutil.rmtree(merged)
@@ -104,8 +105,8 @@ def _check_architecture(model: str, revision: str | None, processor) -> None:
 class InFp32(TorchFunctionMode):
     """Operations on fp16 tensors compute in fp32, one weight at a time.
 
-    At full size, with random weights, fp16 moves transformers' own logits by 1.4 % (docs/LOG.md); llama.cpp adds up in
-    fp32.
+    At full size, with random weights, fp16 moves transformers' own logits by 1.4 % (docs/LOG.md), and llama.cpp adds up
+    in fp32. Weights that are offloaded remain fp32 on "meta" afterwards: nothing may follow that must compute in fp16.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -233,6 +234,6 @@ def _save_texts(run: Run, plant: PlantModel, draft: Path, verification: str, fac
     """README.md, Modelfile, and class_names.json, which has the facts too."""
     tile = plant.collator.processor.image_processor.crop_size["height"]
     sides = dict.fromkeys(side for side in (run.config.image_size, tile) if side)
-    use = render("gguf_use.md.j2", **facts, eos_id=plant.prompt.eos_id, sides=sides, context=CONTEXT)
+    use = render("gguf_use.md.j2", **facts, eos_id=plant.prompt.eos_id, sides=sides, context=CONTEXT, no_flash=NO_FLASH)
     write_texts(run, plant.prompt, draft, facts, verification=verification, is_merged=True, use=use)
     (draft / "Modelfile").write_text(render("Modelfile.j2", **facts, eos=plant.prompt.eos), encoding="utf-8")

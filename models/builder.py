@@ -36,10 +36,10 @@ from models.checks import DTYPES, check_adapter, check_model, check_same_base, w
 from models.features import compute_tower_features, examine
 from models.fused_layers import (
     FusedLayer,
+    expect_logits,
     find_obstacle,
     fuse_layers,
     get_fused_layers,
-    keep_logits,
     set_activation_checkpointing,
     unwrap,
 )
@@ -326,7 +326,7 @@ def build_model(
     checkpointing = config.gradient_checkpointing != "false"
     fused = fuse_layers(base.model.language_model.layers)
     if fused:
-        base.register_forward_pre_hook(keep_logits, with_kwargs=True)
+        base.register_forward_pre_hook(expect_logits, with_kwargs=True)
         offloaded = len(fused) if config.gradient_checkpointing == "offload" else 0
         set_activation_checkpointing(fused, 0 if checkpointing else len(fused), offloaded)
         if config.compile == "true":

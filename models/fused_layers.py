@@ -1,7 +1,7 @@
 """The language model's layers as one autograd function each: fewer passes over memory, fewer saved activations.
 
-Shapes: B images, T tokens, M = B x T rows, K positions whose logits are kept, D width of a linear's input, N of its
-output, R LoRA columns of a group.
+Shapes: B images, T tokens, M = B x T rows, U positions at which the last output is used, D width of a linear's input, N
+of its output, R LoRA columns of a group.
 
 A step of the stock layers with LoRA spends nearly half its time outside of matmuls: casts, LoRA additions, scalings,
 norms. Here
@@ -12,7 +12,7 @@ norms. Here
 - saved for the backward are the layer's input, q, k, v, attention's output, the second residual and the two halves of
   the MLP; the rest is recomputed elementwise. With activation checkpointing only the input is saved;
 - 4-bit weights are dequantized right before each matmul and never saved;
-- behind attention the last layer computes only the rows whose logits are kept. Its output is zero elsewhere.
+- behind attention the last layer computes only the rows whose output is used. It is zero elsewhere.
 
 Same mathematics as the stock layer; tests/unit/test_fused_layers.py compares loss and gradients.
 """
@@ -211,18 +211,18 @@ class Rows(NamedTuple):
     hidden: torch.Tensor  # (M, D)
     cos: torch.Tensor  # (M, head_dim)
     sin: torch.Tensor
-    kept: torch.Tensor | None  # (K,) positions; None: all
+    used: torch.Tensor | None  # (U,) positions; None: all
 
-    def pick(self, rows: torch.Tensor) -> torch.Tensor:
-        """(M, N) -> (B K, N)"""
-        return rows if self.kept is None else rows.unflatten(0, (self.images, -1))[:, self.kept].flatten(0, 1)
+    def pick(self, whole: torch.Tensor) -> torch.Tensor:
+        """(M, N) -> (B U, N)"""
+        return whole if self.used is None else whole.unflatten(0, (self.images, -1))[:, self.used].flatten(0, 1)
 
     def scatter(self, picked: torch.Tensor) -> torch.Tensor:
-        """(B K, N) -> (M, N), zero elsewhere."""
-        if self.kept is None:
+        """(B U, N) -> (M, N), zero elsewhere."""
+        if self.used is None:
             return picked
         whole = picked.new_zeros(self.images, len(self.hidden) // self.images, picked.shape[1])
-        return whole.index_copy_(1, self.kept, picked.unflatten(0, (self.images, -1))).flatten(0, 1)
+        return whole.index_copy_(1, self.used, picked.unflatten(0, (self.images, -1))).flatten(0, 1)
 
 
 class Saved(NamedTuple):
@@ -230,10 +230,10 @@ class Saved(NamedTuple):
 
     leaves: list[torch.Tensor]  # q, k, v as leaves of a graph of their own
     attended: torch.Tensor  # attention's output (B, T, heads, head_dim), at the end of that graph
-    residual: torch.Tensor  # the second one; from here on of picked rows
+    qkv_columns: torch.Tensor  # LoRA columns
+    residual: torch.Tensor  # the second one; from here on of the rows that are used
     gate: torch.Tensor
     up: torch.Tensor
-    qkv_columns: torch.Tensor  # LoRA columns
     o_columns: torch.Tensor
     mlp_columns: torch.Tensor
 
@@ -242,8 +242,8 @@ class FusedLayer:
     """The forward of one decoder layer (Llama, Mistral, Qwen2, Granite), put in place of the stock one.
 
     `keep`: save activations for the backward, instead of activation checkpointing; `offload`: keep the checkpointed
-    input in the CPU's memory; `kept`: positions (K,) at which the output of the next call is used, None for all. Few
-    rows, a mask in training, and disabled or merged adapters go to the stock layer.
+    input in the CPU's memory; `used`: positions (U,), distinct and from 0 up, at which the output of the next call is
+    used, None for all. Few rows, a mask in training, and disabled or merged adapters go to the stock layer.
     """
 
     def __init__(self, layer: nn.Module, kernels: Kernels, offloader: Offloader):
@@ -254,7 +254,7 @@ class FusedLayer:
         self.offloader = offloader
         self.keep = False
         self.offload = False
-        self.kept: torch.Tensor | None = None
+        self.used: torch.Tensor | None = None
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.multiplier = getattr(layer, "residual_multiplier", 1.0)  # Granite's, of what is added to the residual
         self.modules = [
@@ -268,7 +268,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         images, tokens, width = hidden_states.shape
-        kept, self.kept = self.kept, None
+        used, self.used = self.used, None
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         is_trainable = any(part.requires_grad for part in self.parameters)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or is_trainable)
@@ -277,7 +277,7 @@ class FusedLayer:
         if images * tokens < MIN_ROWS or lora_is_off or (trains and (mask is not None or cache is not None)):
             return self.stock(hidden_states, **kwargs)
         cos, sin = self.kernels.positions(kwargs["position_embeddings"], images)
-        rows = Rows(images, hidden_states.reshape(images * tokens, width), cos, sin, kept)
+        rows = Rows(images, hidden_states.reshape(images * tokens, width), cos, sin, used)
         if trains:
             out = _Function.apply(self, *rows, *self.parameters)
         else:
@@ -311,7 +311,7 @@ class FusedLayer:
         del update
         gate, up = gate_up.forward(x)
         mlp_columns = x[:, gate_up.width :].clone() if keep else None
-        saved = Saved(leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns) if keep else None
+        saved = Saved(leaves, attended, qkv_columns, residual, gate, up, o_columns, mlp_columns) if keep else None
         if not needs_output:
             return None, saved
         x = down_proj.empty_rows(gate)
@@ -344,7 +344,7 @@ class FusedLayer:
         kernels, (qkv, o_proj, gate_up, down_proj) = self.kernels, self.groups
         _, h, cos, sin, _ = rows
         first, second = self.norms
-        leaves, attended, residual, gate, up, qkv_columns, o_columns, mlp_columns = saved.pop()
+        leaves, attended, qkv_columns, residual, gate, up, o_columns, mlp_columns = saved.pop()
         gradient = rows.pick(gradient)
         of_update = self.scale(gradient)
         of_x, of_columns = down_proj.backward([of_update])
@@ -357,7 +357,7 @@ class FusedLayer:
         gate_up.add_lora_grad(of_x, of_columns)
         gradient = kernels.rms_norm_backward(of_x, residual, second.weight, second.variance_epsilon, gradient, x)
         gate_up_grads = gate_up.lora_grads([gate, up], of_columns, x, mlp_columns)
-        del gate, up, residual
+        del gate, up, residual, x
         of_update = self.scale(gradient)
         of_x, of_columns = o_proj.backward([of_update])
         o_proj.add_lora_grad(of_x, of_columns)
@@ -366,11 +366,11 @@ class FusedLayer:
         of_leaves = torch.autograd.grad(attended, leaves, rows.scatter(of_x).view(attended.shape))
         of_query, of_key, of_value = (leaf.transpose(1, 2).reshape(h.shape[0], -1) for leaf in of_leaves)
         del attended, leaves, of_leaves, values
-        gradients, gradient = [*kernels.rotate(of_query, of_key, cos, -sin), of_value], rows.scatter(gradient)
-        x = x if rows.kept is None else torch.empty_like(h)
+        gradients, x = [*kernels.rotate(of_query, of_key, cos, -sin), of_value], torch.empty_like(h)
         if needs_rows:
             of_x, of_columns = qkv.backward(gradients)
             qkv.add_lora_grad(of_x, of_columns)
+            gradient = rows.scatter(gradient)
             gradient = kernels.rms_norm_backward(of_x, h, first.weight, first.variance_epsilon, gradient, x)
         else:
             gradient = None
@@ -384,18 +384,18 @@ class _Function(torch.autograd.Function):
     """One layer; see FusedLayer. LoRA parameters are inputs, so that autograd accumulates their gradients."""
 
     @staticmethod
-    def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, kept, *parameters):
+    def forward(ctx, layer: FusedLayer, images: int, h, cos, sin, used, *parameters):
         with torch.autocast(h.device.type, enabled=False):
-            out, ctx.saved = layer.forward(Rows(images, h, cos, sin, kept), keep=layer.keep)
+            out, ctx.saved = layer.forward(Rows(images, h, cos, sin, used), keep=layer.keep)
         ctx.offloaded = layer.offloader(h) if layer.offload and h.is_cuda else None
-        ctx.save_for_backward(cos, sin, kept, *(() if ctx.offloaded else (h,)))
+        ctx.save_for_backward(cos, sin, used, *(() if ctx.offloaded else (h,)))
         ctx.layer, ctx.images = layer, images
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        cos, sin, kept, *h = ctx.saved_tensors
-        rows = Rows(ctx.images, ctx.offloaded.fetch() if ctx.offloaded else h[0], cos, sin, kept)
+        cos, sin, used, *h = ctx.saved_tensors
+        rows = Rows(ctx.images, ctx.offloaded.fetch() if ctx.offloaded else h[0], cos, sin, used)
         saved, ctx.saved, ctx.offloaded = [ctx.saved], None, None
         with torch.autocast(gradient.device.type, enabled=False):
             if saved[0] is None:
@@ -435,16 +435,16 @@ def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     return [FusedLayer(layer, kernels, offloader) for layer in layers]
 
 
-def keep_logits(base: nn.Module, given: tuple, inputs: dict) -> None:
+def expect_logits(base: nn.Module, given: tuple, inputs: dict) -> None:
     """A forward pre-hook: the last layer computes what the logits that are kept need."""
     kept = inputs.get("logits_to_keep")
     expect_positions(base, kept if isinstance(kept, torch.Tensor) else None)
 
 
-def expect_positions(base: nn.Module, kept: torch.Tensor | None) -> None:
-    """The next forward's last hidden states are used at these positions (K,); None: at all."""
+def expect_positions(base: nn.Module, used: torch.Tensor | None) -> None:
+    """The next forward's last hidden states are used at these positions (U,), distinct and from 0 up; None: at all."""
     if isinstance(last := base.model.language_model.layers[-1].forward, FusedLayer):
-        last.kept = kept
+        last.used = used
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -36,7 +36,7 @@ POINTER = b"version https://git-lfs"  # what git leaves in place of a large file
 WAITS_S = (1, 3)  # before another try, of a download that may pass
 MAX_TILES = 99  # more than any grid of an image has
 STATE = ".weight.quant_state.bitsandbytes__nf4"  # JSON about a weight that was saved in 4 bit
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 
 
 # ---- on disk
@@ -149,12 +149,12 @@ class SavedTensor:
 
     def _read(self) -> torch.Tensor:
         """In the buffer: memory that is new for each tensor takes ten times as long to fill (docs/LOG.md)."""
-        dtype = DTYPES[self.dtype]
+        dtype = TORCH_DTYPES[self.dtype]
         found = self.buffer[: math.prod(self.shape) * dtype.itemsize]
         with open(self.place[0], "rb") as file:
             file.seek(self.place[1])
             if file.readinto(found.numpy()) < len(found):
-                raise OSError("the file ends before it does")
+                raise OSError("the file ends before the tensor does")
         return found.view(dtype).view(self.shape)
 
 
@@ -259,8 +259,8 @@ def load_model(
 
 def share_buffer(tensors: Iterable[SavedTensor]) -> None:
     """Let them be read into the same memory, each until the next is."""
-    tensors = [tensor for tensor in tensors if tensor.dtype in DTYPES]
-    largest = max((math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors), default=0)
+    tensors = [tensor for tensor in tensors if tensor.dtype in TORCH_DTYPES]
+    largest = max((math.prod(tensor.shape) * TORCH_DTYPES[tensor.dtype].itemsize for tensor in tensors), default=0)
     buffer = torch.empty(largest, dtype=torch.uint8)
     for tensor in tensors:
         tensor.buffer = buffer

@@ -137,7 +137,8 @@ def step_cost(
     """`config` is the language model's, with `lora_columns` in a group of projections and activations of `itemsize`.
 
     `held`: bytes in use before the first step, gradients, optimizer state and pixels of a step included. What compiled
-    kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times.
+    kernels hold in registers, eager ones write to memory: the MLP's gradient in fp32, six times. The last layer counts
+    in full, though it needs less.
     """
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads

@@ -97,7 +97,8 @@ def _prefill(base, inputs: dict, samples: Sequence[Sample]) -> Prefill:
     input_ids = inputs["input_ids"][:, : max(lengths)]  # (B, T)
     prompt_lengths = torch.tensor(lengths).to(input_ids.device)
     cache = DynamicCache()
-    expect_positions(base, torch.tensor(sorted({length - 1 for length in lengths})).to(input_ids.device))
+    used = sorted({at for length in lengths for at in (length - 2, length - 1)})  # one would be compiled for anew
+    expect_positions(base, torch.tensor(used).to(input_ids.device))
     # No mask: after a prompt come answer and padding, to which causal attention keeps it blind.
     hidden = base.model(
         input_ids=input_ids,

@@ -382,9 +382,9 @@ def test_the_last_layer_computes_only_the_rows_whose_logits_are_kept(how, needs_
     kept, (stock, model) = torch.tensor([20, 36]), (language_model("granite", True).train() for _ in range(2))
     layers = fuse_layers(layers_of(model))
     set_activation_checkpointing(layers, 3 if how == "keep" else 0)
-    layers[-1].kept = kept
+    layers[-1].used = kept
     asked = []
     layers[-1].groups[3].forward = lambda x, real=layers[-1].groups[3].forward: asked.append(len(x)) or real(x)
     found = run(model, needs_rows, kept=kept)
-    assert asked == [3 * 2] and layers[-1].kept is None
+    assert asked == [3 * 2] and layers[-1].used is None
     assert_same(run(stock, needs_rows, kept=kept), found)

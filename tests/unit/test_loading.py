@@ -171,7 +171,14 @@ def test_weights_read_into_one_buffer_are_those_of_the_file(folder):
     os.truncate(weights, first.place[1] + 1)
     with pytest.raises(OSError, match="the file ends"):
         first[...]
-    assert "the file ends before it does" in first.problems[0]
+    assert "the file ends before the tensor does" in first.problems[0]
+
+
+def test_a_cpu_keeps_what_it_reads_so_there_is_no_common_buffer(folder, monkeypatch):
+    monkeypatch.setattr(loading, "share_buffer", None)
+    for load_in_4bit in (True, False):
+        assert load(folder, load_in_4bit, "no")
+    assert verify.load_whole(folder, torch.float32, CPU, in_4bit=True)
 
 
 def test_weights_that_fp16_cannot_hold_are_refused(folder):

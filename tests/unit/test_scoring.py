@@ -175,8 +175,11 @@ def test_fused_layers_give_the_same_scores(tiny, flowers, monkeypatch):
             parameter.data.normal_(std=0.05)
     batch, tries = collator(rows_of(tiny, SIZES)), build_tries(collator.name_ids, 7)
     stock = score_batch(model, batch, tries, MicroBatcher(4))
-    fuse_layers(base.model.language_model.layers)
+    down_proj, rows = fuse_layers(base.model.language_model.layers)[-1].groups[3], []
+    monkeypatch.setattr(down_proj, "forward", lambda x, real=down_proj.forward: rows.append(len(x)) or real(x))
     torch.testing.assert_close(score_batch(model, batch, tries, MicroBatcher(4)), stock, atol=1e-4, rtol=0)
+    ends = {at for sample in batch.samples for at in (sample.prompt_length - 2, sample.prompt_length - 1)}
+    assert rows[0] == len(ends) * len(batch.samples)  # of the prompts the last alone; after them come the names
 
 
 def test_out_of_memory_halves_the_micro_batch_until_one_image_does_not_fit(tiny, flowers, capsys, monkeypatch):
